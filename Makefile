@@ -1,0 +1,51 @@
+# Each target does all of its own set-up in .venv, from a fresh clone.
+#
+#   make setup | pretrain | test | lint | help
+#   make pretrain ARGS="train.train_iters=20"     ARGS reaches the command behind the target
+#   make test ARGS="-k layout"
+#
+# PYTHON           the interpreter that creates .venv (3.10 or newer; default python3)
+# TORCH_INDEX_URL  where torch comes from, if not pip's default index. A machine without a GPU
+#                  saves several GB with
+#                  make setup TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+TORCH_INDEX_URL ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-complete
+TORCH := $(shell sed -n 's/^ *\(torch==.*\)$$/\1/p' setup.cfg)
+TYPED := vqmoe_megatron/config.py vqmoe_megatron/recipe.py vqmoe_megatron/plan
+
+.DEFAULT_GOAL := help
+.PHONY: help setup pretrain test lint
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)$$/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(STAMP)  ## create .venv and install the package with its development tools
+
+# The stamp goes first and returns last, so an interrupted set-up is simply done again.
+$(STAMP): setup.cfg pyproject.toml
+	@rm -f $(STAMP)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "make setup: $(PYTHON) must be Python 3.10 or newer (make setup PYTHON=...)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$(TORCH)"
+	$(BIN)/python -m pip install -e ".[dev]"
+	@touch $(STAMP)
+
+pretrain: setup  ## prepare the stdlib corpus (once) and train recipes/quickstart.yaml on two ranks
+	$(BIN)/vqmoe prepare stdlib --out data/stdlib
+	$(BIN)/vqmoe pretrain recipes/quickstart.yaml --nproc 2 $(ARGS)
+
+test: setup  ## run every test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## ruff check, ruff format --check, and mypy on the torch-free files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(TYPED)

@@ -1,0 +1,129 @@
+"""The rules each recipe section checks by itself, and the messages that name them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+
+from vqmoe_megatron.config import (
+    LEGAL_VQ_VALUES,
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerSection,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+    VQConfig,
+)
+
+
+def test_defaults_are_legal_and_defaults_of_choices_are_listed() -> None:
+    config = RunConfig()
+    for name, legal in LEGAL_VQ_VALUES.items():
+        assert getattr(config.vq, name) in legal
+
+
+def test_two_recipes_share_no_section() -> None:
+    first, second = RunConfig(), RunConfig()
+    first.train.seed = 99
+    assert second.train.seed == 1234
+
+
+def test_vq_settings_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        VQConfig().num_codes = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", LEGAL_VQ_VALUES)
+def test_unknown_choice_lists_the_legal_ones(name: str) -> None:
+    with pytest.raises(ValueError, match=f"vq.{name}='nonsense' is not legal") as caught:
+        VQConfig(**{name: "nonsense"})
+    assert ", ".join(LEGAL_VQ_VALUES[name]) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        (VQConfig, {"num_codes": 0}, "vq.num_codes=0 must be at least 1"),
+        (VQConfig, {"commitment_coeff": -0.1}, "vq.commitment_coeff=-0.1 must be at least 0"),
+        (VQConfig, {"vq_loss_coeff": math.nan}, "vq.vq_loss_coeff=nan must be at least 0"),
+        (VQConfig, {"contribution_rate": 1.5}, r"contribution_rate=1.5 must lie in \[0, 1\]"),
+        (VQConfig, {"contribution_rate": math.nan}, "contribution_rate=nan"),
+        (VQConfig, {"ema_decay": 1.0}, "ema_decay=1.0 must lie strictly between 0 and 1"),
+        (VQConfig, {"dead_code_threshold": 1.0}, "dead_code_threshold=1.0 is a share"),
+        (VQConfig, {"num_code_slices": 2}, "num_code_slices=2 needs vq.quantizer=product"),
+        (VQConfig, {"execution": "code_space"}, "code_space cannot work here: this release"),
+        (
+            VQConfig,
+            {"execution": "code_space", "expert_input": "blend"},
+            "with vq.expert_input=blend every token has its own expert input",
+        ),
+        (ModelConfig, {"hidden_size": 65}, "hidden_size % num_attention_heads != 0: 65 % 8 = 1"),
+        (ModelConfig, {"num_layers": 0}, "model.num_layers=0 must be at least 1"),
+        (
+            ModelConfig,
+            {"moe_router_topk": 17},
+            "moe_router_topk=17 exceeds model.num_moe_experts=16",
+        ),
+        (ModelConfig, {"moe_router_pre_softmax": False}, "needs model.moe_router_pre_softmax=true"),
+        (ModelConfig, {"activation_func": "tanh"}, "choose one of gelu, relu, silu"),
+        (ModelConfig, {"moe_router_dtype": "bf16"}, "choose one of fp32, fp64"),
+        (ModelConfig, {"recompute_granularity": "half"}, "choose one of full, selective"),
+        (ModelConfig, {"hidden_dropout": 1.0}, "model.hidden_dropout=1.0 must lie in"),
+        (ParallelConfig, {"expert_model_parallel_size": 0}, "expert_model_parallel_size=0"),
+        (
+            ParallelConfig,
+            {"virtual_pipeline_model_parallel_size": 0},
+            "virtual_pipeline_model_parallel_size=0 must be at least 1",
+        ),
+        (DataConfig, {"eval_split": "train"}, "choose one of valid, test"),
+        (DataConfig, {"eval_stride_tokens": 0}, "data.eval_stride_tokens=0 must be at least 1"),
+        (OptimizerSection, {"min_lr": 1.0}, "min_lr=1.0 must not exceed optimizer.lr=0.001"),
+        (OptimizerSection, {"lr": math.nan}, "optimizer.lr=nan"),
+        (OptimizerSection, {"overlap_param_gather": True}, "overlap_param_gather needs"),
+        (OptimizerSection, {"lr_decay_style": "step"}, "choose one of constant, linear, cosine"),
+        (TrainConfig, {"exit_interval": 0}, "train.exit_interval=0 must be at least 1"),
+        (TrainConfig, {"device": "tpu"}, "choose one of auto, cpu, cuda"),
+        (TrainConfig, {"output_dir": ""}, "train.output_dir must name a directory"),
+        (CheckpointConfig, {"keep_last": 0}, "checkpoint.keep_last=0 must be at least 1"),
+    ],
+)
+def test_broken_rule_is_named_with_its_numbers(section, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        section(**changes)
+
+
+def test_topk_above_one_may_normalise_after_selection() -> None:
+    assert ModelConfig(moe_router_topk=2, moe_router_pre_softmax=False).moe_router_topk == 2
+
+
+def test_head_size_may_be_given_instead_of_divided() -> None:
+    assert ModelConfig(hidden_size=65, kv_channels=16).kv_channels == 16
+
+
+@pytest.mark.parametrize(
+    ("vq", "hidden_size", "num_experts", "message"),
+    [
+        (VQConfig(quantizer="product", num_code_slices=3), 64, 8, "64 % 3 = 1"),
+        (VQConfig(code_map="clustered", num_codes=12), 64, 8, "12 % 8 = 4"),
+        (VQConfig(path="discrete", num_codes=6), 64, 8, "leaves 2 of 8 experts without any code"),
+    ],
+)
+def test_vq_is_judged_against_the_model(vq, hidden_size, num_experts, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        vq.check_model(hidden_size, num_experts)
+
+
+def test_product_codes_count_over_all_slices() -> None:
+    vq = VQConfig(quantizer="product", num_code_slices=2, num_codes=12, code_map="balanced")
+    vq.check_model(hidden_size=64, num_experts=8)  # 2 * 12 rows on 8 experts
+    VQConfig(num_codes=13).check_model(hidden_size=64, num_experts=8)  # mod takes any count
+
+
+def test_sections_are_the_documented_ones() -> None:
+    assert [section.name for section in fields(RunConfig)] == [
+        "model", "vq", "parallel", "data", "optimizer", "train", "checkpoint", "tracking",
+    ]  # fmt: skip

@@ -1,0 +1,132 @@
+"""``vqmoe``: thin commands over the floors below. Exit codes: 0 done, 75 requeue, 2 usage, 1 crash."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vqmoe_megatron import __version__
+from vqmoe_megatron.plan.layout import minimum_world_size
+from vqmoe_megatron.recipe import load_recipe
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train vector-quantised mixture-of-experts language models on Megatron-core.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.command()
+def prepare(
+    corpus: Annotated[str, typer.Argument(help="stdlib, text, enwik8 or text8")],
+    out: Annotated[Path, typer.Option(help="directory for .bin/.idx files and corpus.json")],
+    input: Annotated[
+        list[Path] | None, typer.Option(help="text file(s); for enwik8 and text8 the local file")
+    ] = None,
+    tokenizer: Annotated[str, typer.Option(help="byte, char, word or sentencepiece")] = "byte",
+    vocab_size: Annotated[int | None, typer.Option(help="for word and sentencepiece")] = None,
+    download: Annotated[bool, typer.Option(help="fetch enwik8 or text8, with checksum")] = False,
+    overwrite: Annotated[bool, typer.Option(help="replace another corpus in --out")] = False,
+) -> None:
+    """Turn text into Megatron .bin/.idx files.
+
+    Example: vqmoe prepare stdlib --out data/stdlib
+    """
+    from vqmoe_megatron.data.prepare import prepare_corpus
+
+    found = prepare_corpus(corpus, out, input or [], tokenizer, vocab_size, download, overwrite)
+    console = Console()
+    for name, split in found.splits.items():
+        console.print(
+            f"{name}: {split.num_tokens:,} tokens, {split.num_documents:,} documents, "
+            f"{split.num_bytes:,} bytes",
+            highlight=False,
+        )
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[
+        Path, typer.Argument(help="YAML recipe, for instance recipes/quickstart.yaml")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, for instance vq.num_codes=512")
+    ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="local ranks to start; default: the fewest the layout fits on"),
+    ] = None,
+) -> None:
+    """Pretrain a model: joins torchrun's or srun's world, or starts --nproc local ranks.
+
+    Example: vqmoe pretrain recipes/quickstart.yaml --nproc 2 train.train_iters=50
+    """
+    from vqmoe_megatron.runtime.world import choose_device, discover_rank
+
+    config = load_recipe(recipe, overrides or [])
+    variables = discover_rank()
+    device, reason = choose_device(config.train.device)
+    if variables.source == "single process":
+        world_size = nproc or minimum_world_size(config)
+    elif nproc is not None and nproc != variables.world_size:
+        raise ValueError(
+            f"--nproc {nproc}, but {variables.source} already started {variables.world_size} ranks; "
+            "leave --nproc out"
+        )
+    else:
+        world_size = variables.world_size
+
+    from vqmoe_megatron.training.preflight import check_run
+
+    run = check_run(config, world_size, device)
+    if variables.world_size == 1 and world_size > 1:
+        from vqmoe_megatron.runtime.local_ranks import run_local_ranks
+
+        print(f"starting {world_size} local ranks on {device} ({reason})", flush=True)
+        raise typer.Exit(run_local_ranks(["pretrain", str(recipe), *(overrides or [])], world_size))
+    if device == "cpu":
+        from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat
+
+        install_cpu_compat()
+    from vqmoe_megatron.training.pretrain import pretrain as pretrain_rank
+
+    raise typer.Exit(pretrain_rank(run, dataclasses.replace(variables), device))
+
+
+@app.command()
+def doctor() -> None:
+    """Show this machine's environment and which path each part takes, with reasons.
+
+    Example: vqmoe doctor
+    """
+    from vqmoe_megatron.runtime.doctor import print_doctor
+
+    print_doctor()
+
+
+def main() -> None:
+    """Run the command line; a refused input is one message on stderr and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

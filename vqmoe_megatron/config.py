@@ -1,0 +1,383 @@
+"""The typed run configuration: one small dataclass per recipe section.
+
+Field names are Megatron's wherever Megatron has one; units are in the names. Every rule that one
+section can check by itself is checked in its ``__post_init__`` with a ``ValueError`` that names the
+rule. Rules between sections and the number of ranks live in :mod:`vqmoe_megatron.plan.layout`.
+Reading and overriding a recipe file lives in :mod:`vqmoe_megatron.recipe`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+LEGAL_VQ_VALUES: dict[str, tuple[str, ...]] = {
+    "code_map": ("mod", "balanced", "clustered"),
+    "quantizer": ("euclidean", "cosine", "product"),
+    "expert_input": ("code", "blend", "blend_convex", "token"),
+    "straight_through": ("token", "identity", "none"),
+    "execution": ("auto", "tokens"),
+    "path": ("dual", "discrete", "continuous"),
+    "combine": ("softmax", "sigmoid"),
+    "norm": ("none", "separate", "shared"),
+    "codebook_update": ("gradient", "ema", "reanchor"),
+    "init": ("data", "kmeans", "uniform"),
+}
+
+
+def check_choice(section: str, name: str, value: object, legal: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` naming the legal values when ``value`` is not one of them."""
+    if value not in legal:
+        raise ValueError(
+            f"{section}.{name}={value!r} is not legal; choose one of {', '.join(legal)}"
+        )
+
+
+def check_at_least(section: str, minimum: float, **values: float | None) -> None:
+    """Raise ``ValueError`` for each given value below ``minimum`` (``None`` means unset)."""
+    for name, value in values.items():
+        if value is not None and not value >= minimum:
+            raise ValueError(f"{section}.{name}={value} must be at least {minimum}")
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """Settings of the vector-quantised layer, passed beside Megatron's ``TransformerConfig``.
+
+    See arXiv 2411.19402 for the method; ``docs/architecture.md`` names each toggle's source.
+    """
+
+    num_codes: int = 64  # K, codes per codebook
+    num_code_slices: int = 1  # C, codes per token (quantizer: product)
+    quantizer: str = "euclidean"
+    code_map: str = "mod"
+    expert_input: str = "code"
+    contribution_rate: float = 0.05  # c of the blend inputs; the released value
+    straight_through: str = "token"
+    execution: str = "auto"
+    path: str = "dual"
+    combine: str = "softmax"
+    combine_bias: float = 3.0  # initial logit in favour of the continuous path
+    norm: str = "separate"
+    codebook_update: str = "ema"
+    ema_decay: float = 0.99
+    commitment_coeff: float = 0.25  # van den Oord et al. 2017 (arXiv 1711.00937), eq. 3
+    vq_loss_coeff: float = 0.08  # beta_vq of the released VQMoE scripts
+    init: str = "data"
+    dead_code_threshold: float = (
+        0.05  # share of uniform usage under which a code is re-seeded; 0: off
+    )
+    freeze_codebook: bool = False
+
+    def __post_init__(self) -> None:
+        for name, legal in LEGAL_VQ_VALUES.items():
+            value = getattr(self, name)
+            if name == "execution" and value == "code_space":
+                raise ValueError(self._code_space_rule())
+            check_choice("vq", name, value, legal)
+        check_at_least("vq", 1, num_codes=self.num_codes, num_code_slices=self.num_code_slices)
+        check_at_least(
+            "vq",
+            0,
+            commitment_coeff=self.commitment_coeff,
+            vq_loss_coeff=self.vq_loss_coeff,
+            dead_code_threshold=self.dead_code_threshold,
+        )
+        if not 0.0 <= self.contribution_rate <= 1.0:
+            raise ValueError(f"vq.contribution_rate={self.contribution_rate} must lie in [0, 1]")
+        if not 0.0 < self.ema_decay < 1.0:
+            raise ValueError(f"vq.ema_decay={self.ema_decay} must lie strictly between 0 and 1")
+        if self.dead_code_threshold >= 1.0:
+            raise ValueError(
+                f"vq.dead_code_threshold={self.dead_code_threshold} is a share of uniform usage and must be "
+                "below 1, or every code would be re-seeded at every step"
+            )
+        if self.num_code_slices > 1 and self.quantizer != "product":
+            raise ValueError(
+                f"vq.num_code_slices={self.num_code_slices} needs vq.quantizer=product; "
+                f"{self.quantizer} gives one code per token"
+            )
+
+    def _code_space_rule(self) -> str:
+        reason = (
+            f"with vq.expert_input={self.expert_input} every token has its own expert input, so one row per "
+            "code cannot stand for it (code space is exact only for expert_input=code)"
+            if self.expert_input != "code"
+            else "this release executes the discrete path by token dispatch"
+        )
+        return (
+            f"vq.execution=code_space cannot work here: {reason}; use vq.execution=tokens or auto"
+        )
+
+    def check_model(self, hidden_size: int, num_experts: int) -> None:
+        """Raise ``ValueError`` for a combination that needs the model's sizes to be judged."""
+        if hidden_size % self.num_code_slices:
+            raise ValueError(
+                f"hidden_size % vq.num_code_slices != 0: {hidden_size} % {self.num_code_slices} = "
+                f"{hidden_size % self.num_code_slices}; product codes cut the hidden vector in equal slices"
+            )
+        rows = self.num_code_slices * self.num_codes
+        if self.code_map != "mod" and rows % num_experts:
+            raise ValueError(
+                f"vq.code_map={self.code_map} keeps equal code counts per expert, but num_code_slices * "
+                f"num_codes % num_moe_experts != 0: {rows} % {num_experts} = {rows % num_experts}; "
+                "use code_map=mod or a multiple"
+            )
+        if self.path == "discrete" and rows < num_experts:
+            raise ValueError(
+                f"vq.path=discrete with {rows} codes leaves {num_experts - rows} of {num_experts} experts "
+                "without any code; raise vq.num_codes or lower model.num_moe_experts"
+            )
+
+
+@dataclass
+class ModelConfig:
+    """The transformer: TransformerConfig's field names, plus ``vocab_size`` and ``seq_length``."""
+
+    num_layers: int = 4
+    hidden_size: int = 256
+    num_attention_heads: int = 8
+    num_query_groups: int | None = None
+    kv_channels: int | None = None
+    ffn_hidden_size: int | None = None  # dense layers only (moe_layer_freq > 1)
+    moe_ffn_hidden_size: int = 512
+    num_moe_experts: int = 16
+    moe_layer_freq: int = 1
+    moe_router_topk: int = 1
+    moe_router_pre_softmax: bool = True
+    moe_router_load_balancing_type: str = "aux_loss"
+    moe_aux_loss_coeff: float = 0.01
+    moe_z_loss_coeff: float | None = None
+    moe_router_dtype: str | None = "fp32"
+    activation_func: str = "gelu"  # gelu | relu | silu
+    gated_linear_unit: bool = False
+    add_bias_linear: bool = True
+    add_qkv_bias: bool = False
+    normalization: str = "LayerNorm"  # LayerNorm | RMSNorm
+    layernorm_epsilon: float = 1e-5
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init_method_std: float = 0.02
+    bf16: bool = False
+    position_embedding_type: str = "rope"  # rope | learned_absolute
+    rotary_base: int = 10000
+    untie_embeddings_and_output_weights: bool = True
+    recompute_granularity: str | None = None
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+    recompute_modules: list[str] | None = None
+    seq_length: int = 256
+    vocab_size: int | None = None  # None: the corpus tokenizer's
+    make_vocab_size_divisible_by: int = 128
+
+    def __post_init__(self) -> None:
+        check_choice("model", "activation_func", self.activation_func, ("gelu", "relu", "silu"))
+        check_choice("model", "normalization", self.normalization, ("LayerNorm", "RMSNorm"))
+        check_choice(
+            "model",
+            "position_embedding_type",
+            self.position_embedding_type,
+            ("rope", "learned_absolute"),
+        )
+        check_choice(
+            "model",
+            "moe_router_load_balancing_type",
+            self.moe_router_load_balancing_type,
+            ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
+        )
+        if self.moe_router_dtype is not None:
+            check_choice("model", "moe_router_dtype", self.moe_router_dtype, ("fp32", "fp64"))
+        if self.recompute_granularity is not None:
+            check_choice(
+                "model", "recompute_granularity", self.recompute_granularity, ("full", "selective")
+            )
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "moe_ffn_hidden_size",
+            "num_moe_experts",
+            "moe_layer_freq",
+            "moe_router_topk",
+            "seq_length",
+            "make_vocab_size_divisible_by",
+        ):
+            check_at_least("model", 1, **{name: getattr(self, name)})
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size % num_attention_heads != 0: {self.hidden_size} % {self.num_attention_heads} = "
+                f"{self.hidden_size % self.num_attention_heads}; change one, or set model.kv_channels"
+            )
+        if self.moe_router_topk > self.num_moe_experts:
+            raise ValueError(
+                f"model.moe_router_topk={self.moe_router_topk} exceeds model.num_moe_experts={self.num_moe_experts}"
+            )
+        if self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
+            raise ValueError(
+                "model.moe_router_topk=1 needs model.moe_router_pre_softmax=true: a softmax over one selected "
+                "logit is always 1, so the router would get no gradient from the task"
+            )
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"model.{name}={getattr(self, name)} must lie in [0, 1)")
+
+
+@dataclass
+class ParallelConfig:
+    """The layout, in Megatron's names. ``sequence_parallel`` unset means: on when TP > 1."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    sequence_parallel: bool | None = None
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            if spec.name != "sequence_parallel":
+                check_at_least("parallel", 1, **{spec.name: getattr(self, spec.name)})
+
+
+@dataclass
+class DataConfig:
+    """Which prepared corpus to read and how to evaluate on it."""
+
+    path: str = "data/stdlib"
+    eval_split: str = "valid"
+    eval_stride_tokens: int | None = None  # None: seq_length, windows do not overlap
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("data", "eval_split", self.eval_split, ("valid", "test"))
+        check_at_least("data", 1, eval_stride_tokens=self.eval_stride_tokens)
+        check_at_least("data", 0, num_workers=self.num_workers)
+
+
+@dataclass
+class OptimizerSection:
+    """Megatron's optimizer and learning-rate schedule."""
+
+    optimizer: str = "adam"
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    lr_decay_style: str = "cosine"
+    lr_warmup_iters: int = 0
+    lr_decay_iters: int | None = None  # None: train.train_iters
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("optimizer", "optimizer", self.optimizer, ("adam",))
+        check_choice(
+            "optimizer",
+            "lr_decay_style",
+            self.lr_decay_style,
+            ("constant", "linear", "cosine", "inverse-square-root"),
+        )
+        check_at_least(
+            "optimizer",
+            0,
+            lr=self.lr,
+            min_lr=self.min_lr,
+            weight_decay=self.weight_decay,
+            clip_grad=self.clip_grad,
+            lr_warmup_iters=self.lr_warmup_iters,
+        )
+        check_at_least("optimizer", 1, lr_decay_iters=self.lr_decay_iters)
+        if self.min_lr > self.lr:
+            raise ValueError(
+                f"optimizer.min_lr={self.min_lr} must not exceed optimizer.lr={self.lr}"
+            )
+        if self.overlap_param_gather and not (
+            self.use_distributed_optimizer and self.overlap_grad_reduce
+        ):
+            raise ValueError(
+                "optimizer.overlap_param_gather needs optimizer.use_distributed_optimizer and "
+                "optimizer.overlap_grad_reduce"
+            )
+
+
+@dataclass
+class TrainConfig:
+    """The loop: how long, how large a batch, when to look and when to stop."""
+
+    output_dir: str = "runs/run"
+    train_iters: int = 200
+    global_batch_size: int = 32
+    micro_batch_size: int = 4
+    seed: int = 1234
+    device: str = "auto"
+    log_interval: int = 10
+    eval_interval: int = 0  # 0: only before and after training
+    eval_iters: int = 10  # microbatches per data-parallel rank; 0: no evaluation
+    exit_interval: int | None = None
+    exit_duration_in_mins: float | None = None
+    nan_policy: str = "stop"
+    layout_independent_init: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("train", "device", self.device, ("auto", "cpu", "cuda"))
+        check_choice("train", "nan_policy", self.nan_policy, ("stop", "skip"))
+        check_at_least(
+            "train",
+            1,
+            train_iters=self.train_iters,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            log_interval=self.log_interval,
+            exit_interval=self.exit_interval,
+        )
+        check_at_least(
+            "train",
+            0,
+            seed=self.seed,
+            eval_interval=self.eval_interval,
+            eval_iters=self.eval_iters,
+            exit_duration_in_mins=self.exit_duration_in_mins,
+        )
+        if not self.output_dir:
+            raise ValueError("train.output_dir must name a directory")
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save, what to load, how many to keep."""
+
+    save_interval: int = 0  # 0: only at the end and on a stop request
+    load: str | None = None  # a run directory or a checkpoint folder
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        check_at_least("checkpoint", 0, save_interval=self.save_interval)
+        check_at_least("checkpoint", 1, keep_last=self.keep_last)
+
+
+@dataclass
+class TrackingConfig:
+    """MLflow. ``mlflow_uri`` unset means a SQLite file beside the run directories."""
+
+    mlflow: bool = True
+    mlflow_uri: str | None = None
+    experiment: str = "vqmoe"
+    run_name: str | None = None
+
+
+@dataclass
+class RunConfig:
+    """A whole recipe: the resolved content of ``run_config.yaml``."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    vq: VQConfig = field(default_factory=VQConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -1,0 +1,1 @@
+"""Text to tokens to microbatches: preparing, describing, loading and evaluating corpora."""

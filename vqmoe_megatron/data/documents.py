@@ -1,0 +1,105 @@
+"""Where the bytes of a corpus are: runs of bytes in plain files or zip members, read in chunks."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+CHUNK_BYTES = 4 * 2**20
+MAX_UNCUT_BYTES = 16 * 2**20  # text without a place to cut is refused beyond this
+
+
+def open_text(path: Path) -> IO[bytes]:
+    """Open a plain file, or the only member of a zip file, for reading and seeking.
+
+    Raises ``ValueError`` when the file is missing, not a regular file, or a zip of several files.
+    """
+    if not path.is_file():
+        raise ValueError(f"input file {path} does not exist or is not a regular file")
+    if not zipfile.is_zipfile(path):
+        return path.open("rb")
+    with zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.infolist() if not member.is_dir()]
+        if len(members) != 1:
+            raise ValueError(f"{path} holds {len(members)} files; give a zip of one, or the file")
+        return archive.open(members[0])
+
+
+def text_size(path: Path) -> int:
+    """Return the number of uncompressed bytes that :func:`open_text` gives."""
+    with open_text(path) as stream:
+        return stream.seek(0, 2)
+
+
+def hash_text(path: Path, algorithms: tuple[str, ...]) -> dict[str, str]:
+    """Return the hex digests of the uncompressed bytes, one per algorithm."""
+    digests = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
+    with open_text(path) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            for digest in digests.values():
+                digest.update(chunk)
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+@dataclass(frozen=True)
+class Document:
+    """``num_bytes`` bytes of a file from ``start_byte``: one document of the corpus."""
+
+    path: Path
+    start_byte: int
+    num_bytes: int
+
+    def read(self) -> Iterator[bytes]:
+        """Yield the bytes in chunks; ``ValueError`` if the file has become shorter."""
+        remaining_bytes = self.num_bytes
+        with open_text(self.path) as stream:
+            stream.seek(self.start_byte)
+            while remaining_bytes:
+                chunk = stream.read(min(CHUNK_BYTES, remaining_bytes))
+                if not chunk:
+                    raise ValueError(f"{self.path} ended {remaining_bytes} bytes early: it changed")
+                remaining_bytes -= len(chunk)
+                yield chunk
+
+
+def document_pieces(
+    document: Document, cut: Callable[[bytes], int], needs_utf8: bool
+) -> Iterator[bytes]:
+    """Yield the document in pieces of about ``CHUNK_BYTES`` that end where ``cut`` allows.
+
+    ``cut(buffer)`` is the number of leading bytes that may be encoded on their own, 0 if more is
+    needed. Raises ``ValueError`` for bytes that are not UTF-8 where the tokenizer needs it, and for
+    ``MAX_UNCUT_BYTES`` without a place to cut.
+    """
+    pending = b""
+    position = document.start_byte
+
+    def checked(piece: bytes) -> bytes:
+        if needs_utf8:
+            try:
+                piece.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{document.path} is not UTF-8 at byte {position + error.start} "
+                    f"(0x{piece[error.start]:02x}); use the byte tokenizer for it"
+                ) from error
+        return piece
+
+    for chunk in document.read():
+        pending += chunk
+        num_bytes = cut(pending)
+        if num_bytes:
+            yield checked(pending[:num_bytes])
+            position += num_bytes
+            pending = pending[num_bytes:]
+        elif len(pending) >= MAX_UNCUT_BYTES:
+            raise ValueError(
+                f"{document.path} has no space or newline in {len(pending)} bytes from byte "
+                f"{position}; use the byte or char tokenizer for it"
+            )
+    if pending:
+        yield checked(pending)

@@ -1,0 +1,50 @@
+"""Download one file over HTTP: retried, size-checked, and never visible half-written."""
+
+from __future__ import annotations
+
+import http.client
+import shutil
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import tenacity
+
+TIMEOUT_S = 60
+NUM_ATTEMPTS = 4
+
+
+def _worth_retrying(error: BaseException) -> bool:
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500 or error.code == 429
+    return isinstance(error, (OSError, http.client.HTTPException))
+
+
+def download_file(url: str, target: Path, first_wait_s: float = 1.0) -> None:
+    """Fetch ``url`` into ``target`` by way of ``target.part``.
+
+    Connection errors and HTTP 5xx or 429 are retried with growing waits from ``first_wait_s``.
+    Raises ``ValueError`` naming the manual way when all attempts fail.
+    """
+    part = target.with_name(f"{target.name}.part")
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(NUM_ATTEMPTS),
+        wait=tenacity.wait_exponential(multiplier=first_wait_s),
+        retry=tenacity.retry_if_exception(_worth_retrying),
+        reraise=True,
+    )
+    try:
+        retrying(_fetch, url, part)
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(
+            f"cannot download {url} ({error}); fetch it by other means and pass it as --input"
+        ) from error
+    part.replace(target)
+
+
+def _fetch(url: str, part: Path) -> None:
+    with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response, part.open("wb") as stream:
+        shutil.copyfileobj(response, stream, 2**20)
+        expected_bytes = response.headers.get("Content-Length")
+    if expected_bytes is not None and part.stat().st_size != int(expected_bytes):
+        raise OSError(f"got {part.stat().st_size} of {expected_bytes} bytes")

@@ -1,0 +1,143 @@
+"""A sentencepiece tokenizer that we train on the corpus, set up so that decoding returns the text.
+
+Identity normalisation, no dummy prefix, whitespace kept and byte fallback make it lossless (but for
+a literal U+2581, which sentencepiece itself uses for a space). No piece crosses a newline or the
+start of a word, so text may be encoded line by line and cut before a space.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from vqmoe_megatron.data.indexed_writer import token_dtype
+
+DEFAULT_VOCAB_SIZE = 8192
+MAX_SENTENCE_BYTES = 4192  # sentencepiece's default max_sentence_length; longer ones are skipped
+# BPE: its result does not depend on the number of threads. 500,000 sentences bound the memory.
+TRAINING_OPTIONS: dict[str, Any] = {
+    "model_type": "bpe",
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "byte_fallback": True,
+    "character_coverage": 0.9995,
+    "max_sentence_length": MAX_SENTENCE_BYTES,
+    "input_sentence_size": 500_000,
+    "shuffle_input_sentence": True,
+    "unk_id": 0,
+    "bos_id": -1,
+    "eos_id": -1,
+    "pad_id": -1,
+}
+TRAINING_SEED = 1234  # for the choice of sentences when there are more than input_sentence_size
+
+
+def _before_last_spaces(text: bytes, start: int, stop: int) -> int:
+    """Return where the last run of spaces in ``text[start:stop]`` begins, ``start`` if nowhere."""
+    space = text.rfind(b" ", start, stop)
+    while space > start and text[space - 1] == ord(" "):
+        space -= 1
+    return max(space, start)
+
+
+def _sentences(line: bytes) -> list[str]:
+    """Break a line before spaces into sentences that the trainer takes and that encode fast.
+
+    A stretch of ``MAX_SENTENCE_BYTES`` without a place to break stays whole.
+    """
+    sentences = []
+    start = 0
+    while len(line) - start > MAX_SENTENCE_BYTES:
+        stop = _before_last_spaces(line, start, start + MAX_SENTENCE_BYTES)
+        if stop == start:
+            break
+        sentences.append(line[start:stop].decode("utf-8"))
+        start = stop
+    sentences.append(line[start:].decode("utf-8"))
+    return sentences
+
+
+def _training_sentences(pieces: Iterator[bytes]) -> Iterator[str]:
+    for piece in pieces:
+        for line in piece.split(b"\n"):
+            yield from filter(None, _sentences(line))
+
+
+class SentencePieceTokenizer:
+    """Token = sentencepiece BPE piece, with byte fallback. Newline is one token."""
+
+    kind = "sentencepiece"
+    file_name = "tokenizer.model"
+    needs_utf8 = True
+
+    def __init__(self, model: bytes, command: str | None = None) -> None:
+        self.model = model
+        self.command = command
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size = self._processor.vocab_size()
+        self._newline = self._processor.piece_to_id("<0x0A>")
+
+    @staticmethod
+    def cut(buffer: bytes) -> int:
+        """Cut after the last newline, or else before the last run of spaces."""
+        newline = buffer.rfind(b"\n")
+        if newline >= 0:
+            return newline + 1
+        return _before_last_spaces(buffer, 0, len(buffer))
+
+    @classmethod
+    def train(
+        cls, pieces: Callable[[str], Iterator[bytes]], vocab_size: int | None
+    ) -> SentencePieceTokenizer:
+        """Train on the train split; ``ValueError`` if it cannot support ``vocab_size``."""
+        options = {**TRAINING_OPTIONS, "vocab_size": vocab_size or DEFAULT_VOCAB_SIZE}
+        command = " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
+        model = io.BytesIO()
+        sentencepiece.set_random_generator_seed(TRAINING_SEED)
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_training_sentences(pieces("train")),
+                model_writer=model,
+                minloglevel=2,
+                **options,
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"sentencepiece cannot train --vocab-size {options['vocab_size']} on this text "
+                f"(byte fallback and characters need 300 or more, small texts support few): {error}"
+            ) from error
+        return cls(
+            model.getvalue(),
+            f"spm_train {command} (sentencepiece {sentencepiece.__version__}, "
+            f"random seed {TRAINING_SEED}, sentences: lines of the train split)",
+        )
+
+    @classmethod
+    def load(cls, directory: Path) -> SentencePieceTokenizer:
+        """Read the tokenizer back from ``directory``."""
+        return cls((directory / cls.file_name).read_bytes())
+
+    def save(self, directory: Path) -> None:
+        """Write the model to ``tokenizer.model``."""
+        (directory / self.file_name).write_bytes(self.model)
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """Return ids [pieces]."""
+        ids: list[int] = []
+        for number, line in enumerate(text.split(b"\n")):
+            if number:
+                ids.append(self._newline)
+            for sentence_ids in self._processor.encode(_sentences(line)):
+                ids.extend(sentence_ids)
+        return np.array(ids, dtype=token_dtype(self.vocab_size))
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        """Return UTF-8 text."""
+        return self._processor.decode(np.asarray(ids).tolist()).encode("utf-8")

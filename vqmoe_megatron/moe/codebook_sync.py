@@ -1,0 +1,112 @@
+"""Once per optimizer step: reduce what every rank saw, move every codebook alike.
+
+N experts, C code slices, K codes per slice, D slice width, M candidates.
+
+Group: ``tp_dp_cp`` is exactly the set of ranks that hold a replica of the layer and saw different
+tokens (sequence shards over TP, samples over DP). Never the world group: pipeline stages hold
+different layers. All layers of a stage share one all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+
+from vqmoe_megatron.moe.layer import VQMoELayer
+from vqmoe_megatron.moe.router import VQRouter
+from vqmoe_megatron.vq.codebook_update import StepStatistics
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One layer's reduced view of a step; equal on all replicas."""
+
+    layer_number: int  # 1-based, over all pipeline stages
+    scalars: dict[str, torch.Tensor]  # fp32 scalars by metric name, without prefix
+    expert_load: torch.Tensor | None  # fp32 [N] rows per expert; None for a bare VQRouter
+    code_usage: torch.Tensor | None  # fp32 [C, K] tokens per code; None without a codebook
+
+
+class CodebookSync:
+    """Megatron's gradient finalisation followed by the codebook step.
+
+    Use as ``config.finalize_model_grads_func``: Megatron's schedules call it once per training step
+    and never in evaluation. ``layers`` holds the statistics of the latest step.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[LayerStatistics] = []
+
+    def __call__(self, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+        """Finalize gradients (Megatron's groups), then :func:`synchronize_codebooks`."""
+        finalize_model_grads(model, *args, **kwargs)
+        self.layers = synchronize_codebooks(model)
+
+
+def synchronize_codebooks(model: list[torch.nn.Module]) -> list[LayerStatistics]:
+    """Reduce the step's statistics and apply them to every codebook of ``model``.
+
+    Args:
+        model: the model chunks of this rank.
+
+    Returns:
+        Statistics of this rank's layers, in layer order.
+
+    Communicates: one all-reduce over ``tp_dp_cp`` for all layers of this rank.
+    """
+    owners = [m for chunk in model for m in chunk.modules() if isinstance(m, VQMoELayer | VQRouter)]
+    if not owners:
+        return []
+    group = _replica_group(owners[0])
+    parts = [part for owner in owners for part in _local_parts(owner)]
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    torch.distributed.all_reduce(flat, group=group)
+    sizes = [part.numel() for part in parts]
+    reduced = iter(
+        piece.view_as(part) for piece, part in zip(flat.split(sizes), parts, strict=True)
+    )
+    return [_apply(owner, reduced) for owner in owners]
+
+
+def _replica_group(owner: VQMoELayer | VQRouter) -> torch.distributed.ProcessGroup:
+    if owner.assigner is not None:
+        return owner.assigner.pg_collection.tp_dp_cp
+    return owner.router.tp_dp_cp_group
+
+
+def _local_parts(owner: VQMoELayer | VQRouter) -> list[torch.Tensor]:
+    """The fp32 tensors to reduce, in the order in which :func:`_apply` takes them."""
+    parts = []
+    if isinstance(owner, VQMoELayer):
+        parts += [owner.step_expert_load, owner.step_gate]
+    if owner.assigner is not None:
+        codebook = owner.assigner.codebook
+        parts += [owner.assigner.step_losses, codebook.step_count]
+        parts += [codebook.step_total] if codebook.keeps_sums else []
+        parts += [owner.assigner.candidate_table()]
+    return parts
+
+
+def _apply(owner: VQMoELayer | VQRouter, reduced: Iterator[torch.Tensor]) -> LayerStatistics:
+    scalars: dict[str, torch.Tensor] = {}
+    load = usage = None
+    if isinstance(owner, VQMoELayer):
+        load, gate = next(reduced), next(reduced)
+        scalars["expert_load_imbalance"] = load.max() / load.mean().clamp(min=1e-12)
+        scalars["combine_discrete_weight"] = gate[0] / gate[1].clamp(min=1.0)
+        owner.step_expert_load.zero_()
+        owner.step_gate.zero_()
+    if owner.assigner is not None:
+        codebook = owner.assigner.codebook
+        losses, usage = next(reduced), next(reduced)
+        total = next(reduced) if codebook.keeps_sums else None
+        scalars |= codebook.apply_step(StepStatistics(usage, total, next(reduced)))
+        num_microbatches = losses[2].clamp(min=1.0)
+        scalars["commitment_loss"] = losses[0] / num_microbatches
+        scalars["codebook_loss"] = losses[1] / num_microbatches
+        owner.assigner.clear_step()
+    return LayerStatistics(owner.layer_number, scalars, load, usage)

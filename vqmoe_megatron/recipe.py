@@ -1,0 +1,269 @@
+"""Reading a recipe: a YAML file plus dotted overrides becomes a checked :class:`RunConfig`.
+
+1. Every setting is collected with its origin (``file:line`` or the override's text).
+2. Unknown sections and keys are refused, with the nearest legal names.
+3. Settings are laid over the defaults, later ones winning, and ``${...}`` is resolved.
+4. Each value is checked against the type its dataclass declares.
+5. The dataclasses are built once, from the final values, so their rules never see a half-merged
+   recipe. Everything that is wrong is reported together in one ``ValueError``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml  # OmegaConf's own parser: for its error class and its line numbers
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vqmoe_megatron.config import RunConfig
+
+OVERRIDE_EXAMPLE = "vq.num_codes=128"
+SECTION_TYPES: dict[str, type] = get_type_hints(RunConfig)
+# Declared type of every setting, by dotted key.
+LEGAL_TYPES: dict[str, Any] = {
+    f"{section}.{name}": hint
+    for section, section_type in SECTION_TYPES.items()
+    for name, hint in get_type_hints(section_type).items()
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value a user gave, and where: ``path:line`` or ``override 'text'``."""
+
+    key: str  # "section.name"
+    value: Any
+    origin: str
+
+
+def load_recipe(path: Path, overrides: list[str]) -> RunConfig:
+    """Read ``path``, apply ``overrides`` in order (the last wins) and return the checked result.
+
+    Raises ``ValueError`` for a missing or malformed file, a malformed override, an unknown section
+    or key, a value of the wrong type, and every rule of a section; all problems in one message.
+    """
+    problems: list[str] = []
+    settings = _file_settings(Path(path), problems)
+    settings += [s for text in overrides if (s := _override_setting(text, problems)) is not None]
+    tree = OmegaConf.create(asdict(RunConfig()))
+    origins: dict[str, str] = {}
+    for setting in settings:
+        try:
+            OmegaConf.update(tree, setting.key, setting.value, merge=False)
+        except OmegaConfBaseException as error:  # a ${ that is not well formed
+            problems.append(f"{setting.key}={setting.value!r} ({setting.origin}): {error}")
+        origins[setting.key] = setting.origin
+    values = _checked_values(tree, origins, problems)
+    if problems:
+        raise ValueError(_report(path, problems))
+    sections: dict[str, Any] = {}
+    for section, section_type in SECTION_TYPES.items():
+        try:
+            sections[section] = section_type(**values[section])
+        except ValueError as rule:
+            problems.append(str(rule))
+    if problems:
+        raise ValueError(_report(path, problems))
+    return RunConfig(**sections)
+
+
+def save_recipe(config: RunConfig, path: Path) -> None:
+    """Write the resolved recipe to ``path`` atomically: the old file or the new one, never a half.
+
+    :func:`load_recipe` on the written file, without overrides, returns an equal configuration.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def flatten_config(config: RunConfig) -> dict[str, str | int | float | bool | None]:
+    """Return every setting under its dotted key, lists joined by commas (for tracking)."""
+    return {
+        f"{section.name}.{name}": ",".join(value) if isinstance(value, list) else value
+        for section in fields(config)
+        for name, value in asdict(getattr(config, section.name)).items()
+    }
+
+
+def _file_settings(path: Path, problems: list[str]) -> list[Setting]:
+    """Return the file's settings in order; an empty section or file means its defaults."""
+    if not path.is_file():
+        raise ValueError(_missing_file(path))
+    try:
+        loaded = OmegaConf.load(path)
+        lines = _line_numbers(path)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {_where_and_why(error)}") from error
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} cannot be read as a recipe: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ValueError(f"{path} must hold sections ({', '.join(SECTION_TYPES)}), not a list")
+
+    settings: list[Setting] = []
+    sections: Any = OmegaConf.to_container(loaded)
+    for section, content in sections.items():
+        origin = f"{path}:{lines.get((str(section),), 1)}"
+        if section not in SECTION_TYPES:
+            problems.append(f"{_unknown_section(str(section))} ({origin})")
+        elif content is not None and not isinstance(content, dict):
+            problems.append(
+                f"section {section} must hold `key: value` lines, not {content!r} ({origin})"
+            )
+        else:
+            for name, value in (content or {}).items():
+                origin = f"{path}:{lines.get((section, str(name)), 1)}"
+                if f"{section}.{name}" in LEGAL_TYPES:
+                    settings.append(Setting(f"{section}.{name}", value, origin))
+                else:
+                    problems.append(f"{_unknown_key(f'{section}.{name}')} ({origin})")
+    return settings
+
+
+def _override_setting(text: str, problems: list[str]) -> Setting | None:
+    """Return the setting of one ``section.key=value`` text, or None with its problem reported."""
+    key, equals, raw = text.partition("=")
+    key = key.strip()
+    origin = f"override {text!r}"
+    if not equals:
+        problems.append(f"{origin} has no `=`; write it as section.key=value: {OVERRIDE_EXAMPLE}")
+        return None
+    if key in SECTION_TYPES:
+        problems.append(f"{origin} names a whole section; write {key}.key=value")
+        return None
+    if key not in LEGAL_TYPES:
+        unknown = _unknown_key if key.split(".")[0] in SECTION_TYPES else _unknown_section
+        problems.append(f"{unknown(key)} ({origin})")
+        return None
+    try:
+        section, name = key.split(".")
+        tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={raw}"]))
+        value = tree[section][name]
+    except yaml.YAMLError as error:
+        problems.append(f"{origin} has a malformed value: {_where_and_why(error)}")
+        return None
+    # Where text is declared, 007 and `a: b` are text; only null and quotes keep their meaning.
+    if str in _alternatives(LEGAL_TYPES[key]) and not isinstance(value, (str, type(None))):
+        value = raw
+    return Setting(key, value, origin)
+
+
+def _checked_values(
+    tree: DictConfig, origins: dict[str, str], problems: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Resolve every setting and check it against its declared type; int becomes float if asked."""
+    values: dict[str, dict[str, Any]] = {section: {} for section in SECTION_TYPES}
+    for key, hint in LEGAL_TYPES.items():
+        section, name = key.split(".")
+        where = origins.get(key, "default")
+        try:
+            value = OmegaConf.select(tree, key, throw_on_missing=True)
+            if OmegaConf.is_config(value):
+                value = OmegaConf.to_container(value, resolve=True)
+        except OmegaConfBaseException as error:
+            problems.append(f"{key} ({where}) cannot be resolved: {str(error).splitlines()[0]}")
+            continue
+        if not _has_type(value, hint):
+            got = "null" if value is None else f"{type(value).__name__} {value!r}"
+            problems.append(f"{key}: expected {_type_name(hint)}, got {got} ({where})")
+            continue
+        values[section][name] = float(value) if _is_float(value, hint) else value
+    return values
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """Return the types a declaration allows: ``int | None`` gives ``(int, NoneType)``."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Tell whether ``value`` is of a declared type; a bool is no number, an int may be a float."""
+    for kind in _alternatives(hint):
+        if get_origin(kind) is list:
+            (item,) = get_args(kind)
+            if isinstance(value, list) and all(_has_type(entry, item) for entry in value):
+                return True
+        elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return True
+        elif type(value) is kind:
+            return True
+    return False
+
+
+def _is_float(value: Any, hint: Any) -> bool:
+    return type(value) is int and int not in (kinds := _alternatives(hint)) and float in kinds
+
+
+def _type_name(hint: Any) -> str:
+    return " or ".join(
+        f"a list of {get_args(kind)[0].__name__}"
+        if get_origin(kind) is list
+        else {type(None): "null", bool: "true or false"}.get(kind, kind.__name__)
+        for kind in _alternatives(hint)
+    )
+
+
+def _unknown_section(key: str) -> str:
+    """Describe an unknown section, with the nearest sections or, for a bare key, its full name."""
+    same_name = [legal for legal in LEGAL_TYPES if legal.split(".")[1] == key.split(".")[-1]]
+    near = same_name + difflib.get_close_matches(key.split(".")[0], SECTION_TYPES, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "none is near."
+    return f"unknown section {key!r}: {hint} Sections: {', '.join(SECTION_TYPES)}"
+
+
+def _unknown_key(key: str) -> str:
+    """Describe an unknown key of a known section, with the nearest legal keys of all sections."""
+    section, name = key.split(".", 1)
+    siblings = [legal for legal in LEGAL_TYPES if legal.startswith(f"{section}.")]
+    elsewhere = [legal for legal in LEGAL_TYPES if legal.split(".")[1] == name]
+    near = elsewhere + difflib.get_close_matches(key, siblings, n=3, cutoff=0.6)
+    if near:
+        return f"unknown key {key!r}: did you mean {' or '.join(near)}?"
+    names = ", ".join(legal.split(".")[1] for legal in siblings)
+    return f"unknown key {key!r}: none is near. Keys of {section}: {names}"
+
+
+def _line_numbers(path: Path) -> dict[tuple[str, ...], int]:
+    """Return the line of each ``(section,)`` and ``(section, key)`` of a YAML mapping."""
+    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    lines: dict[tuple[str, ...], int] = {}
+    for section, content in root.value if isinstance(root, yaml.MappingNode) else []:
+        lines[(section.value,)] = section.start_mark.line + 1
+        for name, _ in content.value if isinstance(content, yaml.MappingNode) else []:
+            lines[(section.value, name.value)] = name.start_mark.line + 1
+    return lines
+
+
+def _where_and_why(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    why = getattr(error, "problem", None) or str(error)
+    return why if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: {why}"
+
+
+def _missing_file(path: Path) -> str:
+    """Describe a missing recipe by listing the ones beside it and in ``recipes/``."""
+    folders = dict.fromkeys((path.parent, Path("recipes")))
+    found = [str(file) for folder in folders for file in sorted(folder.glob("*.yaml"))]
+    listing = f"; recipes here: {', '.join(found)}" if found else " and no recipes/*.yaml is near"
+    what = "is a folder, not a recipe file" if path.is_dir() else "does not exist"
+    return f"recipe {path} {what}{listing}"
+
+
+def _report(path: Path, problems: list[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} problems in {path}:\n" + "\n".join(f"  - {p}" for p in problems)

@@ -1,0 +1,130 @@
+"""Join a world of ranks: who am I, how many are we, which device, which process groups.
+
+Rank discovery order: torchrun's variables, else Slurm's, else a single process. Local ranks that
+:mod:`vqmoe_megatron.runtime.local_ranks` starts get torchrun's variables.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from vqmoe_megatron.plan.layout import ParallelLayout
+
+COLLECTIVE_TIMEOUT_MINUTES = 10
+
+
+@dataclass(frozen=True)
+class RankVariables:
+    """One rank's place, and which launcher said so."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    source: str
+
+
+def discover_rank(environ: Mapping[str, str] = os.environ) -> RankVariables:
+    """Read the rank from torchrun's variables, else Slurm's, else answer a world of one.
+
+    Raises:
+        ValueError: when a launcher set some of its variables but not all; the message names them.
+    """
+    for source, names in (
+        ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK")),
+        ("slurm", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")),
+    ):
+        # sbatch itself sets SLURM_NTASKS and SLURM_PROCID=0; only srun sets SLURM_STEP_ID.
+        if source == "slurm" and "SLURM_STEP_ID" not in environ:
+            continue
+        present = [name for name in names if name in environ]
+        if not present:
+            continue
+        missing = [name for name in names if name not in environ]
+        if missing:
+            raise ValueError(
+                f"{source} set {', '.join(present)} but not {', '.join(missing)}; start the ranks "
+                "with torchrun or srun, or unset these variables for a single process"
+            )
+        rank, world_size, local_rank = (int(environ[name]) for name in names)
+        return RankVariables(rank, world_size, local_rank, source)
+    return RankVariables(0, 1, 0, "single process")
+
+
+def choose_device(requested: str) -> tuple[str, str]:
+    """Return ``("cuda" | "cpu", reason)`` for train.device = auto | cpu | cuda.
+
+    Raises:
+        ValueError: when CUDA is asked for and absent, or the CPU is asked for beside a GPU.
+    """
+    available = torch.cuda.is_available()
+    if requested == "cuda" and not available:
+        raise ValueError("train.device=cuda, but torch sees no CUDA device here; use auto or cpu")
+    if requested == "cpu" and available:
+        raise ValueError(
+            "train.device=cpu, but CUDA is visible and megatron-core would use it; hide it with "
+            "CUDA_VISIBLE_DEVICES='' to run on the CPU"
+        )
+    if available:
+        return "cuda", "torch sees a CUDA device"
+    return "cpu", "torch sees no CUDA device"
+
+
+def join_world(variables: RankVariables, device: str) -> None:
+    """Initialise torch.distributed: NCCL on CUDA, gloo on CPU.
+
+    Communicates: rendezvous of all ranks at MASTER_ADDR:MASTER_PORT.
+
+    Raises:
+        ValueError: when several ranks are told to meet but not where.
+    """
+    if variables.world_size > 1 and not os.environ.get("MASTER_ADDR"):
+        raise ValueError(
+            f"{variables.world_size} ranks from {variables.source}, but MASTER_ADDR is not set; export "
+            "the first node's host name (scontrol show hostnames | head -n1) and MASTER_PORT"
+        )
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if variables.world_size > 1 and not os.environ.get("MASTER_PORT"):
+        raise ValueError("MASTER_PORT is not set; export one free port for all ranks")
+    os.environ.setdefault("MASTER_PORT", "0")
+    if device == "cuda":
+        torch.cuda.set_device(variables.local_rank % torch.cuda.device_count())
+    store = None
+    if variables.world_size == 1:
+        store = torch.distributed.HashStore()
+    torch.distributed.init_process_group(
+        backend="nccl" if device == "cuda" else "gloo",
+        rank=variables.rank,
+        world_size=variables.world_size,
+        store=store,
+        timeout=datetime.timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES),
+    )
+
+
+def build_process_groups(layout: ParallelLayout) -> None:
+    """Create Megatron's process groups for ``layout``.
+
+    Communicates: every rank takes part in creating every group.
+    """
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+    )
+
+
+def leave_world() -> None:
+    """Destroy the process groups. Communicates over all ranks; not for error paths."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()

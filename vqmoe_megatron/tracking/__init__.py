@@ -1,0 +1,1 @@
+"""Recording a run: metric names, metrics.jsonl, status.json, MLflow and the console."""

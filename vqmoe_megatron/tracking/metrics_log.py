@@ -1,0 +1,137 @@
+"""``metrics.jsonl``: one strict-JSON object per logged iteration, the source of truth of a run.
+
+Floats are written at full precision (Python's shortest round-trip form). JSON has no NaN or
+infinity, so these three become the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which
+:func:`read_metrics` turns back into floats; every line stays readable by any JSON parser.
+Each line is flushed, so a process killed with -9 loses at most the line it was writing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from numbers import Integral, Real
+from pathlib import Path
+
+from vqmoe_megatron.tracking.metric_table import check_metric_names
+
+METRICS_FILE = "metrics.jsonl"
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def encode_record(record: Mapping[str, object]) -> str:
+    """Return one record of numbers (numpy scalars too) as a JSON line without its newline.
+
+    ``ValueError``: an unknown metric name, no ``iteration``, or a value that is not a number.
+    """
+    check_metric_names(record)
+    if "iteration" not in record:
+        raise ValueError(
+            f"a metrics record needs 'iteration'; got only {', '.join(record) or 'nothing'}"
+        )
+    return json.dumps(
+        {name: _encode_number(name, value) for name, value in record.items()}, allow_nan=False
+    )
+
+
+def _encode_number(name: str, value: object) -> int | float | str:
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ValueError(
+            f"metric {name} is a {type(value).__name__}, not a number (tensors: call .item())"
+        )
+    number = float(value)
+    if math.isfinite(number):
+        return number
+    return "NaN" if math.isnan(number) else ("Infinity" if number > 0 else "-Infinity")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, int | float]]:
+    """Read ``metrics.jsonl`` (or the run directory holding it), oldest record first.
+
+    A last line without its newline was cut by a kill and is left out. A damaged line elsewhere
+    is a ``ValueError`` with its number; a missing file is a ``FileNotFoundError``.
+    """
+    path = Path(path)
+    path = path / METRICS_FILE if path.is_dir() else path
+    records = []
+    for number, line in enumerate(_complete_lines(path.read_bytes()), start=1):
+        try:
+            record = json.loads(line)
+            records.append({name: _decode_number(value) for name, value in record.items()})
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is not a metrics record: {error}") from error
+    return records
+
+
+def _decode_number(value: object) -> int | float:
+    if isinstance(value, str):
+        return _NON_FINITE[value]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is not a number")
+    return value
+
+
+def _complete_lines(content: bytes) -> list[bytes]:
+    return content[: content.rfind(b"\n") + 1].splitlines()
+
+
+class MetricsLog:
+    """Appends records to ``<run_dir>/metrics.jsonl``; for one process (rank 0), no communication.
+
+    Opening repairs a file whose last line was cut by a kill, and says so.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.path = Path(run_dir) / METRICS_FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab")
+        self._cut_half_line()
+
+    def _cut_half_line(self) -> None:
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(self.path, whole)
+            print(f"{self.path}: removed a half-written last line of {len(content) - whole} bytes")
+
+    def append(self, record: Mapping[str, object]) -> None:
+        """Write one record and flush it; ``ValueError`` as in :func:`encode_record`."""
+        self._file.write((encode_record(record) + "\n").encode())
+        self._file.flush()
+
+    def truncate_after(self, iteration: int) -> int:
+        """Remove the records beyond ``iteration`` atomically; return how many were removed.
+
+        Called on resume, so that the log follows the checkpoint and not the lost attempt.
+        """
+        lines = _complete_lines(self.path.read_bytes())
+        kept = [
+            line
+            for line, record in zip(lines, read_metrics(self.path), strict=True)
+            if record["iteration"] <= iteration
+        ]
+        if len(kept) == len(lines):
+            return 0
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            file.writelines(line + b"\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        self._file.close()
+        os.replace(temporary, self.path)
+        self._file = self.path.open("ab")
+        return len(lines) - len(kept)
+
+    def close(self) -> None:
+        """Close the file; everything appended is already flushed."""
+        self._file.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,69 @@
+"""``status.json``: the state a launcher decides on, never on an exit code.
+
+Written atomically (temporary file, fsync, rename), so a reader sees the old or the new state whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+STATUS_FILE = "status.json"
+STATES = ("running", "completed", "requeue", "failed")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """``state``: running | completed | requeue | failed; ``iteration``: the last that counts."""
+
+    state: str
+    iteration: int
+    reason: str
+    mlflow_run_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.state not in STATES:
+            raise ValueError(f"run state {self.state!r} is not one of {', '.join(STATES)}")
+        if not isinstance(self.iteration, int) or self.iteration < 0:
+            raise ValueError(f"status iteration={self.iteration!r} must be an integer >= 0")
+
+
+def write_status(
+    run_dir: str | Path, state: str, iteration: int, reason: str, mlflow_run_id: str | None = None
+) -> None:
+    """Replace ``<run_dir>/status.json`` atomically; ``ValueError`` for an illegal field.
+
+    For one process (rank 0); ``OSError`` when the directory cannot be written.
+    """
+    status = RunStatus(state, iteration, reason, mlflow_run_id)
+    path = Path(run_dir) / STATUS_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(status), indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def read_status(run_dir: str | Path) -> RunStatus | None:
+    """Return the status of a run directory, ``None`` when none was ever written.
+
+    ``ValueError`` when the file exists but is not a status.
+    """
+    path = Path(run_dir) / STATUS_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        return RunStatus(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a run status: {error}") from error

@@ -1,0 +1,53 @@
+"""Megatron's optimizer and learning-rate schedule from the recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from vqmoe_megatron.config import RunConfig
+
+
+def build_optimizer(
+    config: RunConfig, model: list[torch.nn.Module]
+) -> tuple[Any, OptimizerParamScheduler]:
+    """Return Megatron's optimizer and scheduler for ``model``.
+
+    The scheduler counts samples, as Megatron does, so that a changed batch size keeps the curve.
+    Builds no new process group; no communication.
+    """
+    section = config.optimizer
+    settings = OptimizerConfig(
+        optimizer=section.optimizer,
+        lr=section.lr,
+        min_lr=section.min_lr,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.adam_beta1,
+        adam_beta2=section.adam_beta2,
+        adam_eps=section.adam_eps,
+        clip_grad=section.clip_grad,
+        bf16=config.model.bf16,
+        params_dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
+        use_distributed_optimizer=section.use_distributed_optimizer,
+        overlap_param_gather=section.overlap_param_gather,
+    )
+    optimizer = get_megatron_optimizer(settings, model)
+    batch = config.train.global_batch_size
+    decay_iters = section.lr_decay_iters or config.train.train_iters
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=section.lr,
+        min_lr=section.min_lr,
+        lr_warmup_steps=section.lr_warmup_iters * batch,
+        lr_decay_steps=decay_iters * batch,
+        lr_decay_style=section.lr_decay_style,
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=decay_iters * batch,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler

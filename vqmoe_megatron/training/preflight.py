@@ -1,0 +1,55 @@
+"""Everything that can refuse a run, before any rank trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.data.corpus import Corpus, check_tokenizer, load_corpus
+from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
+from vqmoe_megatron.training.run_directory import RunDirectory
+
+MINIMUM_FREE_BYTES = 64 * 1024**2  # less than this and not even logs and a small checkpoint fit
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run that may start: the vocabulary filled in, the layout and corpus verified."""
+
+    config: RunConfig
+    layout: ParallelLayout
+    corpus: Corpus
+    run_dir: RunDirectory
+
+
+def check_run(config: RunConfig, world_size: int, device: str) -> CheckedRun:
+    """Check layout, corpus, tokenizer, output directory and free space.
+
+    No communication; imports neither torch.distributed nor Megatron.
+
+    Raises:
+        ValueError: for whatever is wrong, with what to do about it.
+    """
+    layout = check_layout(config, world_size, device)
+    corpus = load_corpus(Path(config.data.path))
+    check_tokenizer(corpus, config.model.vocab_size, None)
+    if config.model.vocab_size is None:
+        model = dataclasses.replace(config.model, vocab_size=corpus.vocab_size)
+        config = dataclasses.replace(config, model=model)
+    corpus.split("train")
+    if config.train.eval_iters:
+        corpus.split(config.data.eval_split)
+    run_dir = RunDirectory(Path(config.train.output_dir))
+    run_dir.create()
+    free_bytes = shutil.disk_usage(run_dir.path).free
+    if free_bytes < MINIMUM_FREE_BYTES:
+        raise ValueError(
+            f"train.output_dir={run_dir.path} has {free_bytes / 1024**2:.0f} MiB free, less than "
+            f"{MINIMUM_FREE_BYTES / 1024**2:.0f} MiB; free some or choose another directory"
+        )
+    if config.checkpoint.load is not None and not Path(config.checkpoint.load).exists():
+        raise ValueError(f"checkpoint.load={config.checkpoint.load} does not exist")
+    return CheckedRun(config, layout, corpus, run_dir)

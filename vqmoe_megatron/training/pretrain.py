@@ -1,0 +1,94 @@
+"""Pretraining on one rank, from joining the world to the exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+import torch
+
+from vqmoe_megatron.runtime.world import (
+    RankVariables,
+    build_process_groups,
+    join_world,
+    leave_world,
+)
+from vqmoe_megatron.tracking.run_status import read_status, write_status
+from vqmoe_megatron.training.preflight import CheckedRun
+from vqmoe_megatron.training.run_report import Rank0Report, RunReport, SilentReport
+from vqmoe_megatron.training.stop_requests import StopRequests
+from vqmoe_megatron.training.trainer import Trainer
+
+EXIT_DONE, EXIT_CRASH, EXIT_USAGE, EXIT_REQUEUE = 0, 1, 2, 75
+
+
+def pretrain(run: CheckedRun, variables: RankVariables, device: str) -> int:
+    """Train this rank's part of ``run``.
+
+    Returns:
+        The exit code: 0 done, 75 saved and wants to be started again.
+
+    A failure does not return: it is reported, recorded in ``status.json`` and ends the process with
+    code 1 (2 for a refused configuration), because leaving the process groups could hang.
+    """
+    stop_requests = StopRequests()
+    report: RunReport = SilentReport()
+    try:
+        join_world(variables, device)
+        build_process_groups(run.layout)
+        trainer = Trainer(run, stop_requests)
+        resumed = trainer.resume()
+        report = _open_report(run, trainer)
+        if resumed is not None:
+            report.message(f"resumed from {resumed}")
+        train = run.config.train
+        stop_requests.watch(run.run_dir.path, train.exit_duration_in_mins, variables.rank == 0)
+        outcome = trainer.train(report)
+        stop_requests.acknowledge()
+        report.finish(outcome.state, outcome.iteration, outcome.reason)
+        leave_world()
+    except Exception as error:
+        _fail(run, variables, report, error)
+    return EXIT_DONE if outcome.state == "completed" else EXIT_REQUEUE
+
+
+def _open_report(run: CheckedRun, trainer: Trainer) -> RunReport:
+    """Rank 0 opens the run; the others learn its MLflow run id, which checkpoints keep."""
+    report: RunReport = SilentReport()
+    if torch.distributed.get_rank() == 0:
+        progress = trainer.progress
+        report = Rank0Report(run, progress.iteration, progress.mlflow_run_id)
+        report.message(f"{trainer.num_parameters:,} parameters on rank 0")
+    shared = [report.mlflow_run_id]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    report.mlflow_run_id = shared[0]
+    return report
+
+
+def _fail(
+    run: CheckedRun, variables: RankVariables, report: RunReport, error: Exception
+) -> NoReturn:
+    """Report the failure of this rank and end the process at once."""
+    is_refusal = isinstance(error, ValueError)
+    if is_refusal:
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exc()
+    reason = f"rank {variables.rank}: {type(error).__name__}: {str(error).splitlines()[0:1]}"
+    previous = read_status(run.run_dir.path)
+    iteration = previous.iteration if previous else 0
+    if variables.rank == 0 and not isinstance(report, SilentReport):
+        report.finish("failed", iteration, reason)
+    else:
+        write_status(
+            run.run_dir.path,
+            "failed",
+            iteration,
+            reason,
+            previous.mlflow_run_id if previous else None,
+        )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_USAGE if is_refusal else EXIT_CRASH)

@@ -1,0 +1,263 @@
+"""The codebook: quantise tokens, record what the step saw, apply the step's update.
+
+T tokens, H hidden size, C code slices, K codes per slice, D = H / C.
+
+1. ``prepare`` brings tokens into the codebook's space (normalised for cosine).
+2. ``search`` finds the nearest codes, int64 [T, C]; ``lookup`` reads their vectors, [T, H].
+3. ``record`` adds a microbatch to the step's accumulators. It is called from the backward pass, so
+   evaluation never reaches it and recomputed forwards are counted once.
+4. Once per step the caller reduces ``step_statistics`` over the ranks that saw different tokens and
+   hands the result to ``apply_step``. This file never communicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vqmoe_megatron.config import VQConfig
+from vqmoe_megatron.vq.codebook_init import data_codes, kmeans_codes, uniform_codes
+from vqmoe_megatron.vq.codebook_update import (
+    CodebookState,
+    StepStatistics,
+    ema_update,
+    reanchor,
+    revive_dead_codes,
+    update_usage,
+)
+from vqmoe_megatron.vq.search import nearest_code
+
+NUM_PROBES = 256  # tokens kept from step to step to measure how many change their code
+
+
+class Codebook(torch.nn.Module):
+    """Code vectors, their moving statistics, and the rules that move them.
+
+    ``codes`` is fp32 whatever the model's dtype: codebook updates are far below bf16 resolution.
+    ``seed`` decides every random choice and must be equal on all replicas of the layer.
+
+    Raises:
+        ValueError: when H does not divide by C.
+    """
+
+    usage: torch.Tensor  # fp32 [C, K], EMA of the fraction of tokens per code
+    ema_sum: torch.Tensor  # fp32 [C, K, D], only for codebook_update=ema
+    initialized: torch.Tensor  # bool scalar; uniform codes count as initialised
+    num_steps: torch.Tensor  # int64 scalar, steps applied; seeds revival
+    step_count: torch.Tensor  # fp32 [C, K], this step's tokens per code
+    step_total: torch.Tensor  # fp32 [C, K, D], this step's token sums (ema)
+    probes: torch.Tensor  # fp32 [M, C, D], tokens kept to measure assignment changes
+
+    def __init__(self, vq: VQConfig, hidden_size: int, seed: int) -> None:
+        super().__init__()
+        if hidden_size % vq.num_code_slices:
+            raise ValueError(
+                f"hidden_size % num_code_slices != 0: {hidden_size} % {vq.num_code_slices}"
+            )
+        self.vq = vq
+        self.seed = seed
+        self.num_slices = vq.num_code_slices
+        self.num_codes = vq.num_codes
+        self.width = hidden_size // vq.num_code_slices
+        shape = (self.num_slices, self.num_codes, self.width)
+        trained = vq.codebook_update in ("gradient", "reanchor") and not vq.freeze_codebook
+        codes = uniform_codes(*shape, seed=seed)
+        self.codes = torch.nn.Parameter(codes, requires_grad=trained)
+        uniform = torch.full(shape[:2], 1.0 / self.num_codes)
+        self.register_buffer("usage", uniform)
+        if self.keeps_sums:
+            self.register_buffer("ema_sum", codes / self.num_codes)
+        self.register_buffer("initialized", torch.tensor(vq.init == "uniform"))
+        self.register_buffer("num_steps", torch.tensor(0, dtype=torch.int64))
+        self.register_buffer("step_count", torch.zeros(shape[:2]), persistent=False)
+        total = torch.zeros(shape if self.keeps_sums else (0, 0, 0))
+        self.register_buffer("step_total", total, persistent=False)
+        self.register_buffer("probes", torch.zeros(0, *shape[::2]), persistent=False)
+        self.probe_ids: torch.Tensor | None = None
+        self.step_candidates: torch.Tensor | None = None
+        self.needs_data_init = vq.init != "uniform"
+
+    @property
+    def keeps_sums(self) -> bool:
+        """Whether the update needs the sum of the tokens of each code."""
+        return self.vq.codebook_update == "ema"
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):  # noqa: ANN202
+        """Follow device moves but keep fp32: Megatron's Float16Module casts whole models."""
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            if moved.dtype != tensor.dtype and moved.dtype != torch.float64:
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(keep_dtype, recurse)
+
+    # 1. into the codebook's space
+    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        """``[T, H]`` tokens in the space where distances are taken, same dtype.
+
+        cosine: each token is scaled to length sqrt(H), so that its elements stay of order one.
+        """
+        if self.vq.quantizer != "cosine":
+            return x
+        return torch.nn.functional.normalize(x, dim=-1) * x.shape[-1] ** 0.5
+
+    def code_vectors(self) -> torch.Tensor:
+        """``[C, K, D]`` the vectors that tokens are compared with and replaced by."""
+        if self.vq.quantizer != "cosine":
+            return self.codes
+        return torch.nn.functional.normalize(self.codes, dim=-1) * self.width**0.5
+
+    # 2. search and lookup
+    def search(self, prepared: torch.Tensor) -> torch.Tensor:
+        """Prepared tokens ``[T, H]`` -> code ids int64 ``[T, C]``; no gradient."""
+        return nearest_code(prepared.detach(), self.code_vectors().detach())
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """Code ids ``[T, C]`` -> their vectors ``[T, H]``, differentiable to ``codes``."""
+        vectors = self.code_vectors()
+        parts = [vectors[c].index_select(0, ids[:, c]) for c in range(self.num_slices)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    # 3. what the step saw
+    @torch.no_grad()
+    def record(
+        self, prepared: torch.Tensor, ids: torch.Tensor, candidate_rows: torch.Tensor | None
+    ) -> None:
+        """Add one microbatch to the step's accumulators.
+
+        Args:
+            prepared: ``[T, H]`` tokens in the codebook's space.
+            ids: ``[T, C]`` their codes.
+            candidate_rows: int64 rows of ``prepared`` offered to replace dead codes; taken from the
+                first microbatch of the step only. None: this rank offers none.
+        """
+        tokens = prepared.detach().to(self.step_count.dtype).view(-1, self.num_slices, self.width)
+        ones = torch.ones(ids.shape[0], dtype=self.step_count.dtype, device=ids.device)
+        for c in range(self.num_slices):
+            self.step_count[c].index_add_(0, ids[:, c], ones)
+            if self.keeps_sums:
+                self.step_total[c].index_add_(0, ids[:, c], tokens[:, c])
+        if self.step_candidates is None and candidate_rows is not None:
+            self.step_candidates = tokens.index_select(0, candidate_rows)
+
+    def clear_step(self) -> None:
+        """Forget what the current step recorded."""
+        self.step_count.zero_()
+        self.step_total.zero_()
+        self.step_candidates = None
+
+    # 4. once per step
+    @torch.no_grad()
+    def apply_step(self, statistics: StepStatistics) -> dict[str, torch.Tensor]:
+        """Move the codebook by one step of reduced statistics and clear the accumulators.
+
+        Statistics with a NaN or Inf leave the codebook as it is. Deterministic in the statistics and
+        ``seed``, so replicas that start equal stay bit-equal. No communication.
+
+        Returns:
+            fp32 scalars: ``code_perplexity`` (mean over slices, 1..K), ``dead_codes`` and
+            ``revived_codes`` (counts over slices), ``assignment_change_rate`` (share of last step's
+            probe tokens whose code the last step's updates changed).
+        """
+        finite = self._finite(statistics)
+        old = CodebookState(self.codes.data, self.usage, getattr(self, "ema_sum", None))
+        metrics = {
+            "code_perplexity": code_perplexity(statistics.count),
+            "dead_codes": (statistics.count == 0).sum().float(),
+            "assignment_change_rate": self._assignment_change_rate(),
+            "revived_codes": torch.zeros((), device=self.codes.device),
+        }
+        if not self.vq.freeze_codebook:
+            new, metrics["revived_codes"] = self._moved(old, statistics)
+            self.codes.data.copy_(torch.where(finite, new.codes, old.codes))
+            self.usage.copy_(torch.where(finite, new.usage, old.usage))
+            if new.ema_sum is not None and old.ema_sum is not None:
+                self.ema_sum.copy_(torch.where(finite, new.ema_sum, old.ema_sum))
+        if statistics.candidates is not None:
+            self.probes = statistics.candidates[:NUM_PROBES].clone()
+            self.probe_ids = self.search(self.probes.flatten(1))
+        self.num_steps += 1
+        self.clear_step()
+        return metrics
+
+    def _moved(
+        self, state: CodebookState, statistics: StepStatistics
+    ) -> tuple[CodebookState, torch.Tensor]:
+        seed = (self.seed * 1_000_003 + int(self.num_steps)) % 2**63
+        if self.vq.codebook_update == "ema":
+            state = ema_update(state, statistics, self.vq.ema_decay)
+        else:
+            state = update_usage(state, statistics.count, self.vq.ema_decay)
+        revived = torch.zeros((), device=state.codes.device)
+        if statistics.candidates is None:
+            return state, revived
+        if self.vq.codebook_update == "reanchor":
+            return reanchor(state, statistics.candidates, self.vq.ema_decay, seed), revived
+        if self.vq.dead_code_threshold > 0:
+            state, dead = revive_dead_codes(
+                state, statistics.candidates, self.vq.dead_code_threshold, seed
+            )
+            revived = dead.sum().float()
+        return state, revived
+
+    def _finite(self, statistics: StepStatistics) -> torch.Tensor:
+        finite = torch.isfinite(statistics.count).all()
+        for part in (statistics.total, statistics.candidates):
+            if part is not None:
+                finite = finite & torch.isfinite(part).all()
+        return finite
+
+    def _assignment_change_rate(self) -> torch.Tensor:
+        if self.probe_ids is None:
+            return torch.zeros((), device=self.codes.device)
+        ids = self.search(self.probes.flatten(1))
+        return (ids != self.probe_ids).float().mean()
+
+    @torch.no_grad()
+    def reseed(self, seed: int) -> None:
+        """Redraw the uniform start from ``seed``; for owners that learn their layer number late."""
+        if seed != self.seed:
+            self.seed = seed
+            codes = uniform_codes(self.num_slices, self.num_codes, self.width, seed)
+            self.codes.data.copy_(codes)
+            if self.keeps_sums:
+                self.ema_sum.copy_(codes / self.num_codes)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
+        super()._load_from_state_dict(*args, **kwargs)
+        self.needs_data_init = not bool(self.initialized)
+
+    @torch.no_grad()
+    def initialize_from(self, sample: torch.Tensor) -> None:
+        """Set the codes from prepared tokens ``[M, H]`` (init: data or kmeans); once.
+
+        Raises:
+            ValueError: for an empty sample.
+        """
+        tokens = sample.detach().float().cpu().view(-1, self.num_slices, self.width)
+        build = kmeans_codes if self.vq.init == "kmeans" else data_codes
+        self.adopt(build(tokens, self.num_codes, self.seed))
+
+    @torch.no_grad()
+    def adopt(self, codes: torch.Tensor) -> None:
+        """Start from ``[C, K, D]`` codes: usage uniform, sums at the codes."""
+        self.codes.data.copy_(codes)
+        self.usage.fill_(1.0 / self.num_codes)
+        if self.keeps_sums:
+            self.ema_sum.copy_(self.codes.data / self.num_codes)
+        self.initialized.fill_(True)
+        self.needs_data_init = False
+
+
+def code_perplexity(count: torch.Tensor) -> torch.Tensor:
+    """exp(entropy) of code usage, mean over slices; K when uniform, 1 when collapsed.
+
+    Args:
+        count: ``[C, K]`` tokens per code.
+    """
+    share = count / count.sum(dim=1, keepdim=True).clamp(min=1.0)
+    entropy = -(share * share.clamp(min=1e-30).log()).sum(dim=1)
+    return entropy.exp().mean()

@@ -1,0 +1,75 @@
+"""Nearest-code search: which code of the codebook is closest to each token.
+
+T tokens, H hidden size, C code slices, K codes per slice, D = H / C slice width.
+
+argmin_k |x - v_k|^2 = argmin_k (|v_k|^2 - 2 <x, v_k>); the token's own norm does not matter. The
+product is taken tile by tile, so no more than a tile of the [T, K] distances ever exists.
+"""
+
+from __future__ import annotations
+
+import torch
+
+TILE_ELEMENTS = 1 << 21  # distances in one tile: 8 MiB of fp32, inside a last-level cache
+MAX_TILE_CODES = 4096  # codes in one tile, so that a tile keeps at least 512 tokens
+
+
+def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Return the index of the nearest code of every token; ties go to the lowest index.
+
+    Args:
+        x: ``[T, H]``, any floating dtype; distances are taken in fp32 (fp64 for fp64 inputs).
+        codebook: ``[K, H]`` for one code per token, or ``[C, K, H / C]`` for product codes.
+
+    Returns:
+        int64 ``[T]`` for a ``[K, H]`` codebook, int64 ``[T, C]`` for ``[C, K, H / C]``.
+
+    Raises:
+        ValueError: when the shapes do not fit each other.
+
+    No communication, no gradient, no host synchronisation.
+    """
+    if codebook.dim() == 2:
+        return nearest_code(x, codebook.unsqueeze(0)).squeeze(1)
+    if x.dim() != 2 or codebook.dim() != 3 or codebook.shape[0] * codebook.shape[2] != x.shape[1]:
+        raise ValueError(
+            f"x {list(x.shape)} and codebook {list(codebook.shape)} do not fit: need x [T, H] and "
+            "codebook [K, H] or [C, K, H / C]"
+        )
+    num_slices, _, slice_width = codebook.shape
+    ids = torch.empty(x.shape[0], num_slices, dtype=torch.int64, device=x.device)
+    with torch.no_grad():
+        for c in range(num_slices):
+            ids[:, c] = _nearest_in_slice(
+                x[:, c * slice_width : (c + 1) * slice_width], codebook[c]
+            )
+    return ids
+
+
+def _nearest_in_slice(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """x [T, D], codes [K, D] -> int64 [T]. Lower code tiles win ties because later ones need <."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    codes = codes.to(dtype)
+    half_norms = codes.square().sum(dim=1).mul_(0.5)  # [K]
+    tile_codes = min(codes.shape[0], MAX_TILE_CODES)
+    tile_tokens = max(1, TILE_ELEMENTS // tile_codes)
+    found = []
+    for rows in x.split(tile_tokens):
+        rows = rows.to(dtype)
+        best = best_ids = None
+        for first in range(0, codes.shape[0], tile_codes):
+            tile = codes[first : first + tile_codes]
+            distances = torch.addmm(
+                half_norms[first : first + tile_codes].unsqueeze(0), rows, tile.t(), alpha=-1.0
+            )
+            values, indices = distances.min(dim=1)
+            if best is None:
+                best, best_ids = values, indices
+            else:
+                closer = values < best
+                best = torch.where(closer, values, best)
+                best_ids = torch.where(closer, indices + first, best_ids)
+        found.append(best_ids)
+    if not found:
+        return torch.empty(0, dtype=torch.int64, device=x.device)
+    return torch.cat(found)
