@@ -1,8 +1,7 @@
-"""``vqmoe``: thin commands over the floors below. Exit codes: 0 done, 75 requeue, 2 usage, 1 crash."""
+"""``vqmoe``: thin commands over the floors below. Exits: 0 done, 75 requeue, 2 usage, 1 crash."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,7 @@ from rich.console import Console
 from vqmoe_megatron import __version__
 from vqmoe_megatron.plan.layout import minimum_world_size
 from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -85,8 +85,8 @@ def pretrain(
         world_size = nproc or minimum_world_size(config)
     elif nproc is not None and nproc != variables.world_size:
         raise ValueError(
-            f"--nproc {nproc}, but {variables.source} already started {variables.world_size} ranks; "
-            "leave --nproc out"
+            f"--nproc {nproc}, but {variables.source} already started {variables.world_size} "
+            "ranks; leave --nproc out"
         )
     else:
         world_size = variables.world_size
@@ -98,14 +98,22 @@ def pretrain(
         from vqmoe_megatron.runtime.local_ranks import run_local_ranks
 
         print(f"starting {world_size} local ranks on {device} ({reason})", flush=True)
-        raise typer.Exit(run_local_ranks(["pretrain", str(recipe), *(overrides or [])], world_size))
+        ended = run_local_ranks(["pretrain", str(recipe), *(overrides or [])], world_size)
+        if ended.failure is not None:
+            run.run_dir.record_failure(ended.failure, is_first_cause=ended.was_killed)
+        raise typer.Exit(ended.code)
+
+    from vqmoe_megatron.training.stop_requests import StopRequests
+
+    stop_requests = StopRequests()  # before the slow imports: a signal may come during them
+    quiet_known_messages()
     if device == "cpu":
         from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat
 
         install_cpu_compat()
     from vqmoe_megatron.training.pretrain import pretrain as pretrain_rank
 
-    raise typer.Exit(pretrain_rank(run, dataclasses.replace(variables), device))
+    raise typer.Exit(pretrain_rank(run, variables, device, stop_requests))
 
 
 @app.command()

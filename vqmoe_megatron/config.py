@@ -316,7 +316,7 @@ class TrainConfig:
     device: str = "auto"
     log_interval: int = 10
     eval_interval: int = 0  # 0: only before and after training
-    eval_iters: int = 10  # microbatches per data-parallel rank; 0: no evaluation
+    eval_iters: int = 10  # global batches of evaluation windows; 0: no evaluation
     exit_interval: int | None = None
     exit_duration_in_mins: float | None = None
     nan_policy: str = "stop"

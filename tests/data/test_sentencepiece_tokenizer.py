@@ -1,7 +1,9 @@
 """The sentencepiece tokenizer is lossless, reproducible and says what it cannot do."""
 
+import numpy as np
 import pytest
 
+from vqmoe_megatron.data import sentencepiece_tokenizer
 from vqmoe_megatron.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
 
@@ -21,10 +23,14 @@ def test_training_twice_gives_the_same_model_and_says_how(library_file):
     assert "--vocab_size=600" in first.command and "--model_type=bpe" in first.command
 
 
-def test_text_without_newlines_is_learned_too(library_file):
-    text = library_file.read_bytes().replace(b"\n", b" ")
+def test_breaking_long_lines_changes_no_token(library_file, monkeypatch):
+    text = library_file.read_bytes().replace(b"\n", b" ")  # one line with runs of spaces
     tokenizer = train(text, 600)
-    assert len(tokenizer.encode(text)) < len(text) / 2
+    monkeypatch.setattr(sentencepiece_tokenizer, "MAX_SENTENCE_BYTES", 10**9)
+    whole = tokenizer.encode(text)
+    assert tokenizer.decode(whole) == text and len(whole) < len(text) / 2
+    monkeypatch.setattr(sentencepiece_tokenizer, "MAX_SENTENCE_BYTES", 50)
+    np.testing.assert_array_equal(tokenizer.encode(text), whole)
 
 
 @pytest.mark.parametrize("vocab_size", [10, 100_000])

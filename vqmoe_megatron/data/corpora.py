@@ -54,7 +54,7 @@ KNOWN_TEXTS = {
         valid_bytes=5_000_000,
         test_bytes=5_000_000,
     ),
-    # MD5 from the same author's page; tensorsets/text8.py and others verify against it.
+    # MD5 of the unpacked file, as public loaders quote it (tensorsets' text8.py, for one).
     "text8": KnownText(
         name="text8",
         url="http://mattmahoney.net/dc/text8.zip",
@@ -152,7 +152,7 @@ def known_text_source(known: KnownText, path: Path, keep_characters: bool) -> So
 
 
 def _text_source(inputs: list[Path], keep_characters: bool) -> Source:
-    described = []
+    described: list[dict[str, Any]] = []
     for path in inputs:
         num_bytes = text_size(path)
         if num_bytes == 0:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-CHUNK_BYTES = 4 * 2**20
+# With chunks of MiBs the arrays made from them fragment the C heap, and memory grows with the text.
+CHUNK_BYTES = 64 * 2**10
 MAX_UNCUT_BYTES = 16 * 2**20  # text without a place to cut is refused beyond this
 
 

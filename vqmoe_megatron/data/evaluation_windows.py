@@ -119,10 +119,9 @@ class EvaluationWindows:
             found = tokens[first : first + self.seq_length + 1]
             text[row, : found.size] = found
             loss_mask[row, start:stop] = 1.0
-        text = torch.from_numpy(text)
         return {
-            "tokens": text[:, :-1].contiguous(),
-            "labels": text[:, 1:].contiguous(),
+            "tokens": torch.from_numpy(text[:, :-1].copy()),
+            "labels": torch.from_numpy(text[:, 1:].copy()),
             "loss_mask": torch.from_numpy(loss_mask),
             "position_ids": torch.arange(shape[1]).repeat(shape[0], 1),
         }

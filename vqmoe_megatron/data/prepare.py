@@ -2,7 +2,7 @@
 
 1. Check the request, take the directory's lock, look at a corpus that is already there.
 2. Find, verify and split the text (corpora.py).
-3. Build the tokenizer from the train split, in one or more passes of pieces of about 4 MiB.
+3. Build the tokenizer from the train split, in one or more passes of pieces of about 64 KiB.
 4. Per split: encode piece by piece into ``SPLIT.bin``, then write ``SPLIT.idx``.
 5. Write ``corpus.json``, last and atomically: a killed run leaves no loadable corpus.
 """

@@ -6,7 +6,14 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TransferSpeedColumn,
+)
 
 PLAIN_INTERVAL_S = 10.0
 
@@ -24,7 +31,7 @@ class PrepareProgress:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = None
+        self._task: TaskID | None = None
         self._stage = ""
         self._total_bytes = 0
         self._done_bytes = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import sentencepiece
 from vqmoe_megatron.data.indexed_writer import token_dtype
 
 DEFAULT_VOCAB_SIZE = 8192
-MAX_SENTENCE_BYTES = 4192  # sentencepiece's default max_sentence_length; longer ones are skipped
-# BPE: its result does not depend on the number of threads. 500,000 sentences bound the memory.
+MAX_SENTENCE_BYTES = 1024  # longer lines are broken before spaces
+# BPE: its result does not depend on the number of threads. Sentences times their size bound the
+# memory of training.
 TRAINING_OPTIONS: dict[str, Any] = {
     "model_type": "bpe",
     "normalization_rule_name": "identity",
@@ -29,7 +31,7 @@ TRAINING_OPTIONS: dict[str, Any] = {
     "byte_fallback": True,
     "character_coverage": 0.9995,
     "max_sentence_length": MAX_SENTENCE_BYTES,
-    "input_sentence_size": 500_000,
+    "input_sentence_size": 200_000,
     "shuffle_input_sentence": True,
     "unk_id": 0,
     "bos_id": -1,
@@ -130,12 +132,15 @@ class SentencePieceTokenizer:
 
     def encode(self, text: bytes) -> np.ndarray:
         """Return ids [pieces]."""
+        lines = [_sentences(line) for line in text.split(b"\n")]
+        # One call: each starts the library's threads anew.
+        encoded = iter(self._processor.encode(list(chain.from_iterable(lines))))
         ids: list[int] = []
-        for number, line in enumerate(text.split(b"\n")):
+        for number, sentences in enumerate(lines):
             if number:
                 ids.append(self._newline)
-            for sentence_ids in self._processor.encode(_sentences(line)):
-                ids.extend(sentence_ids)
+            for _ in sentences:
+                ids.extend(next(encoded))
         return np.array(ids, dtype=token_dtype(self.vocab_size))
 
     def decode(self, ids: np.ndarray) -> bytes:

@@ -45,6 +45,10 @@ class Tokenizer(Protocol):
     command: str | None
     needs_utf8: bool
 
+    @staticmethod
+    def cut(buffer: bytes) -> int:
+        """Return how many leading bytes can be encoded on their own; 0: read more."""
+
     def encode(self, text: bytes) -> np.ndarray:
         """Return the token ids [T] of ``text`` in the narrowest dtype of the vocabulary."""
 

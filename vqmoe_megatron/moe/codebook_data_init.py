@@ -33,23 +33,32 @@ def initialize_codebook(
         pg_collection: ``tp`` (gathers the sequence shards) and ``tp_dp_cp`` (all replicas of this
             layer; pipeline stages hold other layers, so never the world).
 
+    A microbatch with NaN or Inf, which would break the codebook for good, initialises nothing; the
+    next forward tries again.
+
     Communicates: one all-gather over ``tp``, two broadcasts over ``tp_dp_cp``. All ranks of those
     groups must call it together, as they do in a forward pass.
     """
     tokens = prepared.detach().float().contiguous()
-    sample = [torch.empty_like(tokens) for _ in range(pg_collection.tp.size())]
-    torch.distributed.all_gather(sample, tokens, group=pg_collection.tp)
+    shards = [torch.empty_like(tokens) for _ in range(pg_collection.tp.size())]
+    torch.distributed.all_gather(shards, tokens, group=pg_collection.tp)
     replicas = pg_collection.tp_dp_cp
-    if replicas.rank() == 0:
-        codebook.initialize_from(torch.cat(sample))
-        _assign_map(codebook, code_map, torch.cat(sample))
-    source = torch.distributed.get_global_rank(replicas, 0)
     codes = codebook.codes.data.clone()
+    if replicas.rank() == 0:
+        sample = torch.cat(shards)
+        if bool(torch.isfinite(sample).all()):
+            codebook.initialize_from(sample)
+            _assign_map(codebook, code_map, sample)
+            codes.copy_(codebook.codes.data)
+        else:
+            codes.fill_(float("nan"))  # tells the replicas: not from this microbatch
+    source = torch.distributed.get_global_rank(replicas, 0)
     expert_of_row = code_map.expert_of_row.clone()
     torch.distributed.broadcast(codes, src=source, group=replicas)
     torch.distributed.broadcast(expert_of_row, src=source, group=replicas)
-    codebook.adopt(codes)
-    code_map.assign(expert_of_row)
+    if bool(torch.isfinite(codes).all()):
+        codebook.adopt(codes)
+        code_map.assign(expert_of_row)
 
 
 def _assign_map(codebook: Codebook, code_map: CodeMap, sample: torch.Tensor) -> None:

@@ -48,6 +48,16 @@ class VQRouter(MegatronModule):
                 f"vq.expert_input={vq.expert_input}: VQRouter leaves dispatch to Megatron, which sends "
                 "the tokens; use expert_input=token, or VQMoELayer for code and blend inputs"
             )
+        dispatcher = config.moe_token_dispatcher_type
+        if vq.num_code_slices > 1 and (
+            dispatcher == "flex" or (dispatcher == "alltoall" and config.moe_permute_fusion)
+        ):
+            raise ValueError(
+                f"vq.num_code_slices={vq.num_code_slices} gives tokens different numbers of experts, but "
+                f"the {dispatcher} dispatcher with moe_permute_fusion={config.moe_permute_fusion} carries "
+                "exactly moe_router_topk rows per token; use allgather, alltoall without "
+                "moe_permute_fusion, or VQMoELayer"
+            )
         self.assigner = CodeAssigner(config, vq, pg_collection or get_default_pg_collection(), seed)
 
     def set_layer_number(self, layer_number: int) -> None:

@@ -1,7 +1,9 @@
 """Start N ranks of this program on this machine and watch over them.
 
-The children get torchrun's variables. Stop signals are passed on to all of them; when one rank dies,
-the others get a short grace and are then killed, because they would wait for it in a collective.
+The children get torchrun's variables, and the process id of their starter, whose death they notice.
+Stop signals are passed on to all of them, and kept for those that are still starting; when one rank
+dies, the others get a short grace and are then killed, because they would wait for it in a
+collective.
 """
 
 from __future__ import annotations
@@ -12,11 +14,27 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from types import FrameType
 
 GRACE_SECONDS = 10.0  # for the other ranks to report after one died
 POLL_SECONDS = 0.1
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STARTER_VARIABLE = "VQMOE_STARTER_PID"
+
+
+@dataclass(frozen=True)
+class RanksEnded:
+    """How a group of local ranks ended.
+
+    ``code``: 0 or 75 when all ranks ended so, else that of the first rank that ended otherwise
+    (128 + signal for a killed rank, as a shell reports it). ``failure``: who and how, or None.
+    ``was_killed``: that rank ended by a signal, so it cannot have reported its own end.
+    """
+
+    code: int
+    failure: str | None = None
+    was_killed: bool = False
 
 
 def threads_per_rank(num_ranks: int) -> int:
@@ -24,19 +42,15 @@ def threads_per_rank(num_ranks: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // num_ranks)
 
 
-def run_local_ranks(arguments: list[str], num_ranks: int) -> int:
-    """Run ``python -m vqmoe_megatron.cli ARGUMENTS`` as ``num_ranks`` ranks.
-
-    Returns:
-        0 when all ranks did, else the exit code of the first rank that ended otherwise (128 + signal
-        for a killed rank, as a shell reports it).
-    """
+def run_local_ranks(arguments: list[str], num_ranks: int) -> RanksEnded:
+    """Run ``python -m vqmoe_megatron.cli ARGUMENTS`` as ``num_ranks`` ranks and wait for them."""
     environment = {
         **os.environ,
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
+        STARTER_VARIABLE: str(os.getpid()),
     }
     environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(num_ranks)))
     command = [sys.executable, "-m", "vqmoe_megatron.cli", *arguments]
@@ -47,7 +61,10 @@ def run_local_ranks(arguments: list[str], num_ranks: int) -> int:
             if rank.poll() is None:
                 rank.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    # Blocked, a signal waits: here until all ranks are there to be told, and in a rank, which
+    # inherits the mask, until it can handle one. Otherwise a rank still importing would just die.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         for rank in range(num_ranks):
             variables = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -55,6 +72,7 @@ def run_local_ranks(arguments: list[str], num_ranks: int) -> int:
             ranks.append(
                 subprocess.Popen(command, env={**environment, **variables}, start_new_session=True)
             )
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return _wait(ranks)
     finally:
         for rank in ranks:
@@ -63,32 +81,37 @@ def run_local_ranks(arguments: list[str], num_ranks: int) -> int:
             rank.wait()
         for number, handler in previous.items():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-def _wait(ranks: list[subprocess.Popen]) -> int:
-    failed: int | None = None
+def _wait(ranks: list[subprocess.Popen]) -> RanksEnded:
+    failed: RanksEnded | None = None
     deadline = float("inf")
-    while any(rank.poll() is None for rank in ranks):
-        for number, rank in enumerate(ranks):
-            code = rank.returncode
+    is_running = True
+    while is_running:
+        codes = [rank.poll() for rank in ranks]  # poll all: the first may hang for another's sake
+        is_running = None in codes
+        for number, code in enumerate(codes):
             if failed is None and code not in (None, 0, 75):
-                failed = code if code > 0 else 128 - code
+                failed = _failure(number, code)
                 deadline = time.monotonic() + GRACE_SECONDS
-                cause = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-                print(f"rank {number} ended with {cause}; stopping the others", file=sys.stderr)
+                others = "; stopping the others" if is_running else ""
+                print(f"{failed.failure}{others}", file=sys.stderr, flush=True)
         if time.monotonic() > deadline:
             for rank in ranks:
                 if rank.poll() is None:
                     rank.kill()
             deadline = float("inf")
-        time.sleep(POLL_SECONDS)
-    if failed is not None:
-        return failed
-    codes = [rank.returncode for rank in ranks]
-    bad = [code for code in codes if code not in (0, 75)]
-    if bad:
-        return bad[0] if bad[0] > 0 else 128 - bad[0]
-    return max(codes)
+        if is_running:
+            time.sleep(POLL_SECONDS)
+    return failed or RanksEnded(max(rank.returncode for rank in ranks))
+
+
+def _failure(number: int, code: int) -> RanksEnded:
+    if code < 0:
+        reason = f"rank {number} was killed by {signal.Signals(-code).name}"
+        return RanksEnded(128 - code, reason, was_killed=True)
+    return RanksEnded(code, f"rank {number} ended with exit code {code}")
 
 
 def _free_port() -> int:

@@ -37,7 +37,6 @@ _RANK_0 = "mean over the steps since the last log, rank 0"
 _SAME = "identical on every rank"
 
 # fmt: off
-# fmt: off
 METRIC_TABLE: dict[str, Metric] = {
     "iteration": Metric(
         "optimizer steps attempted so far, this one included", "iterations", _SAME),
@@ -70,7 +69,7 @@ METRIC_TABLE: dict[str, Metric] = {
         "exp of the entropy of code usage; num_codes when usage is uniform", "codes",
         _LAYER_MEAN + "; product codes: mean over slices", ".1f", per_layer=True),
     "vq/dead_codes": Metric(
-        "codes under vq.dead_code_threshold of uniform usage", "codes",
+        "codes that no token of the step chose", "codes",
         _LAYER_SUM, ".0f", per_layer=True),
     "vq/commitment_loss": Metric(
         "mean squared distance pulling tokens to their code, before its coefficient", "1",
@@ -81,7 +80,7 @@ METRIC_TABLE: dict[str, Metric] = {
     "vq/combine_discrete_weight": Metric(
         "weight p_d of the discrete path in the combine", "1", _LAYER_MEAN, per_layer=True),
     "vq/assignment_change_rate": Metric(
-        "share of the same tokens whose code differs from the previous measurement", "1",
+        "share of the previous step's probe tokens whose code one codebook step changed", "1",
         _LAYER_MEAN, per_layer=True),
     "vq/revived_codes": Metric(
         "dead codes re-seeded since the last log", "codes",

@@ -1,0 +1,1 @@
+"""One training run: preflight, model, loop, checkpoints, stop requests."""

@@ -7,28 +7,33 @@ moment leaves the previous checkpoint in place.
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 
-from vqmoe_megatron.config import RunConfig
-from vqmoe_megatron.recipe import load_recipe, save_recipe
+from vqmoe_megatron.data.corpus import CORPUS_FILE
+from vqmoe_megatron.recipe import save_recipe
+from vqmoe_megatron.training.checkpoint_folder import (
+    CONFIG_FILE,
+    CORPUS_COPY,
+    LAYOUT_FILE,
+    TRACKER_FILE,
+    complete_checkpoints,
+)
 from vqmoe_megatron.training.optimizer_state import (
     OPTIMIZER_METADATA,
     prepare_for_loading,
     restore_adam_steps,
 )
+from vqmoe_megatron.training.preflight import CheckedRun
 from vqmoe_megatron.training.random_state import restore_random_states, sharded_random_states
 
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
-CONFIG_FILE = "run_config.yaml"
-FOLDER_PATTERN = re.compile(r"^iter_(\d{7})$")
 FORMAT_VERSION = 1
 
 
@@ -51,55 +56,35 @@ class TrainingState:
     scheduler: Any
 
 
-def find_checkpoint(path: Path) -> Path | None:
-    """Return the ``iter_`` folder meant by a run directory, its checkpoints folder, or the folder.
+def save_checkpoint(run: CheckedRun, state: TrainingState, progress: Progress) -> Path:
+    """Write, publish and rotate to ``checkpoint.keep_last``; return the new folder.
 
-    None when there is no complete checkpoint.
-
-    Raises:
-        ValueError: when the tracker names a folder that is not there.
-    """
-    if FOLDER_PATTERN.match(path.name):
-        return path if (path / "metadata.json").exists() else None
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    tracker = folder / TRACKER_FILE
-    if not tracker.exists():
-        return None
-    text = tracker.read_text().strip()
-    if not text.isdigit():
-        raise ValueError(f"{tracker} holds {text!r} instead of an iteration number")
-    found = folder / f"iter_{int(text):07d}"
-    if not (found / "metadata.json").exists():
-        raise ValueError(
-            f"{tracker} names {found.name}, but that checkpoint is missing or incomplete; write the "
-            f"iteration of a complete one into {tracker.name}: {_complete(folder) or 'none is left'}"
-        )
-    return found
-
-
-def save_checkpoint(
-    checkpoints: Path, config: RunConfig, state: TrainingState, progress: Progress, keep_last: int
-) -> Path:
-    """Write, publish and rotate. Communicates over the world; all ranks call it together.
+    Later checkpoints than this one, left by an attempt that was rolled back, are not touched.
+    Communicates over the world; all ranks call it together.
 
     Raises:
         OSError: on any rank's failed write; nothing is published then.
     """
+    checkpoints = run.run_dir.checkpoints
     folder = checkpoints / f"iter_{progress.iteration:07d}"
     partial = folder.with_name(folder.name + ".incomplete")
     is_first = torch.distributed.get_rank() == 0
     if is_first:
-        shutil.rmtree(partial, ignore_errors=True)
+        for abandoned in checkpoints.glob("iter_*.incomplete"):
+            shutil.rmtree(abandoned)
         partial.mkdir(parents=True)
     torch.distributed.barrier()
     dist_checkpointing.save(_sharded_state(state, progress, is_loading=False), str(partial))
     torch.distributed.barrier()
     if is_first:
-        save_recipe(config, partial / CONFIG_FILE)
+        save_recipe(run.config, partial / CONFIG_FILE)
+        shutil.copyfile(run.corpus.path / CORPUS_FILE, partial / CORPUS_COPY)
+        (partial / LAYOUT_FILE).write_text(json.dumps(asdict(run.layout), indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
         _write_atomically(checkpoints / TRACKER_FILE, f"{progress.iteration}\n")
-        for old in _complete(checkpoints)[:-keep_last]:
+        not_later = [name for name in complete_checkpoints(checkpoints) if name <= folder.name]
+        for old in not_later[: -run.config.checkpoint.keep_last]:
             shutil.rmtree(checkpoints / old)
     torch.distributed.barrier()
     return folder
@@ -132,32 +117,6 @@ def load_checkpoint(folder: Path, state: TrainingState) -> Progress:
     return Progress(**loaded["progress"])
 
 
-def check_resumable(folder: Path, config: RunConfig) -> None:
-    """Raise ``ValueError`` when the checkpoint belongs to another model or layout."""
-    stored = load_recipe(folder / CONFIG_FILE, [])
-    differences = []
-    for section in ("model", "vq", "parallel"):
-        ours, theirs = vars(getattr(config, section)), vars(getattr(stored, section))
-        differences += [
-            f"{section}.{name}: checkpoint {theirs[name]!r}, recipe {value!r}"
-            for name, value in ours.items()
-            if value != theirs[name] and not name.startswith("recompute_")
-        ]
-    if (ours := config.optimizer.use_distributed_optimizer) != (
-        theirs := stored.optimizer.use_distributed_optimizer
-    ):
-        differences.append(
-            f"optimizer.use_distributed_optimizer: checkpoint {theirs}, recipe {ours}"
-        )
-    if differences:
-        raise ValueError(
-            f"{folder} cannot be resumed with this recipe:\n  "
-            + "\n  ".join(differences)
-            + "\nthis release resumes the same model at the same layout; set these back, or start "
-            "in another train.output_dir"
-        )
-
-
 def _sharded_state(state: TrainingState, progress: Progress, is_loading: bool) -> dict[str, Any]:
     models = {
         f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(state.model)
@@ -179,14 +138,6 @@ def _sharded_state(state: TrainingState, progress: Progress, is_loading: bool) -
         "num_updates": progress.iteration - progress.skipped_iterations,
         "format_version": FORMAT_VERSION,
     }
-
-
-def _complete(folder: Path) -> list[str]:
-    return sorted(
-        entry.name
-        for entry in folder.iterdir()
-        if FOLDER_PATTERN.match(entry.name) and (entry / "metadata.json").exists()
-    )
 
 
 def _write_atomically(path: Path, text: str) -> None:

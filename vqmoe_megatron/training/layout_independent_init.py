@@ -1,9 +1,9 @@
 """Draw every parameter from (seed, global name, global position), so all layouts start identical.
 
 Megatron draws experts per expert-parallel rank and dense layers per tensor-parallel rank from one
-stream per stage, so its initial weights depend on the layout. Here each parameter's global tensor is
-cut into matrices (its last two axes); every matrix has its own generator, and a rank draws only the
-matrices it holds a part of.
+stream per stage, so its initial weights depend on the layout. Here each parameter's global tensor
+is cut into matrices (its last two axes, or the one of a vector); every matrix has its own
+generator, and a rank draws only the matrices it holds a part of.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 # Weights that Megatron initialises with its output_layer_init_method.
 OUTPUT_WEIGHTS = ("linear_proj.weight", "linear_fc2.weight")
+# Megatron draws this vector too, from the stream of its stage.
+DRAWN_VECTORS = ("router.bias",)
 # The codebook draws from (seed, layer number) by itself and is then initialised from data.
 OWN_INITIALISATION = (".codebook.",)
 
 
 def redraw_parameters(model: torch.nn.Module, seed: int) -> None:
-    """Redraw the matrices of ``model`` in place; vectors (norms, biases) keep their constants.
+    """Redraw the matrices of ``model`` and the router biases in place.
+
+    Other vectors (norms, biases) keep their constants.
 
     Args:
         model: a Megatron module with ``config`` and ``sharded_state_dict``.
@@ -35,7 +39,8 @@ def redraw_parameters(model: torch.nn.Module, seed: int) -> None:
     for part in _sharded_tensors(model.sharded_state_dict()):
         # Stacked biases of grouped experts have two axes, but each expert's share is a vector.
         is_matrix = part.data is not None and part.data.dim() >= 2 and part.key.endswith("weight")
-        if not is_matrix or any(name in part.key for name in OWN_INITIALISATION):
+        is_drawn = is_matrix or part.key.endswith(DRAWN_VECTORS)
+        if not is_drawn or any(name in part.key for name in OWN_INITIALISATION):
             continue
         if part.data.untyped_storage().data_ptr() in storages:
             is_output = part.key.endswith(OUTPUT_WEIGHTS)
@@ -64,22 +69,24 @@ def _sharded_tensors(state: Any) -> list[ShardedTensor]:
 
 @torch.no_grad()
 def _redraw(part: ShardedTensor, draw: Any, seed: int) -> None:
-    rows, columns = part.global_shape[-2:]
-    first_row, first_column = part.global_offset[-2:]
+    """Fill each matrix (or the vector) of ``part`` with this rank's cut of the global draw."""
     local = part.data
-    stack_shape = local.shape[:-2]
-    prepended = part.global_offset[: len(part.global_offset) - local.dim()]
-    stack_offset = part.global_offset[len(prepended) : -2]
-    for index in product(*(range(size) for size in stack_shape)):
+    num_drawn = min(2, local.dim())  # axes of one draw: a matrix, or a vector
+    shape, first = part.global_shape[-num_drawn:], part.global_offset[-num_drawn:]
+    cut = tuple(
+        slice(start, start + size)
+        for start, size in zip(first, local.shape[-num_drawn:], strict=True)
+    )
+    num_prepended = len(part.global_offset) - local.dim()
+    prepended = part.global_offset[:num_prepended]
+    stack_offset = part.global_offset[num_prepended:-num_drawn]
+    for index in product(*(range(size) for size in local.shape[:-num_drawn])):
         place = (*prepended, *(o + i for o, i in zip(stack_offset, index, strict=True)))
-        matrix = torch.empty(rows, columns, dtype=torch.float32)
+        drawn = torch.empty(shape, dtype=torch.float32)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed_of(seed, part.key, place))
-            draw(matrix)
-        height, width = local.shape[-2:]
-        local[index].copy_(
-            matrix[first_row : first_row + height, first_column : first_column + width]
-        )
+            draw(drawn)
+        local[index].copy_(drawn[cut])
 
 
 def _seed_of(seed: int, key: str, place: tuple[int, ...]) -> int:

@@ -79,6 +79,10 @@ def build_transformer_config(config: RunConfig, layout: ParallelLayout) -> Trans
         moe_token_dispatcher_type="alltoall",
         attention_softmax_in_fp32=True,
         variable_seq_lengths=False,
+        # Batched, the two directions between the same two ranks get mixed up in the interleaved
+        # schedule at PP = 2: each rank is both the previous and the next stage of the other.
+        overlap_p2p_comm=layout.virtual_pipeline_model_parallel_size is not None,
+        batch_p2p_comm=layout.virtual_pipeline_model_parallel_size is None,
         # The fused kernels below come with CUDA extensions only.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=has_cuda,

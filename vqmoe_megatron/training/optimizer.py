@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -35,6 +36,7 @@ def build_optimizer(
         overlap_param_gather=section.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(settings, model)
+    _count_experts_in_the_gradient_norm(optimizer)
     batch = config.train.global_batch_size
     decay_iters = section.lr_decay_iters or config.train.train_iters
     scheduler = OptimizerParamScheduler(
@@ -51,3 +53,16 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return optimizer, scheduler
+
+
+def _count_experts_in_the_gradient_norm(optimizer: Any) -> None:
+    """Let every rank count the expert gradients it holds, whatever its tensor-parallel rank.
+
+    Megatron leaves out parameters that repeat over TP ranks on all but the first, and judges
+    experts by the dense TP group as well. Experts repeat over the expert TP group only: ranks would
+    leave out their own experts, clip by another norm than their replicas and drift apart. No
+    communication.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if any(group.get("is_expert_parallel") for group in part.param_groups):
+            part.tp_group = parallel_state.get_expert_tensor_parallel_group()

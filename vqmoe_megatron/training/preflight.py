@@ -10,6 +10,11 @@ from pathlib import Path
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.data.corpus import Corpus, check_tokenizer, load_corpus
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
+from vqmoe_megatron.training.checkpoint_folder import (
+    check_resumable,
+    find_checkpoint,
+    stored_tokenizer,
+)
 from vqmoe_megatron.training.run_directory import RunDirectory
 
 MINIMUM_FREE_BYTES = 64 * 1024**2  # less than this and not even logs and a small checkpoint fit
@@ -17,16 +22,17 @@ MINIMUM_FREE_BYTES = 64 * 1024**2  # less than this and not even logs and a smal
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """A run that may start: the vocabulary filled in, the layout and corpus verified."""
+    """A run that may start: the vocabulary filled in, layout, corpus and checkpoint verified."""
 
     config: RunConfig
     layout: ParallelLayout
     corpus: Corpus
     run_dir: RunDirectory
+    resume_from: Path | None  # the checkpoint folder to load; None starts from scratch
 
 
 def check_run(config: RunConfig, world_size: int, device: str) -> CheckedRun:
-    """Check layout, corpus, tokenizer, output directory and free space.
+    """Check layout, corpus, tokenizer, output directory, free space and checkpoint.
 
     No communication; imports neither torch.distributed nor Megatron.
 
@@ -50,6 +56,21 @@ def check_run(config: RunConfig, world_size: int, device: str) -> CheckedRun:
             f"train.output_dir={run_dir.path} has {free_bytes / 1024**2:.0f} MiB free, less than "
             f"{MINIMUM_FREE_BYTES / 1024**2:.0f} MiB; free some or choose another directory"
         )
-    if config.checkpoint.load is not None and not Path(config.checkpoint.load).exists():
-        raise ValueError(f"checkpoint.load={config.checkpoint.load} does not exist")
-    return CheckedRun(config, layout, corpus, run_dir)
+    resume_from = _checkpoint_to_load(config, run_dir)
+    if resume_from is not None:
+        check_tokenizer(corpus, config.model.vocab_size, stored_tokenizer(resume_from))
+        check_resumable(resume_from, config, layout)
+    return CheckedRun(config, layout, corpus, run_dir, resume_from)
+
+
+def _checkpoint_to_load(config: RunConfig, run_dir: RunDirectory) -> Path | None:
+    """The run directory's own newest checkpoint, else that of ``checkpoint.load``, else None."""
+    wanted = config.checkpoint.load
+    if wanted is not None and not Path(wanted).exists():
+        raise ValueError(f"checkpoint.load={wanted} does not exist")
+    found = find_checkpoint(run_dir.path)
+    if found is None and wanted is not None:
+        found = find_checkpoint(Path(wanted))
+        if found is None:
+            raise ValueError(f"checkpoint.load={wanted} holds no complete checkpoint")
+    return found

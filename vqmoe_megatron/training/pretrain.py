@@ -24,7 +24,9 @@ from vqmoe_megatron.training.trainer import Trainer
 EXIT_DONE, EXIT_CRASH, EXIT_USAGE, EXIT_REQUEUE = 0, 1, 2, 75
 
 
-def pretrain(run: CheckedRun, variables: RankVariables, device: str) -> int:
+def pretrain(
+    run: CheckedRun, variables: RankVariables, device: str, stop_requests: StopRequests
+) -> int:
     """Train this rank's part of ``run``.
 
     Returns:
@@ -33,9 +35,10 @@ def pretrain(run: CheckedRun, variables: RankVariables, device: str) -> int:
     A failure does not return: it is reported, recorded in ``status.json`` and ends the process with
     code 1 (2 for a refused configuration), because leaving the process groups could hang.
     """
-    stop_requests = StopRequests()
     report: RunReport = SilentReport()
     try:
+        if variables.rank == 0:
+            _mark_started(run)
         join_world(variables, device)
         build_process_groups(run.layout)
         trainer = Trainer(run, stop_requests)
@@ -52,6 +55,13 @@ def pretrain(run: CheckedRun, variables: RankVariables, device: str) -> int:
     except Exception as error:
         _fail(run, variables, report, error)
     return EXIT_DONE if outcome.state == "completed" else EXIT_REQUEUE
+
+
+def _mark_started(run: CheckedRun) -> None:
+    """Replace the status of an earlier attempt, so that what it says is about this one."""
+    known = read_status(run.run_dir.path)
+    iteration, run_id = (known.iteration, known.mlflow_run_id) if known else (0, None)
+    write_status(run.run_dir.path, "running", iteration, "starting", run_id)
 
 
 def _open_report(run: CheckedRun, trainer: Trainer) -> RunReport:
@@ -76,19 +86,11 @@ def _fail(
         print(f"error: {error}", file=sys.stderr)
     else:
         traceback.print_exc()
-    reason = f"rank {variables.rank}: {type(error).__name__}: {str(error).splitlines()[0:1]}"
-    previous = read_status(run.run_dir.path)
-    iteration = previous.iteration if previous else 0
-    if variables.rank == 0 and not isinstance(report, SilentReport):
-        report.finish("failed", iteration, reason)
-    else:
-        write_status(
-            run.run_dir.path,
-            "failed",
-            iteration,
-            reason,
-            previous.mlflow_run_id if previous else None,
-        )
+    first_line = next(iter(str(error).splitlines()), "")
+    run.run_dir.record_failure(f"rank {variables.rank}: {type(error).__name__}: {first_line}")
+    if not isinstance(report, SilentReport):
+        known = read_status(run.run_dir.path)
+        report.finish("failed", known.iteration, known.reason)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(EXIT_USAGE if is_refusal else EXIT_CRASH)

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from vqmoe_megatron.tracking.run_status import read_status, write_status
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -44,3 +46,18 @@ class RunDirectory:
                 f"train.output_dir={self.path} cannot be written: {error.strerror}; choose another "
                 "with train.output_dir=DIR"
             ) from error
+
+    def record_failure(self, reason: str, is_first_cause: bool = False) -> None:
+        """Set the status to failed, at the iteration it has.
+
+        When one rank fails the others fail for want of it. So a failure that is already recorded
+        keeps its reason, unless ``is_first_cause``. For any process.
+
+        Raises:
+            OSError: when the directory cannot be written.
+        """
+        known = read_status(self.path)
+        if known is not None and known.state == "failed" and not is_first_cause:
+            return
+        iteration, run_id = (known.iteration, known.mlflow_run_id) if known else (0, None)
+        write_status(self.path, "failed", iteration, reason, run_id)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vqmoe_megatron.analysis.plots import draw_run_plots
 from vqmoe_megatron.recipe import flatten_config, save_recipe
-from vqmoe_megatron.tracking.console import NoConsole, RunConsole
+from vqmoe_megatron.tracking.console import RunConsole
 from vqmoe_megatron.tracking.metrics_log import MetricsLog
 from vqmoe_megatron.tracking.mlflow_tracker import MlflowTracker, NoTracker
 from vqmoe_megatron.tracking.run_status import write_status

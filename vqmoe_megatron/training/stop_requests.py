@@ -6,31 +6,42 @@ ranks act on the same step boundary.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
+from vqmoe_megatron.runtime.local_ranks import STARTER_VARIABLE, STOP_SIGNALS
+
 STOP_FILE = "STOP"
 
-NO_REQUEST, TIME_LIMIT, STOP_FILE_FOUND, SIGNAL = range(4)
+NO_REQUEST, TIME_LIMIT, STOP_FILE_FOUND, STARTER_GONE, SIGNAL = range(5)
 REASONS = {
     TIME_LIMIT: "train.exit_duration_in_mins is over",
     STOP_FILE_FOUND: f"found the file {STOP_FILE} in the run directory",
+    STARTER_GONE: "the process that started the ranks is gone",
     SIGNAL: "received a stop signal",
 }
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequests:
-    """Collects this rank's reasons to stop. Create it first: signals may come during start-up."""
+    """Collects this rank's reasons to stop. Create it first: signals may come during start-up.
 
-    def __init__(self) -> None:
+    Ranks that :mod:`vqmoe_megatron.runtime.local_ranks` started come with the stop signals blocked,
+    which keeps one sent before this moment pending; it is received here.
+    """
+
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
         self._signal_received = False
+        starter = environ.get(STARTER_VARIABLE)
+        self._starter_pid = int(starter) if starter else None
         self._deadline: float | None = None
         self._stop_file: Path | None = None
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal_received = True
@@ -45,6 +56,8 @@ class StopRequests:
         """Return this rank's most urgent request."""
         if self._signal_received:
             return SIGNAL
+        if self._starter_pid is not None and os.getppid() != self._starter_pid:
+            return STARTER_GONE
         if self._stop_file is not None and self._stop_file.exists():
             return STOP_FILE_FOUND
         if self._deadline is not None and time.monotonic() >= self._deadline:

@@ -15,12 +15,11 @@ import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from vqmoe_megatron.moe.codebook_sync import CodebookSync
+from vqmoe_megatron.runtime.host_memory import release_free_memory
 from vqmoe_megatron.training.batches import TimedIterator, evaluation_windows, training_iterators
 from vqmoe_megatron.training.checkpoint import (
     Progress,
     TrainingState,
-    check_resumable,
-    find_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
@@ -92,20 +91,12 @@ class Trainer:
         return sum(p.numel() for chunk in self.model for p in chunk.parameters())
 
     def resume(self) -> Path | None:
-        """Load ``checkpoint.load``, else the newest checkpoint of the run directory, else nothing.
+        """Load the checkpoint that the preflight chose, if any, and return its folder.
 
-        Raises:
-            ValueError: when the checkpoint is of another model or layout, or ``checkpoint.load``
-                holds none.
+        Communicates over the world.
         """
-        wanted = self.config.checkpoint.load
-        folder = find_checkpoint(self.run.run_dir.path)
-        if folder is None and wanted is not None:
-            folder = find_checkpoint(Path(wanted))
-            if folder is None:
-                raise ValueError(f"checkpoint.load={wanted} holds no complete checkpoint")
+        folder = self.run.resume_from
         if folder is not None:
-            check_resumable(folder, self.config)
             self.progress = load_checkpoint(folder, self.state)
         return folder
 
@@ -154,18 +145,14 @@ class Trainer:
                 self._log(report, record, validation)
                 self._restart_window()
             if self._should_save(outcome):
-                folder = save_checkpoint(
-                    self.run.run_dir.checkpoints,
-                    self.config,
-                    self.state,
-                    self.progress,
-                    self.config.checkpoint.keep_last,
-                )
+                saving = time.perf_counter()
+                folder = save_checkpoint(self.run, self.state, self.progress)
                 report.saved(folder)
+                self._started += time.perf_counter() - saving  # a save is not part of a step
         return outcome
 
     def _initialize_codebooks(self) -> None:
-        """One forward pass over the first microbatch: each layer sets its codebook as it is reached.
+        """One forward pass over the first microbatch; each layer sets its codebook when reached.
 
         Dropout is off and data is read by an iterator of its own, so training starts untouched.
         """
@@ -249,6 +236,8 @@ class Trainer:
         report.log({**record, **validation})
 
     def _restart_window(self) -> None:
+        if not torch.cuda.is_available():
+            release_free_memory()
         self.window = LayerWindow()
         self._started = time.perf_counter()
         self._core_seconds, self._steps_in_window = 0.0, 0

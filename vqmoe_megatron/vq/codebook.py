@@ -135,7 +135,8 @@ class Codebook(torch.nn.Module):
                 first microbatch of the step only. None: this rank offers none.
         """
         tokens = prepared.detach().to(self.step_count.dtype).view(-1, self.num_slices, self.width)
-        ones = torch.ones(ids.shape[0], dtype=self.step_count.dtype, device=ids.device)
+        # One per token, but NaN for a token with a NaN or Inf: apply_step then sees a broken step.
+        ones = 1.0 + 0.0 * tokens.sum(dim=(1, 2))
         for c in range(self.num_slices):
             self.step_count[c].index_add_(0, ids[:, c], ones)
             if self.keeps_sums:
@@ -159,8 +160,8 @@ class Codebook(torch.nn.Module):
 
         Returns:
             fp32 scalars: ``code_perplexity`` (mean over slices, 1..K), ``dead_codes`` and
-            ``revived_codes`` (counts over slices), ``assignment_change_rate`` (share of last step's
-            probe tokens whose code the last step's updates changed).
+            ``revived_codes`` (counts over slices), ``assignment_change_rate`` (share of the previous
+            step's probe tokens that have another code since the codebook moved).
         """
         finite = self._finite(statistics)
         old = CodebookState(self.codes.data, self.usage, getattr(self, "ema_sum", None))
@@ -170,15 +171,15 @@ class Codebook(torch.nn.Module):
             "assignment_change_rate": self._assignment_change_rate(),
             "revived_codes": torch.zeros((), device=self.codes.device),
         }
+        if statistics.candidates is not None:  # with the codes that this step's tokens met
+            self.probes = statistics.candidates[:NUM_PROBES].clone()
+            self.probe_ids = self.search(self.probes.flatten(1))
         if not self.vq.freeze_codebook:
             new, metrics["revived_codes"] = self._moved(old, statistics)
             self.codes.data.copy_(torch.where(finite, new.codes, old.codes))
             self.usage.copy_(torch.where(finite, new.usage, old.usage))
             if new.ema_sum is not None and old.ema_sum is not None:
                 self.ema_sum.copy_(torch.where(finite, new.ema_sum, old.ema_sum))
-        if statistics.candidates is not None:
-            self.probes = statistics.candidates[:NUM_PROBES].clone()
-            self.probe_ids = self.search(self.probes.flatten(1))
         self.num_steps += 1
         self.clear_step()
         return metrics

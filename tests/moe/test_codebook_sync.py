@@ -1,0 +1,278 @@
+"""Codebooks over ranks and steps: the same as on one rank, and bit-equal on all replicas.
+
+A step has four microbatches of [S = 6, B = 2]. They are dealt to the data-parallel ranks in turn, as
+Megatron's loader does, and under TP = 2 every rank holds half of the sequence. So every layout sees
+the same tokens, and the first microbatch of the first data-parallel rank is always microbatch 0.
+
+    1 rank    microbatches 0 1 2 3
+    4 ranks   0 | 1 | 2 | 3                          (DP 4, or DP 4 with EP 2)
+    TP2 DP2   0 2 on ranks 0 1 | 1 3 on ranks 2 3    (sequence halves)
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_layer import HIDDEN, NUM_EXPERTS, build_layer, draw_parameters
+
+from vqmoe_megatron.config import VQConfig
+
+pytestmark = pytest.mark.distributed
+
+NUM_MICROBATCHES, SEQUENCE, BATCH = 4, 6, 2
+NUM_STEPS = 4
+LAYOUTS = {
+    "dp4": {},
+    "dp2ep2": {"expert_model_parallel_size": 2},
+    "tp2ep2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+}
+BASE = {"num_codes": 12, "ema_decay": 0.8, "dead_code_threshold": 0.3}
+
+
+def microbatches(num_steps: int) -> torch.Tensor:
+    """fp32 [steps, microbatches, S, B, H], with a drift that keeps codes dying."""
+    generator = torch.Generator().manual_seed(21)
+    shape = (num_steps, NUM_MICROBATCHES, SEQUENCE, BATCH, HIDDEN)
+    drift = torch.arange(num_steps).view(-1, 1, 1, 1, 1)
+    return torch.randn(shape, generator=generator) + 0.5 * drift
+
+
+def own_microbatches(step: torch.Tensor) -> list[torch.Tensor]:
+    """In a rank: its microbatches [S / TP, B, H] out of a step's [M, S, B, H]."""
+    from megatron.core import parallel_state
+
+    size = parallel_state.get_data_parallel_world_size()
+    own = step[parallel_state.get_data_parallel_rank() :: size]
+    tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+    return [m.chunk(tensor_size)[tensor_rank].contiguous() for m in own]
+
+
+def codebook_state(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    assigner = layer.assigner
+    state = {f"codebook.{n}": v.clone() for n, v in assigner.codebook.state_dict().items()}
+    return state | {"expert_of_row": assigner.code_map.expert_of_row.clone()}
+
+
+def train_codebooks(settings: dict, num_steps: int) -> dict:
+    """In a rank: forward, backward and synchronise for some steps; no optimizer."""
+    from vqmoe_megatron.moe import synchronize_codebooks
+
+    vq = VQConfig(**{**BASE, **settings})
+    parameters = {n: p.float() for n, p in draw_parameters(vq).items()}
+    layer = build_layer(vq, parameters)
+    history = []
+    for step in microbatches(num_steps):
+        for x in own_microbatches(step):
+            output, _ = layer(x)
+            output.sum().backward()
+        (statistics,) = synchronize_codebooks([layer])
+        history.append(
+            {
+                "usage": statistics.code_usage,
+                "load": statistics.expert_load,
+                "scalars": statistics.scalars,
+            }
+        )
+    return {"state": codebook_state(layer), "history": history}
+
+
+def check_layouts(ranks, settings: dict, layout: str) -> list[dict]:  # noqa: ANN001
+    (alone,) = ranks(1).run(train_codebooks, settings, NUM_STEPS)
+    together = ranks(4).run(train_codebooks, settings, NUM_STEPS, layout=LAYOUTS[layout])
+    for rank in together[1:]:
+        for name, value in rank["state"].items():
+            assert torch.equal(value, together[0]["state"][name]), f"replicas differ in {name}"
+    for name, value in together[0]["state"].items():
+        expected = alone["state"][name].double()
+        assert float((value.double() - expected).abs().max()) < 1e-5, name
+    for found, expected in zip(together[0]["history"], alone["history"], strict=True):
+        assert torch.equal(found["usage"], expected["usage"])  # counts are exact
+        assert torch.equal(found["load"], expected["load"])
+        for name, value in expected["scalars"].items():
+            torch.testing.assert_close(found["scalars"][name], value, rtol=1e-5, atol=1e-6)
+    return alone["history"]
+
+
+@pytest.mark.parametrize("update", ["ema", "reanchor", "gradient"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_and_codebooks_do_not_depend_on_the_layout(
+    ranks,
+    layout: str,
+    update: str,  # noqa: ANN001
+) -> None:
+    history = check_layouts(ranks, {"codebook_update": update}, layout)
+    num_tokens = NUM_MICROBATCHES * SEQUENCE * BATCH
+    for step in history:
+        assert float(step["usage"].sum()) == num_tokens
+        assert float(step["load"].sum()) == 2 * num_tokens  # top-1 and one code
+    if update != "reanchor":
+        assert sum(float(s["scalars"]["revived_codes"]) for s in history) > 0
+
+
+@pytest.mark.parametrize("init", ["data", "kmeans"])
+@pytest.mark.parametrize("code_map", ["mod", "balanced", "clustered"])
+def test_data_init_does_not_depend_on_the_layout(ranks, init: str, code_map: str) -> None:  # noqa: ANN001
+    settings = {"init": init, "code_map": code_map}
+    check_layouts(ranks, settings, "tp2ep2")
+    check_layouts(ranks, settings, "dp2ep2")
+
+
+def test_product_codes_synchronise_too(ranks) -> None:  # noqa: ANN001
+    settings = {"quantizer": "product", "num_code_slices": 2, "num_codes": 8}
+    check_layouts(ranks, settings, "tp2ep2")
+
+
+def first_codes(settings: dict) -> dict:
+    """In a rank: the codes that the first microbatch gives, and that microbatch."""
+    layer = build_layer(VQConfig(**{**BASE, **settings}))
+    own = own_microbatches(microbatches(1)[0])
+    for x in own:
+        layer(x)
+    return {"codes": layer.assigner.codebook.codes.detach()}
+
+
+def test_data_codes_are_tokens_of_the_first_global_microbatch(ranks) -> None:  # noqa: ANN001
+    tokens = {tuple(t) for t in microbatches(1)[0, 0].view(-1, HIDDEN).tolist()}
+    for found in ranks(4).run(first_codes, {"init": "data"}, layout=LAYOUTS["tp2ep2"]):
+        assert {tuple(code) for code in found["codes"][0].tolist()} == tokens  # K = S * B
+
+
+def broken_batches(settings: dict, which: str) -> dict:
+    """In a rank: a step (or the very first microbatch) with a NaN on one rank only."""
+    from vqmoe_megatron.moe import synchronize_codebooks
+
+    layer = build_layer(VQConfig(**{**BASE, **settings}))
+    steps = microbatches(3)
+    steps[1 if which == "second step" else 0, 0, 0, 0, 0] = float("nan")
+    states, ready = [], []
+    for step in steps:
+        for x in own_microbatches(step):
+            output, _ = layer(x)
+            ready.append(not layer.assigner.codebook.needs_data_init)
+            output.sum().backward()
+        synchronize_codebooks([layer])
+        states.append(codebook_state(layer))
+    return {"states": states, "ready": ready}
+
+
+@pytest.mark.parametrize("update", ["ema", "reanchor", "gradient"])
+def test_a_broken_step_on_one_rank_changes_no_codebook(ranks, update: str) -> None:  # noqa: ANN001
+    for found in ranks(4).run(broken_batches, {"codebook_update": update}, "second step"):
+        first, second, third = found["states"]
+        for name in ("codebook.codes", "codebook.usage", "expert_of_row"):
+            assert torch.equal(first[name], second[name]), name
+        assert not torch.equal(second["codebook.usage"], third["codebook.usage"])
+        assert all(torch.isfinite(third[name]).all() for name in third)
+
+
+def test_a_broken_first_microbatch_initialises_nothing(ranks) -> None:  # noqa: ANN001
+    for found in ranks(4).run(broken_batches, {"code_map": "clustered"}, "first microbatch"):
+        assert found["ready"] == [False, True, True]
+        assert torch.isfinite(found["states"][2]["codebook.codes"]).all()
+
+
+def count_statistics(recompute: str, mode: str) -> dict:
+    """In a rank: what one forward (and backward) leaves in the step's accumulators."""
+    from megatron.core import tensor_parallel
+
+    changes = {}
+    if recompute == "moe":
+        changes = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    layer = build_layer(VQConfig(**BASE), **changes)
+    layer.train(mode != "eval")
+    x = microbatches(1)[0, 0].requires_grad_()
+    layer.assigner.codebook.initialize_from(x.detach().view(-1, HIDDEN))
+    with torch.set_grad_enabled(mode != "no_grad"):
+        if recompute == "whole layer":
+            output = tensor_parallel.checkpoint(lambda h: layer(h)[0], False, x)
+        else:
+            output, _ = layer(x)
+        if mode in ("train", "eval"):
+            output.sum().backward()
+    codebook = layer.assigner.codebook
+    return {
+        "tokens": codebook.step_count.sum(),
+        "total": codebook.step_total.sum(dim=1),
+        "load": layer.step_expert_load.sum(),
+        "gate": layer.step_gate[1],
+        "microbatches": layer.assigner.step_losses[2],
+        "candidates": codebook.step_candidates is not None,
+        "x": x.detach(),
+    }
+
+
+@pytest.mark.parametrize("recompute", ["none", "moe", "whole layer"])
+@pytest.mark.parametrize("mode", ["train", "eval", "no_grad", "no backward"])
+def test_statistics_are_recorded_once_per_trained_microbatch(
+    ranks, recompute: str, mode: str
+) -> None:  # noqa: ANN001
+    (found,) = ranks(1).run(count_statistics, recompute, mode)
+    trained = float(mode == "train")
+    assert float(found["tokens"]) == trained * SEQUENCE * BATCH
+    assert float(found["load"]) == trained * 2 * SEQUENCE * BATCH
+    assert float(found["gate"]) == trained * SEQUENCE * BATCH
+    assert float(found["microbatches"]) == trained
+    assert found["candidates"] is (mode == "train")
+    expected = trained * found["x"].view(-1, HIDDEN).sum(dim=0)
+    torch.testing.assert_close(found["total"][0], expected)
+
+
+def finalized_gradients(settings: dict) -> dict:
+    """In a rank: gradients after Megatron's DDP and CodebookSync, as an optimizer would see them."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+    )
+
+    from vqmoe_megatron.moe import CodebookSync
+
+    vq = VQConfig(**{**BASE, **settings})
+    parameters = {n: p.float() for n, p in draw_parameters(vq).items()}
+    layer = build_layer(vq, parameters)
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    model = DistributedDataParallel(layer.config, ddp_config, layer)
+    model.zero_grad_buffer()
+    own = own_microbatches(microbatches(1)[0])
+    for x in own:
+        output, _ = model(x)
+        # Megatron divides by microbatches; so must the VQ loss, which rides on the same scale.
+        output.square().sum().backward()
+    CodebookSync()([model])
+    size = parallel_state.get_expert_model_parallel_world_size()
+    rank = parallel_state.get_expert_model_parallel_rank()
+    found = {}
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad:
+            gradient = parameter.main_grad * parallel_state.get_data_parallel_world_size()
+            if name.startswith("experts."):  # put this rank's experts in their place among all N
+                whole = torch.zeros(NUM_EXPERTS, *gradient.shape[1:])
+                whole.view(size, -1, *gradient.shape[1:])[rank] = gradient
+                gradient = whole
+            found[name] = gradient
+    return {"gradients": found, "expert_rank": rank}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_finalized_gradient_equals_that_of_one_rank(ranks, layout: str) -> None:  # noqa: ANN001
+    """The codebook's among them. Data-parallel averages times DP are sums over microbatches."""
+    settings = {"codebook_update": "gradient", "init": "uniform"}
+    (alone,) = ranks(1).run(finalized_gradients, settings)
+    together = ranks(4).run(finalized_gradients, settings, layout=LAYOUTS[layout])
+    assert "assigner.codebook.codes" in alone["gradients"]
+    size = LAYOUTS[layout].get("expert_model_parallel_size", 1)
+    for found in together:
+        for name, expected in alone["gradients"].items():
+            value = found["gradients"][name]
+            if name.startswith("experts."):
+                keep = slice(found["expert_rank"] * NUM_EXPERTS // size, None)
+                own = NUM_EXPERTS // size
+                value, expected = value[keep][:own], expected[keep][:own]
+            torch.testing.assert_close(
+                value,
+                expected,
+                rtol=2e-5,
+                atol=2e-5,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )

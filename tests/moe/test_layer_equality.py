@@ -1,0 +1,244 @@
+"""The distributed layer equals the oracle: output and every gradient, by name, in fp64.
+
+Every rank has its own tokens; the oracle has them all. The loss on a rank is sum(y * g) over its
+tokens plus the VQ loss, so summing gradients over ranks gives
+
+    sum over ALL tokens of y * g  +  sum over ranks of the rank's VQ loss.
+
+The VQ loss is a mean over the T / W tokens of a rank, so with equal token counts the second term is
+W times the mean over all tokens. Under sequence parallelism the layer divides it by TP, because
+there the shards of one sequence are summed: W / TP = DP times the global mean. Hence the factor DP.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from tiny_layer import ACTIVATIONS, HIDDEN, NUM_EXPERTS, build_layer, draw_parameters
+
+from vqmoe_megatron.config import VQConfig
+from vqmoe_megatron.vq.code_map import build_code_map
+from vqmoe_megatron.vq.oracle import OracleResult, vqmoe_oracle
+
+pytestmark = pytest.mark.distributed
+
+NUM_TOKENS = 24  # over all ranks
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
+LAYOUTS = {
+    "1rank": (1, {}),
+    "ep2": (4, {"expert_model_parallel_size": 2}),  # and two replicas of every expert
+    "ep4": (4, {"expert_model_parallel_size": 4}),
+    "tp2ep2": (4, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}),
+}
+# Gradient-trained codes, so that the codebook has a gradient to compare; wide gate, so that both
+# paths weigh in; the numbers of codes are N, 3 N, and one that N does not divide.
+BASE = {"codebook_update": "gradient", "init": "uniform", "dead_code_threshold": 0.0}
+NUM_CODES = (NUM_EXPERTS, 3 * NUM_EXPERTS, 2 * NUM_EXPERTS + 2)
+
+MATRIX = [
+    {"vq": {"expert_input": expert_input, "norm": norm, "num_codes": num_codes}}
+    for expert_input, norm, num_codes in product(
+        ("code", "blend", "blend_convex", "token"), ("none", "separate", "shared"), NUM_CODES
+    )
+]
+VARIANTS = {
+    "discrete": {"vq": {"path": "discrete"}},
+    "discrete-blend": {"vq": {"path": "discrete", "expert_input": "blend"}},
+    "continuous": {"vq": {"path": "continuous"}},
+    "continuous-top2": {"vq": {"path": "continuous"}, "topk": 2, "pre_softmax": False},
+    "sigmoid": {"vq": {"combine": "sigmoid"}},
+    "straight-through-identity": {"vq": {"straight_through": "identity"}},
+    "straight-through-none": {"vq": {"straight_through": "none"}},
+    "gated-silu": {"activation": "silu", "gated": True, "bias": False},
+    "gated-silu-bias": {"activation": "silu", "gated": True},
+    "relu": {"activation": "relu"},
+    "relu-no-bias": {"activation": "relu", "bias": False},
+    "top2-pre-softmax": {"topk": 2},
+    "top2-post-softmax": {"topk": 2, "pre_softmax": False},
+    "product-2": {"vq": {"quantizer": "product", "num_code_slices": 2, "num_codes": 8}},
+    "product-4": {"vq": {"quantizer": "product", "num_code_slices": 4, "num_codes": 8}},
+    "product-4-blend": {
+        "vq": {
+            "quantizer": "product",
+            "num_code_slices": 4,
+            "num_codes": 8,
+            "expert_input": "blend",
+        }
+    },
+    "product-2-identity": {
+        "vq": {
+            "quantizer": "product",
+            "num_code_slices": 2,
+            "num_codes": 8,
+            "straight_through": "identity",
+            "norm": "none",
+        }
+    },
+    "cosine": {"vq": {"quantizer": "cosine"}},
+    "cosine-token": {"vq": {"quantizer": "cosine", "expert_input": "token"}},
+    "balanced": {"vq": {"code_map": "balanced"}},
+    "clustered": {"vq": {"code_map": "clustered"}},
+    "ema": {"vq": {"codebook_update": "ema"}},
+    "frozen": {"vq": {"freeze_codebook": True}},
+    "rms-norm": {"normalization": "RMSNorm"},
+    "one-code": {"routing": "one code"},
+    "one-code-one-expert": {"routing": "one expert"},
+    "no-vq-loss": {"vq": {"vq_loss_coeff": 0.0}},
+    "recompute": {"recompute": True},
+    "fp32": {"dtype": torch.float32},
+    "fp32-gated-product": {
+        "vq": {"quantizer": "product", "num_code_slices": 2, "num_codes": 8},
+        "activation": "silu",
+        "gated": True,
+        "dtype": torch.float32,
+    },
+    "fp32-one-expert": {"routing": "one expert", "dtype": torch.float32},
+}
+
+
+def settings(case: dict) -> VQConfig:
+    return VQConfig(**{**BASE, "num_codes": 3 * NUM_EXPERTS, **case.get("vq", {})})
+
+
+def drawn(case: dict) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """The parameters, all tokens [T, H] and the weights g [T, H] of the loss."""
+    vq = settings(case)
+    dtype = case.get("dtype", torch.float64)
+    parameters = draw_parameters(
+        vq,
+        gated=case.get("gated", False),
+        bias=case.get("bias", True),
+        normalization=case.get("normalization", "LayerNorm"),
+    )
+    generator = torch.Generator().manual_seed(11)
+    x = torch.randn(NUM_TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
+    weights = torch.randn(NUM_TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
+    if case.get("routing") is not None:  # every token is nearest to code 1, which expert 1 serves
+        parameters["assigner.codebook.codes"] += 50.0
+        parameters["assigner.codebook.codes"][:, 1] -= 50.0
+    if case.get("routing") == "one expert":  # the router agrees: three experts see no row at all
+        parameters["router.bias"] += torch.tensor([0.0, 50.0, 0.0, 0.0], dtype=torch.float64)
+    if vq.code_map != "mod":
+        codes = parameters["assigner.codebook.codes"]
+        load = torch.arange(codes.shape[0] * codes.shape[1]).view(codes.shape[:2]) ** 2
+        parameters["assigner.code_map.expert_of_row"] = build_code_map(
+            vq.code_map, codes, load, NUM_EXPERTS
+        )
+    parameters = {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in parameters.items()
+    }
+    return parameters, x.to(dtype), weights.to(dtype)
+
+
+def evaluate_layer(case: dict) -> dict:
+    """In a rank: this rank's tokens through a real layer, forward and backward."""
+    from megatron.core import parallel_state
+
+    parameters, x, weights = drawn(case)
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    changes = {}
+    if case.get("recompute"):
+        changes = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    layer = build_layer(
+        settings(case),
+        parameters,
+        moe_router_topk=case.get("topk", 1),
+        moe_router_pre_softmax=case.get("pre_softmax", True),
+        activation_func=ACTIVATIONS[case.get("activation", "gelu")],
+        gated_linear_unit=case.get("gated", False),
+        add_bias_linear=case.get("bias", True),
+        normalization=case.get("normalization", "LayerNorm"),
+        **changes,
+    )
+    own = x.chunk(world)[rank].clone().requires_grad_()
+    output, bias = layer(own.view(-1, 2, HIDDEN))  # [S, B = 2, H]
+    assert bias is None
+    output = output.reshape(-1, HIDDEN)
+    (output * weights.chunk(world)[rank]).sum().backward()
+    gradients = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
+    return {
+        "output": output.detach(),
+        "x": own.grad,
+        "gradients": gradients,
+        "expert_rank": parallel_state.get_expert_model_parallel_rank(),
+        "trained": [n for n, p in layer.named_parameters() if p.requires_grad],
+        "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def gathered(results: list[dict]) -> dict[str, torch.Tensor]:
+    """Output and gradients of the whole world: tokens concatenated, parameters summed over ranks,
+    experts summed over their replicas and stacked."""
+    found = {
+        "output": torch.cat([r["output"] for r in results]),
+        "gradient of x": torch.cat([r["x"] for r in results]),
+    }
+    for name in results[0]["gradients"]:
+        if name.startswith("experts."):
+            shards: dict[int, torch.Tensor] = {}
+            for r in results:
+                rank = r["expert_rank"]
+                shards[rank] = shards.get(rank, 0.0) + r["gradients"][name]
+            found[name] = torch.cat([shards[rank] for rank in sorted(shards)])
+        else:
+            found[name] = torch.stack([r["gradients"][name] for r in results]).sum(dim=0)
+    return found
+
+
+def run_oracle(case: dict, trained: list[str], data_parallel_size: int):  # noqa: ANN201
+    """The oracle's output and gradients of the same loss, and its result."""
+    parameters, x, weights = drawn(case)
+    x.requires_grad_()
+    for name in trained:
+        parameters[name].requires_grad_()
+    result = vqmoe_oracle(
+        x,
+        parameters,
+        settings(case),
+        num_experts=NUM_EXPERTS,
+        topk=case.get("topk", 1),
+        pre_softmax=case.get("pre_softmax", True),
+        activation=ACTIVATIONS[case.get("activation", "gelu")],
+        gated=case.get("gated", False),
+        normalization=case.get("normalization", "LayerNorm"),
+    )
+    ((result.output * weights).sum() + data_parallel_size * result.vq_loss).backward()
+    expected = {"output": result.output.detach(), "gradient of x": x.grad}
+    expected |= {name: parameters[name].grad for name in trained}
+    return expected, result
+
+
+def check_equal(case: dict, ranks, layout: str) -> OracleResult:  # noqa: ANN001
+    world_size, sizes = LAYOUTS[layout]
+    results = ranks(world_size).run(evaluate_layer, case, layout=sizes)
+    found = gathered(results)
+    expected, oracle = run_oracle(case, results[0]["trained"], results[0]["data_parallel_size"])
+    tolerance = TOLERANCE[case.get("dtype", torch.float64)]
+    assert {n for n, e in expected.items() if e is not None} == set(found)
+    for name, value in found.items():
+        scale = max(1.0, float(expected[name].abs().max()))
+        error = float((value - expected[name]).abs().max()) / scale
+        assert error < tolerance, f"{name} differs by {error:.3g} (relative)"
+    return oracle
+
+
+def matrix_name(case: dict) -> str:
+    return "-".join(str(value) for value in case["vq"].values())
+
+
+@pytest.mark.parametrize("case", MATRIX, ids=matrix_name)
+@pytest.mark.parametrize("layout", ["1rank", "ep2", "ep4"])
+def test_matrix(case: dict, layout: str, ranks) -> None:  # noqa: ANN001
+    check_equal(case, ranks, layout)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_variant(name: str, layout: str, ranks) -> None:  # noqa: ANN001
+    oracle = check_equal(VARIANTS[name], ranks, layout)
+    if VARIANTS[name].get("routing") is not None:
+        assert oracle.codes.unique().tolist() == [1]
+        assert oracle.experts.unique().tolist() == [1]

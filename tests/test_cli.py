@@ -1,0 +1,190 @@
+"""Refused input: one short message and exit code 2, before any rank starts; help with examples."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from vqmoe_megatron import cli
+from vqmoe_megatron.recipe import load_recipe, save_recipe
+from vqmoe_megatron.runtime import local_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+PARITY = str(ROOT / "recipes" / "parity.yaml")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    from vqmoe_megatron.data.prepare import prepare_corpus
+
+    out = tmp_path_factory.mktemp("cli") / "corpus"
+    text = Path(sysconfig.get_path("stdlib")) / "argparse.py"
+    prepare_corpus("text", out, [text], "byte", None, False, False)
+    return out
+
+
+@pytest.fixture
+def vqmoe(monkeypatch, capsys):
+    """Run the command in this process; starting a rank fails the test."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(ROOT)
+
+    def started(*_):
+        raise AssertionError("a rank was started")
+
+    monkeypatch.setattr(local_ranks, "run_local_ranks", started)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["vqmoe", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        shown = capsys.readouterr()
+        return ended.value.code, shown.out + shown.err
+
+    return run
+
+
+def pretrain(corpus, tmp_path, *overrides: str) -> list[str]:
+    where = [f"data.path={corpus}", f"train.output_dir={tmp_path / 'run'}"]
+    return ["pretrain", PARITY, "--nproc", "2", *where, *overrides]
+
+
+REFUSALS = {
+    "unknown key": (["vq.num_code=8"], ["vq.num_codes", "did you mean"]),
+    "unknown section": (["vqq.num_codes=8"], ["unknown section", "vq"]),
+    "wrong type": (["train.train_iters=many"], ["train.train_iters", "int", "many"]),
+    "experts over ranks": (
+        ["model.num_moe_experts=7", "parallel.expert_model_parallel_size=2"],
+        ["num_moe_experts % EP != 0: 7 % 2 = 1"],
+    ),
+    "world size": (
+        ["parallel.tensor_model_parallel_size=4"],
+        ["world_size % (TP * PP * CP = 4 * 1 * 1) != 0: 2 % 4 = 2"],
+    ),
+    "batch": (["train.global_batch_size=15"], ["15 % 2 = 1"]),
+    "code space with blend": (
+        ["vq.execution=code_space", "vq.expert_input=blend"],
+        ["code_space", "expert_input=blend", "own expert input"],
+    ),
+    "code space with code": (["vq.execution=code_space"], ["code_space", "vq.execution=tokens"]),
+    "balanced map": (
+        ["vq.code_map=balanced", "vq.num_codes=17"],
+        ["code_map=balanced", "17 % 8 = 1"],
+    ),
+    "missing corpus": (["data.path=nowhere/at/all"], ["nowhere/at/all", "vqmoe prepare"]),
+    "vocabulary": (["model.vocab_size=100"], ["model.vocab_size=100", "256", "byte"]),
+    "missing load": (["checkpoint.load=not/there"], ["checkpoint.load=not/there"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_bad_input_is_one_screen_and_exit_code_2(name, vqmoe, corpus, tmp_path):
+    overrides, says = REFUSALS[name]
+    code, shown = vqmoe(*pretrain(corpus, tmp_path, *overrides))
+    assert code == 2, shown
+    for text in says:
+        assert text in shown
+    assert "Traceback" not in shown and len(shown.splitlines()) < 25
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_cut_corpus_is_refused(vqmoe, corpus, tmp_path):
+    cut = tmp_path / "cut"
+    shutil.copytree(corpus, cut)
+    with (cut / "train.bin").open("r+b") as file:
+        file.truncate(1000)
+    code, shown = vqmoe(*pretrain(cut, tmp_path))
+    assert code == 2
+    assert "train.bin has 1000 bytes" in shown and "truncated" in shown
+
+
+@pytest.mark.parametrize("below", ["", "inside"])
+def test_a_file_in_the_way_of_the_run_directory_is_refused(below, vqmoe, corpus, tmp_path):
+    (tmp_path / "file").touch()
+    where = f"train.output_dir={tmp_path / 'file' / below}"
+    code, shown = vqmoe(*pretrain(corpus, tmp_path, where))
+    assert code == 2 and "cannot be written" in shown and "Traceback" not in shown
+
+
+@pytest.fixture
+def checkpointed(tmp_path, corpus) -> Path:
+    """A run directory with what the preflight reads of a checkpoint."""
+    folder = tmp_path / "run" / "checkpoints" / "iter_0000010"
+    folder.mkdir(parents=True)
+    recipe = load_recipe(Path(PARITY), ["model.vocab_size=256"])
+    save_recipe(recipe, folder / "run_config.yaml")
+    sizes = {"world_size": 2, "virtual_pipeline_model_parallel_size": None}
+    sizes |= {f"{name}_model_parallel_size": 1 for name in ("tensor", "pipeline", "expert")}
+    sizes |= {"context_parallel_size": 1, "expert_tensor_parallel_size": 1}
+    (folder / "layout.json").write_text(json.dumps(sizes | {"sequence_parallel": False}))
+    shutil.copyfile(corpus / "corpus.json", folder / "corpus.json")
+    (folder / "metadata.json").write_text("{}")
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text("10\n")
+    return folder
+
+
+def test_a_checkpoint_of_another_model_is_refused(vqmoe, corpus, tmp_path, checkpointed):
+    overrides = ["vq.num_codes=32", "parallel.expert_model_parallel_size=2"]
+    code, shown = vqmoe(*pretrain(corpus, tmp_path, *overrides))
+    assert code == 2 and len(shown.splitlines()) < 25
+    assert "vq.num_codes: checkpoint 16, recipe 32" in shown
+    assert "expert_model_parallel_size: checkpoint 1, recipe 2" in shown
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(vqmoe, corpus, tmp_path, checkpointed):
+    description = json.loads((checkpointed / "corpus.json").read_text())
+    description["tokenizer"] |= {"kind": "char", "sha256": "0" * 64}
+    (checkpointed / "corpus.json").write_text(json.dumps(description))
+    code, shown = vqmoe(*pretrain(corpus, tmp_path))
+    assert code == 2 and "checkpoint 'char', corpus 'byte'" in shown
+
+
+def test_a_damaged_tracker_is_refused(vqmoe, corpus, tmp_path, checkpointed):
+    (checkpointed.parent / "latest_checkpointed_iteration.txt").write_bytes(b"\x00\x00")
+    code, shown = vqmoe(*pretrain(corpus, tmp_path))
+    assert code == 2 and "iter_0000010" in shown and "Traceback" not in shown
+
+
+def test_what_fits_the_checkpoint_is_not_refused(vqmoe, corpus, tmp_path, checkpointed):
+    with pytest.raises(AssertionError, match="a rank was started"):
+        vqmoe(*pretrain(corpus, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["pretrian"], ["pretrain"], ["pretrain", "x.yaml", "--nproc", "0"], ["prepare", "--nope"]],
+)
+def test_usage_errors_are_exit_code_2(arguments, vqmoe):
+    code, shown = vqmoe(*arguments)
+    assert code == 2 and "Traceback" not in shown
+
+
+def test_every_command_shows_an_example():
+    names = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
+    assert {"prepare", "pretrain", "doctor"} <= {name.replace("_", "-") for name in names}
+    for name in names:
+        shown = CliRunner().invoke(cli.app, [name.replace("_", "-"), "--help"])
+        assert shown.exit_code == 0
+        assert "Example: vqmoe" in shown.output, name
+
+
+def test_the_real_command_refuses_alike(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "vqmoe_megatron.cli", "pretrain", "no/such.yaml"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: recipe no/such.yaml does not exist")
+    assert "parity.yaml" in done.stderr

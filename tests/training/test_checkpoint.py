@@ -1,0 +1,67 @@
+"""Resuming is bitwise exact; saving publishes whole checkpoints and rotates them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from small_run import TINY, run_on
+
+pytestmark = pytest.mark.distributed
+
+EP2 = {"expert_model_parallel_size": 2}
+SHORT = [*TINY, "train.train_iters=14", "model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
+
+
+def curve(results):
+    """Loss and gradient norm of rank 0 by iteration, exact."""
+    return {r["iteration"]: (r["loss"], r["grad_norm"]) for r in results[0]["records"]}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["optimizer.use_distributed_optimizer=true"],
+        ["model.bf16=true"],
+        ["vq.codebook_update=gradient", "vq.quantizer=product", "vq.num_code_slices=2"],
+    ],
+    ids=["plain", "distributed-optimizer", "bf16", "gradient-product"],
+)
+def test_resuming_is_bitwise_exact(overrides, ranks, small_corpus, tmp_path):
+    pool, every = ranks(2), [*SHORT, *overrides]
+    whole = run_on(pool, small_corpus, tmp_path / "whole", every, EP2)
+    cut = [*every, "train.exit_interval=4"]
+    first = run_on(pool, small_corpus, tmp_path / "cut", cut, EP2)
+    second = run_on(pool, small_corpus, tmp_path / "cut", every, EP2)
+    assert first[0]["iteration"] == 4
+    assert sorted(curve(second)) == list(range(5, 15))
+    assert curve(first) | curve(second) == curve(whole)
+    assert [rank["codebooks"] for rank in second] == [rank["codebooks"] for rank in whole]
+
+
+def test_rotation_keeps_the_last_and_clears_what_a_kill_left(ranks, small_corpus, tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "iter_0000009.incomplete").mkdir(parents=True)
+    every = [*TINY, "train.train_iters=6", "checkpoint.save_interval=1", "checkpoint.keep_last=2"]
+    run_on(ranks(1), small_corpus, tmp_path, every, {})
+    assert sorted(entry.name for entry in checkpoints.iterdir()) == [
+        "iter_0000005",
+        "iter_0000006",
+        "latest_checkpointed_iteration.txt",
+    ]
+    description = json.loads((checkpoints / "iter_0000006" / "corpus.json").read_text())
+    assert description["tokenizer"]["kind"] == "byte"
+
+
+def test_rolling_back_does_not_rotate_the_new_checkpoints_away(ranks, small_corpus, tmp_path):
+    every = [*TINY, "train.train_iters=6", "checkpoint.save_interval=1", "checkpoint.keep_last=3"]
+    run_on(ranks(1), small_corpus, tmp_path, every, {})
+    tracker = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
+    tracker.write_text("4\n")
+    again = [*every, "train.exit_interval=5", "checkpoint.keep_last=1"]
+    result = run_on(ranks(1), small_corpus, tmp_path, again, {})[0]
+    assert [record["iteration"] for record in result["records"]] == [5]
+    assert tracker.read_text() == "5\n"
+    names = sorted(entry.name for entry in (tmp_path / "checkpoints").glob("iter_*"))
+    assert names == ["iter_0000005", "iter_0000006"]

@@ -1,0 +1,92 @@
+"""Which checkpoint is meant, and which recipes may go on from it; no ranks, no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.recipe import load_recipe, save_recipe
+from vqmoe_megatron.training.checkpoint_folder import (
+    check_resumable,
+    complete_checkpoints,
+    find_checkpoint,
+    stored_tokenizer,
+)
+
+
+def write_checkpoint(run_dir, iteration, config=None, world_size=2):
+    folder = run_dir / "checkpoints" / f"iter_{iteration:07d}"
+    folder.mkdir(parents=True)
+    config = config or RunConfig()
+    save_recipe(config, folder / "run_config.yaml")
+    layout = ParallelLayout.from_config(config, world_size)
+    (folder / "layout.json").write_text(json.dumps(asdict(layout)))
+    (folder / "corpus.json").write_text(json.dumps({"tokenizer": {"kind": "byte"}}))
+    (folder / "metadata.json").write_text("{}")
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
+    return folder
+
+
+def test_a_run_directory_its_checkpoints_and_the_folder_mean_the_same(tmp_path):
+    assert find_checkpoint(tmp_path) is None
+    folder = write_checkpoint(tmp_path, 100)
+    for path in (tmp_path, tmp_path / "checkpoints", folder):
+        assert find_checkpoint(path) == folder
+    (tmp_path / "checkpoints" / "iter_0000200.incomplete").mkdir()
+    (tmp_path / "checkpoints" / "iter_0000300").mkdir()
+    assert complete_checkpoints(tmp_path / "checkpoints") == ["iter_0000100"]
+    assert find_checkpoint(tmp_path / "checkpoints" / "iter_0000300") is None
+
+
+@pytest.mark.parametrize("content", [b"", b"latest", b"-5", b"\xff\xfe\x00", "١٢".encode(), b"7"])
+def test_a_damaged_tracker_is_refused_with_what_is_there(tmp_path, content):
+    write_checkpoint(tmp_path, 100)
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_bytes(content)
+    with pytest.raises(ValueError, match="latest_checkpointed_iteration.txt.*iter_0000100"):
+        find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "world_size", "named"),
+    [
+        ("vq.num_codes=65", 2, "vq.num_codes: checkpoint 64, recipe 65"),
+        ("model.num_moe_experts=8", 2, "model.num_moe_experts: checkpoint 16, recipe 8"),
+        ("parallel.expert_model_parallel_size=2", 2, "expert_model_parallel_size: checkpoint 1"),
+        ("train.seed=1234", 4, "world_size: checkpoint 2, recipe 4"),
+        ("train.train_iters=300", 2, "optimizer.lr_decay_iters: checkpoint 200, recipe 300"),
+        ("optimizer.lr=0.5", 2, "optimizer.lr: checkpoint 0.001, recipe 0.5"),
+        ("optimizer.use_distributed_optimizer=true", 2, "use_distributed_optimizer"),
+        ("train.global_batch_size=64", 2, "train.global_batch_size: checkpoint 32, recipe 64"),
+    ],
+)
+def test_another_model_layout_or_schedule_is_refused(tmp_path, override, world_size, named):
+    recipe = tmp_path / "recipe.yaml"
+    save_recipe(RunConfig(), recipe)
+    folder = write_checkpoint(tmp_path, 100)
+    config = load_recipe(recipe, [override])
+    with pytest.raises(ValueError, match="cannot be resumed") as refused:
+        check_resumable(folder, config, ParallelLayout.from_config(config, world_size))
+    assert named in str(refused.value)
+
+
+def test_what_does_not_change_the_mathematics_may_change(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    save_recipe(RunConfig(), recipe)
+    folder = write_checkpoint(tmp_path, 100)
+    free = ["model.recompute_granularity=full", "optimizer.overlap_grad_reduce=true"]
+    free += ["train.train_iters=300", "optimizer.lr_decay_iters=200", "train.log_interval=1"]
+    free += ["parallel.sequence_parallel=true"]  # without effect at TP = 1
+    config = load_recipe(recipe, free)
+    check_resumable(folder, config, ParallelLayout.from_config(config, 2))
+
+
+def test_the_tokenizer_travels_with_the_checkpoint(tmp_path):
+    folder = write_checkpoint(tmp_path, 100)
+    assert stored_tokenizer(folder) == {"kind": "byte"}
+    (folder / "corpus.json").write_text("{")
+    with pytest.raises(ValueError, match="corpus.json cannot be read"):
+        stored_tokenizer(folder)

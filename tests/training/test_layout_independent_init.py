@@ -1,0 +1,89 @@
+"""Every parameter starts the same at every layout, gathered by its global name and place."""
+
+from __future__ import annotations
+
+import pytest
+from small_run import PARITY, layout_overrides
+
+pytestmark = pytest.mark.distributed
+
+TP, PP, EP = (f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "expert"))
+
+
+def initial_parameters(recipe: str, overrides: list[str]) -> dict[str, tuple]:
+    """Return this rank's parameters: name and place -> (tensor, global offset, global shape)."""
+    from pathlib import Path
+
+    import torch
+
+    from vqmoe_megatron.plan.layout import ParallelLayout
+    from vqmoe_megatron.recipe import load_recipe
+    from vqmoe_megatron.training.layout_independent_init import _sharded_tensors
+    from vqmoe_megatron.training.model_builder import build_model, build_transformer_config
+
+    config = load_recipe(Path(recipe), ["model.vocab_size=256", *overrides])
+    layout = ParallelLayout.from_config(config, torch.distributed.get_world_size())
+    model = build_model(config, build_transformer_config(config, layout), layout)
+    return {
+        f"{part.key} {list(part.global_offset)}": (
+            part.data.clone(),
+            list(part.global_offset),
+            list(part.global_shape),
+        )
+        for chunk in model
+        for part in _sharded_tensors(chunk.module.sharded_state_dict())
+        if part.data is not None
+    }
+
+
+def gathered(results) -> dict:
+    """Put all ranks' parts together: name -> global tensor, NaN where no rank holds anything."""
+    import torch
+
+    whole = {}
+    for rank in results:
+        for label, (data, offset, shape) in rank.items():
+            name = label.split(" ")[0]
+            target = whole.setdefault(name, torch.full(shape, float("nan"), dtype=torch.float64))
+            num_prepended = len(offset) - data.dim()
+            place = tuple(offset[:num_prepended]) + tuple(
+                slice(start, start + size)
+                for start, size in zip(offset[num_prepended:], data.shape, strict=True)
+            )
+            target[place] = data.double()
+    return whole
+
+
+@pytest.mark.parametrize(
+    "num_ranks, layout",
+    [(2, {EP: 2}), (2, {TP: 2}), (2, {PP: 2}), (4, {TP: 2, EP: 4})],
+    ids=["ep2", "tp2", "pp2", "tp2-ep4"],
+)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_all_layouts_start_alike(num_ranks, layout, gated, ranks):
+    import torch
+
+    overrides = [f"model.gated_linear_unit={str(gated).lower()}"]
+    expected = gathered(ranks(1).run(initial_parameters, str(PARITY), overrides))
+    overrides += layout_overrides(layout)
+    found = gathered(
+        ranks(num_ranks).run(initial_parameters, str(PARITY), overrides, layout=layout)
+    )
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert not tensor.isnan().any(), name
+        assert torch.equal(found[name], tensor), name
+    # A draw per name: no two layers and no two experts alike, router biases included.
+    bias = expected["decoder.layers.mlp.router.bias"]
+    assert len({tuple(row.tolist()) for row in bias}) == len(bias)
+
+
+def test_another_seed_is_another_start(ranks):
+    first, second = (
+        gathered(ranks(1).run(initial_parameters, str(PARITY), [f"train.seed={seed}"]))
+        for seed in (1, 2)
+    )
+    for name in ("embedding.word_embeddings.weight", "decoder.layers.mlp.router.weight"):
+        assert (first[name] != second[name]).float().mean() > 0.99
+    std = first["embedding.word_embeddings.weight"].std()
+    assert 0.018 < std < 0.022  # model.init_method_std

@@ -1,0 +1,54 @@
+"""The same training at every layout, and bit-equal codebooks on all replicas."""
+
+from __future__ import annotations
+
+import pytest
+from small_run import TINY, run_on
+
+pytestmark = pytest.mark.distributed
+
+TP, PP, EP = (f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "expert"))
+VPP = "virtual_pipeline_model_parallel_size"
+SIX = ["train.train_iters=20", "train.exit_interval=6"]  # the schedule of the whole recipe
+LAYOUTS = {
+    "ep2": (2, {EP: 2}, []),
+    "tp2": (2, {TP: 2}, []),
+    "pp2-vpp2": (2, {PP: 2, VPP: 2}, []),
+    "dp2-distributed-optimizer": (2, {}, ["optimizer.use_distributed_optimizer=true"]),
+    "tp2-ep4": (4, {TP: 2, EP: 4}, []),
+    "pp2-ep2": (4, {PP: 2, EP: 2}, []),
+}
+
+
+@pytest.fixture(scope="module")
+def one_rank(ranks, small_corpus, tmp_path_factory):
+    return run_on(ranks(1), small_corpus, tmp_path_factory.mktemp("one"), SIX, {})[0]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_curve_is_that_of_one_rank(name, ranks, one_rank, small_corpus, tmp_path):
+    num_ranks, layout, overrides = LAYOUTS[name]
+    results = run_on(ranks(num_ranks), small_corpus, tmp_path, [*SIX, *overrides], layout)
+    expected = one_rank["records"]
+    assert [record["iteration"] for record in expected] == [0, 1, 2, 3, 4, 5, 6]
+    for result in results:  # every rank: their gradient norms clip their own parameters
+        for ours, theirs in zip(result["records"], expected, strict=True):
+            compared = {"loss", "grad_norm", "val/loss"} & set(theirs)
+            assert compared
+            for metric in compared:
+                assert ours[metric] == pytest.approx(theirs[metric], rel=2e-6), metric
+            assert ours.get("vq/dead_codes") == theirs.get("vq/dead_codes")
+            if "moe/expert_load_imbalance" in theirs:
+                assert ours["moe/expert_load_imbalance"] == theirs["moe/expert_load_imbalance"]
+
+
+@pytest.mark.parametrize("num_ranks, layout", [(4, {EP: 2}), (2, {TP: 2})], ids=["dp2-ep2", "tp2"])
+def test_codebooks_are_bit_equal_on_all_replicas(num_ranks, layout, ranks, small_corpus, tmp_path):
+    overrides = [*TINY, "train.train_iters=50", "train.log_interval=50"]
+    results = run_on(ranks(num_ranks), small_corpus, tmp_path, overrides, layout)
+    assert [result["iteration"] for result in results] == [50] * num_ranks
+    first = results[0]["codebooks"]
+    assert set(first) == {"1", "2"}
+    assert results[0]["records"][-1]["vq/revived_codes"] > 0  # the hard case was met
+    for result in results:
+        assert result["codebooks"] == first

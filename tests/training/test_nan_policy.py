@@ -1,0 +1,86 @@
+"""A step with a non-finite loss or gradient stops the run or is skipped, and never moves anything."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from small_run import PARITY, TINY, run_on, start_vqmoe, train_here
+
+from vqmoe_megatron.tracking.metrics_log import read_metrics
+from vqmoe_megatron.tracking.run_status import read_status
+
+pytestmark = pytest.mark.distributed
+
+EP2 = {"expert_model_parallel_size": 2}
+EXPLODE = ["optimizer.lr=1e38", "optimizer.lr_warmup_iters=0", "train.train_iters=5"]
+
+
+def train_with_one_poisoned_step(recipe: str, overrides: list[str]) -> dict:
+    """As ``train_here``, with a NaN in the loss mask of one microbatch of step 3 on rank 0."""
+    import torch
+
+    from vqmoe_megatron.training import train_step
+
+    original = train_step.to_device
+    num_batches = 0
+
+    def poisoned(batch):
+        nonlocal num_batches
+        batch = original(batch)
+        num_batches += torch.is_grad_enabled()
+        if num_batches == 6 and torch.distributed.get_rank() == 0:  # 2 per step and rank
+            batch["loss_mask"][0, 0] = float("nan")
+        return batch
+
+    train_step.to_device = poisoned
+    try:
+        return train_here(recipe, overrides)
+    finally:
+        train_step.to_device = original
+
+
+def test_a_poisoned_step_is_skipped_on_all_ranks_and_training_goes_on(
+    ranks, small_corpus, tmp_path
+):
+    every = [*TINY, "train.train_iters=6", "train.nan_policy=skip", f"data.path={small_corpus}"]
+    every += [f"train.output_dir={tmp_path}", "parallel.expert_model_parallel_size=2"]
+    results = ranks(2).run(train_with_one_poisoned_step, str(PARITY), every, layout=EP2)
+    for result in results:
+        assert (result["skipped"], result["iteration"], result["error"]) == (1, 6, "")
+        losses = {record["iteration"]: record["loss"] for record in result["records"]}
+        assert [number for number, loss in losses.items() if not math.isfinite(loss)] == [3]
+        assert [r["skipped_iterations"] for r in result["records"]] == [0, 0, 1, 1, 1, 1]
+        assert result["finite_codebooks"]
+    assert results[0]["codebooks"] == results[1]["codebooks"]
+
+
+def test_stop_names_the_samples_and_every_rank_agrees(ranks, small_corpus, tmp_path):
+    results = run_on(ranks(2), small_corpus, tmp_path, [*TINY, *EXPLODE], EP2)
+    for result in results:
+        assert result["error"] == (
+            "iteration 2: non-finite loss or gradient on samples 4..7; train.nan_policy=stop"
+        )
+        assert result["finite_codebooks"]
+
+
+def test_stop_ends_the_command_with_code_1_and_a_truthful_status(small_corpus, tmp_path):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    where = [f"data.path={small_corpus}", f"train.output_dir={run_dir}"]
+    process = start_vqmoe("pretrain", str(PARITY), *TINY, *EXPLODE, *where, log=log)
+    assert process.wait(timeout=90) == 1
+    status = read_status(run_dir)
+    assert status.state == "failed"
+    assert "samples 4..7" in status.reason
+    assert "samples 4..7" in log.read_text()
+
+
+def test_skipping_all_the_way_and_a_dead_mlflow_server_do_not_end_training(small_corpus, tmp_path):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    where = [f"data.path={small_corpus}", f"train.output_dir={run_dir}", "train.nan_policy=skip"]
+    where += ["tracking.mlflow=true", "tracking.mlflow_uri=http://127.0.0.1:9"]
+    process = start_vqmoe("pretrain", str(PARITY), *TINY, *EXPLODE, *where, log=log)
+    assert process.wait(timeout=120) == 0, log.read_text()[-3000:]
+    assert read_status(run_dir).state == "completed"
+    assert read_metrics(run_dir)[-1]["skipped_iterations"] == 4
+    assert "mlflow" in log.read_text().lower()

@@ -1,0 +1,36 @@
+"""Keep known, harmless messages of other libraries out of a run's log. Each with its reason."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+KNOWN_WARNINGS = (
+    # ``vqmoe doctor`` says which kernels are used and why.
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    # Megatron's own default, deprecated by itself.
+    "full scope is deprecated",
+)
+KNOWN_RECORDS = (
+    # On the CPU the "GPU" generator is the CPU's, by design of cpu_compat.
+    "CPU RNG state changed within GPU RNG context",
+    # Megatron names its own MoE classes; a subclass gets the default groups, which is right.
+    "Unknown MLP type",
+)
+LOGGERS = (
+    "megatron.core.tensor_parallel.random",
+    "megatron.core.transformer.transformer_layer",
+)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(KNOWN_RECORDS)
+
+
+def quiet_known_messages() -> None:
+    """Filter the messages above and nothing else. Call once, before Megatron is imported."""
+    for text in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=text)
+    for name in LOGGERS:
+        logging.getLogger(name).addFilter(_is_news)

@@ -1,0 +1,288 @@
+"""The whole VQMoE layer, slow and readable: what every fast path must equal, forward and backward.
+
+T tokens, H hidden size, N experts, F expert hidden size, k selected experts, C code slices, K codes
+per slice, D = H / C slice width.
+
+Written from the method's definitions (arXiv 2411.19402, section 3): Python loops over tokens and
+experts, no dispatch, no grouping, no ranks. Tests compare output and every gradient by name;
+benchmarks pass this gate before they time anything. For one token x:
+
+1. code of slice c: argmin_k |x_c - v_ck|^2, ties to the lowest index;
+2. expert of code (c, k): ``expert_of_row[c * K + k]``, by default (c * K + k) mod N;
+3. expert input u_c: the code with a straight-through gradient, a blend, or the token;
+4. y_d = norm(sum_c f_e(norm(u_c)) / sqrt(C));
+5. y_c = sum over the k selected experts of p_e f_e(x), the same experts;
+6. y = p_0 y_c + p_1 y_d, p = softmax(W x + b), or y_c + sigmoid(w x + b) y_d;
+7. VQ loss = coeff * (mean |sg(x) - v|^2 + commitment * mean |x - sg(v)|^2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from vqmoe_megatron.config import VQConfig
+
+ROUTER_SOFTMAX_DTYPE = torch.float32  # Megatron takes it in fp32 whatever the dtype of the logits
+
+
+@dataclass(frozen=True)
+class OracleResult:
+    """What the layer computes for T tokens."""
+
+    output: torch.Tensor  # [T, H]
+    vq_loss: torch.Tensor  # scalar, all coefficients applied; 0 without a discrete path
+    commitment_loss: torch.Tensor  # scalar, mean |x - sg(v)|^2 over T * H elements
+    codebook_loss: torch.Tensor  # scalar, mean |sg(x) - v|^2 over T * H elements
+    codes: torch.Tensor | None  # int64 [T, C]; None without a discrete path
+    experts: torch.Tensor | None  # int64 [T, C], the experts of those codes
+
+
+def vqmoe_oracle(
+    x: torch.Tensor,
+    parameters: Mapping[str, torch.Tensor],
+    vq: VQConfig,
+    *,
+    num_experts: int,
+    topk: int = 1,
+    pre_softmax: bool = True,
+    activation: Callable[[torch.Tensor], torch.Tensor] = torch.nn.functional.gelu,
+    gated: bool = False,
+    normalization: str = "LayerNorm",
+    norm_eps: float = 1e-5,
+) -> OracleResult:
+    """Evaluate the layer token by token.
+
+    Args:
+        x: ``[T, H]`` hidden states, T at least 1; all tokens of all ranks.
+        parameters: the layer's tensors by the names they have in ``VQMoELayer.state_dict()``, experts
+            of all ranks stacked: ``router.weight [N, H]``, ``router.bias [N]``,
+            ``experts.weight1 [N, F or 2F, H]``, ``experts.bias1``, ``experts.weight2 [N, H, F]``,
+            ``experts.bias2``, ``assigner.codebook.codes [C, K, D]``,
+            ``assigner.code_map.expert_of_row`` int64 ``[C * K]`` (absent: the mod rule),
+            ``gate.linear.weight``, ``gate.linear.bias``, ``input_norm.weight``,
+            ``output_norm.weight`` and their biases. Absent biases are zero. Gradients flow into those
+            that require them.
+        vq: the layer's settings.
+        num_experts: N.
+        topk: k of the continuous path.
+        pre_softmax: softmax over all N logits before the selection, else over the k selected.
+        activation: of the experts.
+        gated: the first half of fc1 is activated and multiplies the second half.
+        normalization: LayerNorm or RMSNorm.
+        norm_eps: of the norms.
+
+    Returns:
+        The result, in the dtype of ``x`` (the router's softmax is fp32, as Megatron's). The balance
+        loss is not part of it: it belongs to Megatron's router.
+
+    No communication.
+    """
+    experts = _Experts(parameters, activation, gated)
+    norms = _Norms(parameters, vq, normalization, norm_eps)
+    prepared = [_prepare(token, vq) for token in x]
+    outputs, quantized, all_codes, all_experts = [], [], [], []
+    for token, ready in zip(x, prepared, strict=True):
+        y_continuous = y_discrete = None
+        if vq.path != "discrete":
+            y_continuous = _continuous(token, parameters, experts, topk, pre_softmax)
+        if vq.path != "continuous":
+            codes, vectors = _nearest(ready, _code_vectors(parameters, vq))
+            owners = [_owner(c, k, parameters, vq, num_experts) for c, k in enumerate(codes)]
+            y_discrete = _discrete(ready, vectors, owners, vq, experts, norms)
+            quantized.append(torch.cat(vectors))
+            all_codes.append(codes)
+            all_experts.append(owners)
+        outputs.append(_mix(token, y_continuous, y_discrete, parameters, vq))
+
+    commitment = codebook = x.new_zeros(())
+    if quantized:
+        vectors = torch.stack(quantized)
+        tokens = torch.stack(prepared)
+        codebook = (tokens.detach() - vectors).square().mean()
+        commitment = (tokens - vectors.detach()).square().mean()
+    return OracleResult(
+        output=torch.stack(outputs),
+        vq_loss=vq.vq_loss_coeff * (codebook + vq.commitment_coeff * commitment),
+        commitment_loss=commitment,
+        codebook_loss=codebook,
+        codes=torch.tensor(all_codes) if all_codes else None,
+        experts=torch.tensor(all_experts) if all_experts else None,
+    )
+
+
+class _Experts:
+    """f_e: the N expert MLPs, one call per row."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        gated: bool,
+    ) -> None:
+        self.parameters = parameters
+        self.activation = activation
+        self.gated = gated
+
+    def __call__(self, expert: int, row: torch.Tensor) -> torch.Tensor:
+        """row [H] -> [H]."""
+        hidden = self._linear(expert, row, "1")
+        if self.gated:
+            gate, up = hidden.chunk(2)
+            hidden = self.activation(gate) * up
+        else:
+            hidden = self.activation(hidden)
+        return self._linear(expert, hidden, "2")
+
+    def _linear(self, expert: int, row: torch.Tensor, number: str) -> torch.Tensor:
+        y = self.parameters[f"experts.weight{number}"][expert] @ row
+        bias = self.parameters.get(f"experts.bias{number}")
+        return y if bias is None else y + bias[expert]
+
+
+class _Norms:
+    """The norms around the experts of the discrete path: none, two, or one module used twice."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        vq: VQConfig,
+        normalization: str,
+        eps: float,
+    ) -> None:
+        self.parameters = parameters
+        self.kind = vq.norm
+        self.normalization = normalization
+        self.eps = eps
+
+    def before(self, u: torch.Tensor) -> torch.Tensor:
+        """Norm of an expert input [H]."""
+        return u if self.kind == "none" else self._norm("input_norm", u)
+
+    def after(self, y: torch.Tensor) -> torch.Tensor:
+        """Norm of the discrete output [H]."""
+        if self.kind == "none":
+            return y
+        return self._norm("output_norm" if self.kind == "separate" else "input_norm", y)
+
+    def _norm(self, name: str, v: torch.Tensor) -> torch.Tensor:
+        if self.normalization == "LayerNorm":
+            v = v - v.mean()
+        v = v / (v.square().mean() + self.eps).sqrt() * self.parameters[f"{name}.weight"]
+        bias = self.parameters.get(f"{name}.bias")
+        return v if bias is None else v + bias
+
+
+def _prepare(token: torch.Tensor, vq: VQConfig) -> torch.Tensor:
+    """The token [H] in the space where distances are taken: of length sqrt(H) for cosine codes."""
+    return _scaled(token) if vq.quantizer == "cosine" else token
+
+
+def _code_vectors(parameters: Mapping[str, torch.Tensor], vq: VQConfig) -> torch.Tensor:
+    """[C, K, D]; cosine codes are compared and used at the length of the tokens."""
+    codes = parameters["assigner.codebook.codes"]
+    return _scaled(codes) if vq.quantizer == "cosine" else codes
+
+
+def _scaled(v: torch.Tensor) -> torch.Tensor:
+    length = v.square().sum(dim=-1, keepdim=True).sqrt().clamp(min=1e-12)
+    return v / length * v.shape[-1] ** 0.5
+
+
+def _nearest(token: torch.Tensor, vectors: torch.Tensor) -> tuple[list[int], list[torch.Tensor]]:
+    """token [H], vectors [C, K, D] -> its C codes and their C vectors [D]."""
+    codes = []
+    for part, candidates in zip(token.detach().chunk(len(vectors)), vectors.detach(), strict=True):
+        distances = (part - candidates).square().sum(dim=1).tolist()
+        codes.append(distances.index(min(distances)))
+    return codes, [vectors[c, k] for c, k in enumerate(codes)]
+
+
+def _owner(
+    code_slice: int,
+    code: int,
+    parameters: Mapping[str, torch.Tensor],
+    vq: VQConfig,
+    num_experts: int,
+) -> int:
+    """The expert of one code."""
+    row = code_slice * vq.num_codes + code
+    expert_of_row = parameters.get("assigner.code_map.expert_of_row")
+    return row % num_experts if expert_of_row is None else int(expert_of_row[row])
+
+
+def _continuous(
+    token: torch.Tensor,
+    parameters: Mapping[str, torch.Tensor],
+    experts: _Experts,
+    topk: int,
+    pre_softmax: bool,
+) -> torch.Tensor:
+    """The ordinary sparse mixture of experts: token [H] -> [H]."""
+    logits = parameters["router.weight"] @ token
+    if "router.bias" in parameters:
+        logits = logits + parameters["router.bias"]
+    selected = logits.topk(topk).indices
+    scores = logits if pre_softmax else logits[selected]
+    weights = scores.softmax(dim=0, dtype=ROUTER_SOFTMAX_DTYPE).to(logits.dtype)
+    weights = weights[selected] if pre_softmax else weights
+    parts = [
+        weight * experts(expert, token)
+        for weight, expert in zip(weights, selected.tolist(), strict=True)
+    ]
+    return torch.stack(parts).sum(dim=0)
+
+
+def _discrete(
+    token: torch.Tensor,
+    vectors: list[torch.Tensor],
+    owners: list[int],
+    vq: VQConfig,
+    experts: _Experts,
+    norms: _Norms,
+) -> torch.Tensor:
+    """The discrete path: prepared token [H], its C code vectors [D] and their experts -> [H]."""
+    v = torch.cat(vectors).detach()  # the task never moves the codebook
+    rate = vq.contribution_rate
+    straight_through = token + (v - token).detach()
+    if vq.expert_input == "code":
+        u = straight_through if vq.straight_through == "token" else v
+    elif vq.expert_input == "blend":
+        u = (1 - rate) * token + rate * (v - token).detach()
+    elif vq.expert_input == "blend_convex":
+        u = (1 - rate) * token + rate * straight_through
+    else:
+        u = token
+    y = torch.zeros_like(token)
+    width = token.numel() // len(owners)
+    for c, expert in enumerate(owners):
+        row = u
+        if vq.expert_input == "code":  # slice c in its own place, zeros elsewhere
+            row = torch.zeros_like(u)
+            row[c * width : (c + 1) * width] = u[c * width : (c + 1) * width]
+        y = y + experts(expert, norms.before(row)) / len(owners) ** 0.5
+    y = norms.after(y)
+    if vq.expert_input == "code" and vq.straight_through == "identity":
+        y = y + (token - token.detach())
+    return y
+
+
+def _mix(
+    token: torch.Tensor,
+    y_continuous: torch.Tensor | None,
+    y_discrete: torch.Tensor | None,
+    parameters: Mapping[str, torch.Tensor],
+    vq: VQConfig,
+) -> torch.Tensor:
+    """The combine gate, or the only path there is: [H]."""
+    if y_discrete is None:
+        return y_continuous
+    if y_continuous is None:
+        return y_discrete
+    logits = parameters["gate.linear.weight"] @ token + parameters["gate.linear.bias"]
+    if vq.combine == "sigmoid":
+        return y_continuous + logits.sigmoid() * y_discrete
+    p_continuous, p_discrete = logits.softmax(dim=0)
+    return p_continuous * y_continuous + p_discrete * y_discrete
