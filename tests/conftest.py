@@ -20,7 +20,8 @@ MINIMUM_DISTRIBUTED_TESTS = 150
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable]:
-    """``ranks(world_size)``: a world of gloo ranks, started at first use and kept for the session."""
+    """``ranks(world_size)``: a world of gloo ranks, started at first use and kept for the
+    session."""
     from gloo_ranks import RankPool
 
     pools: dict[int, RankPool] = {}
@@ -70,7 +71,8 @@ class DistributedLeg:
         if not self.selects_all() or self.num_passed >= MINIMUM_DISTRIBUTED_TESTS:
             return
         self.verdict = (
-            f"only {self.num_passed} tests marked 'distributed' passed in a session that selected all "
+            f"only {self.num_passed} tests marked 'distributed' passed in a session that selected "
+            "all "
             f"tests; at least {MINIMUM_DISTRIBUTED_TESTS} must"
         )
         if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):

@@ -15,8 +15,8 @@ numbers, strings, and lists, tuples and dicts of them. The function must be a pl
 top of its file; the ranks load that file by its path, with this folder on ``sys.path``.
 
 A function that raises, dies or hangs on any rank ends the whole world: its ranks are killed, and
-``RanksFailed`` carries the output of the first rank that failed. Output goes to files, never through
-pipes, so that no orphan can hold one open.
+``RanksFailed`` carries the output of the first rank that failed. Output goes to files, never
+through pipes, so that no orphan can hold one open.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The test harness itself: results come back, failures show, and an empty distributed leg is red."""
+"""The test harness itself: results come back, failures show, and an empty distributed leg is
+red."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 T tokens, H hidden size, F expert hidden size, N experts, C code slices, K codes, D = H / C.
 
-``draw_parameters`` makes the tensors of the whole layer in fp64, by the layer's own names. The oracle
-takes them as they are; ``build_layer``, called in a rank, copies them into a real layer, each rank
-its own slice of the experts.
+``draw_parameters`` makes the tensors of the whole layer in fp64, by the layer's own names. The
+oracle takes them as they are; ``build_layer``, called in a rank, copies them into a real layer,
+each rank its own slice of the experts.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ def build_layer(vq: VQConfig, parameters: dict[str, torch.Tensor] | None = None,
 
 @torch.no_grad()
 def copy_parameters(layer: torch.nn.Module, parameters: dict[str, torch.Tensor]) -> None:
-    """Fill a layer, which must have exactly these parameters, and its code map when one is given."""
+    """Fill a layer, which must have exactly these parameters, and its code map when one is
+    given."""
     code_map = parameters.get("assigner.code_map.expert_of_row")
     own = dict(layer.named_parameters())
     expected = set(parameters) - {"assigner.code_map.expert_of_row"}

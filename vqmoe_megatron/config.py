@@ -88,7 +88,8 @@ class VQConfig:
             raise ValueError(f"vq.ema_decay={self.ema_decay} must lie strictly between 0 and 1")
         if self.dead_code_threshold >= 1.0:
             raise ValueError(
-                f"vq.dead_code_threshold={self.dead_code_threshold} is a share of uniform usage and must be "
+                f"vq.dead_code_threshold={self.dead_code_threshold} is a share of uniform usage "
+                "and must be "
                 "below 1, or every code would be re-seeded at every step"
             )
         if self.num_code_slices > 1 and self.quantizer != "product":
@@ -99,7 +100,8 @@ class VQConfig:
 
     def _code_space_rule(self) -> str:
         reason = (
-            f"with vq.expert_input={self.expert_input} every token has its own expert input, so one row per "
+            f"with vq.expert_input={self.expert_input} every token has its own expert input, so "
+            "one row per "
             "code cannot stand for it (code space is exact only for expert_input=code)"
             if self.expert_input != "code"
             else "this release executes the discrete path by token dispatch"
@@ -113,18 +115,21 @@ class VQConfig:
         if hidden_size % self.num_code_slices:
             raise ValueError(
                 f"hidden_size % vq.num_code_slices != 0: {hidden_size} % {self.num_code_slices} = "
-                f"{hidden_size % self.num_code_slices}; product codes cut the hidden vector in equal slices"
+                f"{hidden_size % self.num_code_slices}; product codes cut the hidden vector in "
+                "equal slices"
             )
         rows = self.num_code_slices * self.num_codes
         if self.code_map != "mod" and rows % num_experts:
             raise ValueError(
-                f"vq.code_map={self.code_map} keeps equal code counts per expert, but num_code_slices * "
+                f"vq.code_map={self.code_map} keeps equal code counts per expert, but "
+                "num_code_slices * "
                 f"num_codes % num_moe_experts != 0: {rows} % {num_experts} = {rows % num_experts}; "
                 "use code_map=mod or a multiple"
             )
         if self.path == "discrete" and rows < num_experts:
             raise ValueError(
-                f"vq.path=discrete with {rows} codes leaves {num_experts - rows} of {num_experts} experts "
+                f"vq.path=discrete with {rows} codes leaves {num_experts - rows} of {num_experts} "
+                "experts "
                 "without any code; raise vq.num_codes or lower model.num_moe_experts"
             )
 
@@ -204,16 +209,20 @@ class ModelConfig:
             check_at_least("model", 1, **{name: getattr(self, name)})
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size % num_attention_heads != 0: {self.hidden_size} % {self.num_attention_heads} = "
-                f"{self.hidden_size % self.num_attention_heads}; change one, or set model.kv_channels"
+                f"hidden_size % num_attention_heads != 0: {self.hidden_size} % "
+                f"{self.num_attention_heads} = "
+                f"{self.hidden_size % self.num_attention_heads}; change one, or set "
+                "model.kv_channels"
             )
         if self.moe_router_topk > self.num_moe_experts:
             raise ValueError(
-                f"model.moe_router_topk={self.moe_router_topk} exceeds model.num_moe_experts={self.num_moe_experts}"
+                f"model.moe_router_topk={self.moe_router_topk} exceeds "
+                f"model.num_moe_experts={self.num_moe_experts}"
             )
         if self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
             raise ValueError(
-                "model.moe_router_topk=1 needs model.moe_router_pre_softmax=true: a softmax over one selected "
+                "model.moe_router_topk=1 needs model.moe_router_pre_softmax=true: a softmax over "
+                "one selected "
                 "logit is always 1, so the router would get no gradient from the task"
             )
         for name in ("hidden_dropout", "attention_dropout"):

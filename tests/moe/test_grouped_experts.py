@@ -73,13 +73,13 @@ def evaluate(experts: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def shapes(experts: torch.nn.Module) -> dict[str, list[int]]:
     """Key -> global shape of everything a checkpoint would hold."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import (
         LocalNonpersistentObject,
         ShardedObject,
         ShardedTensorFactory,
         apply_factories,
     )
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
 
     state = experts.sharded_state_dict(prefix="mlp.experts.")
     apply_factories(state)
@@ -131,9 +131,7 @@ def save_and_load(
     wanted = {name: value for name, value in wanted.items() if "_extra_state" not in name}
     loaded = dist_checkpointing.load(wanted, to)
     loaded = {name.removeprefix("e."): value for name, value in loaded.items()}
-    names = {name for name, _ in target.named_parameters()}
-    loaded = {name.replace("experts.0.", "local_experts.0."): v for name, v in loaded.items()}
-    assert len(loaded) == len(names)
+    assert set(loaded) == {name for name, _ in target.named_parameters()}
     target.load_state_dict(loaded, strict=False)
     return {"source": stacked(source), "target": stacked(target)}
 

@@ -110,12 +110,13 @@ install_cpu_compat()  # twice is once
 assert changed(first, snapshot()) == [] and is_installed()
 
 cuda = torch.device('cuda', 0)
-for made in (torch.empty(2, device='cuda'), torch.zeros(2, device=cuda), torch.randn(2, device='cuda:0'),
-             torch.tensor([1.0], device='cuda'), torch.arange(3, device='cuda', pin_memory=True),
-             torch.zeros_like(torch.ones(2), device='cuda'), torch.ones(2).new_empty(3, device='cuda'),
-             torch.ones(2).to('cuda'), torch.ones(2).to(cuda, torch.float64), torch.ones(2).cuda(),
-             torch.nn.Linear(2, 2).cuda().weight, torch.nn.Linear(2, 2).to('cuda').weight,
-             torch.ones(2).pin_memory(), torch.zeros(1, device=torch.cuda.current_device())):
+for made in (torch.empty(2, device='cuda'), torch.zeros(2, device=cuda), torch.randn(2,
+             device='cuda:0'), torch.tensor([1.0], device='cuda'), torch.arange(3, device='cuda',
+             pin_memory=True), torch.zeros_like(torch.ones(2), device='cuda'),
+             torch.ones(2).new_empty(3, device='cuda'), torch.ones(2).to('cuda'),
+             torch.ones(2).to(cuda, torch.float64), torch.ones(2).cuda(), torch.nn.Linear(2,
+             2).cuda().weight, torch.nn.Linear(2, 2).to('cuda').weight, torch.ones(2).pin_memory(),
+             torch.zeros(1, device=torch.cuda.current_device())):
     assert made.device.type == 'cpu', made
 assert torch.ones(2).to(cuda, torch.float64).dtype == torch.float64
 assert torch.zeros(2, device='meta').device.type == 'meta'  # other devices are left alone

@@ -18,6 +18,6 @@ def small_corpus(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("small_corpus")
     source = Path(sysconfig.get_path("stdlib"))
-    files = [source / name for name in ("argparse.py", "typing.py", "inspect.py")]
+    files = [source / name for name in ("typing.py", "inspect.py", "argparse.py")]
     prepare_corpus("text", folder / "corpus", files, "byte", None, False, False)
     return folder / "corpus"

@@ -85,6 +85,54 @@ def train_here(recipe: str, overrides: list[str]) -> dict:
     }
 
 
+def train_with_one_poisoned_step(recipe: str, overrides: list[str]) -> dict:
+    """As ``train_here``, with a NaN in the loss mask of one microbatch of step 3 on rank 0."""
+    import torch
+
+    from vqmoe_megatron.training import train_step
+
+    original = train_step.to_device
+    num_batches = 0
+
+    def poisoned(batch):
+        nonlocal num_batches
+        batch = original(batch)
+        num_batches += torch.is_grad_enabled()
+        if num_batches == 6 and torch.distributed.get_rank() == 0:  # 2 per step and rank
+            batch["loss_mask"][0, 0] = float("nan")
+        return batch
+
+    train_step.to_device = poisoned
+    try:
+        return train_here(recipe, overrides)
+    finally:
+        train_step.to_device = original
+
+
+def initial_parameters(recipe: str, overrides: list[str]) -> dict[str, tuple]:
+    """Return this rank's parameters: name and place -> (tensor, global offset, global shape)."""
+    import torch
+
+    from vqmoe_megatron.plan.layout import ParallelLayout
+    from vqmoe_megatron.recipe import load_recipe
+    from vqmoe_megatron.training.layout_independent_init import _sharded_tensors
+    from vqmoe_megatron.training.model_builder import build_model, build_transformer_config
+
+    config = load_recipe(Path(recipe), ["model.vocab_size=256", *overrides])
+    layout = ParallelLayout.from_config(config, torch.distributed.get_world_size())
+    model = build_model(config, build_transformer_config(config, layout), layout)
+    return {
+        f"{part.key} {list(part.global_offset)}": (
+            part.data.clone(),
+            list(part.global_offset),
+            list(part.global_shape),
+        )
+        for chunk in model
+        for part in _sharded_tensors(chunk.module.sharded_state_dict())
+        if part.data is not None
+    }
+
+
 def codebook_hashes(model) -> dict[str, str]:
     """sha256 of every codebook's whole state, by global layer number."""
     from vqmoe_megatron.moe.layer import VQMoELayer
@@ -119,7 +167,8 @@ def start_vqmoe(*arguments: str, log: Path) -> subprocess.Popen:
 def wait_until(
     condition, process: subprocess.Popen, log: Path, timeout_seconds: float = 90
 ) -> None:
-    """Poll until ``condition()``; fail with the log's end when the process ends first or time is up."""
+    """Poll until ``condition()``; fail with the log's end when the process ends first or time is
+    up."""
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:

@@ -3,37 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from small_run import PARITY, layout_overrides
+from small_run import PARITY, initial_parameters, layout_overrides
 
 pytestmark = pytest.mark.distributed
 
 TP, PP, EP = (f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "expert"))
-
-
-def initial_parameters(recipe: str, overrides: list[str]) -> dict[str, tuple]:
-    """Return this rank's parameters: name and place -> (tensor, global offset, global shape)."""
-    from pathlib import Path
-
-    import torch
-
-    from vqmoe_megatron.plan.layout import ParallelLayout
-    from vqmoe_megatron.recipe import load_recipe
-    from vqmoe_megatron.training.layout_independent_init import _sharded_tensors
-    from vqmoe_megatron.training.model_builder import build_model, build_transformer_config
-
-    config = load_recipe(Path(recipe), ["model.vocab_size=256", *overrides])
-    layout = ParallelLayout.from_config(config, torch.distributed.get_world_size())
-    model = build_model(config, build_transformer_config(config, layout), layout)
-    return {
-        f"{part.key} {list(part.global_offset)}": (
-            part.data.clone(),
-            list(part.global_offset),
-            list(part.global_shape),
-        )
-        for chunk in model
-        for part in _sharded_tensors(chunk.module.sharded_state_dict())
-        if part.data is not None
-    }
 
 
 def gathered(results) -> dict:

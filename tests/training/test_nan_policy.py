@@ -1,11 +1,12 @@
-"""A step with a non-finite loss or gradient stops the run or is skipped, and never moves anything."""
+"""A step with a non-finite loss or gradient stops the run or is skipped, and never moves
+anything."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
-from small_run import PARITY, TINY, run_on, start_vqmoe, train_here
+from small_run import PARITY, TINY, run_on, start_vqmoe, train_with_one_poisoned_step
 
 from vqmoe_megatron.tracking.metrics_log import read_metrics
 from vqmoe_megatron.tracking.run_status import read_status
@@ -14,30 +15,6 @@ pytestmark = pytest.mark.distributed
 
 EP2 = {"expert_model_parallel_size": 2}
 EXPLODE = ["optimizer.lr=1e38", "optimizer.lr_warmup_iters=0", "train.train_iters=5"]
-
-
-def train_with_one_poisoned_step(recipe: str, overrides: list[str]) -> dict:
-    """As ``train_here``, with a NaN in the loss mask of one microbatch of step 3 on rank 0."""
-    import torch
-
-    from vqmoe_megatron.training import train_step
-
-    original = train_step.to_device
-    num_batches = 0
-
-    def poisoned(batch):
-        nonlocal num_batches
-        batch = original(batch)
-        num_batches += torch.is_grad_enabled()
-        if num_batches == 6 and torch.distributed.get_rank() == 0:  # 2 per step and rank
-            batch["loss_mask"][0, 0] = float("nan")
-        return batch
-
-    train_step.to_device = poisoned
-    try:
-        return train_here(recipe, overrides)
-    finally:
-        train_step.to_device = original
 
 
 def test_a_poisoned_step_is_skipped_on_all_ranks_and_training_goes_on(

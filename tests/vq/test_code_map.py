@@ -1,4 +1,5 @@
-"""Code maps: the mod rule, equal code counts, spread load, clusters that stay together, refusals."""
+"""Code maps: the mod rule, equal code counts, spread load, clusters that stay together,
+refusals."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The distributed VQMoE layer and its parts.
 
-``vqmoe_layer_spec`` is built at first use, from the file named by ``VQMOE_CONFIG``, for Megatron-LM's
-``--spec vqmoe_megatron.moe vqmoe_layer_spec``.
+``vqmoe_layer_spec`` is built at first use, from the file named by ``VQMOE_CONFIG``, for
+Megatron-LM's ``--spec vqmoe_megatron.moe vqmoe_layer_spec``.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class _RunInBackward(torch.autograd.Function):
 def run_in_backward(tensor: torch.Tensor, action: Callable[[], None]) -> torch.Tensor:
     """Return ``tensor``; call ``action`` when its gradient passes.
 
-    Evaluation has no backward pass, and activation recompute builds a second graph of which only the
-    last is differentiated, so statistics gathered here are never counted twice.
+    Evaluation has no backward pass, and activation recompute builds a second graph of which only
+    the last is differentiated, so statistics gathered here are never counted twice.
     """
     return _RunInBackward.apply(tensor, action)

@@ -132,8 +132,8 @@ class CodeAssigner(torch.nn.Module):
     def _candidate_places(self, num_local_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots of the candidate table that this rank fills, and its token positions, int64 each.
 
-        Candidate j is the token at position j * T_full // M of the full sequence order, so the table
-        does not depend on how the sequence is sharded over TP.
+        Candidate j is the token at position j * T_full // M of the full sequence order, so the
+        table does not depend on how the sequence is sharded over TP.
         """
         tp_group = self.pg_collection.tp
         positions = torch.arange(self.num_candidates) * (num_local_tokens * tp_group.size())
@@ -143,7 +143,7 @@ class CodeAssigner(torch.nn.Module):
         return slots.to(device), local[slots].to(device)
 
     def candidate_table(self) -> torch.Tensor:
-        """fp32 ``[M, C, D]``, filled where this rank owns the slot; the sum over ranks is the table."""
+        """fp32 ``[M, C, D]``, filled in this rank's slots; the sum over ranks is the table."""
         codebook = self.codebook
         table = codebook.step_count.new_zeros(
             self.num_candidates, codebook.num_slices, codebook.width

@@ -22,8 +22,8 @@ from vqmoe_megatron.moe.expert_gemm import grouped_linear
 class GroupedExperts(MegatronModule):
     """Drop-in for Megatron's ``SequentialMLP`` with stacked weights and one grouped GEMM per layer.
 
-    fc1 [n, G F, H] -> activation (gated: act(first half) * second half) -> fc2 [n, H, F]. Checkpoints
-    interchange with ``SequentialMLP``: same keys, same global tensors.
+    fc1 [n, G F, H] -> activation (gated: act(first half) * second half) -> fc2 [n, H, F].
+    Checkpoints interchange with ``SequentialMLP``: same keys, same global tensors.
 
     Raises:
         ValueError: for expert tensor parallelism, which this module does not shard.
@@ -41,7 +41,8 @@ class GroupedExperts(MegatronModule):
             raise ValueError("GroupedExperts needs the process groups of its MoE layer")
         if pg_collection.expt_tp.size() > 1:
             raise ValueError(
-                f"expert_tensor_parallel_size={pg_collection.expt_tp.size()}: GroupedExperts shards "
+                f"expert_tensor_parallel_size={pg_collection.expt_tp.size()}: GroupedExperts "
+                "shards "
                 "over expert_model_parallel_size only; set expert_tensor_parallel_size=1"
             )
         self.num_local_experts = num_local_experts
@@ -69,8 +70,8 @@ class GroupedExperts(MegatronModule):
         parameter = torch.nn.Parameter(
             torch.zeros(*shape, dtype=self.config.params_dtype, device=torch.cuda.current_device())
         )
-        # Expert gradients reduce over the expert-data-parallel group. Megatron marks experts so only
-        # when EP > 1, which loses their reduction over TP ranks at EP = 1 with TP > ETP.
+        # Expert gradients reduce over the expert-data-parallel group. Megatron marks experts so
+        # only when EP > 1, which loses their reduction over TP ranks at EP = 1 with TP > ETP.
         parameter.allreduce = False
         return parameter
 

@@ -45,7 +45,8 @@ class VQRouter(MegatronModule):
             )
         if vq.expert_input != "token":
             raise ValueError(
-                f"vq.expert_input={vq.expert_input}: VQRouter leaves dispatch to Megatron, which sends "
+                f"vq.expert_input={vq.expert_input}: VQRouter leaves dispatch to Megatron, which "
+                "sends "
                 "the tokens; use expert_input=token, or VQMoELayer for code and blend inputs"
             )
         dispatcher = config.moe_token_dispatcher_type
@@ -53,8 +54,10 @@ class VQRouter(MegatronModule):
             dispatcher == "flex" or (dispatcher == "alltoall" and config.moe_permute_fusion)
         ):
             raise ValueError(
-                f"vq.num_code_slices={vq.num_code_slices} gives tokens different numbers of experts, but "
-                f"the {dispatcher} dispatcher with moe_permute_fusion={config.moe_permute_fusion} carries "
+                f"vq.num_code_slices={vq.num_code_slices} gives tokens different numbers of "
+                "experts, but "
+                f"the {dispatcher} dispatcher with moe_permute_fusion={config.moe_permute_fusion} "
+                "carries "
                 "exactly moe_router_topk rows per token; use allgather, alltoall without "
                 "moe_permute_fusion, or VQMoELayer"
             )
@@ -71,8 +74,8 @@ class VQRouter(MegatronModule):
         """Return ``(probs [T, N] fp32, routing_map [T, N] bool)`` for hidden states [S, B, H].
 
         A code counts 1 / sqrt(C); codes of one token on one expert are merged by adding their
-        weights, which is exact because all rows of a token are the same token. The VQ losses ride on
-        ``probs``.
+        weights, which is exact because all rows of a token are the same token. The VQ losses ride
+        on ``probs``.
 
         Raises:
             ValueError: for a padding mask, which a codebook has no use for.

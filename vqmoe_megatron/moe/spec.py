@@ -1,7 +1,7 @@
 """Layer specs: Megatron's transformer layer with VQMoE in the place of its MLP.
 
-On CUDA with Transformer Engine the other modules are Transformer Engine's, elsewhere Megatron-core's
-own. :func:`spec_backend` says which and why.
+On CUDA with Transformer Engine the other modules are Transformer Engine's, elsewhere
+Megatron-core's own. :func:`spec_backend` says which and why.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def get_vqmoe_block_spec(
 def layer_spec_from_environment() -> ModuleSpec:
     """Build the object behind Megatron-LM's ``--spec vqmoe_megatron.moe vqmoe_layer_spec``.
 
-    Megatron-LM imports an object, not a function, so its settings come from the ``vq`` section of the
-    YAML file named by ``VQMOE_CONFIG``; unset, the defaults with K = 4 N apply.
+    Megatron-LM imports an object, not a function, so its settings come from the ``vq`` section of
+    the YAML file named by ``VQMOE_CONFIG``; unset, the defaults with K = 4 N apply.
 
     Raises:
         ValueError: when the file is missing or not a legal recipe.

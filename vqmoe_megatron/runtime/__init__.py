@@ -1,0 +1,1 @@
+"""Where a run lives: devices, ranks, process groups, the CPU compatibility file."""

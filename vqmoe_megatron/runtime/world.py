@@ -84,7 +84,8 @@ def join_world(variables: RankVariables, device: str) -> None:
     """
     if variables.world_size > 1 and not os.environ.get("MASTER_ADDR"):
         raise ValueError(
-            f"{variables.world_size} ranks from {variables.source}, but MASTER_ADDR is not set; export "
+            f"{variables.world_size} ranks from {variables.source}, but MASTER_ADDR is not set; "
+            "export "
             "the first node's host name (scontrol show hostnames | head -n1) and MASTER_PORT"
         )
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

@@ -109,7 +109,7 @@ def load_checkpoint(folder: Path, state: TrainingState) -> Progress:
                 f"{FORMAT_VERSION}"
             )
         for number, chunk in enumerate(state.model):
-            chunk.load_state_dict(loaded[f"model{number}"])
+            chunk.module.load_state_dict(loaded[f"model{number}"])
         state.optimizer.load_state_dict(loaded["optimizer"])
         restore_adam_steps(state.optimizer, loaded["num_updates"])
     state.scheduler.load_state_dict(loaded["scheduler"])
@@ -118,8 +118,10 @@ def load_checkpoint(folder: Path, state: TrainingState) -> Progress:
 
 
 def _sharded_state(state: TrainingState, progress: Progress, is_loading: bool) -> dict[str, Any]:
+    # Of the modules inside Megatron's DDP, whose own sharded keys its load_state_dict does not take.
     models = {
-        f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(state.model)
+        f"model{number}": chunk.module.sharded_state_dict()
+        for number, chunk in enumerate(state.model)
     }
     merged = {key: part for chunk in models.values() for key, part in chunk.items()}
     model_state = models["model0"] if len(models) == 1 else merged

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+TORCH_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 # fully_reshardable is the one layout-free format that torch's Adam can be saved in; the prefixless
 # chain keeps dense and expert optimizers apart by parameter name.
 OPTIMIZER_METADATA = {
@@ -21,13 +23,32 @@ OPTIMIZER_METADATA = {
 
 def _torch_adams(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+        if isinstance(part.optimizer, TORCH_ADAMS):
             yield part.optimizer
+
+
+def _let_adam_steps_pass(part: Any) -> None:
+    """Let a distributed optimizer load torch Adam's state.
+
+    Megatron copies every entry of the inner state, but leaves ``step`` out of what it copies from
+    (a KeyError). Here the step is copied onto itself; :func:`restore_adam_steps` sets it.
+    """
+    copy_states = part._set_main_param_and_optimizer_states
+
+    def copy_states_and_step(model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = part.model_param_group_index_map[model_param]
+        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+        copy_states(model_param, {"step": state["step"], **tensors})
+
+    part._set_main_param_and_optimizer_states = copy_states_and_step
 
 
 def prepare_for_loading(optimizer: Any) -> None:
     """Give every parameter Adam state to load into: a fresh optimizer has none, and Megatron reads
     the step from it while it builds the load plan. No communication."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, TORCH_ADAMS):
+            _let_adam_steps_pass(part)
     for adam in _torch_adams(optimizer):
         for group in adam.param_groups:
             for parameter in group["params"]:

@@ -53,7 +53,7 @@ def clustered_map(codes: torch.Tensor, num_experts: int, num_iterations: int = 1
     ascending distance under equal capacity, then moves the centres.
 
     Args:
-        codes: ``[C * K, W]`` the vector that stands for each row (a slice vector for product codes).
+        codes: ``[C * K, W]`` the vector that stands for each row (product codes: its slice's).
         num_experts: N, a divisor of ``C * K``.
         num_iterations: rounds of assignment.
 
@@ -103,7 +103,7 @@ def build_code_map(
 
 
 class CodeMap(torch.nn.Module):
-    """The map as a module: a persistent buffer, so that it is saved with the codes it belongs to."""
+    """The map as a module: a persistent buffer, saved with the codes it belongs to."""
 
     expert_of_row: torch.Tensor  # int64 [C * K]
 

@@ -155,13 +155,13 @@ class Codebook(torch.nn.Module):
     def apply_step(self, statistics: StepStatistics) -> dict[str, torch.Tensor]:
         """Move the codebook by one step of reduced statistics and clear the accumulators.
 
-        Statistics with a NaN or Inf leave the codebook as it is. Deterministic in the statistics and
-        ``seed``, so replicas that start equal stay bit-equal. No communication.
+        Statistics with a NaN or Inf leave the codebook as it is. Deterministic in the statistics
+        and ``seed``, so replicas that start equal stay bit-equal. No communication.
 
         Returns:
             fp32 scalars: ``code_perplexity`` (mean over slices, 1..K), ``dead_codes`` and
-            ``revived_codes`` (counts over slices), ``assignment_change_rate`` (share of the previous
-            step's probe tokens that have another code since the codebook moved).
+            ``revived_codes`` (counts over slices), ``assignment_change_rate`` (share of the
+            previous step's probe tokens that have another code since the codebook moved).
         """
         finite = self._finite(statistics)
         old = CodebookState(self.codes.data, self.usage, getattr(self, "ema_sum", None))

@@ -1,7 +1,7 @@
 """Initial code vectors: uniform, chosen from data, or k-means of data.
 
-M sample tokens, C code slices, K codes per slice, D slice width. Everything here is deterministic in
-``seed`` and runs on the CPU in fp32, so that one rank can compute it and broadcast the result.
+M sample tokens, C code slices, K codes per slice, D slice width. Everything here is deterministic
+in ``seed`` and runs on the CPU in fp32, so that one rank can compute it and broadcast the result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ DUPLICATE_JITTER = 1e-2  # relative noise on repeated sample tokens, so that no 
 
 
 def uniform_codes(num_slices: int, num_codes: int, width: int, seed: int) -> torch.Tensor:
-    """Draw U(-1, 1) codes, the scale of one normalised hidden element. Returns fp32 ``[C, K, D]``."""
+    """Draw fp32 ``[C, K, D]`` codes from U(-1, 1), the scale of one normalised hidden element."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(num_slices, num_codes, width, generator=generator).mul_(2.0).sub_(1.0)
 

@@ -72,8 +72,8 @@ def revive_dead_codes(
         seed: of the choice of candidates, identical on every replica.
 
     Returns:
-        The new state, with usage and sums of revived codes reset to uniform, and the bool ``[C, K]``
-        map of revived codes. No host synchronisation.
+        The new state, with usage and sums of revived codes reset to uniform, and the bool ``[C,
+        K]`` map of revived codes. No host synchronisation.
     """
     num_slices, num_codes, _ = state.codes.shape
     dead = state.usage < threshold / num_codes
@@ -96,8 +96,8 @@ def reanchor(
 ) -> CodebookState:
     """Pull rarely used codes to sampled tokens; leave used codes where they are.
 
-    v_k <- (1 - a_k) v_k + a_k anchor_k with a_k = exp(-p_k K 10 / (1 - decay) - 1e-3); the anchor is
-    a candidate drawn with probability softmax_t cos(x_t, v_k) (arXiv 2307.15139, eq. 4 and 5).
+    v_k <- (1 - a_k) v_k + a_k anchor_k with a_k = exp(-p_k K 10 / (1 - decay) - 1e-3); the anchor
+    is a candidate drawn with probability softmax_t cos(x_t, v_k) (arXiv 2307.15139, eq. 4 and 5).
 
     Args and result as :func:`revive_dead_codes`, without the map. No host synchronisation.
     """

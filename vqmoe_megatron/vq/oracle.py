@@ -57,14 +57,14 @@ def vqmoe_oracle(
 
     Args:
         x: ``[T, H]`` hidden states, T at least 1; all tokens of all ranks.
-        parameters: the layer's tensors by the names they have in ``VQMoELayer.state_dict()``, experts
-            of all ranks stacked: ``router.weight [N, H]``, ``router.bias [N]``,
+        parameters: the layer's tensors by the names they have in ``VQMoELayer.state_dict()``,
+            experts of all ranks stacked: ``router.weight [N, H]``, ``router.bias [N]``,
             ``experts.weight1 [N, F or 2F, H]``, ``experts.bias1``, ``experts.weight2 [N, H, F]``,
             ``experts.bias2``, ``assigner.codebook.codes [C, K, D]``,
             ``assigner.code_map.expert_of_row`` int64 ``[C * K]`` (absent: the mod rule),
             ``gate.linear.weight``, ``gate.linear.bias``, ``input_norm.weight``,
-            ``output_norm.weight`` and their biases. Absent biases are zero. Gradients flow into those
-            that require them.
+            ``output_norm.weight`` and their biases. Absent biases are zero. Gradients flow into
+            those that require them.
         vq: the layer's settings.
         num_experts: N.
         topk: k of the continuous path.
