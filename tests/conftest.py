@@ -15,7 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for gloo_ranks and tiny_layer
 
-MINIMUM_DISTRIBUTED_TESTS = 150
+MINIMUM_DISTRIBUTED_TESTS = 300
 
 
 @pytest.fixture(scope="session")

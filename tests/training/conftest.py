@@ -21,3 +21,17 @@ def small_corpus(tmp_path_factory) -> Path:
     files = [source / name for name in ("typing.py", "inspect.py", "argparse.py")]
     prepare_corpus("text", folder / "corpus", files, "byte", None, False, False)
     return folder / "corpus"
+
+
+@pytest.fixture(scope="session")
+def stdlib_corpus(tmp_path_factory) -> Path:
+    """The interpreter's whole library as a byte corpus, as recipes/parity.yaml is meant to run on.
+
+    Layouts round differently, and a token as near to one code as to another by fp32 rounding may
+    then change its code. Here none does; in a small, repetitive text one sometimes does.
+    """
+    from vqmoe_megatron.data.prepare import prepare_corpus
+
+    out = tmp_path_factory.mktemp("stdlib_corpus") / "corpus"
+    prepare_corpus("stdlib", out, [], "byte", None, False, False)
+    return out

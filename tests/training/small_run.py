@@ -140,7 +140,8 @@ def codebook_hashes(model) -> dict[str, str]:
     hashes = {}
     for layer in (m for chunk in model for m in chunk.modules() if isinstance(m, VQMoELayer)):
         codebook = layer.assigner.codebook
-        tensors = [codebook.codes.data, codebook.usage, codebook.ema_sum]
+        tensors = [codebook.codes.data, codebook.usage]
+        tensors += [codebook.ema_sum] if codebook.keeps_sums else []
         tensors += [codebook.num_steps, layer.assigner.code_map.expert_of_row]
         digest = hashlib.sha256()
         for tensor in tensors:

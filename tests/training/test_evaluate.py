@@ -8,6 +8,7 @@ from small_run import run_on
 pytestmark = pytest.mark.distributed
 
 EVERY = ["model.num_layers=2", "train.train_iters=2", "train.eval_iters=1"]
+EVERY += ["optimizer.lr_warmup_iters=0"]
 
 
 def validation(results):

@@ -21,14 +21,14 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def one_rank(ranks, small_corpus, tmp_path_factory):
-    return run_on(ranks(1), small_corpus, tmp_path_factory.mktemp("one"), SIX, {})[0]
+def one_rank(ranks, stdlib_corpus, tmp_path_factory):
+    return run_on(ranks(1), stdlib_corpus, tmp_path_factory.mktemp("one"), SIX, {})[0]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_curve_is_that_of_one_rank(name, ranks, one_rank, small_corpus, tmp_path):
+def test_the_curve_is_that_of_one_rank(name, ranks, one_rank, stdlib_corpus, tmp_path):
     num_ranks, layout, overrides = LAYOUTS[name]
-    results = run_on(ranks(num_ranks), small_corpus, tmp_path, [*SIX, *overrides], layout)
+    results = run_on(ranks(num_ranks), stdlib_corpus, tmp_path, [*SIX, *overrides], layout)
     expected = one_rank["records"]
     assert [record["iteration"] for record in expected] == [0, 1, 2, 3, 4, 5, 6]
     for result in results:  # every rank: their gradient norms clip their own parameters

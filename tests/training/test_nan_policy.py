@@ -14,7 +14,7 @@ from vqmoe_megatron.tracking.run_status import read_status
 pytestmark = pytest.mark.distributed
 
 EP2 = {"expert_model_parallel_size": 2}
-EXPLODE = ["optimizer.lr=1e38", "optimizer.lr_warmup_iters=0", "train.train_iters=5"]
+EXPLODE = ["optimizer.lr=1e30", "optimizer.lr_warmup_iters=0", "train.train_iters=5"]
 
 
 def test_a_poisoned_step_is_skipped_on_all_ranks_and_training_goes_on(

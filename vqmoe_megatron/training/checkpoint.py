@@ -118,7 +118,7 @@ def load_checkpoint(folder: Path, state: TrainingState) -> Progress:
 
 
 def _sharded_state(state: TrainingState, progress: Progress, is_loading: bool) -> dict[str, Any]:
-    # Of the modules inside Megatron's DDP, whose own sharded keys its load_state_dict does not take.
+    # Of the modules inside Megatron's DDP: its load_state_dict does not take its own sharded keys.
     models = {
         f"model{number}": chunk.module.sharded_state_dict()
         for number, chunk in enumerate(state.model)
