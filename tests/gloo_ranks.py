@@ -225,13 +225,19 @@ def _serve(folder: Path) -> None:
 
 def _build_groups(sizes: dict[str, int]) -> None:
     from megatron.core import parallel_state
+    from torch.distributed import distributed_c10d
 
     from vqmoe_megatron.config import ParallelConfig, RunConfig
     from vqmoe_megatron.plan.layout import ParallelLayout
     from vqmoe_megatron.runtime.world import build_process_groups
 
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        parallel_state.destroy_model_parallel()  # forgets the groups, but does not destroy them
+        torch.distributed.barrier()
+        for group in list(distributed_c10d._world.pg_map):
+            if group is not torch.distributed.group.WORLD:
+                # Each group keeps several threads alive: left alone, they add up to thousands.
+                torch.distributed.destroy_process_group(group)
     config = RunConfig(parallel=ParallelConfig(**sizes))
     build_process_groups(ParallelLayout.from_config(config, torch.distributed.get_world_size()))
 

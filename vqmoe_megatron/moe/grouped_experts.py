@@ -23,7 +23,8 @@ class GroupedExperts(MegatronModule):
     """Drop-in for Megatron's ``SequentialMLP`` with stacked weights and one grouped GEMM per layer.
 
     fc1 [n, G F, H] -> activation (gated: act(first half) * second half) -> fc2 [n, H, F].
-    Checkpoints interchange with ``SequentialMLP``: same keys, same global tensors.
+    Checkpoints interchange with ``SequentialMLP``: same keys, same global tensors. Only its empty
+    ``_extra_state`` entries are missing here, so a load into it must not be strict about those.
 
     Raises:
         ValueError: for expert tensor parallelism, which this module does not shard.

@@ -126,6 +126,7 @@ def layout_errors(config: RunConfig, world_size: int, device: str | None = None)
         *_expert_errors(config, layout),
         *_batch_errors(config, layout),
         *_recompute_errors(config.model, layout),
+        *_schedule_errors(config),
     ]
 
 
@@ -305,4 +306,14 @@ def _recompute_errors(model: ModelConfig, layout: ParallelLayout) -> Iterator[st
             "recompute_num_layers",
             num_layers,
             "recompute_method=uniform cuts a chunk in units of equal length",
+        )
+
+
+def _schedule_errors(config: RunConfig) -> Iterator[str]:
+    warmup = config.optimizer.lr_warmup_iters
+    decay = config.optimizer.lr_decay_iters or config.train.train_iters
+    if warmup >= decay:
+        yield (
+            f"lr_warmup_iters < lr_decay_iters (default: train_iters) fails: {warmup} >= {decay}; "
+            "the learning rate must have iterations left to decay in"
         )

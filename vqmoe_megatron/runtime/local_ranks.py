@@ -8,6 +8,7 @@ collective.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -76,12 +77,20 @@ def run_local_ranks(arguments: list[str], num_ranks: int) -> RanksEnded:
         return _wait(ranks)
     finally:
         for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-            rank.wait()
+            _end_session(rank)
         for number, handler in previous.items():
             signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _end_session(rank: subprocess.Popen) -> None:
+    """Kill what is left of a rank's session: itself, and helpers that outlived its hard end.
+
+    Megatron's checkpoint writer keeps one helper process per rank, which a killed rank leaves behind.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(rank.pid, signal.SIGKILL)
+    rank.wait()
 
 
 def _wait(ranks: list[subprocess.Popen]) -> RanksEnded:

@@ -2,8 +2,11 @@
 
 T tokens, H hidden size, C code slices, K codes per slice, D = H / C slice width.
 
-argmin_k |x - v_k|^2 = argmin_k (|v_k|^2 - 2 <x, v_k>); the token's own norm does not matter. The
-product is taken tile by tile, so no more than a tile of the [T, K] distances ever exists.
+argmin_k |x - v_k|^2 = argmin_k (|v_k|^2 - 2 <x, v_k>); the token's own norm does not matter. Both
+sides are first shifted by the most central code: representations share a large common part, which
+would eat the digits that tell close codes apart; shifting by a code, not by the mean, keeps exact
+ties exact. The product is taken tile by tile, so no more than a tile of the [T, K] distances ever
+exists.
 """
 
 from __future__ import annotations
@@ -50,12 +53,15 @@ def _nearest_in_slice(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """x [T, D], codes [K, D] -> int64 [T]. Lower code tiles win ties because later ones need <."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     codes = codes.to(dtype)
+    nearest_to_mean = (codes - codes.mean(dim=0)).square().sum(dim=1).argmin()
+    centre = codes.index_select(0, nearest_to_mean.unsqueeze(0))  # [1, D]
+    codes = codes - centre
     half_norms = codes.square().sum(dim=1).mul_(0.5)  # [K]
     tile_codes = min(codes.shape[0], MAX_TILE_CODES)
     tile_tokens = max(1, TILE_ELEMENTS // tile_codes)
     found = []
     for rows in x.split(tile_tokens):
-        rows = rows.to(dtype)
+        rows = rows.to(dtype) - centre
         best = best_ids = None
         for first in range(0, codes.shape[0], tile_codes):
             tile = codes[first : first + tile_codes]
