@@ -2,8 +2,8 @@
 
     python benchmarks/quickstart_costs.py --json benchmarks/quickstart_costs.json
 
-Runs the real commands in a temporary directory. Peak memory is the operating system's figure for the
-largest rank; the corpus for `prepare` is real text (the standard library's source) repeated.
+Runs the real commands in a temporary directory. Peak memory is the operating system's figure for
+the largest rank; the corpus for `prepare` is real text (the standard library's source) repeated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PREPARE_SIZES_MB = (10, 100)
 
 
 def run(*arguments: str) -> tuple[float, int]:
-    """Run ``vqmoe ARGUMENTS``; return wall seconds and the peak RSS of its largest process, bytes."""
+    """Run ``vqmoe ARGUMENTS``; return wall seconds and the peak RSS of the process, bytes."""
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "vqmoe_megatron.cli", *arguments],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import queue
 from collections.abc import Callable
 from typing import Any
 
@@ -165,6 +166,7 @@ def _redirect_rng() -> None:
 
 
 def _adapt_megatron_modules() -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -186,3 +188,9 @@ def _adapt_megatron_modules() -> None:
 
     moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
     token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+    # The original is the queue of a multiprocessing manager, which imports all of torch once more in
+    # every rank (3 s of processor time at the first save) and outlives a rank that is killed. A
+    # synchronous save puts and takes its results in this process.
+    results: queue.Queue[Any] = queue.Queue()
+    filesystem_async._get_write_results_queue = lambda: results

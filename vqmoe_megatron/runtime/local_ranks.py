@@ -86,7 +86,7 @@ def run_local_ranks(arguments: list[str], num_ranks: int) -> RanksEnded:
 def _end_session(rank: subprocess.Popen) -> None:
     """Kill what is left of a rank's session: itself, and helpers that outlived its hard end.
 
-    Megatron's checkpoint writer keeps one helper process per rank, which a killed rank leaves behind.
+    Data loader workers and Megatron's checkpoint writers can outlive a rank that is killed.
     """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(rank.pid, signal.SIGKILL)

@@ -123,11 +123,8 @@ def _sharded_state(state: TrainingState, progress: Progress, is_loading: bool) -
         f"model{number}": chunk.module.sharded_state_dict()
         for number, chunk in enumerate(state.model)
     }
-    merged = {key: part for chunk in models.values() for key, part in chunk.items()}
-    model_state = models["model0"] if len(models) == 1 else merged
-    if len(models) > 1:
-        # Chunks of one rank share local names; the optimizer needs them apart.
-        model_state = {f"{m}.{k}": part for m, chunk in models.items() for k, part in chunk.items()}
+    # Chunks of one rank share local names; the optimizer needs them apart.
+    model_state = {f"{m}.{k}": part for m, chunk in models.items() for k, part in chunk.items()}
     optimizer = state.optimizer.sharded_state_dict(
         model_state, is_loading=is_loading, metadata=OPTIMIZER_METADATA
     )

@@ -118,11 +118,8 @@ class Trainer:
         if windows is not None:
             report.message(f"validation: {windows.description}")
             if self.progress.iteration == 0:
-                self._log(
-                    report,
-                    {"iteration": 0, "consumed_tokens": 0, "consumed_samples": 0},
-                    evaluate(self.model, windows),
-                )
+                start = {"iteration": 0, "consumed_tokens": 0, "consumed_samples": 0}
+                report.log({**start, **evaluate(self.model, windows)})
         self._started = time.perf_counter()
         self._core_seconds, self._steps_in_window = 0.0, 0
 
@@ -142,7 +139,7 @@ class Trainer:
             if is_evaluated or outcome or self.progress.iteration % train.log_interval == 0:
                 record = self._record(result)
                 validation = evaluate(self.model, windows) if is_evaluated else {}
-                self._log(report, record, validation)
+                report.log({**record, **validation})
                 self._restart_window()
             if self._should_save(outcome):
                 saving = time.perf_counter()
@@ -229,11 +226,6 @@ class Trainer:
             **balance_loss(steps, self.num_microbatches),
             **layer_metrics(layers),
         }
-
-    def _log(
-        self, report: RunReport, record: dict[str, float], validation: dict[str, float]
-    ) -> None:
-        report.log({**record, **validation})
 
     def _restart_window(self) -> None:
         if not torch.cuda.is_available():
