@@ -189,8 +189,8 @@ def _adapt_megatron_modules() -> None:
     moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
     token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
 
-    # The original is the queue of a multiprocessing manager, which imports all of torch once more in
-    # every rank (3 s of processor time at the first save) and outlives a rank that is killed. A
-    # synchronous save puts and takes its results in this process.
+    # The original is the queue of a multiprocessing manager, which imports all of torch once more
+    # in every rank (3 s of processor time at the first save) and outlives a rank that is killed.
+    # A synchronous save puts and takes its results in this process.
     results: queue.Queue[Any] = queue.Queue()
     filesystem_async._get_write_results_queue = lambda: results

@@ -1,0 +1,27 @@
+"""Known messages are dropped; everything else still reaches the reader."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SCRIPT = """
+import logging, warnings
+from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
+quiet_known_messages()
+log = logging.getLogger("megatron.core.tensor_parallel.random")
+log.warning("CPU RNG state changed within GPU RNG context")
+log.warning("a real problem")
+warnings.warn("Apex is not installed. Falling back to Torch Norm")
+warnings.warn("another real problem")
+"""
+
+
+def test_only_the_known_messages_disappear() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
+    )
+    assert "a real problem" in result.stderr
+    assert "another real problem" in result.stderr
+    assert "RNG state" not in result.stderr
+    assert "Apex" not in result.stderr
