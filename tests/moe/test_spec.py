@@ -1,4 +1,4 @@
-"""The layer specs: what Megatron-LM's --spec imports, which layers are VQMoE, and that it builds."""
+"""The layer specs: what Megatron-LM's --spec imports, which layers are VQMoE, that they build."""
 
 from __future__ import annotations
 

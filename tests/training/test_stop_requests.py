@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -36,10 +38,20 @@ def test_a_signal_and_a_second_one_only_raise_a_flag(number):
         assert requests.current() == SIGNAL
 
 
+EARLY_SIGNAL = """
+import os, signal
+from vqmoe_megatron.runtime.local_ranks import STOP_SIGNALS
+signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # as local_ranks starts its ranks
+os.kill(os.getpid(), signal.SIGTERM)
+from vqmoe_megatron.training.stop_requests import SIGNAL, StopRequests
+print(StopRequests({}).current() == SIGNAL)
+"""
+
+
 def test_a_signal_sent_before_the_handlers_is_kept():
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # as local_ranks starts its ranks
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert StopRequests({}).current() == SIGNAL
+    # A process of its own: in this one, a thread that does not block the signal would receive it.
+    result = subprocess.run([sys.executable, "-c", EARLY_SIGNAL], capture_output=True, text=True)
+    assert (result.returncode, result.stdout.strip()) == (0, "True"), result.stderr
 
 
 def test_the_stop_file_counts_where_it_is_polled_and_is_removed(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
 from vqmoe_megatron.moe.codebook_sync import CodebookSync
 from vqmoe_megatron.runtime.host_memory import release_free_memory
@@ -59,6 +60,8 @@ class Trainer:
         train = self.config.train
         model_parallel_cuda_manual_seed(train.seed)
         torch.manual_seed(train.seed)
+        # Megatron's tracker is global and sized for the first model of a process.
+        get_moe_layer_wise_logging_tracker().clear()
         self.codebook_sync = CodebookSync()
         transformer = build_transformer_config(self.config, run.layout)
         transformer.finalize_model_grads_func = self.codebook_sync
