@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -175,6 +176,30 @@ def test_every_command_shows_an_example():
         shown = CliRunner().invoke(cli.app, [name.replace("_", "-"), "--help"])
         assert shown.exit_code == 0
         assert "Example: vqmoe" in shown.output, name
+
+
+def test_an_interrupt_is_one_line_and_exit_code_130(vqmoe, monkeypatch):
+    from vqmoe_megatron.runtime import doctor
+
+    monkeypatch.setattr(doctor, "print_doctor", lambda: signal.raise_signal(signal.SIGINT))
+    assert vqmoe("doctor") == (130, "interrupted\n")
+
+
+def test_prepare_shows_each_splits_size_once(vqmoe, tmp_path):
+    text = Path(sysconfig.get_path("stdlib")) / "argparse.py"
+    where = ["--input", str(text), "--out", str(tmp_path / "corpus")]
+    code, shown = vqmoe("prepare", "text", *where)
+    corpus = json.loads((tmp_path / "corpus" / "corpus.json").read_text())
+    assert code == 0
+    for split in corpus["splits"].values():
+        assert shown.replace(",", "").count(f"{split['num_tokens']} tokens") == 1
+    assert "tokens:" not in shown
+
+
+def test_a_password_in_the_tracking_uri_is_not_shown(vqmoe, corpus, tmp_path):
+    uri = "tracking.mlflow_uri=http://user:s3cret@host"
+    code, shown = vqmoe(*pretrain(corpus, tmp_path, uri))
+    assert code == 2 and "MLFLOW_TRACKING_PASSWORD" in shown and "s3cret" not in shown
 
 
 def test_the_real_command_refuses_alike(tmp_path):

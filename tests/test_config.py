@@ -8,16 +8,17 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from vqmoe_megatron.config import (
-    LEGAL_VQ_VALUES,
     CheckpointConfig,
     DataConfig,
     ModelConfig,
     OptimizerSection,
     ParallelConfig,
     RunConfig,
+    TrackingConfig,
     TrainConfig,
     VQConfig,
 )
+from vqmoe_megatron.vq_config import LEGAL_VQ_VALUES
 
 
 def test_defaults_are_legal_and_defaults_of_choices_are_listed() -> None:
@@ -123,7 +124,38 @@ def test_product_codes_count_over_all_slices() -> None:
     VQConfig(num_codes=13).check_model(hidden_size=64, num_experts=8)  # mod takes any count
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://user:s3cret@host:5000",
+        "https://s3cret@host",
+        "postgresql://user:s3cret@host/db",
+        "http://user:s3cret/more@host",
+        "user:s3cret@host:5000",
+        "http://user:s3cret@[host",
+    ],
+)
+def test_a_password_in_the_tracking_uri_is_refused_and_not_repeated(uri) -> None:
+    with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD") as caught:
+        TrackingConfig(mlflow_uri=uri)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri", [None, "http://host:5000", "sqlite:////runs/a@b/mlflow.db", "file:///a@b", "runs/a@b"]
+)
+def test_a_tracking_uri_without_a_password_is_legal(uri) -> None:
+    assert TrackingConfig(mlflow_uri=uri).mlflow_uri == uri
+
+
 def test_sections_are_the_documented_ones() -> None:
     assert [section.name for section in fields(RunConfig)] == [
         "model", "vq", "parallel", "data", "optimizer", "train", "checkpoint", "tracking",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("code_map", ["balanced", "clustered"])
+def test_a_map_built_from_data_needs_an_initialisation_that_sees_data(code_map: str) -> None:
+    with pytest.raises(ValueError, match="init=data or kmeans"):
+        VQConfig(code_map=code_map, init="uniform")
+    assert VQConfig(code_map=code_map, init="data").code_map == code_map

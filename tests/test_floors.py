@@ -21,6 +21,8 @@ CPU_COMPAT = "runtime/cpu_compat.py"  # the only file that may change torch or m
 FLOORS = {
     "__init__": 0,
     "config": 0,
+    "config_checks": 0,
+    "vq_config": 0,
     "recipe": 0,
     "plan": 0,
     "vq": 1,
@@ -35,6 +37,8 @@ FLOORS = {
 }
 # Folders of one floor that may import another of the same floor; must stay without cycles.
 SIDEWAYS = {
+    "vq_config": {"config_checks"},
+    "config": {"config_checks", "vq_config"},
     "recipe": {"config"},
     "plan": {"config"},
     "moe": {"runtime"},

@@ -79,6 +79,10 @@ def test_override_arrives_typed(recipe_file, override: str, key: str, value: obj
         ("model.recompute_modules=[1]", "expected a list of str or null, got list [1]"),
         ("train.output_dir=null", "train.output_dir: expected str, got null"),
         ("train.seed={a: 1}", "expected int, got dict {'a': 1}"),
+        ("optimizer.lr=.inf", "optimizer.lr=inf must be a finite number"),
+        ("optimizer.lr=-.inf", "optimizer.lr=-inf must be a finite number"),
+        ("optimizer.lr=1e999", "optimizer.lr=inf must be a finite number"),
+        ("vq.ema_decay=.nan", "vq.ema_decay=nan must be a finite number"),
     ],
 )
 def test_wrong_type_names_key_value_and_expected_type(recipe_file, override, message) -> None:
@@ -103,11 +107,26 @@ def test_wrong_type_in_the_file_names_its_line(recipe_file) -> None:
         ("vq=3", ["names a whole section", "vq.key=value"]),
         ("vq.num_codes", ["has no `=`", "vq.num_codes=128"]),
         ("model.recompute_modules=[moe", ["malformed value", "line"]),
+        ("train.output_dir=${a", ["malformed value", "${a"]),
     ],
 )
 def test_unknown_or_malformed_override_offers_a_way_out(recipe_file, override, parts) -> None:
     text = failure(recipe_file(""), override)
     assert [part for part in [*parts, f"override {override!r}"] if part not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "tail"),
+    [("tracking.mlflow_uri", ""), ("tracking.mlflow_url", ""), ("tracking.mlflow_uri", "/${a")],
+)
+def test_a_password_is_refused_and_never_repeated(recipe_file, key, tail) -> None:
+    uri = f"http://user:s3cret@host{tail}"
+    section, name = key.split(".")
+    for text in (
+        failure(recipe_file(""), f"{key}={uri}"),
+        failure(recipe_file(f"{section}:\n  {name}: {uri}\n")),
+    ):
+        assert "mlflow_uri" in text and "s3cret" not in text
 
 
 def test_unknown_names_in_the_file_carry_their_line(recipe_file) -> None:

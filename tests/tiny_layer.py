@@ -132,5 +132,7 @@ def copy_parameters(layer: torch.nn.Module, parameters: dict[str, torch.Tensor])
     for name, parameter in own.items():
         value = parameters[name]
         parameter.copy_(expert_slice(value) if name.startswith("experts.") else value)
+    if layer.assigner is not None:
+        layer.assigner.codebook.needs_data_init = False  # the codes are given
     if code_map is not None:
         layer.assigner.code_map.assign(code_map)

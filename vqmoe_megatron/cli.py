@@ -1,20 +1,40 @@
-"""``vqmoe``: thin commands over the floors below. Exits: 0 done, 75 requeue, 2 usage, 1 crash."""
+"""``vqmoe``: thin commands over the floors below.
+
+Exits: 0 done, 75 requeue, 2 usage, 1 crash, 130 interrupted, 128 + signal for a killed rank.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from vqmoe_megatron import __version__
 from vqmoe_megatron.plan.layout import minimum_world_size
 from vqmoe_megatron.recipe import load_recipe
 from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
 
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
+
+class _Commands(TyperGroup):
+    """The commands; Ctrl-C is one line and exit code 130, whatever typer's version makes of it."""
+
+    def invoke(self, ctx: typer.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -97,10 +117,14 @@ def pretrain(
     if variables.world_size == 1 and world_size > 1:
         from vqmoe_megatron.runtime.local_ranks import run_local_ranks
 
+        run.run_dir.lock().close()  # refused here, before ranks start; rank 0 will hold it
         print(f"starting {world_size} local ranks on {device} ({reason})", flush=True)
         ended = run_local_ranks(["pretrain", str(recipe), *(overrides or [])], world_size)
         if ended.failure is not None:
-            run.run_dir.record_failure(ended.failure, is_first_cause=ended.was_killed)
+            try:
+                run.run_dir.record_failure(ended.failure, is_first_cause=ended.was_killed)
+            except (OSError, ValueError) as error:
+                print(f"the failure could not be recorded: {error}", file=sys.stderr)
         raise typer.Exit(ended.code)
 
     from vqmoe_megatron.training.stop_requests import StopRequests
@@ -113,7 +137,9 @@ def pretrain(
         install_cpu_compat()
     from vqmoe_megatron.training.pretrain import pretrain as pretrain_rank
 
-    raise typer.Exit(pretrain_rank(run, variables, device, stop_requests))
+    with run.run_dir.lock() if variables.rank == 0 else contextlib.nullcontext():
+        code = pretrain_rank(run, variables, device, stop_requests)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -11,7 +11,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
+import re
 import types
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vqmoe_megatron.config import RunConfig
 
 OVERRIDE_EXAMPLE = "vq.num_codes=128"
+URI_CREDENTIALS = re.compile(r"://\S*@")
 SECTION_TYPES: dict[str, type] = get_type_hints(RunConfig)
 # Declared type of every setting, by dotted key.
 LEGAL_TYPES: dict[str, Any] = {
@@ -156,6 +159,9 @@ def _override_setting(text: str, problems: list[str]) -> Setting | None:
     except yaml.YAMLError as error:
         problems.append(f"{origin} has a malformed value: {_where_and_why(error)}")
         return None
+    except OmegaConfBaseException as error:  # a ${ that is not well formed
+        problems.append(f"{origin} has a malformed value: {str(error).splitlines()[0]}")
+        return None
     # Where text is declared, 007 and `a: b` are text; only null and quotes keep their meaning.
     if str in _alternatives(LEGAL_TYPES[key]) and not isinstance(value, (str, type(None))):
         value = raw
@@ -180,6 +186,9 @@ def _checked_values(
         if not _has_type(value, hint):
             got = "null" if value is None else f"{type(value).__name__} {value!r}"
             problems.append(f"{key}: expected {_type_name(hint)}, got {got} ({where})")
+            continue
+        if type(value) is float and not math.isfinite(value):
+            problems.append(f"{key}={value} must be a finite number ({where})")
             continue
         values[section][name] = float(value) if _is_float(value, hint) else value
     return values
@@ -264,6 +273,8 @@ def _missing_file(path: Path) -> str:
 
 
 def _report(path: Path, problems: list[str]) -> str:
+    """Join the problems; what stands between :// and @ may be a password and is left out."""
+    problems = [URI_CREDENTIALS.sub("://***@", problem) for problem in problems]
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} problems in {path}:\n" + "\n".join(f"  - {p}" for p in problems)

@@ -63,6 +63,39 @@ def test_damaged_corpus_json_is_refused(copied, content):
         load_corpus(copied)
 
 
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("tokenizer.file", "absent"),
+        ("tokenizer.kind", "absent"),
+        ("tokenizer.sha256", "absent"),
+        ("tokenizer.vocab_size", "big"),
+        ("tokenizer.vocab_size", 0),
+        ("tokenizer.file", 3),
+        ("token_dtype", None),
+        ("source", []),
+        ("splits.train.num_tokens", "many"),
+        ("splits.valid.bin_bytes", 1.5),
+        ("splits.test.num_documents", True),
+        ("splits.train.num_bytes", -1),
+        ("splits.train.idx_bytes", "absent"),
+    ],
+)
+def test_a_missing_or_wrong_entry_of_corpus_json_is_damage(copied, entry, value):
+    content = json.loads((copied / "corpus.json").read_text())
+    *path, name = entry.split(".")
+    holder = content
+    for part in path:
+        holder = holder[part]
+    if value == "absent":
+        del holder[name]
+    else:
+        holder[name] = value
+    (copied / "corpus.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"is damaged .*{name}"):
+        load_corpus(copied)
+
+
 def test_newer_format_is_refused(copied):
     content = json.loads((copied / "corpus.json").read_text())
     (copied / "corpus.json").write_text(json.dumps({**content, "format_version": 2}))

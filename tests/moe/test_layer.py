@@ -113,7 +113,7 @@ def refusals() -> dict[str, str]:
         ),
         "jitter": lambda: build_layer(VQConfig(**BASE), moe_input_jitter_eps=0.1),
         "shared": lambda: build_layer(VQConfig(**BASE), moe_shared_expert_intermediate_size=32),
-        "counts": lambda: build_layer(VQConfig(**BASE, code_map="balanced")),
+        "counts": lambda: build_layer(VQConfig(**{**BASE, "init": "data"}, code_map="balanced")),
         "slices": lambda: build_layer(VQConfig(**BASE, quantizer="product", num_code_slices=3)),
     }
     messages = {}

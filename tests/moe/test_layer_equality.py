@@ -99,7 +99,10 @@ VARIANTS = {
 
 
 def settings(case: dict) -> VQConfig:
-    return VQConfig(**{**BASE, "num_codes": 3 * NUM_EXPERTS, **case.get("vq", {})})
+    chosen = {**BASE, "num_codes": 3 * NUM_EXPERTS, **case.get("vq", {})}
+    if chosen.get("code_map", "mod") != "mod":
+        chosen["init"] = "data"  # such a map is built from data; here it is given with the codes
+    return VQConfig(**chosen)
 
 
 def drawn(case: dict) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:

@@ -13,6 +13,9 @@ log = logging.getLogger("megatron.core.tensor_parallel.random")
 log.warning("CPU RNG state changed within GPU RNG context")
 log.warning("a real problem")
 warnings.warn("Apex is not installed. Falling back to Torch Norm")
+warnings.warn("`load_state_dict` is deprecated and will be removed in future versions. Please "
+              "use `load` instead.", FutureWarning)
+warnings.warn("Please use DTensor instead and we are deprecating ShardedTensor.", FutureWarning)
 warnings.warn("another real problem")
 """
 
@@ -25,3 +28,4 @@ def test_only_the_known_messages_disappear() -> None:
     assert "another real problem" in result.stderr
     assert "RNG state" not in result.stderr
     assert "Apex" not in result.stderr
+    assert "FutureWarning" not in result.stderr

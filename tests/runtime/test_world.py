@@ -60,6 +60,24 @@ def test_a_missing_slurm_variable_is_named(missing: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("launcher", "name", "value", "message"),
+    [
+        (TORCHRUN, "RANK", "three", "RANK='three' is not an integer"),
+        (TORCHRUN, "WORLD_SIZE", "", "WORLD_SIZE='' is not an integer"),
+        (TORCHRUN, "LOCAL_RANK", "1.0", "LOCAL_RANK='1.0' is not an integer"),
+        (SRUN, "SLURM_PROCID", "x", "SLURM_PROCID='x' is not an integer"),
+        (TORCHRUN, "RANK", "8", "0 <= RANK < WORLD_SIZE fails: 8 of 8"),
+        (SRUN, "SLURM_PROCID", "-1", "0 <= SLURM_PROCID < SLURM_NTASKS fails: -1 of 16"),
+        (TORCHRUN, "LOCAL_RANK", "-1", "0 <= LOCAL_RANK < WORLD_SIZE fails: -1 of 8"),
+        (TORCHRUN, "WORLD_SIZE", "0", "WORLD_SIZE=0 must be at least 1"),
+    ],
+)
+def test_an_impossible_launcher_variable_is_named(launcher, name, value, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        discover_rank({**launcher, name: value})
+
+
+@pytest.mark.parametrize(
     ("requested", "available", "chosen"),
     [("auto", False, "cpu"), ("cpu", False, "cpu"), ("auto", True, "cuda"), ("cuda", True, "cuda")],
 )

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from vqmoe_megatron.tracking.console import NoConsole, RunConsole, format_duration
+from vqmoe_megatron.tracking.console import RunConsole, format_duration
 
 RECORD = {
     "iteration": 20,
@@ -101,17 +101,6 @@ def test_a_terminal_that_cannot_redraw_gets_lines():
     output = run_on_a_terminal("dumb")
     assert "\x1b[?25l" not in output
     assert "iteration 50/200 | loss 2.0000 | bits_per_byte 2.8854" in output
-
-
-def test_other_ranks_print_nothing(capfd):
-    with NoConsole() as console:
-        console.update(RECORD)
-        console.message("x")
-        console.table("x", [(1,)])
-        console.close()
-    assert capfd.readouterr() == ("", "")
-    real = {name for name in vars(RunConsole) if not name.startswith("_")}
-    assert real == {name for name in vars(NoConsole) if not name.startswith("_")}
 
 
 @pytest.mark.parametrize(

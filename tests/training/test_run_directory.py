@@ -34,3 +34,13 @@ def test_the_first_failure_keeps_its_reason_unless_the_cause_is_known(tmp_path):
     assert (status.iteration, status.mlflow_run_id) == (7, "abc")
     run_dir.record_failure("rank 1 was killed by SIGKILL", is_first_cause=True)
     assert read_status(tmp_path).reason == "rank 1 was killed by SIGKILL"
+
+
+def test_a_second_run_is_refused_until_the_first_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("vqmoe_megatron.training.run_directory.LOCK_WAIT_SECONDS", 0.3)
+    directory = RunDirectory(tmp_path)
+    held = directory.lock()
+    with pytest.raises(ValueError, match="another run is writing"):
+        directory.lock()
+    held.close()
+    directory.lock().close()

@@ -21,6 +21,7 @@ CORPUS_FILE = "corpus.json"
 SPLITS = ("train", "valid", "test")
 # The part of a tokenizer's description that decides what a token id means.
 TOKENIZER_IDENTITY = ("kind", "vocab_size", "sha256")
+COUNTS = ("num_tokens", "num_documents", "num_bytes", "bin_bytes", "idx_bytes")
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,10 @@ class Corpus:
 def load_corpus(path: str | Path) -> Corpus:
     """Return the corpus prepared in directory ``path``.
 
-    Raises ``ValueError`` when the directory or ``corpus.json`` is missing, a ``.bin`` or ``.idx``
-    is missing or has another size than recorded, or the tokenizer file has another sha256. Reads
-    ``corpus.json`` and the tokenizer file only. Does not communicate.
+    Raises ``ValueError`` when the directory or ``corpus.json`` is missing, ``corpus.json`` lacks an
+    entry or holds one of another type, a ``.bin`` or ``.idx`` is missing or has another size than
+    recorded, or the tokenizer file has another sha256. Reads ``corpus.json`` and the tokenizer file
+    only. Does not communicate.
     """
     path = Path(path)
     if not path.is_dir():
@@ -101,6 +103,7 @@ def load_corpus(path: str | Path) -> Corpus:
                 f"{corpus_file} has format_version {version}, this release reads {FORMAT_VERSION}; "
                 "prepare the corpus again with --overwrite"
             )
+        _check_types(description)
         splits = {
             name: CorpusSplit(
                 name=name, prefix=path / name, token_dtype=description["token_dtype"], **counts
@@ -126,6 +129,27 @@ def load_corpus(path: str | Path) -> Corpus:
         _check_size(split.idx_path, split.idx_bytes)
     verify_tokenizer_file(path, corpus.tokenizer)
     return corpus
+
+
+def _check_types(description: dict[str, Any]) -> None:
+    """Raise ``TypeError`` for the first entry that is not what prepare writes, KeyError if none."""
+    tokenizer = description["tokenizer"]
+    entries: list[tuple[str, Any, tuple[type, ...]]] = [
+        ("corpus", description["corpus"], (str,)),
+        ("source", description["source"], (dict,)),
+        ("token_dtype", description["token_dtype"], (str,)),
+        ("tokenizer.kind", tokenizer["kind"], (str,)),
+        ("tokenizer.vocab_size", tokenizer["vocab_size"], (int,)),
+        ("tokenizer.file", tokenizer["file"], (str, type(None))),
+        ("tokenizer.sha256", tokenizer["sha256"], (str, type(None))),
+    ]
+    for split, counts in description["splits"].items():
+        entries += [(f"splits.{split}.{name}", counts[name], (int,)) for name in COUNTS]
+    for name, value, kinds in entries:
+        if type(value) not in kinds:  # exact: a bool is no count
+            raise TypeError(f"{name} is {value!r}, not {' or '.join(k.__name__ for k in kinds)}")
+        if kinds == (int,) and value < 1:
+            raise TypeError(f"{name} is {value}, not at least 1")
 
 
 def _check_size(path: Path, expected_bytes: int) -> None:

@@ -166,10 +166,8 @@ def _write_corpus(
     }
     _write_atomically(out_dir / CORPUS_FILE, json.dumps(description, indent=2) + "\n")
     corpus = load_corpus(out_dir)
-    sizes = ", ".join(f"{name} {split.num_tokens}" for name, split in corpus.splits.items())
     progress.note(
-        f"{out_dir}: {corpus.name}, {tokenizer.kind} tokenizer, vocabulary {corpus.vocab_size}, "
-        f"tokens: {sizes}"
+        f"{out_dir}: {corpus.name}, {tokenizer.kind} tokenizer, vocabulary {corpus.vocab_size}"
     )
     return corpus
 

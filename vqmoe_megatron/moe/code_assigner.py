@@ -79,10 +79,10 @@ class CodeAssigner(torch.nn.Module):
         prepared = self.codebook.prepare(x)
         if self.codebook.needs_data_init:
             initialize_codebook(self.codebook, self.code_map, prepared, self.pg_collection)
-        codes = self.codebook.search(prepared)
+        codes, quantized = self.codebook(prepared)
         return Assignment(
             prepared=prepared,
-            quantized=self.codebook.lookup(codes),
+            quantized=quantized,
             codes=codes,
             rows=self.code_map.row_ids(codes),
             experts=self.code_map(codes),

@@ -31,20 +31,41 @@ class LayerStatistics:
     code_usage: torch.Tensor | None  # fp32 [C, K] tokens per code; None without a codebook
 
 
+Reduced = tuple[VQMoELayer | VQRouter, list[torch.Tensor]]  # a layer, its summed accumulators
+
+
 class CodebookSync:
     """Megatron's gradient finalisation followed by the codebook step.
 
     Use as ``config.finalize_model_grads_func``: Megatron's schedules call it once per training step
     and never in evaluation. ``layers`` holds the statistics of the latest step.
+
+    With ``applies_at_once=False`` a call only reduces; the loop then calls :meth:`apply`, or
+    :meth:`discard` for a step that it skips.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, applies_at_once: bool = True) -> None:
+        self.applies_at_once = applies_at_once
         self.layers: list[LayerStatistics] = []
+        self._reduced: list[Reduced] = []
 
     def __call__(self, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
-        """Finalize gradients (Megatron's groups), then :func:`synchronize_codebooks`."""
+        """Finalize gradients (Megatron's groups), then reduce statistics over ``tp_dp_cp``."""
         finalize_model_grads(model, *args, **kwargs)
-        self.layers = synchronize_codebooks(model)
+        self._reduced = reduce_statistics(model)
+        if self.applies_at_once:
+            self.apply()
+
+    def apply(self) -> None:
+        """Move the codebooks by the reduced step. No communication."""
+        self.layers = [_apply(owner, iter(parts)) for owner, parts in self._reduced]
+        self._reduced = []
+
+    def discard(self, model: list[torch.nn.Module]) -> None:
+        """Forget the step: accumulators are cleared, codebooks stay. No communication."""
+        self.layers, self._reduced = [], []
+        for owner in _owners(model):
+            _clear(owner)
 
 
 def synchronize_codebooks(model: list[torch.nn.Module]) -> list[LayerStatistics]:
@@ -58,18 +79,39 @@ def synchronize_codebooks(model: list[torch.nn.Module]) -> list[LayerStatistics]
 
     Communicates: one all-reduce over ``tp_dp_cp`` for all layers of this rank.
     """
-    owners = [m for chunk in model for m in chunk.modules() if isinstance(m, VQMoELayer | VQRouter)]
+    return [_apply(owner, iter(parts)) for owner, parts in reduce_statistics(model)]
+
+
+def reduce_statistics(model: list[torch.nn.Module]) -> list[Reduced]:
+    """Sum every layer's accumulators over its replicas, without applying them.
+
+    Communicates: one all-reduce over ``tp_dp_cp`` for all layers of this rank.
+    """
+    owners = _owners(model)
     if not owners:
         return []
-    group = _replica_group(owners[0])
-    parts = [part for owner in owners for part in _local_parts(owner)]
-    flat = torch.cat([part.reshape(-1) for part in parts])
-    torch.distributed.all_reduce(flat, group=group)
-    sizes = [part.numel() for part in parts]
-    reduced = iter(
-        piece.view_as(part) for piece, part in zip(flat.split(sizes), parts, strict=True)
-    )
-    return [_apply(owner, reduced) for owner in owners]
+    parts = [_local_parts(owner) for owner in owners]
+    everything = [part for of_owner in parts for part in of_owner]
+    flat = torch.cat([part.reshape(-1) for part in everything])
+    torch.distributed.all_reduce(flat, group=_replica_group(owners[0]))
+    pieces = iter(flat.split([part.numel() for part in everything]))
+    return [
+        (owner, [next(pieces).view_as(part) for part in of_owner])
+        for owner, of_owner in zip(owners, parts, strict=True)
+    ]
+
+
+def _owners(model: list[torch.nn.Module]) -> list[VQMoELayer | VQRouter]:
+    return [m for chunk in model for m in chunk.modules() if isinstance(m, VQMoELayer | VQRouter)]
+
+
+def _clear(owner: VQMoELayer | VQRouter) -> None:
+    if isinstance(owner, VQMoELayer):
+        owner.step_expert_load.zero_()
+        owner.step_gate.zero_()
+    if owner.assigner is not None:
+        owner.assigner.clear_step()
+        owner.assigner.codebook.clear_step()
 
 
 def _replica_group(owner: VQMoELayer | VQRouter) -> torch.distributed.ProcessGroup:
@@ -98,8 +140,6 @@ def _apply(owner: VQMoELayer | VQRouter, reduced: Iterator[torch.Tensor]) -> Lay
         load, gate = next(reduced), next(reduced)
         scalars["expert_load_imbalance"] = load.max() / load.mean().clamp(min=1e-12)
         scalars["combine_discrete_weight"] = gate[0] / gate[1].clamp(min=1.0)
-        owner.step_expert_load.zero_()
-        owner.step_gate.zero_()
     if owner.assigner is not None:
         codebook = owner.assigner.codebook
         losses, usage = next(reduced), next(reduced)
@@ -108,5 +148,5 @@ def _apply(owner: VQMoELayer | VQRouter, reduced: Iterator[torch.Tensor]) -> Lay
         num_microbatches = losses[2].clamp(min=1.0)
         scalars["commitment_loss"] = losses[0] / num_microbatches
         scalars["codebook_loss"] = losses[1] / num_microbatches
-        owner.assigner.clear_step()
+    _clear(owner)
     return LayerStatistics(owner.layer_number, scalars, load, usage)

@@ -121,7 +121,10 @@ class VQMoELayer(MoELayer):
             codes.append(torch.zeros_like(selected))
         if self.assigner is not None:  # 2. discrete path
             assignment = self.assigner(x)
-            discrete = discrete_input(assignment.prepared, assignment.quantized, self.vq)
+            is_token = self.vq.expert_input == "token"  # as it came, also for cosine codes
+            discrete = discrete_input(
+                x if is_token else assignment.prepared, assignment.quantized, self.vq
+            )
             rows.append(discrete if self.input_norm is None else self.input_norm(discrete))
             experts.append(assignment.experts)
             codes.append(assignment.rows + 1)  # behind the expert's continuous rows

@@ -17,8 +17,9 @@ from math import lcm
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
 
-# Megatron's recompute_modules that exist in this model: no shared experts, no latent attention.
-RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
+# Megatron's recompute_modules that work here: GroupedExperts has no moe_act, and Megatron's
+# layernorm recompute needs Transformer Engine.
+RECOMPUTE_MODULES = ("core_attn", "mlp", "moe")
 
 
 @dataclass(frozen=True)
@@ -198,13 +199,13 @@ def _sequence_errors(config: RunConfig, layout: ParallelLayout, device: str) -> 
         advice = "sequence parallelism gives every rank an equal slice"
         yield from _remainder("seq_length", length, name, size, advice)
     if cp > 1:
-        advice = "causal attention balances two chunks per context-parallel rank"
-        yield from _remainder("seq_length", length, f"(2 * CP = 2 * {cp})", 2 * cp, advice)
-        if device == "cpu":
-            yield (
-                f"context_parallel_size = {cp} > 1 on device=cpu: Megatron's context parallelism "
-                "needs Transformer Engine's fused attention, which exists only for CUDA; use 1"
-            )
+        reason = (
+            "Megatron's context parallelism needs Transformer Engine's fused attention, which "
+            "exists only for CUDA"
+            if device == "cpu"
+            else "this release does not cut sequences over context-parallel ranks"
+        )
+        yield f"context_parallel_size = {cp} > 1 on device={device}: {reason}; use 1"
     stride = config.data.eval_stride_tokens
     if stride is not None and stride > length:
         yield (

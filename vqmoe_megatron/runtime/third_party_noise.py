@@ -11,6 +11,9 @@ KNOWN_WARNINGS = (
     "Apex is not installed",
     # Megatron's own default, deprecated by itself.
     "full scope is deprecated",
+    # Loading a checkpoint: Megatron's own calls into torch, both at exactly pinned versions.
+    "`load_state_dict` is deprecated and will be removed in future versions",
+    "Please use DTensor instead and we are deprecating ShardedTensor",
 )
 KNOWN_RECORDS = (
     # On the CPU the "GPU" generator is the CPU's, by design of cpu_compat.

@@ -32,7 +32,8 @@ def discover_rank(environ: Mapping[str, str] = os.environ) -> RankVariables:
     """Read the rank from torchrun's variables, else Slurm's, else answer a world of one.
 
     Raises:
-        ValueError: when a launcher set some of its variables but not all; the message names them.
+        ValueError: when a launcher set some of its variables but not all, or one is not an integer
+            or out of range; the message names them.
     """
     for source, names in (
         ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK")),
@@ -50,9 +51,31 @@ def discover_rank(environ: Mapping[str, str] = os.environ) -> RankVariables:
                 f"{source} set {', '.join(present)} but not {', '.join(missing)}; start the ranks "
                 "with torchrun or srun, or unset these variables for a single process"
             )
-        rank, world_size, local_rank = (int(environ[name]) for name in names)
+        rank, world_size, local_rank = (_integer(name, environ[name]) for name in names)
+        rank_name, world_size_name, local_rank_name = names
+        if world_size < 1:
+            raise ValueError(f"{world_size_name}={world_size} must be at least 1 ({source})")
+        if not 0 <= rank < world_size:
+            raise ValueError(
+                f"0 <= {rank_name} < {world_size_name} fails: {rank} of {world_size} ({source})"
+            )
+        if not 0 <= local_rank < world_size:
+            raise ValueError(
+                f"0 <= {local_rank_name} < {world_size_name} fails: {local_rank} of {world_size} "
+                f"({source})"
+            )
         return RankVariables(rank, world_size, local_rank, source)
     return RankVariables(0, 1, 0, "single process")
+
+
+def _integer(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(
+            f"{name}={text!r} is not an integer; its launcher must set it, or unset it for a "
+            "single process"
+        ) from None
 
 
 def choose_device(requested: str) -> tuple[str, str]:

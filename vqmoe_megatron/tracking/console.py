@@ -153,28 +153,3 @@ class RunConsole:
         for start in range(0, len(cells), columns):
             grid.add_row(*cells[start : start + columns])
         return Group(self._progress, grid)
-
-
-class NoConsole:
-    """The display of every rank but 0: each call does nothing."""
-
-    def __enter__(self) -> NoConsole:
-        """Do nothing."""
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-    def update(self, record: Mapping[str, float]) -> None:
-        """Do nothing."""
-
-    def message(self, text: str) -> None:
-        """Do nothing."""
-
-    def table(
-        self, title: str, rows: Iterable[Sequence[object]], headers: Sequence[str] = ()
-    ) -> None:
-        """Do nothing."""

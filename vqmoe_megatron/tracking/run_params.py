@@ -1,32 +1,11 @@
-"""A run's configuration as MLflow parameters: flat Megatron-named keys, values within limits."""
+"""Parameters and tags as text within MLflow's limits."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, is_dataclass
 
 MAX_PARAM_CHARACTERS = 6000  # MLflow 3 limits, mlflow/utils/validation.py
 MAX_TAG_CHARACTERS = 8000
-
-
-def flatten_config(config: object) -> dict[str, object]:
-    """Return ``{"parallel.tensor_model_parallel_size": 1, ...}`` of a dataclass or mapping.
-
-    Lists stay whole, as JSON text. ``ValueError`` when ``config`` is neither.
-    """
-    tree = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
-    if not isinstance(tree, Mapping):
-        raise ValueError(
-            f"a configuration is a dataclass or mapping, not a {type(config).__name__}"
-        )
-    flat: dict[str, object] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) or is_dataclass(value):
-            flat |= {f"{name}.{inner}": leaf for inner, leaf in flatten_config(value).items()}
-        else:
-            flat[str(name)] = json.dumps(value) if isinstance(value, list | tuple) else value
-    return flat
 
 
 def shortened(

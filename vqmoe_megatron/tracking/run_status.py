@@ -41,11 +41,14 @@ def write_status(
     path = Path(run_dir) / STATUS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(status), indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(status), indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -66,4 +69,4 @@ def read_status(run_dir: str | Path) -> RunStatus | None:
     try:
         return RunStatus(**json.loads(text))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a run status: {error}") from error
+        raise ValueError(f"{path} is not a run status ({error}); remove it to go on") from error

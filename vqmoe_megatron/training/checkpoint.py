@@ -65,6 +65,11 @@ def save_checkpoint(run: CheckedRun, state: TrainingState, progress: Progress) -
     Raises:
         OSError: on any rank's failed write; nothing is published then.
     """
+    for chunk in state.model:
+        if chunk.ddp_config.overlap_param_gather:
+            # The updated shards would be gathered only by the next forward: gather them now.
+            chunk.disable_forward_pre_hook(param_sync=True)
+            chunk.enable_forward_pre_hook()
     checkpoints = run.run_dir.checkpoints
     folder = checkpoints / f"iter_{progress.iteration:07d}"
     partial = folder.with_name(folder.name + ".incomplete")

@@ -60,8 +60,6 @@ def build_transformer_config(config: RunConfig, layout: ParallelLayout) -> Trans
         for f in fields(ModelConfig)
         if f.name in known and f.name not in GPT_FIELDS
     }
-    if settings["ffn_hidden_size"] is None:
-        settings["ffn_hidden_size"] = model.moe_ffn_hidden_size
     has_cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     return TransformerConfig(

@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from vqmoe_megatron.config import RunConfig
@@ -35,7 +41,11 @@ def build_optimizer(
         use_distributed_optimizer=section.use_distributed_optimizer,
         overlap_param_gather=section.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(settings, model)
+    overrides = get_standard_config_overrides(settings)
+    # Grouped experts stack their biases, and codes without tokens must not shrink towards zero.
+    undecayed = ("*.experts.bias1", "*.experts.bias2", "*.codebook.codes")
+    overrides[ParamKey(name=undecayed)] = ParamGroupOverride(wd_mult=0.0)
+    optimizer = get_megatron_optimizer(settings, model, config_overrides=overrides)
     _count_experts_in_the_gradient_norm(optimizer)
     batch = config.train.global_batch_size
     decay_iters = section.lr_decay_iters or config.train.train_iters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.data.corpus import Corpus, check_tokenizer, load_corpus
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
+from vqmoe_megatron.tracking.run_status import read_status
 from vqmoe_megatron.training.checkpoint_folder import (
+    CORPUS_COPY,
     check_resumable,
     find_checkpoint,
     stored_tokenizer,
@@ -60,7 +63,20 @@ def check_run(config: RunConfig, world_size: int, device: str) -> CheckedRun:
     if resume_from is not None:
         check_tokenizer(corpus, config.model.vocab_size, stored_tokenizer(resume_from))
         check_resumable(resume_from, config, layout)
+        _check_same_corpus(resume_from, corpus)
+    read_status(run_dir.path)  # a damaged one is refused here, not in the ranks
     return CheckedRun(config, layout, corpus, run_dir, resume_from)
+
+
+def _check_same_corpus(folder: Path, corpus: Corpus) -> None:
+    """Refuse another text: the data position of a checkpoint means nothing in it."""
+    trained_on = hashlib.sha256((folder / CORPUS_COPY).read_bytes()).hexdigest()
+    if trained_on != corpus.fingerprint:
+        raise ValueError(
+            f"{folder} was trained on another corpus than {corpus.path} (corpus.json sha256 "
+            f"{trained_on[:12]} and {corpus.fingerprint[:12]}); set data.path back, or start in "
+            "another train.output_dir"
+        )
 
 
 def _checkpoint_to_load(config: RunConfig, run_dir: RunDirectory) -> Path | None:

@@ -87,10 +87,14 @@ def _fail(
     else:
         traceback.print_exc()
     first_line = next(iter(str(error).splitlines()), "")
-    run.run_dir.record_failure(f"rank {variables.rank}: {type(error).__name__}: {first_line}")
-    if not isinstance(report, SilentReport):
-        known = read_status(run.run_dir.path)
-        report.finish("failed", known.iteration, known.reason)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(EXIT_USAGE if is_refusal else EXIT_CRASH)
+    try:  # the disk may be full, and that may be why we are here
+        run.run_dir.record_failure(f"rank {variables.rank}: {type(error).__name__}: {first_line}")
+        if not isinstance(report, SilentReport):
+            known = read_status(run.run_dir.path)
+            report.finish("failed", known.iteration, known.reason)
+    except Exception as second:
+        print(f"the failure could not be recorded: {second}", file=sys.stderr)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_USAGE if is_refusal else EXIT_CRASH)

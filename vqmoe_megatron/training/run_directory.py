@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from vqmoe_megatron.tracking.run_status import read_status, write_status
+
+LOCK_FILE = ".lock"
+LOCK_WAIT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,33 @@ class RunDirectory:
                 f"train.output_dir={self.path} cannot be written: {error.strerror}; choose another "
                 "with train.output_dir=DIR"
             ) from error
+
+    def lock(self) -> TextIO:
+        """Reserve the directory for this run; closing the returned file gives it back.
+
+        The lock ends with the process, however that ends. An earlier attempt that is still saving
+        gets ``LOCK_WAIT_SECONDS``. A file system without locks is reported and the run goes on.
+
+        Raises:
+            ValueError: when another run keeps it.
+        """
+        file = (self.path / LOCK_FILE).open("w")
+        deadline = time.monotonic() + LOCK_WAIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return file
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    file.close()
+                    raise ValueError(
+                        f"another run is writing to train.output_dir={self.path}; wait for it or "
+                        "choose another directory"
+                    ) from error
+                time.sleep(0.2)
+            except OSError as error:
+                print(f"{self.path} cannot be locked ({error}): a second run would not be noticed")
+                return file
 
     def record_failure(self, reason: str, is_first_cause: bool = False) -> None:
         """Set the status to failed, at the iteration it has.

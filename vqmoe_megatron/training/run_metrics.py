@@ -15,9 +15,9 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import (
     clear_aux_losses_tracker,
     get_moe_layer_wise_logging_tracker,
-    reduce_aux_losses_tracker_across_ranks,
 )
 
+from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.moe.codebook_sync import LayerStatistics
 from vqmoe_megatron.tracking.metric_table import layer_metric_name
 
@@ -35,8 +35,8 @@ class LayerWindow:
     revived: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def add(self, layers: list[LayerStatistics]) -> None:
-        """Add one step. No communication, no host synchronisation."""
-        self.latest = layers
+        """Add one step; a skipped one has no layers. No communication, no host sync."""
+        self.latest = layers or self.latest
         for layer in layers:
             for store, value in (
                 (self.expert_load, layer.expert_load),
@@ -89,21 +89,30 @@ def layer_metrics(layers: dict[int, dict[str, np.ndarray]]) -> dict[str, float]:
     return record
 
 
-def balance_loss(num_steps: int, num_microbatches: int) -> dict[str, float]:
-    """Mean load-balancing loss since the last log, over layers; clears Megatron's tracker.
+def balance_loss(config: RunConfig, num_steps: int, num_microbatches: int) -> dict[str, float]:
+    """Mean load-balancing loss since the last log, over MoE layers; clears Megatron's tracker.
 
-    Communicates over the groups that Megatron's tracker names (all ranks call it together).
+    Communicates over ``tp_dp_cp`` and the pipeline group. Whether it does follows from the
+    configuration alone: a pipeline stage without MoE layers has an empty tracker and takes part.
     """
-    tracker = get_moe_layer_wise_logging_tracker()
-    names = [name for name in tracker if name.endswith("load_balancing_loss")]
-    if not names or not num_steps:
+    model = config.model
+    has_loss = model.moe_router_load_balancing_type != "none" and model.moe_aux_loss_coeff > 0
+    if not has_loss or config.vq.path == "discrete" or not num_steps:
         return {}
-    reduce_aux_losses_tracker_across_ranks(names)
-    values = torch.stack([tracker[name]["values"] for name in names]).sum(dim=0)
-    routed = values[values != 0]
+    values = torch.zeros(model.num_layers, device=torch.cuda.current_device())
+    for name, entry in get_moe_layer_wise_logging_tracker().items():
+        if name.endswith("load_balancing_loss"):
+            # Each rank holds a part of its data-parallel rank's loss, or of the global one.
+            whole = entry["reduce_group_has_dp"]
+            dp_size = 1 if whole else parallel_state.get_data_parallel_world_size()
+            values += entry["values"] / dp_size
     clear_aux_losses_tracker()
-    mean = float(routed.mean()) if routed.numel() else 0.0
-    return {"moe/load_balancing_loss": mean / (num_steps * num_microbatches)}
+    replicas = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    torch.distributed.all_reduce(values, group=replicas)
+    torch.distributed.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
+    num_moe_layers = len(range(0, model.num_layers, model.moe_layer_freq))
+    total = float(values.sum()) / num_moe_layers
+    return {"moe/load_balancing_loss": total / (num_steps * num_microbatches)}
 
 
 def peak_rss_bytes() -> float:

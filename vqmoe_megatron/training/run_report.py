@@ -13,7 +13,7 @@ from vqmoe_megatron.analysis.plots import draw_run_plots
 from vqmoe_megatron.recipe import flatten_config, save_recipe
 from vqmoe_megatron.tracking.console import RunConsole
 from vqmoe_megatron.tracking.metrics_log import MetricsLog
-from vqmoe_megatron.tracking.mlflow_tracker import MlflowTracker, NoTracker
+from vqmoe_megatron.tracking.mlflow_tracker import OUTCOME_OF_STATE, MlflowTracker, NoTracker
 from vqmoe_megatron.tracking.run_status import write_status
 from vqmoe_megatron.training.preflight import CheckedRun
 
@@ -109,9 +109,7 @@ class Rank0Report(RunReport):
         if state != "failed":
             for plot in draw_run_plots(self.run_dir.path):
                 self.tracker.log_artifact(plot, "plots")
-        self.tracker.finish(
-            {"completed": "FINISHED", "requeue": "KILLED", "failed": "FAILED"}[state]
-        )
+        self.tracker.finish(OUTCOME_OF_STATE[state])
         self._iteration = iteration
         self._write_status(state, reason)
         self.message(

@@ -2,10 +2,10 @@
 
 S sequence length, b micro batch size.
 
-1. Forward and backward over all microbatches (``get_forward_backward_func``); Megatron finalizes
-   gradients and the codebooks take their step inside it.
+1. Forward and backward over all microbatches (``get_forward_backward_func``); inside it gradients
+   are finalized and the codebooks' statistics are reduced.
 2. All ranks agree on what the step saw: a non-finite loss or gradient, a stop request.
-3. Optimizer and learning-rate schedule, unless the step is skipped.
+3. Codebooks and optimizer take their step, unless it is skipped; the schedule goes on.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from vqmoe_megatron.moe.codebook_sync import CodebookSync
 from vqmoe_megatron.training.batches import Batch, to_device
 
 Sums = torch.Tensor  # fp64 [2]: summed loss in nats, number of scored tokens
@@ -97,6 +98,7 @@ class TrainStep:
         model: list[torch.nn.Module],
         optimizer: Any,
         scheduler: Any,
+        codebook_sync: CodebookSync,
         num_microbatches: int,
         seq_length: int,
         micro_batch_size: int,
@@ -105,6 +107,7 @@ class TrainStep:
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.codebook_sync = codebook_sync
         self.num_microbatches = num_microbatches
         self.seq_length = seq_length
         self.micro_batch_size = micro_batch_size
@@ -137,7 +140,10 @@ class TrainStep:
         (bad, request), (total, num_tokens) = flags.tolist(), sums.tolist()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         grad_norm = float("nan")
-        if not bad:
+        if bad:
+            self.codebook_sync.discard(self.model)
+        else:
+            self.codebook_sync.apply()
             updated, norm, _ = self.optimizer.step()
             grad_norm = float(norm) if norm is not None else float("nan")
             bad = not updated
@@ -157,6 +163,6 @@ class TrainStep:
         finite = torch.ones((), dtype=torch.bool, device=torch.cuda.current_device())
         for chunk in self.model:
             for buffer in chunk.buffers + chunk.expert_parallel_buffers:
-                # A NaN or Inf anywhere makes the sum of magnitudes NaN or Inf.
+                # The largest magnitude is NaN or Inf when any element is.
                 finite &= torch.isfinite(buffer.grad_data.abs().max())
         return finite

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
@@ -58,11 +59,13 @@ class Trainer:
         self.config = run.config
         self.stop_requests = stop_requests
         train = self.config.train
-        model_parallel_cuda_manual_seed(train.seed)
-        torch.manual_seed(train.seed)
+        # As Megatron-LM: pipeline stages draw different dropout masks.
+        stage_seed = train.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+        torch.manual_seed(stage_seed)
+        model_parallel_cuda_manual_seed(stage_seed)
         # Megatron's tracker is global and sized for the first model of a process.
         get_moe_layer_wise_logging_tracker().clear()
-        self.codebook_sync = CodebookSync()
+        self.codebook_sync = CodebookSync(applies_at_once=False)
         transformer = build_transformer_config(self.config, run.layout)
         transformer.finalize_model_grads_func = self.codebook_sync
         self.model = build_model(self.config, transformer, run.layout)
@@ -79,6 +82,7 @@ class Trainer:
             self.model,
             self.optimizer,
             self.scheduler,
+            self.codebook_sync,
             self.num_microbatches,
             self.config.model.seq_length,
             train.micro_batch_size,
@@ -226,7 +230,7 @@ class Trainer:
             "overhead_share": (elapsed - self._core_seconds + data_seconds) / elapsed,
             "skipped_iterations": self.progress.skipped_iterations,
             "memory/peak_rss_bytes": peak_rss_bytes(),
-            **balance_loss(steps, self.num_microbatches),
+            **balance_loss(self.config, steps, self.num_microbatches),
             **layer_metrics(layers),
         }
 

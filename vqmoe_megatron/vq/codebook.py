@@ -121,6 +121,14 @@ class Codebook(torch.nn.Module):
         parts = [vectors[c].index_select(0, ids[:, c]) for c in range(self.num_slices)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
+    def forward(self, prepared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prepared tokens ``[T, H]`` -> code ids ``[T, C]`` and their vectors ``[T, H]``.
+
+        Called as a module, so that Megatron's overlapped gather of ``codes`` has finished.
+        """
+        ids = self.search(prepared)
+        return ids, self.lookup(ids)
+
     # 3. what the step saw
     @torch.no_grad()
     def record(

@@ -91,7 +91,8 @@ def vqmoe_oracle(
         if vq.path != "continuous":
             codes, vectors = _nearest(ready, _code_vectors(parameters, vq))
             owners = [_owner(c, k, parameters, vq, num_experts) for c, k in enumerate(codes)]
-            y_discrete = _discrete(ready, vectors, owners, vq, experts, norms)
+            source = token if vq.expert_input == "token" else ready
+            y_discrete = _discrete(source, vectors, owners, vq, experts, norms)
             quantized.append(torch.cat(vectors))
             all_codes.append(codes)
             all_experts.append(owners)
@@ -243,7 +244,7 @@ def _discrete(
     experts: _Experts,
     norms: _Norms,
 ) -> torch.Tensor:
-    """The discrete path: prepared token [H], its C code vectors [D] and their experts -> [H]."""
+    """The discrete path: the token [H] (prepared, unless it is itself the expert's input), its C code vectors [D] and their experts -> [H]."""
     v = torch.cat(vectors).detach()  # the task never moves the codebook
     rate = vq.contribution_rate
     straight_through = token + (v - token).detach()
