@@ -11,6 +11,14 @@ pytestmark = pytest.mark.distributed
 
 EP2 = {"expert_model_parallel_size": 2}
 SHORT = [*TINY, "train.train_iters=14", "model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
+# A step's parameters are gathered by the next forward, so a save must gather them itself.
+OVERLAPPED = [
+    "optimizer.use_distributed_optimizer=true",
+    "optimizer.overlap_grad_reduce=true",
+    "optimizer.overlap_param_gather=true",
+    "optimizer.lr=1e-2",
+    "model.bf16=true",
+]
 
 
 def curve(results):
@@ -25,8 +33,9 @@ def curve(results):
         ["optimizer.use_distributed_optimizer=true"],
         ["model.bf16=true"],
         ["vq.codebook_update=gradient", "vq.quantizer=product", "vq.num_code_slices=2"],
+        OVERLAPPED,
     ],
-    ids=["plain", "distributed-optimizer", "bf16", "gradient-product"],
+    ids=["plain", "distributed-optimizer", "bf16", "gradient-product", "overlapped-bf16"],
 )
 def test_resuming_is_bitwise_exact(overrides, ranks, small_corpus, tmp_path):
     pool, every = ranks(2), [*SHORT, *overrides]

@@ -42,6 +42,15 @@ def test_the_curve_is_that_of_one_rank(name, ranks, one_rank, stdlib_corpus, tmp
                 assert ours["moe/expert_load_imbalance"] == theirs["moe/expert_load_imbalance"]
 
 
+def test_a_pipeline_stage_without_experts_takes_part(ranks, small_corpus, tmp_path):
+    every = [*TINY, "model.moe_layer_freq=2", "train.train_iters=8", "train.exit_interval=3"]
+    one = run_on(ranks(1), small_corpus, tmp_path / "one", every, {})[0]["records"]
+    two = run_on(ranks(2), small_corpus, tmp_path / "two", every, {PP: 2})[0]["records"]
+    for ours, theirs in zip(two, one, strict=True):
+        for metric in ("loss", "grad_norm", "moe/load_balancing_loss", "vq/code_perplexity"):
+            assert ours[metric] == pytest.approx(theirs[metric], rel=1e-5), metric
+
+
 @pytest.mark.parametrize("num_ranks, layout", [(4, {EP: 2}), (2, {TP: 2})], ids=["dp2-ep2", "tp2"])
 def test_codebooks_are_bit_equal_on_all_replicas(num_ranks, layout, ranks, small_corpus, tmp_path):
     overrides = [*TINY, "train.train_iters=50", "train.log_interval=50"]

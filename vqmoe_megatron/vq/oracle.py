@@ -244,7 +244,7 @@ def _discrete(
     experts: _Experts,
     norms: _Norms,
 ) -> torch.Tensor:
-    """The discrete path: the token [H] (prepared, unless it is itself the expert's input), its C code vectors [D] and their experts -> [H]."""
+    """One token [H] (prepared, unless it is the expert input), its C code vectors [D] -> [H]."""
     v = torch.cat(vectors).detach()  # the task never moves the codebook
     rate = vq.contribution_rate
     straight_through = token + (v - token).detach()
