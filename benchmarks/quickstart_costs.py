@@ -9,6 +9,7 @@ the largest rank; the corpus for `prepare` is real text (the standard library's 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -37,11 +38,18 @@ def run(*arguments: str) -> tuple[float, int]:
     return time.perf_counter() - started, usage.ru_maxrss * 1024
 
 
-def standard_library_text(num_bytes: int) -> bytes:
-    """Real source text, repeated to ``num_bytes``."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
-    return (text * (num_bytes // len(text) + 1))[:num_bytes]
+def write_standard_library_text(path: Path, num_bytes: int) -> None:
+    """Write real source text, repeated to ``num_bytes``.
+
+    Piece by piece: a child's peak memory starts at what its parent held when it was forked.
+    """
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    with path.open("wb") as file:
+        for source in itertools.cycle(files):
+            left = num_bytes - file.tell()
+            if left <= 0:
+                break
+            file.write(source.read_bytes()[:left])
 
 
 def measure_prepare(folder: Path) -> list[dict[str, float]]:
@@ -49,7 +57,7 @@ def measure_prepare(folder: Path) -> list[dict[str, float]]:
     rows = []
     for size in PREPARE_SIZES_MB:
         source = folder / f"text{size}.txt"
-        source.write_bytes(standard_library_text(size * 10**6))
+        write_standard_library_text(source, size * 10**6)
         seconds, peak = run(
             "prepare", "text", "--input", str(source), "--out", str(folder / f"corpus{size}")
         )
