@@ -31,10 +31,6 @@ CLIENT_ENVIRONMENT = {
 _RETRYABLE_HTTP_STATUS = (408, 409, 429, 499)
 
 
-# MLflow's page opens an experiment without it in its view for agents, which shows no training run.
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-
-
 @dataclass
 class RunHandle:
     """An open MLflow run and what it already held when it was opened."""
@@ -90,10 +86,7 @@ def open_experiment(uri: str, experiment: str) -> tuple[MlflowClient, str]:
         if found is not None:
             return client, found.experiment_id
         try:
-            created = client.create_experiment(
-                experiment, artifact_location=artifacts, tags=EXPERIMENT_TAGS
-            )
-            return client, created
+            return client, client.create_experiment(experiment, artifact_location=artifacts)
         except MlflowException:
             found = client.get_experiment_by_name(experiment)  # another process was first
             if found is None:
