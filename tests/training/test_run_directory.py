@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from vqmoe_megatron.tracking.run_status import read_status, write_status
@@ -36,11 +41,50 @@ def test_the_first_failure_keeps_its_reason_unless_the_cause_is_known(tmp_path):
     assert read_status(tmp_path).reason == "rank 1 was killed by SIGKILL"
 
 
-def test_a_second_run_is_refused_until_the_first_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("vqmoe_megatron.training.run_directory.LOCK_WAIT_SECONDS", 0.3)
-    directory = RunDirectory(tmp_path)
-    held = directory.lock()
-    with pytest.raises(ValueError, match="another run is writing"):
-        directory.lock()
+SECOND_RUN = """
+import sys
+from pathlib import Path
+from vqmoe_megatron.training import run_directory
+run_directory.LOCK_WAIT_SECONDS = 0.3
+try:
+    run_directory.RunDirectory(Path(sys.argv[1])).lock()
+    print("reserved")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_ends(tmp_path):
+    def second_run() -> str:  # the lock is between processes
+        command = [sys.executable, "-c", SECOND_RUN, str(tmp_path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    held = RunDirectory(tmp_path).lock()
+    assert "another run is writing" in second_run()
     held.close()
-    directory.lock().close()
+    assert second_run() == "reserved"
+
+
+def test_a_forked_child_does_not_keep_the_directory(tmp_path):
+    holder = """
+import os, sys, time
+from pathlib import Path
+from vqmoe_megatron.training.run_directory import RunDirectory
+file = RunDirectory(Path(sys.argv[1])).lock()
+child = os.fork()
+if child == 0:
+    time.sleep(20)
+    os._exit(0)
+print(child, flush=True)
+os._exit(0)
+"""
+    command = [sys.executable, "-c", holder, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        child = int(process.stdout.readline())
+        process.wait()
+        try:
+            probe = [sys.executable, "-c", SECOND_RUN, str(tmp_path)]
+            found = subprocess.run(probe, capture_output=True, text=True, check=True).stdout
+        finally:
+            os.kill(child, signal.SIGKILL)
+    assert found.strip() == "reserved"

@@ -56,7 +56,8 @@ class RunDirectory:
     def lock(self) -> TextIO:
         """Reserve the directory for this run; closing the returned file gives it back.
 
-        The lock ends with the process, however that ends. An earlier attempt that is still saving
+        A POSIX record lock: it ends with the process, however that ends, and is not inherited by
+        Megatron's forked checkpoint writers, which can outlive a killed rank. An earlier attempt that is still saving
         gets ``LOCK_WAIT_SECONDS``. A file system without locks is reported and the run goes on.
 
         Raises:
@@ -66,9 +67,9 @@ class RunDirectory:
         deadline = time.monotonic() + LOCK_WAIT_SECONDS
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return file
-            except BlockingIOError as error:
+            except (BlockingIOError, PermissionError) as error:
                 if time.monotonic() >= deadline:
                     file.close()
                     raise ValueError(
