@@ -57,8 +57,9 @@ class RunDirectory:
         """Reserve the directory for this run; closing the returned file gives it back.
 
         A POSIX record lock: it ends with the process, however that ends, and is not inherited by
-        Megatron's forked checkpoint writers, which can outlive a killed rank. An earlier attempt that is still saving
-        gets ``LOCK_WAIT_SECONDS``. A file system without locks is reported and the run goes on.
+        Megatron's forked checkpoint writers, which can outlive a killed rank. An earlier attempt
+        that is still saving gets ``LOCK_WAIT_SECONDS``. A file system without locks is reported and
+        the run goes on.
 
         Raises:
             ValueError: when another run keeps it.
