@@ -1,10 +1,11 @@
 """A VQMoE layer small enough to test everywhere, and its parameters drawn once for all layouts.
 
-T tokens, H hidden size, F expert hidden size, N experts, C code slices, K codes, D = H / C.
+T tokens, H hidden size, F expert hidden size, N experts, G = 2 for gated experts else 1, C code
+slices, K codes, D = H / C.
 
 ``draw_parameters`` makes the tensors of the whole layer in fp64, by the layer's own names. The
 oracle takes them as they are; ``build_layer``, called in a rank, copies them into a real layer,
-each rank its own slice of the experts.
+each rank its own cut of the experts. ``join_experts`` puts the cuts of all ranks together again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from vqmoe_megatron.config import VQConfig
 
 HIDDEN = 16
-FFN = 24
+FFN = 48  # a quarter of it is still a grouped GEMM's 16 bytes of fp32, at ETP 4
 NUM_EXPERTS = 4
 ACTIVATIONS = {
     "gelu": torch.nn.functional.gelu,
@@ -74,7 +75,7 @@ def transformer_config(**changes: Any):  # noqa: ANN201
     settings = {
         "num_layers": 1,
         "hidden_size": HIDDEN,
-        "num_attention_heads": 2,
+        "num_attention_heads": 4,
         "num_moe_experts": NUM_EXPERTS,
         "moe_ffn_hidden_size": FFN,
         "ffn_hidden_size": FFN,
@@ -85,20 +86,59 @@ def transformer_config(**changes: Any):  # noqa: ANN201
         "activation_func": ACTIVATIONS["gelu"],
         "tensor_model_parallel_size": tensor_parallel,
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
-        "expert_tensor_parallel_size": 1,
+        "expert_tensor_parallel_size": 1,  # until after the constructor
         "sequence_parallel": tensor_parallel > 1,
         "gradient_accumulation_fusion": False,
     }
     settings.update(changes)
-    return TransformerConfig(**settings)
+    config = TransformerConfig(**settings)
+    # Its constructor refuses biased experts at ETP > 1, which Megatron's own experts cannot shard,
+    # and nothing else in Megatron reads the field.
+    config.expert_tensor_parallel_size = parallel_state.get_expert_tensor_parallel_world_size()
+    return config
 
 
-def expert_slice(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's experts out of [N, ...]. In a rank only."""
+def expert_place() -> tuple[int, int]:
+    """This rank's expert-parallel and expert-tensor rank. In a rank only."""
     from megatron.core import parallel_state
 
-    size = parallel_state.get_expert_model_parallel_world_size()
-    return tensor.chunk(size)[parallel_state.get_expert_model_parallel_rank()]
+    return (
+        parallel_state.get_expert_model_parallel_rank(),
+        parallel_state.get_expert_tensor_parallel_rank(),
+    )
+
+
+def expert_slice(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's cut of an experts' tensor [N, ...] of the name weight1, ... In a rank only."""
+    from megatron.core import parallel_state
+
+    expert_rank, shard = expert_place()
+    tensor = tensor.chunk(parallel_state.get_expert_model_parallel_world_size())[expert_rank]
+    num_shards = parallel_state.get_expert_tensor_parallel_world_size()
+    if name.endswith("bias2"):
+        return tensor  # a replica on every shard's rank
+    if name.endswith("weight2"):
+        return tensor.chunk(num_shards, dim=2)[shard]
+    halves = tensor.split(FFN, dim=1)  # G of [n, F, ...]
+    return torch.cat([half.chunk(num_shards, dim=1)[shard] for half in halves], dim=1)
+
+
+def join_experts(name: str, cuts: dict[tuple[int, int], torch.Tensor]) -> torch.Tensor:
+    """The whole tensor [N, ...] from the cuts by :func:`expert_place`; undoes ``expert_slice``."""
+    whole = []
+    num_shards = 1 + max(shard for _, shard in cuts)
+    for expert_rank in range(1 + max(rank for rank, _ in cuts)):
+        shards = [cuts[expert_rank, shard] for shard in range(num_shards)]
+        if name.endswith("bias2"):
+            for shard in shards[1:]:
+                assert torch.equal(shard, shards[0]), f"replicas of {name} differ"
+            whole.append(shards[0])
+        elif name.endswith("weight2"):
+            whole.append(torch.cat(shards, dim=2))
+        else:
+            halves = zip(*(shard.split(FFN // num_shards, dim=1) for shard in shards), strict=True)
+            whole.append(torch.cat([cut for half in halves for cut in half], dim=1))
+    return torch.cat(whole)
 
 
 def build_layer(vq: VQConfig, parameters: dict[str, torch.Tensor] | None = None, **changes: Any):  # noqa: ANN201
@@ -131,7 +171,7 @@ def copy_parameters(layer: torch.nn.Module, parameters: dict[str, torch.Tensor])
         raise ValueError(f"the layer has {sorted(own)}, the test {sorted(expected)}")
     for name, parameter in own.items():
         value = parameters[name]
-        parameter.copy_(expert_slice(value) if name.startswith("experts.") else value)
+        parameter.copy_(expert_slice(name, value) if name.startswith("experts.") else value)
     if layer.assigner is not None:
         layer.assigner.codebook.needs_data_init = False  # the codes are given
     if code_map is not None:

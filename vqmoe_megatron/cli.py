@@ -18,6 +18,7 @@ from vqmoe_megatron import __version__
 from vqmoe_megatron.plan.layout import minimum_world_size
 from vqmoe_megatron.recipe import load_recipe
 from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
+from vqmoe_megatron.training.checkpoint_commands import checkpoint_app
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
@@ -40,6 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train vector-quantised mixture-of-experts language models on Megatron-core.",
 )
+app.add_typer(checkpoint_app, name="checkpoint")
 
 
 @app.callback(invoke_without_command=True)

@@ -46,6 +46,7 @@ class ModelConfig:
     moe_aux_loss_coeff: float = 0.01
     moe_z_loss_coeff: float | None = None
     moe_router_dtype: str | None = "fp32"
+    calculate_per_token_loss: bool = False  # mean over the batch's tokens, not over microbatches
     activation_func: str = "gelu"  # gelu | relu | silu
     gated_linear_unit: bool = False
     add_bias_linear: bool = True
@@ -221,12 +222,14 @@ class TrainConfig:
     eval_iters: int = 10  # global batches of evaluation windows; 0: no evaluation
     exit_interval: int | None = None
     exit_duration_in_mins: float | None = None
-    nan_policy: str = "stop"
+    nan_policy: str = "stop"  # stop | skip the update | rollback to the last checkpoint
+    deterministic: bool = False  # bitwise equal reruns
+    check_replicas_interval: int = 0  # 0: never compare what replicas hold
     layout_independent_init: bool = True
 
     def __post_init__(self) -> None:
         check_choice("train", "device", self.device, ("auto", "cpu", "cuda"))
-        check_choice("train", "nan_policy", self.nan_policy, ("stop", "skip"))
+        check_choice("train", "nan_policy", self.nan_policy, ("stop", "skip", "rollback"))
         check_at_least(
             "train",
             1,
@@ -241,6 +244,7 @@ class TrainConfig:
             0,
             seed=self.seed,
             eval_interval=self.eval_interval,
+            check_replicas_interval=self.check_replicas_interval,
             eval_iters=self.eval_iters,
             exit_duration_in_mins=self.exit_duration_in_mins,
         )
@@ -255,6 +259,8 @@ class CheckpointConfig:
     save_interval: int = 0  # 0: only at the end and on a stop request
     load: str | None = None  # a run directory or a checkpoint folder
     keep_last: int = 2
+    async_save: bool = False  # write in the background while training goes on
+    remap: bool = False  # start from checkpoint.load with another number of codes or experts
 
     def __post_init__(self) -> None:
         check_at_least("checkpoint", 0, save_interval=self.save_interval)

@@ -6,7 +6,7 @@ sees the same tokens, and the first microbatch of the first data-parallel rank i
 0.
 
     1 rank    microbatches 0 1 2 3
-    4 ranks   0 | 1 | 2 | 3                          (DP 4, or DP 4 with EP 2)
+    4 ranks   0 | 1 | 2 | 3                          (DP 4, with or without EP 2 or ETP 2)
     TP2 DP2   0 2 on ranks 0 1 | 1 3 on ranks 2 3    (sequence halves)
 """
 
@@ -14,7 +14,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_layer import HIDDEN, NUM_EXPERTS, build_layer, draw_parameters
+from tiny_layer import (
+    HIDDEN,
+    build_layer,
+    draw_parameters,
+    expert_place,
+    join_experts,
+)
 
 from vqmoe_megatron.config import VQConfig
 
@@ -26,6 +32,12 @@ LAYOUTS = {
     "dp4": {},
     "dp2ep2": {"expert_model_parallel_size": 2},
     "tp2ep2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    "dp4etp2": {"expert_tensor_parallel_size": 2},
+    "tp2ep2etp2": {
+        "tensor_model_parallel_size": 2,
+        "expert_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 2,
+    },
 }
 BASE = {"num_codes": 12, "ema_decay": 0.8, "dead_code_threshold": 0.7}
 
@@ -242,18 +254,9 @@ def finalized_gradients(settings: dict) -> dict:
         # Megatron divides by microbatches; so must the VQ loss, which rides on the same scale.
         output.square().sum().backward()
     CodebookSync()([model])
-    size = parallel_state.get_expert_model_parallel_world_size()
-    rank = parallel_state.get_expert_model_parallel_rank()
-    found = {}
-    for name, parameter in layer.named_parameters():
-        if parameter.requires_grad:
-            gradient = parameter.main_grad * parallel_state.get_data_parallel_world_size()
-            if name.startswith("experts."):  # put this rank's experts in their place among all N
-                whole = torch.zeros(NUM_EXPERTS, *gradient.shape[1:])
-                whole.view(size, -1, *gradient.shape[1:])[rank] = gradient
-                gradient = whole
-            found[name] = gradient
-    return {"gradients": found, "expert_rank": rank}
+    size = parallel_state.get_data_parallel_world_size()
+    found = {n: p.main_grad * size for n, p in layer.named_parameters() if p.requires_grad}
+    return {"gradients": found, "expert_place": expert_place()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -263,14 +266,13 @@ def test_every_finalized_gradient_equals_that_of_one_rank(ranks, layout: str) ->
     (alone,) = ranks(1).run(finalized_gradients, settings)
     together = ranks(4).run(finalized_gradients, settings, layout=LAYOUTS[layout])
     assert "assigner.codebook.codes" in alone["gradients"]
-    size = LAYOUTS[layout].get("expert_model_parallel_size", 1)
+    cuts = {found["expert_place"]: found["gradients"] for found in together}
     for found in together:
+        cuts[found["expert_place"]] = found["gradients"]  # each replica's in turn
         for name, expected in alone["gradients"].items():
             value = found["gradients"][name]
             if name.startswith("experts."):
-                keep = slice(found["expert_rank"] * NUM_EXPERTS // size, None)
-                own = NUM_EXPERTS // size
-                value, expected = value[keep][:own], expected[keep][:own]
+                value = join_experts(name, {place: g[name] for place, g in cuts.items()})
             torch.testing.assert_close(
                 value,
                 expected,

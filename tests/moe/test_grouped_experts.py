@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_layer import ACTIVATIONS, HIDDEN, transformer_config
+from tiny_layer import ACTIVATIONS, FFN, HIDDEN, transformer_config
 
 pytestmark = pytest.mark.distributed
 
@@ -153,19 +153,19 @@ def test_checkpoints_interchange(
             assert torch.equal(value, found[rank % 2]["source"][name]), name
 
 
-def refuse_expert_tensor_parallelism() -> str:
+def refusal() -> str:
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
     from vqmoe_megatron.moe import GroupedExperts
 
+    config = transformer_config(moe_ffn_hidden_size=FFN + 1)
     try:
-        GroupedExperts(2, transformer_config(), pg_collection=get_default_pg_collection())
+        GroupedExperts(2, config, pg_collection=get_default_pg_collection())
     except ValueError as error:
         return str(error)
     return "accepted"
 
 
-def test_expert_tensor_parallelism_is_refused(ranks) -> None:  # noqa: ANN001
-    layout = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
-    for message in ranks(4).run(refuse_expert_tensor_parallelism, layout=layout):
-        assert "expert_tensor_parallel_size=2" in message
+def test_shares_of_unequal_size_are_refused(ranks) -> None:  # noqa: ANN001
+    for message in ranks(4).run(refusal, layout={"expert_tensor_parallel_size": 2}):
+        assert "moe_ffn_hidden_size % expert_tensor_parallel_size != 0: 49 % 2 = 1" in message

@@ -16,7 +16,15 @@ from itertools import product
 
 import pytest
 import torch
-from tiny_layer import ACTIVATIONS, HIDDEN, NUM_EXPERTS, build_layer, draw_parameters
+from tiny_layer import (
+    ACTIVATIONS,
+    HIDDEN,
+    NUM_EXPERTS,
+    build_layer,
+    draw_parameters,
+    expert_place,
+    join_experts,
+)
 
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.vq.code_map import build_code_map
@@ -26,11 +34,24 @@ pytestmark = pytest.mark.distributed
 
 NUM_TOKENS = 24  # over all ranks
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
+TP, EP, ETP = (
+    f"{name}_parallel_size" for name in ("tensor_model", "expert_model", "expert_tensor")
+)
 LAYOUTS = {
     "1rank": (1, {}),
-    "ep2": (4, {"expert_model_parallel_size": 2}),  # and two replicas of every expert
-    "ep4": (4, {"expert_model_parallel_size": 4}),
-    "tp2ep2": (4, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}),
+    "ep2": (4, {EP: 2}),  # and two replicas of every expert
+    "ep4": (4, {EP: 4}),
+    "tp2ep2": (4, {TP: 2, EP: 2}),
+}
+# Sharded experts: TP below, equal to and above ETP; and TP alone, where experts are replicas.
+EXPERT_TENSOR_LAYOUTS = {
+    "tp2": (2, {TP: 2}),
+    "etp2": (2, {ETP: 2}),
+    "etp4": (4, {ETP: 4}),
+    "tp2etp2": (4, {TP: 2, ETP: 2}),  # and two replicas of every shard
+    "tp4etp2": (4, {TP: 4, ETP: 2}),
+    "ep2etp2": (4, {EP: 2, ETP: 2}),
+    "tp2ep2etp2": (4, {TP: 2, EP: 2, ETP: 2}),
 }
 # Gradient-trained codes, so that the codebook has a gradient to compare; wide gate, so that both
 # paths weigh in; the numbers of codes are N, 3 N, and one that N does not divide.
@@ -96,6 +117,19 @@ VARIANTS = {
     },
     "fp32-one-expert": {"routing": "one expert", "dtype": torch.float32},
 }
+EXPERT_TENSOR_VARIANTS = (
+    "discrete",
+    "continuous-top2",
+    "gated-silu",
+    "gated-silu-bias",
+    "relu",
+    "relu-no-bias",
+    "product-4",
+    "one-code-one-expert",  # most ranks receive no row
+    "recompute",
+    "fp32-gated-product",
+    "fp32-one-expert",
+)
 
 
 def settings(case: dict) -> VQConfig:
@@ -166,7 +200,7 @@ def evaluate_layer(case: dict) -> dict:
         "output": output.detach(),
         "x": own.grad,
         "gradients": gradients,
-        "expert_rank": parallel_state.get_expert_model_parallel_rank(),
+        "expert_place": expert_place(),
         "trained": [n for n, p in layer.named_parameters() if p.requires_grad],
         "data_parallel_size": parallel_state.get_data_parallel_world_size(),
     }
@@ -174,18 +208,18 @@ def evaluate_layer(case: dict) -> dict:
 
 def gathered(results: list[dict]) -> dict[str, torch.Tensor]:
     """Output and gradients of the whole world: tokens concatenated, parameters summed over ranks,
-    experts summed over their replicas and stacked."""
+    experts summed over their replicas and put together."""
     found = {
         "output": torch.cat([r["output"] for r in results]),
         "gradient of x": torch.cat([r["x"] for r in results]),
     }
     for name in results[0]["gradients"]:
         if name.startswith("experts."):
-            shards: dict[int, torch.Tensor] = {}
+            cuts: dict[tuple[int, int], torch.Tensor] = {}
             for r in results:
-                rank = r["expert_rank"]
-                shards[rank] = shards.get(rank, 0.0) + r["gradients"][name]
-            found[name] = torch.cat([shards[rank] for rank in sorted(shards)])
+                place = r["expert_place"]
+                cuts[place] = cuts.get(place, 0.0) + r["gradients"][name]
+            found[name] = join_experts(name, cuts)
         else:
             found[name] = torch.stack([r["gradients"][name] for r in results]).sum(dim=0)
     return found
@@ -215,7 +249,7 @@ def run_oracle(case: dict, trained: list[str], data_parallel_size: int):  # noqa
 
 
 def check_equal(case: dict, ranks, layout: str) -> OracleResult:  # noqa: ANN001
-    world_size, sizes = LAYOUTS[layout]
+    world_size, sizes = (LAYOUTS | EXPERT_TENSOR_LAYOUTS)[layout]
     results = ranks(world_size).run(evaluate_layer, case, layout=sizes)
     found = gathered(results)
     expected, oracle = run_oracle(case, results[0]["trained"], results[0]["data_parallel_size"])
@@ -245,3 +279,9 @@ def test_variant(name: str, layout: str, ranks) -> None:  # noqa: ANN001
     if VARIANTS[name].get("routing") is not None:
         assert oracle.codes.unique().tolist() == [1]
         assert oracle.experts.unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("name", EXPERT_TENSOR_VARIANTS)
+@pytest.mark.parametrize("layout", EXPERT_TENSOR_LAYOUTS)
+def test_sharded_experts(name: str, layout: str, ranks) -> None:  # noqa: ANN001
+    check_equal(VARIANTS[name], ranks, layout)

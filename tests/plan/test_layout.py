@@ -117,7 +117,17 @@ BROKEN = {
         {TP: 2, "parallel__sequence_parallel": False}, 2,
         "sequence_parallel=false with TP = 2",
     ),
-    "etp": ({ETP: 2}, 2, "expert_tensor_parallel_size = 2 > 1 is not in this release"),
+    "etp": (
+        {"model__moe_ffn_hidden_size": 130, ETP: 2, "model__bf16": False}, 2,
+        "moe_ffn_hidden_size % (ETP * 4 = 2 * 4) != 0: 130 % 8 = 2",
+    ),
+    "etp_bf16": (
+        {"model__moe_ffn_hidden_size": 136, ETP: 2, "model__bf16": True}, 2,
+        "moe_ffn_hidden_size % (ETP * 8 = 2 * 8) != 0: 136 % 16 = 8",
+    ),
+    "world_expert_tensor": (
+        {EP: 2, ETP: 4}, 4, "world_size % (EP * ETP * PP = 2 * 4 * 1) != 0: 4 % 8 = 4",
+    ),
     "batch": ({}, 3, "global_batch_size % (micro_batch_size * DP = 4 * 3) != 0: 32 % 12 = 8"),
     "stride": (
         {"data__eval_stride_tokens": 257}, 1,
@@ -181,6 +191,11 @@ def test_one_broken_rule_gives_its_one_equation(rule: str) -> None:
         ({PP: 2, VPP: 2}, 2),
         ({PP: 4, EP: 2}, 8),
         ({EP: 16, "train__global_batch_size": 64}, 16),
+        ({ETP: 2}, 2),
+        ({ETP: 2, "model__moe_ffn_hidden_size": 136, "model__bf16": False}, 2),
+        ({TP: 2, ETP: 4}, 4),
+        ({TP: 4, ETP: 2}, 4),
+        ({TP: 2, PP: 2, EP: 2, ETP: 2}, 8),
         ({"model__num_query_groups": 4, TP: 4}, 4),
         ({"model__moe_layer_freq": 4}, 1),
         ({"model__recompute_granularity": "selective", "model__recompute_modules": ["moe"]}, 1),

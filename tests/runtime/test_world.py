@@ -103,7 +103,12 @@ def test_the_cpu_beside_a_gpu_is_refused_with_the_way_out(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("present", "named"), [({}, "MASTER_ADDR"), ({"MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT")]
+    ("present", "named"),
+    [
+        ({}, "MASTER_ADDR is not set"),
+        ({"MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "n1"}, "MASTER_PORT='n1' is not a port"),
+    ],
 )
 def test_many_ranks_need_a_meeting_place(
     monkeypatch: pytest.MonkeyPatch, present: dict[str, str], named: str

@@ -49,6 +49,13 @@ def train_here(recipe: str, overrides: list[str]) -> dict:
     class Records(RunReport):
         def __init__(self) -> None:
             self.records: list[dict[str, float]] = []
+            self.messages: list[str] = []
+
+        def message(self, text: str) -> None:
+            self.messages.append(text)
+
+        def rolled_back(self, iteration: int, text: str) -> None:
+            self.messages.append(f"rolled back to {iteration}: {text}")
 
         def log(self, record) -> None:
             self.records.append({name: float(value) for name, value in record.items()})
@@ -75,6 +82,8 @@ def train_here(recipe: str, overrides: list[str]) -> dict:
         "iteration": trainer.progress.iteration,
         "skipped": trainer.progress.skipped_iterations,
         "records": report.records,
+        "messages": report.messages,
+        "passed_over": trainer.progress.passed_over_samples,
         "codebooks": codebook_hashes(trainer.model),
         "finite_codebooks": all(
             bool(torch.isfinite(tensor).all())
@@ -83,30 +92,6 @@ def train_here(recipe: str, overrides: list[str]) -> dict:
             if ".codebook." in name and torch.is_tensor(tensor)
         ),
     }
-
-
-def train_with_one_poisoned_step(recipe: str, overrides: list[str]) -> dict:
-    """As ``train_here``, with a NaN in the loss mask of one microbatch of step 3 on rank 0."""
-    import torch
-
-    from vqmoe_megatron.training import train_step
-
-    original = train_step.to_device
-    num_batches = 0
-
-    def poisoned(batch):
-        nonlocal num_batches
-        batch = original(batch)
-        num_batches += torch.is_grad_enabled()
-        if num_batches == 6 and torch.distributed.get_rank() == 0:  # 2 per step and rank
-            batch["loss_mask"][0, 0] = float("nan")
-        return batch
-
-    train_step.to_device = poisoned
-    try:
-        return train_here(recipe, overrides)
-    finally:
-        train_step.to_device = original
 
 
 def initial_parameters(recipe: str, overrides: list[str]) -> dict[str, tuple]:

@@ -8,6 +8,7 @@ from small_run import TINY, run_on
 pytestmark = pytest.mark.distributed
 
 TP, PP, EP = (f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "expert"))
+ETP = "expert_tensor_parallel_size"
 VPP = "virtual_pipeline_model_parallel_size"
 SIX = ["train.train_iters=20", "train.exit_interval=6"]  # the schedule of the whole recipe
 LAYOUTS = {
@@ -16,7 +17,9 @@ LAYOUTS = {
     "pp2-vpp2": (2, {PP: 2, VPP: 2}, []),
     "dp2-distributed-optimizer": (2, {}, ["optimizer.use_distributed_optimizer=true"]),
     "tp2-ep4": (4, {TP: 2, EP: 4}, []),
+    "etp2": (2, {ETP: 2}, []),
     "pp2-ep2": (4, {PP: 2, EP: 2}, []),
+    "tp2-ep2-etp2": (4, {TP: 2, EP: 2, ETP: 2}, ["optimizer.use_distributed_optimizer=true"]),
 }
 
 

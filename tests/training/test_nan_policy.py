@@ -3,10 +3,12 @@ anything."""
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
-from small_run import PARITY, TINY, run_on, start_vqmoe, train_with_one_poisoned_step
+from small_run import PARITY, TINY, run_on, start_vqmoe
+from troubled_run import train_with_one_poisoned_step
 
 from vqmoe_megatron.tracking.metrics_log import read_metrics
 from vqmoe_megatron.tracking.run_status import read_status
@@ -61,3 +63,41 @@ def test_skipping_all_the_way_and_a_dead_mlflow_server_do_not_end_training(small
     assert read_status(run_dir).state == "completed"
     assert read_metrics(run_dir)[-1]["skipped_iterations"] == 4
     assert "mlflow" in log.read_text().lower()
+
+
+def test_a_rollback_goes_on_behind_the_bad_batch(ranks, small_corpus, tmp_path):
+    every = [*TINY, "train.train_iters=6", f"data.path={small_corpus}"]
+    every += [f"train.output_dir={tmp_path}", "parallel.expert_model_parallel_size=2"]
+    saving = [*every, "train.nan_policy=rollback", "checkpoint.save_interval=1"]
+    results = ranks(2).run(train_with_one_poisoned_step, str(PARITY), saving, layout=EP2)
+    for result in results:
+        assert (result["skipped"], result["iteration"], result["error"]) == (0, 6, "")
+        assert result["passed_over"] == 4
+        assert result["messages"][-1].startswith("rolled back to 2: iteration 3: non-finite loss")
+    records = results[0]["records"]
+    assert [record["iteration"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(record["loss"]) for record in records)
+    bad = [json.loads(line) for line in (tmp_path / "bad_batches.jsonl").read_text().splitlines()]
+    assert bad == [
+        {
+            "iteration": 3,
+            "first_sample": 8,
+            "last_sample": 11,
+            "loss": "nan",
+            "policy": "rollback",
+        }
+    ]
+    # The samples of steps 3.. are those of steps 4.. of the run without the accident.
+    plain = run_on(ranks(2), small_corpus, tmp_path / "plain", [*TINY, "train.train_iters=6"], EP2)[
+        0
+    ]["records"]
+    assert records[1]["loss"] == plain[1]["loss"]
+    assert records[2]["loss"] != plain[2]["loss"]
+
+
+def test_a_rollback_that_does_not_help_ends_the_run(ranks, small_corpus, tmp_path):
+    every = [*TINY, *EXPLODE, "train.nan_policy=rollback", "checkpoint.save_interval=1"]
+    results = run_on(ranks(2), small_corpus, tmp_path, every, EP2)
+    for result in results:
+        assert "went back to" in result["error"] and "3 times before" in result["error"]
+        assert sum("rolled back to 1" in message for message in result["messages"]) == 3

@@ -136,13 +136,18 @@ def _gpt_dataset(
 
 @dataclass(frozen=True)
 class MicrobatchOrder:
-    """The samples of each microbatch of one data-parallel rank; a DataLoader's batch sampler."""
+    """The samples of each microbatch of one data-parallel rank; a DataLoader's batch sampler.
+
+    ``passed_over_samples`` were left out for good: the order goes on behind them, and reads its own
+    beginning again for as many samples at the end.
+    """
 
     num_samples: int
     consumed_samples: int
     micro_batch_size: int
     data_parallel_rank: int
     data_parallel_size: int
+    passed_over_samples: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.data_parallel_rank < self.data_parallel_size or self.micro_batch_size < 1:
@@ -163,10 +168,11 @@ class MicrobatchOrder:
 
     def __iter__(self) -> Iterator[list[int]]:
         stride = self.micro_batch_size * self.data_parallel_size
-        start = self.consumed_samples + self.data_parallel_rank * self.micro_batch_size
+        start = self.consumed_samples + self.passed_over_samples
+        start += self.data_parallel_rank * self.micro_batch_size
         for number in range(len(self)):
             first = start + number * stride
-            yield list(range(first, first + self.micro_batch_size))
+            yield [(first + i) % self.num_samples for i in range(self.micro_batch_size)]
 
 
 class TrainBatches:
@@ -186,6 +192,7 @@ class TrainBatches:
         data_parallel_size: int,
         num_workers: int = 0,
         pin_memory: bool = False,
+        passed_over_samples: int = 0,
     ) -> None:
         self.order = MicrobatchOrder(
             num_samples=dataset.num_samples,
@@ -193,6 +200,7 @@ class TrainBatches:
             micro_batch_size=micro_batch_size,
             data_parallel_rank=data_parallel_rank,
             data_parallel_size=data_parallel_size,
+            passed_over_samples=passed_over_samples,
         )
         self._loader = torch.utils.data.DataLoader(
             dataset,

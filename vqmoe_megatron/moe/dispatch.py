@@ -1,14 +1,18 @@
-"""The code-driven all-to-all: rows travel to the rank that owns their expert, and back.
+"""The code-driven all-to-all: rows travel to the ranks that own their expert, and back.
 
 R rows on this rank, R' rows received, H hidden size, N experts, n local experts, P = N / n
-expert-parallel ranks; expert e lives on rank e // n.
+expert-parallel ranks; expert e lives on expert-parallel rank e // n. E expert-tensor ranks hold one
+shard each of the same n experts, and have different tokens.
 
 1. The permutation plan (sort by expert, then code; counts by bincount) comes in.
-2. Counts are exchanged: [P, n] out, [P, n] in.
+2. Counts are exchanged: [P, n] out, [P, n] in. At E > 1 the received ones are gathered: [E, P, n].
 3. THE host synchronisation of the layer: the counts become split sizes.
 4. Rows are permuted and exchanged.
-5. Received rows, ordered by (source rank, local expert), are regrouped by local expert.
-6. ``combine`` walks 5 and 4 backwards with the receipt. Nothing is remembered between calls.
+5. At E > 1 the expert-tensor group gathers what its ranks received: a shard needs every row.
+6. Arrived rows, ordered by (expert-tensor rank, source rank, local expert), are regrouped by local
+   expert.
+7. ``combine`` walks 6, 5 and 4 backwards with the receipt; step 5 backwards sums the shards'
+   partial results. Nothing is remembered between calls.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.tensor_parallel import all_to_all
 
+from vqmoe_megatron.moe.expert_tensor_exchange import gather_rows, reduce_scatter_rows
 from vqmoe_megatron.vq.permutation import PermutationPlan, plan_permutation
 
 
@@ -27,9 +32,10 @@ class DispatchReceipt:
 
     plan: PermutationPlan
     tokens_per_local_expert: torch.Tensor  # int64 [n]
-    regroup: PermutationPlan | None  # of received rows; None when they arrive grouped
-    input_splits: list[int] | None  # rows sent to each of P ranks; None at P = 1
-    output_splits: list[int] | None  # rows received from each of P ranks
+    regroup: PermutationPlan | None  # of arrived rows; None when they arrive grouped
+    input_splits: list[int]  # rows sent to each of P ranks; empty at P = 1
+    output_splits: list[int]  # rows received from each of P ranks; empty at P = 1
+    gathered_sizes: list[int]  # rows received by each of E ranks; empty at E = 1
 
 
 class _Permute(torch.autograd.Function):
@@ -47,54 +53,95 @@ class _Permute(torch.autograd.Function):
 
 
 def dispatch(
-    rows: torch.Tensor, plan: PermutationPlan, ep_group: torch.distributed.ProcessGroup
+    rows: torch.Tensor,
+    plan: PermutationPlan,
+    ep_group: torch.distributed.ProcessGroup,
+    expt_tp_group: torch.distributed.ProcessGroup,
 ) -> tuple[torch.Tensor, DispatchReceipt]:
-    """Send every row to its expert's rank.
+    """Send every row to the ranks of its expert.
 
     Args:
         rows: ``[R, H]``.
         plan: of the R rows over N experts.
         ep_group: the P expert-parallel ranks; N must divide by P.
+        expt_tp_group: the E ranks that hold shards of this rank's experts.
 
     Returns:
-        ``[R', H]`` rows sorted by local expert, and the receipt.
+        ``[R', H]`` rows sorted by local expert, equal on the ranks of ``expt_tp_group``, and the
+        receipt.
 
-    Communicates over ``ep_group``: one all-to-all of counts, one of rows (none at P = 1). One host
-    synchronisation (none at P = 1).
+    Communicates over ``ep_group`` one all-to-all of counts and one of rows (none at P = 1), over
+    ``expt_tp_group`` one all-gather of counts and one of rows (none at E = 1). One host
+    synchronisation (none at P = E = 1).
     """
-    num_ranks = ep_group.size()
+    num_sources, num_shards = ep_group.size(), expt_tp_group.size()
     permuted = _Permute.apply(rows, plan.order, plan.inverse())
-    if num_ranks == 1:
-        return permuted, DispatchReceipt(plan, plan.tokens_per_expert, None, None, None)
+    if num_sources == num_shards == 1:
+        return permuted, DispatchReceipt(plan, plan.tokens_per_expert, None, [], [], [])
 
-    sent = plan.tokens_per_expert.view(num_ranks, -1)  # [P, n]
-    received = torch.empty_like(sent)  # [P, n], rows from each rank for my experts
-    torch.distributed.all_to_all_single(received, sent.contiguous(), group=ep_group)
-    splits = torch.stack([sent.sum(dim=1), received.sum(dim=1)]).tolist()  # host synchronisation
-    input_splits, output_splits = splits
-    arrived = all_to_all(ep_group, permuted, output_splits, input_splits)
+    sent = plan.tokens_per_expert.view(num_sources, -1)  # [P, n]
+    counts = _exchange_counts(sent, ep_group, expt_tp_group)  # [E, P, n]
+    received = counts[expt_tp_group.rank()]  # [P, n]
+    sizes = torch.cat([sent.sum(dim=1), received.sum(dim=1), counts.sum(dim=(1, 2))])
+    sizes = sizes.tolist()  # host synchronisation
+    arrived, input_splits, output_splits, gathered_sizes = permuted, [], [], []
+    if num_sources > 1:
+        input_splits, output_splits = sizes[:num_sources], sizes[num_sources : 2 * num_sources]
+        arrived = all_to_all(ep_group, arrived, output_splits, input_splits)
+    if num_shards > 1:
+        gathered_sizes = sizes[2 * num_sources :]
+        arrived = gather_rows(arrived, gathered_sizes, expt_tp_group)
 
     num_local = sent.shape[1]
     regroup = None
     if num_local > 1:
-        local_expert = torch.arange(num_local, device=rows.device).repeat(num_ranks)
+        local_expert = torch.arange(num_local, device=rows.device).repeat(num_shards * num_sources)
         local_expert = local_expert.repeat_interleave(
-            received.reshape(-1), output_size=arrived.shape[0]
+            counts.reshape(-1), output_size=arrived.shape[0]
         )
         regroup = plan_permutation(local_expert, num_local)
         arrived = _Permute.apply(arrived, regroup.order, regroup.inverse())
-    return arrived, DispatchReceipt(plan, received.sum(dim=0), regroup, input_splits, output_splits)
+    receipt = DispatchReceipt(
+        plan, counts.sum(dim=(0, 1)), regroup, input_splits, output_splits, gathered_sizes
+    )
+    return arrived, receipt
+
+
+def _exchange_counts(
+    sent: torch.Tensor,
+    ep_group: torch.distributed.ProcessGroup,
+    expt_tp_group: torch.distributed.ProcessGroup,
+) -> torch.Tensor:
+    """int64 ``[P, n]`` rows sent -> ``[E, P, n]`` rows that each shard's rank receives from each
+    source for each local expert. Communicates over both groups where they have several ranks."""
+    received = sent.contiguous()
+    if ep_group.size() > 1:
+        received = torch.empty_like(received)
+        torch.distributed.all_to_all_single(received, sent.contiguous(), group=ep_group)
+    if expt_tp_group.size() == 1:
+        return received.unsqueeze(0)
+    counts = received.new_empty(expt_tp_group.size() * received.numel())
+    torch.distributed.all_gather_into_tensor(counts, received.view(-1), group=expt_tp_group)
+    return counts.view(-1, *received.shape)
 
 
 def combine(
-    rows: torch.Tensor, receipt: DispatchReceipt, ep_group: torch.distributed.ProcessGroup
+    rows: torch.Tensor,
+    receipt: DispatchReceipt,
+    ep_group: torch.distributed.ProcessGroup,
+    expt_tp_group: torch.distributed.ProcessGroup,
 ) -> torch.Tensor:
     """Bring expert outputs ``[R', H]`` back to the order of the rows given to :func:`dispatch`.
 
-    Returns ``[R, H]``. Communicates over ``ep_group``: one all-to-all (none at P = 1).
+    At E > 1 they are this shard's part of each output; the parts are summed.
+
+    Returns ``[R, H]``. Communicates over ``expt_tp_group`` one reduce-scatter (none at E = 1), over
+    ``ep_group`` one all-to-all (none at P = 1).
     """
     if receipt.regroup is not None:
         rows = _Permute.apply(rows, receipt.regroup.inverse(), receipt.regroup.order)
-    if receipt.input_splits is not None:
+    if receipt.gathered_sizes:
+        rows = reduce_scatter_rows(rows, receipt.gathered_sizes, expt_tp_group)
+    if receipt.input_splits:
         rows = all_to_all(ep_group, rows, receipt.input_splits, receipt.output_splits)
     return _Permute.apply(rows, receipt.plan.inverse(), receipt.plan.order)

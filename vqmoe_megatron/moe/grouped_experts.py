@@ -1,7 +1,8 @@
 """The experts: n MLPs evaluated together on rows sorted by expert.
 
 R rows, H hidden size, F expert hidden size, n local experts, N experts, G = 2 for gated experts
-else 1.
+else 1, E expert-tensor ranks. Rank e of them holds the e-th of E equal cuts of F; for gated experts
+of both halves, so that its fc1 is [gate cut; up cut].
 """
 
 from __future__ import annotations
@@ -10,8 +11,13 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import (
+    ReplicaId,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -22,12 +28,13 @@ from vqmoe_megatron.moe.expert_gemm import grouped_linear
 class GroupedExperts(MegatronModule):
     """Drop-in for Megatron's ``SequentialMLP`` with stacked weights and one grouped GEMM per layer.
 
-    fc1 [n, G F, H] -> activation (gated: act(first half) * second half) -> fc2 [n, H, F].
-    Checkpoints interchange with ``SequentialMLP``: same keys, same global tensors. Only its empty
-    ``_extra_state`` entries are missing here, so a load into it must not be strict about those.
+    fc1 [n, G F / E, H] -> activation (gated: act(first half) * second half) -> fc2 [n, H, F / E].
+    Checkpoints interchange with ``SequentialMLP`` and between values of E: same keys, same global
+    tensors. Only its empty ``_extra_state`` entries are missing here, so a load into it must not be
+    strict about those.
 
     Raises:
-        ValueError: for expert tensor parallelism, which this module does not shard.
+        ValueError: without process groups, or when E does not divide F.
     """
 
     def __init__(
@@ -40,22 +47,30 @@ class GroupedExperts(MegatronModule):
         super().__init__(config=config)
         if pg_collection is None:
             raise ValueError("GroupedExperts needs the process groups of its MoE layer")
-        if pg_collection.expt_tp.size() > 1:
-            raise ValueError(
-                f"expert_tensor_parallel_size={pg_collection.expt_tp.size()}: GroupedExperts "
-                "shards "
-                "over expert_model_parallel_size only; set expert_tensor_parallel_size=1"
-            )
         self.num_local_experts = num_local_experts
         self.ep_group = pg_collection.ep
+        self.expt_tp_group = pg_collection.expt_tp
         self.expt_dp_group = pg_collection.expt_dp
+        num_shards = self.expt_tp_group.size()
         hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size
-        fc1_width = ffn * (2 if config.gated_linear_unit else 1)
+        if ffn % num_shards:
+            raise ValueError(
+                f"moe_ffn_hidden_size % expert_tensor_parallel_size != 0: {ffn} % {num_shards} = "
+                f"{ffn % num_shards}; every expert-tensor-parallel rank holds an equal share"
+            )
+        self.num_halves = 2 if config.gated_linear_unit else 1  # G
+        width = ffn // num_shards
+        fc1_width = self.num_halves * width
         self.weight1 = self._parameter(num_local_experts, fc1_width, hidden)
-        self.weight2 = self._parameter(num_local_experts, hidden, ffn)
+        self.weight2 = self._parameter(num_local_experts, hidden, width)
+        # As Megatron marks shards: every rank counts its own in the gradient norm. bias2 is a
+        # replica on the expert-tensor ranks and is counted on the first.
+        set_tensor_model_parallel_attributes(self.weight1, True, 1, self.num_halves)
+        set_tensor_model_parallel_attributes(self.weight2, True, 2, 1)
         if config.add_bias_linear:
             self.bias1 = self._parameter(num_local_experts, fc1_width)
             self.bias2 = self._parameter(num_local_experts, hidden)
+            set_tensor_model_parallel_attributes(self.bias1, True, 1, self.num_halves)
         else:
             self.register_parameter("bias1", None)
             self.register_parameter("bias2", None)
@@ -90,7 +105,10 @@ class GroupedExperts(MegatronModule):
             permuted_probs: ``[R]`` weights of the outputs, or None for weight one.
 
         Returns:
-            ``([R, H], None)``; biases are added inside. No communication.
+            ``([R, H], None)``; biases are added inside. At E > 1 this rank's part of the outputs:
+            their sum over the expert-tensor ranks, which must all get the same rows, is the
+            result, as the sum of the gradients they return is that of rows and weights. No
+            communication.
         """
         rows = permuted_local_hidden_states
         counts = tokens_per_expert.to(rows.device)
@@ -102,14 +120,24 @@ class GroupedExperts(MegatronModule):
         else:
             hidden = self.config.activation_func(hidden)
         output = grouped_linear(hidden, self.weight2, counts)
-        output = self._add_bias(output, self.bias2, counts)
+        output = self._add_bias(output, self._bias2_part(), counts)
         if permuted_probs is not None:
             output = (output * permuted_probs.unsqueeze(-1)).to(output.dtype)
         return output, None
 
+    def _bias2_part(self) -> torch.Tensor | None:
+        """The output bias once in the sum of the parts, with its whole gradient on every rank.
+
+        All expert-tensor ranks see all rows, hence equal gradients: their replicas of bias2 stay
+        bit-equal without a reduction.
+        """
+        if self.bias2 is None or self.expt_tp_group.rank() == 0:
+            return self.bias2
+        return self.bias2 - self.bias2.detach()
+
     @staticmethod
     def _add_bias(
-        rows: torch.Tensor, bias: torch.nn.Parameter | None, counts: torch.Tensor
+        rows: torch.Tensor, bias: torch.Tensor | None, counts: torch.Tensor
     ) -> torch.Tensor:
         if bias is None:
             return rows
@@ -120,24 +148,65 @@ class GroupedExperts(MegatronModule):
     ) -> dict[str, Any]:
         """Map the stacked tensors onto the keys that ``SequentialMLP`` writes.
 
-        ``experts.linear_fc1.weight`` has the global shape [N, G F, H] (behind the layer axis).
+        ``experts.linear_fc1.weight`` has the global shape [N, G F, H] (behind the layer axis). No
+        communication.
         """
-        num_prepended = len(sharded_offsets)
         sharded = {}
-        for name, key in (
-            ("weight1", "linear_fc1.weight"),
-            ("bias1", "linear_fc1.bias"),
-            ("weight2", "linear_fc2.weight"),
-            ("bias2", "linear_fc2.bias"),
+        for name, key, shard_axis in (
+            ("weight1", "linear_fc1.weight", 1),
+            ("bias1", "linear_fc1.bias", 1),
+            ("weight2", "linear_fc2.weight", 2),
+            ("bias2", "linear_fc2.bias", None),
         ):
             parameter = getattr(self, name)
             if parameter is not None:
-                sharded[f"{prefix}{name}"] = ShardedTensor.from_rank_offsets(
-                    f"{prefix}experts.{key}",
-                    parameter,
-                    *sharded_offsets,
-                    (num_prepended, self.ep_group.rank(), self.ep_group.size()),
-                    replica_id=(0, 0, self.expt_dp_group.rank()),
-                    prepend_axis_num=num_prepended,
+                num_pieces = self.num_halves if name in ("weight1", "bias1") else 1
+                sharded[f"{prefix}{name}"] = self._sharded_parameter(
+                    f"{prefix}experts.{key}", parameter, shard_axis, num_pieces, sharded_offsets
                 )
         return sharded
+
+    def _sharded_parameter(
+        self,
+        key: str,
+        parameter: torch.nn.Parameter,
+        shard_axis: int | None,
+        num_pieces: int,
+        sharded_offsets: tuple,
+    ) -> ShardedTensor | ShardedTensorFactory:
+        """Place a stacked parameter in its global tensor.
+
+        ``shard_axis`` is cut over the expert-tensor ranks (None: replicas), in ``num_pieces`` equal
+        pieces along it each. The shards of gated experts have two, which do not touch each other
+        globally: a factory places each and joins them after a load.
+        """
+        num_prepended = len(sharded_offsets)
+        shard, num_shards = self.expt_tp_group.rank(), self.expt_tp_group.size()
+        experts = (num_prepended, self.ep_group.rank(), self.ep_group.size())
+        replica = 0 if shard_axis is not None else shard
+        replica_id = (0, replica, self.expt_dp_group.rank())
+        if num_shards == 1:
+            num_pieces = 1  # one rank's pieces are the whole axis
+
+        def place(key: str, part: torch.Tensor, replica_id: ReplicaId, piece: int) -> ShardedTensor:
+            offsets = [*sharded_offsets, experts]
+            if shard_axis is not None:
+                first = piece * num_shards + shard
+                offsets.append((num_prepended + shard_axis, first, num_pieces * num_shards))
+            return ShardedTensor.from_rank_offsets(
+                key, part, *offsets, replica_id=replica_id, prepend_axis_num=num_prepended
+            )
+
+        if num_pieces == 1:
+            return place(key, parameter, replica_id, 0)
+
+        def build(
+            key: str, tensor: torch.Tensor, replica_id: ReplicaId, flattened_range: slice | None
+        ) -> list[ShardedTensor]:
+            pieces = tensor.chunk(num_pieces, dim=shard_axis)
+            return [place(key, part, replica_id, piece) for piece, part in enumerate(pieces)]
+
+        def merge(pieces: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat(pieces, dim=shard_axis)
+
+        return ShardedTensorFactory(key, parameter, build, merge, replica_id)

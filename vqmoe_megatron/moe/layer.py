@@ -6,7 +6,7 @@ continuous path, C codes of the discrete path, R = T (k + C) rows, N experts.
 1. Continuous path: Megatron's TopKRouter selects k experts and their weights.
 2. Discrete path: the codebook assigns C codes; code -> expert; ``discrete_input`` builds C rows.
 3. The rows of both paths are one set [R, H]: one permutation plan, one all-to-all each way, one
-   grouped GEMM.
+   grouped GEMM; under expert tensor parallelism also one gather and one reduce-scatter.
 4. Continuous rows are summed with the router's weights, discrete rows with weight 1 / sqrt(C).
 5. The combine gate weighs the two outputs; VQ losses and statistics ride on the result.
 
@@ -54,6 +54,7 @@ class VQMoELayer(MoELayer):
         _check_config(config)
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection)
+        self.expt_tp_group = pg_collection.expt_tp
         self.vq = vq or VQConfig(num_codes=4 * config.num_moe_experts)
         self.token_dispatcher = None  # Megatron's is not used: rows of both paths travel together
         self.assigner = self.gate = self.input_norm = self.output_norm = None
@@ -95,8 +96,9 @@ class VQMoELayer(MoELayer):
 
         Returns ``([S, B, H], None)``; no bias is left for the caller to add.
 
-        Communicates over the expert-parallel group (dispatch), over ``tp_cp`` when the balance loss
-        is on (Megatron's router), and once over ``tp_dp_cp`` to initialise the codebook.
+        Communicates over the expert-parallel and expert-tensor groups (dispatch), over ``tp_cp``
+        when the balance loss is on (Megatron's router), and once over ``tp_dp_cp`` to initialise
+        the codebook.
 
         Raises:
             ValueError: for a padding mask, or TP > 1 in training without sequence parallelism.
@@ -171,9 +173,10 @@ class VQMoELayer(MoELayer):
             self.config.num_moe_experts,
             torch.cat([c.reshape(-1) for c in codes]),
         )
-        arrived, receipt = dispatch(flat, plan, self.ep_group)
+        groups = self.ep_group, self.expt_tp_group
+        arrived, receipt = dispatch(flat, plan, *groups)
         evaluated, _ = self.experts(arrived, receipt.tokens_per_local_expert, None)
-        returned = combine(evaluated, receipt, self.ep_group)
+        returned = combine(evaluated, receipt, *groups)
         parts = returned.split([t * c for t, c in sizes])
         return [part.view(*size, -1) for part, size in zip(parts, sizes, strict=True)]
 

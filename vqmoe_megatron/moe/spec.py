@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from vqmoe_megatron.config import VQConfig
+from vqmoe_megatron.moe.balanced_router import BalancedRouter
 from vqmoe_megatron.moe.grouped_experts import GroupedExperts
 from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.moe.norms import ParallelNorm
@@ -61,7 +62,7 @@ def get_vqmoe_layer_spec(
     spec.submodules.mlp = ModuleSpec(
         module=VQMoELayer,
         params={"vq": vq, "seed": seed},
-        submodules=MoESubmodules(experts=ModuleSpec(module=GroupedExperts)),
+        submodules=MoESubmodules(router=BalancedRouter, experts=ModuleSpec(module=GroupedExperts)),
     )
     if spec_backend()[0] == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from math import lcm
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
+from vqmoe_megatron.plan.divisibility import remainder
+from vqmoe_megatron.plan.run_rules import run_errors
 
-# Megatron's recompute_modules that work here: GroupedExperts has no moe_act, and Megatron's
-# layernorm recompute needs Transformer Engine.
-RECOMPUTE_MODULES = ("core_attn", "mlp", "moe")
+GEMM_BYTES = 16  # torch's grouped_mm refuses strides that are no multiple of it, on every device
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,8 @@ def layout_errors(config: RunConfig, world_size: int, device: str | None = None)
         *_sequence_errors(config, layout, device or config.train.device),
         *_expert_errors(config, layout),
         *_batch_errors(config, layout),
-        *_recompute_errors(config.model, layout),
-        *_schedule_errors(config),
+        *run_errors(config, layout),
     ]
-
-
-def _remainder(name: str, value: int, divisor: str, size: int, advice: str) -> Iterator[str]:
-    """Yield ``name % divisor != 0`` with its numbers, unless ``size`` divides ``value``."""
-    if value % size:
-        yield f"{name} % {divisor} != 0: {value} % {size} = {value % size}; {advice}"
 
 
 def _world_errors(layout: ParallelLayout, minimum: int) -> Iterator[str]:
@@ -143,17 +136,17 @@ def _world_errors(layout: ParallelLayout, minimum: int) -> Iterator[str]:
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     cp = layout.context_parallel_size
     dense = f"(TP * PP * CP = {tp} * {pp} * {cp})"
-    yield from _remainder("world_size", world, dense, layout.dense_ranks, advice)
+    yield from remainder("world_size", world, dense, layout.dense_ranks, advice)
     ep, etp = layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
     expert = f"(EP * ETP * PP = {ep} * {etp} * {pp})"
-    yield from _remainder("world_size", world, expert, layout.expert_ranks, advice)
+    yield from remainder("world_size", world, expert, layout.expert_ranks, advice)
 
 
 def _tensor_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
     model, tp = config.model, layout.tensor_model_parallel_size
     advice = "every tensor-parallel rank holds an equal share"
     groups = model.num_query_groups or model.num_attention_heads
-    yield from _remainder(
+    yield from remainder(
         "num_attention_heads",
         model.num_attention_heads,
         "num_query_groups",
@@ -167,7 +160,7 @@ def _tensor_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
     if model.moe_layer_freq > 1:  # some layers are dense; Megatron's default width is 4 * hidden
         divided["ffn_hidden_size"] = model.ffn_hidden_size or 4 * model.hidden_size
     for name, value in divided.items():
-        yield from _remainder(name, value, "TP", tp, advice)
+        yield from remainder(name, value, "TP", tp, advice)
     if tp > 1 and config.parallel.sequence_parallel is False:
         yield (
             f"parallel.sequence_parallel=false with TP = {tp} > 1: Megatron's MoE layers train "
@@ -180,7 +173,7 @@ def _pipeline_errors(model: ModelConfig, layout: ParallelLayout) -> Iterator[str
     virtual = layout.virtual_pipeline_model_parallel_size
     advice = "every pipeline stage holds as many layers as the others"
     if virtual is None:
-        yield from _remainder("num_layers", model.num_layers, "PP", pp, advice)
+        yield from remainder("num_layers", model.num_layers, "PP", pp, advice)
         return
     if pp == 1:
         yield (
@@ -188,7 +181,7 @@ def _pipeline_errors(model: ModelConfig, layout: ParallelLayout) -> Iterator[str
             "so leave virtual_pipeline_model_parallel_size unset without a pipeline"
         )
     chunks = f"(PP * VPP = {pp} * {virtual})"
-    yield from _remainder("num_layers", model.num_layers, chunks, pp * virtual, advice)
+    yield from remainder("num_layers", model.num_layers, chunks, pp * virtual, advice)
 
 
 def _sequence_errors(config: RunConfig, layout: ParallelLayout, device: str) -> Iterator[str]:
@@ -197,7 +190,7 @@ def _sequence_errors(config: RunConfig, layout: ParallelLayout, device: str) -> 
         tp = layout.tensor_model_parallel_size
         name, size = ("TP", tp) if cp == 1 else (f"(TP * CP = {tp} * {cp})", tp * cp)
         advice = "sequence parallelism gives every rank an equal slice"
-        yield from _remainder("seq_length", length, name, size, advice)
+        yield from remainder("seq_length", length, name, size, advice)
     if cp > 1:
         reason = (
             "Megatron's context parallelism needs Transformer Engine's fused attention, which "
@@ -215,25 +208,32 @@ def _sequence_errors(config: RunConfig, layout: ParallelLayout, device: str) -> 
 
 
 def _expert_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
-    model, etp = config.model, layout.expert_tensor_parallel_size
-    yield from _remainder(
+    model = config.model
+    yield from remainder(
         "num_moe_experts",
         model.num_moe_experts,
         "EP",
         layout.expert_model_parallel_size,
         "every expert-parallel rank owns as many experts as the others",
     )
-    yield from _remainder(
+    etp, aligned = layout.expert_tensor_parallel_size, GEMM_BYTES // (2 if model.bf16 else 4)
+    yield from remainder(
         "moe_ffn_hidden_size",
         model.moe_ffn_hidden_size,
-        "ETP",
-        etp,
-        "every expert-tensor-parallel rank holds an equal share",
+        f"(ETP * {aligned} = {etp} * {aligned})",
+        etp * aligned,
+        "every expert-tensor-parallel rank holds an equal share, and the grouped GEMM takes shares "
+        f"of a multiple of {GEMM_BYTES} bytes",
     )
-    if etp > 1:
+    if (
+        model.calculate_per_token_loss
+        and model.moe_z_loss_coeff
+        and layout.tensor_model_parallel_size > 1
+    ):
         yield (
-            f"expert_tensor_parallel_size = {etp} > 1 is not in this release: the code-driven "
-            "dispatcher shards experts over expert_model_parallel_size only; use 1"
+            f"moe_z_loss_coeff={model.moe_z_loss_coeff} with calculate_per_token_loss and TP = "
+            f"{layout.tensor_model_parallel_size} > 1: Megatron 0.16.1 would weigh the z-loss 1 / "
+            "TP of what it should; leave one out"
         )
     if model.moe_layer_freq > model.num_layers:
         yield (
@@ -254,67 +254,14 @@ def _batch_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
     dp, pp = layout.data_parallel_size, layout.pipeline_model_parallel_size
     product = f"(micro_batch_size * DP = {micro} * {dp})"
     advice = "every data-parallel rank runs as many microbatches as the others"
-    uneven = list(_remainder("global_batch_size", batch, product, micro * dp, advice))
+    uneven = list(remainder("global_batch_size", batch, product, micro * dp, advice))
     yield from uneven
     if layout.virtual_pipeline_model_parallel_size is not None and not uneven:
-        yield from _remainder(
+        yield from remainder(
             "num_microbatches",
             layout.num_microbatches(batch, micro),
             "PP",
             pp,
             f"the interleaved schedule runs microbatches in groups of PP; num_microbatches = "
             f"global_batch_size / (micro_batch_size * DP) = {batch} / ({micro} * {dp})",
-        )
-
-
-def _recompute_errors(model: ModelConfig, layout: ParallelLayout) -> Iterator[str]:
-    granularity, method = model.recompute_granularity, model.recompute_method
-    num_layers, modules = model.recompute_num_layers, model.recompute_modules
-    if granularity is None:
-        for name in ("recompute_method", "recompute_num_layers", "recompute_modules"):
-            if getattr(model, name) is not None:
-                yield f"{name} has no effect without recompute_granularity (full or selective)"
-        return
-    if granularity == "selective":
-        if method is not None or num_layers is not None:
-            yield (
-                f"recompute_granularity=selective takes recompute_modules only, not "
-                f"recompute_method={method} and recompute_num_layers={num_layers}"
-            )
-        if unknown := sorted(set(modules or ()) - set(RECOMPUTE_MODULES)):
-            yield (
-                f"recompute_modules {', '.join(unknown)} not in this model; choose from "
-                f"{', '.join(RECOMPUTE_MODULES)}"
-            )
-        return
-    if modules is not None:
-        yield "recompute_modules has no effect with recompute_granularity=full; unset one"
-    if method not in ("uniform", "block"):
-        yield (f"recompute_granularity=full needs recompute_method uniform or block, not {method}")
-    chunks = layout.pipeline_model_parallel_size * (
-        layout.virtual_pipeline_model_parallel_size or 1
-    )
-    per_chunk = model.num_layers // chunks
-    if num_layers is None or not 1 <= num_layers <= per_chunk:
-        yield (
-            "recompute_granularity=full needs 1 <= recompute_num_layers <= layers per pipeline "
-            f"chunk: 1 <= {num_layers} <= {model.num_layers} // {chunks} = {per_chunk}"
-        )
-    elif method == "uniform":
-        yield from _remainder(
-            "layers per pipeline chunk",
-            per_chunk,
-            "recompute_num_layers",
-            num_layers,
-            "recompute_method=uniform cuts a chunk in units of equal length",
-        )
-
-
-def _schedule_errors(config: RunConfig) -> Iterator[str]:
-    warmup = config.optimizer.lr_warmup_iters
-    decay = config.optimizer.lr_decay_iters or config.train.train_iters
-    if warmup >= decay:
-        yield (
-            f"lr_warmup_iters < lr_decay_iters (default: train_iters) fails: {warmup} >= {decay}; "
-            "the learning rate must have iterations left to decay in"
         )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 import queue
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -189,8 +191,30 @@ def _adapt_megatron_modules() -> None:
     moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
     token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
 
-    # The original is the queue of a multiprocessing manager, which imports all of torch once more
-    # in every rank (3 s of processor time at the first save) and outlives a rank that is killed.
-    # A synchronous save puts and takes its results in this process.
-    results: queue.Queue[Any] = queue.Queue()
+    results = _ForkedResults()
     filesystem_async._get_write_results_queue = lambda: results
+
+
+class _ForkedResults:
+    """Carries the results of a checkpoint writer, this process or a fork of it, through a file.
+
+    Megatron's queue of a multiprocessing manager imports all of torch once more in every rank (3 s
+    of processor time at the first save) and outlives a rank that is killed. A pipe would hold up a
+    writer that has more to say than fits in. The file has no name, and a fork shares its position.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()
+
+    def put(self, results: Any) -> None:
+        pickle.dump(results, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        self._file.seek(0)
+        content = self._file.read()
+        self._file.seek(0)
+        self._file.truncate()
+        if not content:
+            raise queue.Empty
+        return pickle.loads(content)  # noqa: S301 (written by this process or its own fork)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.runtime.rendezvous import MeetingPlace, meet, never_stop
 
 COLLECTIVE_TIMEOUT_MINUTES = 10
+RENDEZVOUS_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -97,35 +99,42 @@ def choose_device(requested: str) -> tuple[str, str]:
     return "cpu", "torch sees no CUDA device"
 
 
-def join_world(variables: RankVariables, device: str) -> None:
+def join_world(
+    variables: RankVariables,
+    device: str,
+    should_stop: Callable[[], bool] = never_stop,
+    wait_seconds: float = RENDEZVOUS_SECONDS,
+) -> None:
     """Initialise torch.distributed: NCCL on CUDA, gloo on CPU.
 
-    Communicates: rendezvous of all ranks at MASTER_ADDR:MASTER_PORT.
+    Communicates: all ranks meet at MASTER_ADDR:MASTER_PORT, then make the world's process group.
+
+    Args:
+        variables: this rank's place.
+        device: ``"cuda"`` or ``"cpu"``.
+        should_stop: asked while waiting for the others; True on any rank calls all of them off.
+        wait_seconds: for the others to come.
 
     Raises:
         ValueError: when several ranks are told to meet but not where.
+        StoppedWhileWaiting: when ``should_stop`` ended the wait, here or on another rank.
+        RendezvousFailed: when not all ranks came; the message names the missing ones.
     """
-    if variables.world_size > 1 and not os.environ.get("MASTER_ADDR"):
-        raise ValueError(
-            f"{variables.world_size} ranks from {variables.source}, but MASTER_ADDR is not set; "
-            "export "
-            "the first node's host name (scontrol show hostnames | head -n1) and MASTER_PORT"
-        )
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if variables.world_size > 1 and not os.environ.get("MASTER_PORT"):
-        raise ValueError("MASTER_PORT is not set; export one free port for all ranks")
-    os.environ.setdefault("MASTER_PORT", "0")
     if device == "cuda":
         torch.cuda.set_device(variables.local_rank % torch.cuda.device_count())
-    store = None
+    timeout = datetime.timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES)
     if variables.world_size == 1:
         store = torch.distributed.HashStore()
+    else:
+        place = MeetingPlace.from_environ(os.environ)
+        store = meet(place, variables.rank, variables.world_size, should_stop, wait_seconds)
+        store.set_timeout(timeout)
     torch.distributed.init_process_group(
         backend="nccl" if device == "cuda" else "gloo",
         rank=variables.rank,
         world_size=variables.world_size,
         store=store,
-        timeout=datetime.timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES),
+        timeout=timeout,
     )
 
 

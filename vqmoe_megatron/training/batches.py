@@ -20,9 +20,13 @@ Batch = dict[str, torch.Tensor]  # tokens, labels, position_ids int64, loss_mask
 
 
 def training_iterators(
-    config: RunConfig, corpus: Corpus, consumed_samples: int, num_chunks: int
+    config: RunConfig,
+    corpus: Corpus,
+    consumed_samples: int,
+    num_chunks: int,
+    passed_over_samples: int,
 ) -> list[Iterator[Batch]]:
-    """One iterator per model chunk, each from the sample after ``consumed_samples``.
+    """One iterator per model chunk, each from the sample after the consumed and passed over ones.
 
     Interleaved pipeline chunks read the same microbatches in their own order, so each has its own
     iterator. Communicates: a barrier while rank 0 builds the sample order.
@@ -37,6 +41,7 @@ def training_iterators(
     batches = TrainBatches(
         dataset,
         consumed_samples=consumed_samples,
+        passed_over_samples=passed_over_samples,
         micro_batch_size=train.micro_batch_size,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),

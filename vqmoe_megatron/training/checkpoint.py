@@ -1,40 +1,33 @@
-"""Checkpoints in Megatron's torch_dist format: complete or absent.
+"""What a checkpoint holds, as Megatron's sharded state, and how it is put back at any layout.
 
-``checkpoints/iter_0000100.incomplete`` is written by all ranks, renamed to ``iter_0000100`` when
-every rank is done, and only then named by ``latest_checkpointed_iteration.txt``. A kill at any
-moment leaves the previous checkpoint in place.
+1. Model: every tensor by its global name, place and shape (``sharded_state_dict``).
+2. Optimizer: its tensors only, under names made from the model's. Groups, learning rates and decay
+   come from the recipe and the schedule, so nothing depends on how ranks cut the parameters, nor on
+   whether the optimizer is distributed.
+3. Random state: one row per rank, restored at the same layout only.
+4. Schedule, progress and MLflow run id: plain values, equal on all ranks.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 
-from vqmoe_megatron.data.corpus import CORPUS_FILE
-from vqmoe_megatron.recipe import save_recipe
-from vqmoe_megatron.training.checkpoint_folder import (
-    CONFIG_FILE,
-    CORPUS_COPY,
-    LAYOUT_FILE,
-    TRACKER_FILE,
-    complete_checkpoints,
-)
 from vqmoe_megatron.training.optimizer_state import (
     OPTIMIZER_METADATA,
+    as_stored,
+    borrows_parameters,
     prepare_for_loading,
     restore_adam_steps,
 )
-from vqmoe_megatron.training.preflight import CheckedRun
 from vqmoe_megatron.training.random_state import restore_random_states, sharded_random_states
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -45,6 +38,7 @@ class Progress:
     consumed_samples: int
     skipped_iterations: int
     mlflow_run_id: str | None = None
+    passed_over_samples: int = 0  # left out of the data order by rollbacks
 
 
 @dataclass
@@ -56,86 +50,16 @@ class TrainingState:
     scheduler: Any
 
 
-def save_checkpoint(run: CheckedRun, state: TrainingState, progress: Progress) -> Path:
-    """Write, publish and rotate to ``checkpoint.keep_last``; return the new folder.
+def sharded_state(state: TrainingState, progress: Progress) -> dict[str, Any]:
+    """Return the sharded state dict to save.
 
-    Later checkpoints than this one, left by an attempt that was rolled back, are not touched.
-    Communicates over the world; all ranks call it together.
-
-    Raises:
-        OSError: on any rank's failed write; nothing is published then.
+    Communicates: a distributed optimizer gathers its state over the data-parallel group.
     """
-    for chunk in state.model:
-        if chunk.ddp_config.overlap_param_gather:
-            # The updated shards would be gathered only by the next forward: gather them now.
-            chunk.disable_forward_pre_hook(param_sync=True)
-            chunk.enable_forward_pre_hook()
-    checkpoints = run.run_dir.checkpoints
-    folder = checkpoints / f"iter_{progress.iteration:07d}"
-    partial = folder.with_name(folder.name + ".incomplete")
-    is_first = torch.distributed.get_rank() == 0
-    if is_first:
-        for abandoned in checkpoints.glob("iter_*.incomplete"):
-            shutil.rmtree(abandoned)
-        partial.mkdir(parents=True)
-    torch.distributed.barrier()
-    dist_checkpointing.save(_sharded_state(state, progress, is_loading=False), str(partial))
-    torch.distributed.barrier()
-    if is_first:
-        save_recipe(run.config, partial / CONFIG_FILE)
-        shutil.copyfile(run.corpus.path / CORPUS_FILE, partial / CORPUS_COPY)
-        (partial / LAYOUT_FILE).write_text(json.dumps(asdict(run.layout), indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-        _write_atomically(checkpoints / TRACKER_FILE, f"{progress.iteration}\n")
-        not_later = [name for name in complete_checkpoints(checkpoints) if name <= folder.name]
-        for old in not_later[: -run.config.checkpoint.keep_last]:
-            shutil.rmtree(checkpoints / old)
-    torch.distributed.barrier()
-    return folder
-
-
-def load_checkpoint(folder: Path, state: TrainingState) -> Progress:
-    """Restore ``state`` in place and return where the run stood.
-
-    Communicates over the world; all ranks call it together.
-
-    Raises:
-        ValueError: when the folder is of another format version.
-    """
-    prepare_for_loading(state.optimizer)
-    with torch.no_grad():
-        loaded = dist_checkpointing.load(
-            _sharded_state(state, Progress(0, 0, 0), is_loading=True), str(folder)
-        )
-        if loaded["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"{folder} has checkpoint format {loaded['format_version']}, this release reads "
-                f"{FORMAT_VERSION}"
-            )
-        for number, chunk in enumerate(state.model):
-            chunk.module.load_state_dict(loaded[f"model{number}"])
-        state.optimizer.load_state_dict(loaded["optimizer"])
-        restore_adam_steps(state.optimizer, loaded["num_updates"])
-    state.scheduler.load_state_dict(loaded["scheduler"])
-    restore_random_states(loaded["random_state"])
-    return Progress(**loaded["progress"])
-
-
-def _sharded_state(state: TrainingState, progress: Progress, is_loading: bool) -> dict[str, Any]:
-    # Of the modules inside Megatron's DDP: its load_state_dict does not take its own sharded keys.
-    models = {
-        f"model{number}": chunk.module.sharded_state_dict()
-        for number, chunk in enumerate(state.model)
-    }
-    # Chunks of one rank share local names; the optimizer needs them apart.
-    model_state = {f"{m}.{k}": part for m, chunk in models.items() for k, part in chunk.items()}
-    optimizer = state.optimizer.sharded_state_dict(
-        model_state, is_loading=is_loading, metadata=OPTIMIZER_METADATA
-    )
+    models = _model_state(state)
+    optimizer = _sharded_values(_optimizer_state(state, models, is_loading=False))
     return {
         **models,
-        "optimizer": optimizer,
+        "optimizer": {str(number): value for number, value in enumerate(optimizer)},
         "scheduler": state.scheduler.state_dict(),
         "random_state": sharded_random_states(),
         "progress": vars(progress).copy(),
@@ -144,10 +68,88 @@ def _sharded_state(state: TrainingState, progress: Progress, is_loading: bool) -
     }
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def load_checkpoint(folder: Path, state: TrainingState, has_same_layout: bool) -> Progress:
+    """Restore ``state`` in place and return where the run stood.
+
+    With another layout than the one that wrote the checkpoint the random state is left alone: its
+    rows belong to ranks that no longer exist.
+
+    Communicates over the world; all ranks call it together.
+
+    Raises:
+        ValueError: when the folder is of another format version.
+    """
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    if common.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has checkpoint format {common.get('format_version')}, this release reads "
+            f"{FORMAT_VERSION}"
+        )
+    prepare_for_loading(state.optimizer)
+    with torch.no_grad():
+        models = _model_state(state)
+        optimizer = _optimizer_state(state, models, is_loading=True)
+        stored = set(dist_checkpointing.load_tensors_metadata(str(folder)))
+        wanted = {
+            str(number): as_stored(part, stored)
+            for number, part in enumerate(_sharded_values(optimizer))
+        }
+        # Megatron reads a tensor once per call, and the model asks for its own too.
+        borrowed = {n: part for n, part in wanted.items() if not part.key.startswith("optimizer.")}
+        own = {number: part for number, part in wanted.items() if number not in borrowed}
+        requested: dict[str, Any] = {**models, "optimizer": own}
+        if has_same_layout:
+            requested["random_state"] = sharded_random_states()
+        loaded = dist_checkpointing.load(requested, str(folder))
+        for number, chunk in enumerate(state.model):
+            chunk.module.load_state_dict(loaded[f"model{number}"])
+        values = loaded["optimizer"]
+        if borrows_parameters(state.optimizer, stored):
+            second = dist_checkpointing.load({"optimizer": borrowed}, str(folder))
+            values |= second.get("optimizer", {})  # a rank may have nothing to borrow
+        state.optimizer.load_state_dict(_filled(optimizer, iter([values[n] for n in wanted])))
+        restore_adam_steps(state.optimizer, loaded["num_updates"])
+    state.scheduler.load_state_dict(loaded["scheduler"])
+    if has_same_layout:
+        restore_random_states(loaded["random_state"])
+    return Progress(**loaded["progress"])
+
+
+def _model_state(state: TrainingState) -> dict[str, Any]:
+    # Of the modules inside Megatron's DDP: its load_state_dict does not take its own sharded keys.
+    return {
+        f"model{number}": chunk.module.sharded_state_dict()
+        for number, chunk in enumerate(state.model)
+    }
+
+
+def _optimizer_state(state: TrainingState, models: dict[str, Any], is_loading: bool) -> Any:
+    # Chunks of one rank share local names; the optimizer needs them apart.
+    model_state = {f"{m}.{k}": part for m, chunk in models.items() for k, part in chunk.items()}
+    return state.optimizer.sharded_state_dict(
+        model_state, is_loading=is_loading, metadata=OPTIMIZER_METADATA
+    )
+
+
+def _sharded_values(tree: Any) -> list[ShardedBase]:
+    """The sharded leaves of nested dicts and lists, in a fixed order."""
+    if isinstance(tree, ShardedBase):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        return [value for part in tree for value in _sharded_values(part)]
+    return []
+
+
+def _filled(tree: Any, values: Any) -> Any:
+    """``tree`` with its sharded leaves replaced by ``values``, in the same order."""
+    if isinstance(tree, LocalNonpersistentObject):
+        return tree.unwrap()
+    if isinstance(tree, ShardedBase):
+        return next(values)
+    if isinstance(tree, dict):
+        return {key: _filled(part, values) for key, part in tree.items()}
+    if isinstance(tree, list):
+        return [_filled(part, values) for part in tree]
+    return tree

@@ -23,8 +23,14 @@ LAYOUT_FILE = "layout.json"
 CORPUS_COPY = "corpus.json"
 FOLDER_PATTERN = re.compile(r"^iter_(\d{7})$")
 # Recipe settings that a run may change when it is resumed: they decide how, not what is computed.
-FREE_SETTINGS = ("optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather")
+FREE_SETTINGS = (
+    "optimizer.overlap_grad_reduce",
+    "optimizer.overlap_param_gather",
+    "optimizer.use_distributed_optimizer",
+)
 FREE_PREFIXES = ("model.recompute_",)
+# What checkpoint.remap can change.
+REMAPPED_SETTINGS = ("model.num_moe_experts", "vq.num_codes")
 # Of section train: what the data order and the learning-rate schedule count in.
 FIXED_TRAIN_SETTINGS = ("global_batch_size", "seed")
 
@@ -79,26 +85,42 @@ def stored_tokenizer(folder: Path) -> dict[str, Any]:
     return description
 
 
-def check_resumable(folder: Path, config: RunConfig, layout: ParallelLayout) -> None:
-    """Raise ``ValueError`` when the checkpoint belongs to another model, layout or schedule.
+def written_at(folder: Path) -> dict[str, Any]:
+    """Return the layout that wrote the checkpoint, as the fields of ``ParallelLayout``.
 
-    ``config`` with ``model.vocab_size`` filled in.
+    Raises:
+        ValueError: when the checkpoint does not say.
+    """
+    return _read_json(folder / LAYOUT_FILE)
+
+
+def has_same_layout(folder: Path, layout: ParallelLayout) -> bool:
+    """Tell whether the checkpoint was written by the same number of ranks in the same places."""
+    return written_at(folder) == asdict(layout)
+
+
+def check_resumable(folder: Path, config: RunConfig) -> None:
+    """Raise ``ValueError`` when the checkpoint belongs to another model, data order or schedule.
+
+    The layout may be another one. ``config`` with ``model.vocab_size`` filled in.
     """
     ours, theirs = _fixed_settings(config), _fixed_settings(load_recipe(folder / CONFIG_FILE, []))
-    ours |= asdict(layout)
-    theirs |= dict.fromkeys(asdict(layout)) | _read_json(folder / LAYOUT_FILE)
-    differences = [
-        f"{name}: checkpoint {theirs[name]!r}, recipe {value!r}"
-        for name, value in ours.items()
-        if value != theirs[name]
-    ]
-    if differences:
-        raise ValueError(
-            f"{folder} cannot be resumed with this recipe:\n  "
-            + "\n  ".join(differences)
-            + "\nthis release resumes the same model, layout and schedule; set these back, or "
-            "start in another train.output_dir"
+    differences = [name for name, value in ours.items() if value != theirs[name]]
+    if not differences:
+        return
+    advice = "set these back, or start in another train.output_dir"
+    if set(differences) <= set(REMAPPED_SETTINGS):
+        advice += (
+            "; to begin a new run from these weights with other codes or experts, use an empty "
+            f"train.output_dir with checkpoint.load={folder} checkpoint.remap=true"
         )
+    listed = "\n  ".join(
+        f"{name}: checkpoint {theirs[name]!r}, recipe {ours[name]!r}" for name in differences
+    )
+    raise ValueError(
+        f"{folder} cannot be resumed with this recipe:\n  {listed}\na checkpoint goes on with the "
+        f"same model, data order and schedule, at any layout; {advice}"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

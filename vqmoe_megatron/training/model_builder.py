@@ -62,7 +62,7 @@ def build_transformer_config(config: RunConfig, layout: ParallelLayout) -> Trans
     }
     has_cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if model.bf16 else torch.float32
-    return TransformerConfig(
+    transformer = TransformerConfig(
         **settings,
         activation_func=ACTIVATIONS[model.activation_func],
         params_dtype=dtype,
@@ -72,10 +72,11 @@ def build_transformer_config(config: RunConfig, layout: ParallelLayout) -> Trans
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         context_parallel_size=layout.context_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
-        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        expert_tensor_parallel_size=1,  # see below
         sequence_parallel=layout.sequence_parallel,
         moe_token_dispatcher_type="alltoall",
         attention_softmax_in_fp32=True,
+        deterministic_mode=config.train.deterministic,
         variable_seq_lengths=False,
         # Batched, the two directions between the same two ranks get mixed up in the interleaved
         # schedule at PP = 2: each rank is both the previous and the next stage of the other.
@@ -90,6 +91,10 @@ def build_transformer_config(config: RunConfig, layout: ParallelLayout) -> Trans
         init_method=init_method_normal(model.init_method_std),
         output_layer_init_method=scaled_init_method_normal(model.init_method_std, model.num_layers),
     )
+    # Megatron refuses biased experts at ETP > 1, which its own experts cannot shard and
+    # GroupedExperts does; it reads the field nowhere else.
+    transformer.expert_tensor_parallel_size = layout.expert_tensor_parallel_size
+    return transformer
 
 
 def build_model(

@@ -6,9 +6,11 @@ On CUDA Megatron prefers Transformer Engine's or Apex's fused Adam, whose state 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 TORCH_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
@@ -19,6 +21,35 @@ OPTIMIZER_METADATA = {
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }
+# What Megatron's optimizers call the main copy of a parameter. In fp32 training the plain optimizer
+# stores none: the model's own tensor, whose name has no prefix, is the main copy.
+MAIN_PARAMETER_PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.", "")
+
+
+def as_stored(part: ShardedBase, stored: set[str]) -> ShardedBase:
+    """Return ``part`` of an optimizer's state under its name in the checkpoint.
+
+    A plain and a distributed optimizer name the main copy of a parameter differently, or not at
+    all; everything else they name alike. A name that is nowhere is left as it is.
+    """
+    own = next((p for p in MAIN_PARAMETER_PREFIXES if p and part.key.startswith(p)), None)
+    if part.key in stored or own is None:
+        return part
+    bare = part.key.removeprefix(own)
+    names = [prefix + bare for prefix in MAIN_PARAMETER_PREFIXES if prefix + bare in stored]
+    return replace(part, key=names[0]) if names else part
+
+
+def borrows_parameters(optimizer: Any, stored: set[str]) -> bool:
+    """Whether ``optimizer`` must read main copies that the checkpoint has only as the model's own.
+
+    So it is for a distributed optimizer and a checkpoint of a plain one. Equal on all ranks.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    is_distributed = any(isinstance(part, DistributedOptimizer) for part in parts)
+    return is_distributed and not any(
+        name.startswith(MAIN_PARAMETER_PREFIXES[0]) for name in stored
+    )
 
 
 def _torch_adams(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
@@ -47,26 +78,30 @@ def prepare_for_loading(optimizer: Any) -> None:
     """Give every parameter Adam state to load into: a fresh optimizer has none, and Megatron reads
     the step from it while it builds the load plan. No communication."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, TORCH_ADAMS):
-            _let_adam_steps_pass(part)
+        is_torch_adam = isinstance(part.optimizer, TORCH_ADAMS)
+        if isinstance(part, DistributedOptimizer) and is_torch_adam:
+            if "_set_main_param_and_optimizer_states" not in vars(part):  # a second load
+                _let_adam_steps_pass(part)
     for adam in _torch_adams(optimizer):
         for group in adam.param_groups:
             for parameter in group["params"]:
                 if not adam.state[parameter]:
                     adam.state[parameter].update(
-                        step=torch.tensor(0.0),
+                        step=torch.tensor(1.0),  # Megatron would leave out a zero
                         exp_avg=torch.zeros_like(parameter.data),
                         exp_avg_sq=torch.zeros_like(parameter.data),
                     )
 
 
 def restore_adam_steps(optimizer: Any, num_updates: int) -> None:
-    """Give every parameter its own step counter.
+    """Set the number of updates in every group, and for torch's Adam in every parameter.
 
     After loading, Megatron lets all parameters share one tensor, which torch's Adam then increments
     once per parameter: a silent divergence. No communication.
     """
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = num_updates
     for adam in _torch_adams(optimizer):
         for state in adam.state.values():
-            if "step" in state:
-                state["step"] = torch.tensor(float(num_updates))
+            state["step"] = torch.tensor(float(num_updates))

@@ -11,13 +11,17 @@ from pathlib import Path
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.data.corpus import Corpus, check_tokenizer, load_corpus
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
+from vqmoe_megatron.recipe import load_recipe
 from vqmoe_megatron.tracking.run_status import read_status
 from vqmoe_megatron.training.checkpoint_folder import (
+    CONFIG_FILE,
     CORPUS_COPY,
     check_resumable,
     find_checkpoint,
     stored_tokenizer,
+    written_at,
 )
+from vqmoe_megatron.training.checkpoint_remap_rules import check_remap
 from vqmoe_megatron.training.run_directory import RunDirectory
 
 MINIMUM_FREE_BYTES = 64 * 1024**2  # less than this and not even logs and a small checkpoint fit
@@ -31,7 +35,8 @@ class CheckedRun:
     layout: ParallelLayout
     corpus: Corpus
     run_dir: RunDirectory
-    resume_from: Path | None  # the checkpoint folder to load; None starts from scratch
+    resume_from: Path | None  # the checkpoint folder to go on from; None starts anew
+    remap_from: Path | None = None  # the checkpoint folder whose weights a new run starts with
 
 
 def check_run(config: RunConfig, world_size: int, device: str) -> CheckedRun:
@@ -59,13 +64,21 @@ def check_run(config: RunConfig, world_size: int, device: str) -> CheckedRun:
             f"train.output_dir={run_dir.path} has {free_bytes / 1024**2:.0f} MiB free, less than "
             f"{MINIMUM_FREE_BYTES / 1024**2:.0f} MiB; free some or choose another directory"
         )
-    resume_from = _checkpoint_to_load(config, run_dir)
+    folder, is_own = _checkpoint_to_load(config, run_dir)
+    if folder is not None:
+        check_tokenizer(corpus, config.model.vocab_size, stored_tokenizer(folder))
+    # A remapped run that has saved is a run like any other, and goes on from its own checkpoints.
+    if folder is not None and config.checkpoint.remap and not is_own:
+        check_remap(load_recipe(folder / CONFIG_FILE, []), config)
+        resume_from, remap_from = None, folder
+    else:
+        resume_from, remap_from = folder, None
     if resume_from is not None:
-        check_tokenizer(corpus, config.model.vocab_size, stored_tokenizer(resume_from))
-        check_resumable(resume_from, config, layout)
+        check_resumable(resume_from, config)
+        written_at(resume_from)
         _check_same_corpus(resume_from, corpus)
     read_status(run_dir.path)  # a damaged one is refused here, not in the ranks
-    return CheckedRun(config, layout, corpus, run_dir, resume_from)
+    return CheckedRun(config, layout, corpus, run_dir, resume_from, remap_from)
 
 
 def _check_same_corpus(folder: Path, corpus: Corpus) -> None:
@@ -79,14 +92,18 @@ def _check_same_corpus(folder: Path, corpus: Corpus) -> None:
         )
 
 
-def _checkpoint_to_load(config: RunConfig, run_dir: RunDirectory) -> Path | None:
-    """The run directory's own newest checkpoint, else that of ``checkpoint.load``, else None."""
+def _checkpoint_to_load(config: RunConfig, run_dir: RunDirectory) -> tuple[Path | None, bool]:
+    """The run directory's own newest checkpoint, else that of ``checkpoint.load``, else None.
+
+    With it, whether it is the run directory's own.
+    """
     wanted = config.checkpoint.load
     if wanted is not None and not Path(wanted).exists():
         raise ValueError(f"checkpoint.load={wanted} does not exist")
-    found = find_checkpoint(run_dir.path)
-    if found is None and wanted is not None:
-        found = find_checkpoint(Path(wanted))
-        if found is None:
-            raise ValueError(f"checkpoint.load={wanted} holds no complete checkpoint")
-    return found
+    own = find_checkpoint(run_dir.path)
+    if own is not None or wanted is None:
+        return own, True
+    found = find_checkpoint(Path(wanted))
+    if found is None:
+        raise ValueError(f"checkpoint.load={wanted} holds no complete checkpoint")
+    return found, False

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import torch
 
+from vqmoe_megatron.runtime.rendezvous import RendezvousFailed, StoppedWhileWaiting
 from vqmoe_megatron.runtime.world import (
     RankVariables,
     build_process_groups,
@@ -17,8 +18,9 @@ from vqmoe_megatron.runtime.world import (
 )
 from vqmoe_megatron.tracking.run_status import read_status, write_status
 from vqmoe_megatron.training.preflight import CheckedRun
+from vqmoe_megatron.training.replica_check import ReplicaMismatch
 from vqmoe_megatron.training.run_report import Rank0Report, RunReport, SilentReport
-from vqmoe_megatron.training.stop_requests import StopRequests
+from vqmoe_megatron.training.stop_requests import NO_REQUEST, StopRequests
 from vqmoe_megatron.training.trainer import Trainer
 
 EXIT_DONE, EXIT_CRASH, EXIT_USAGE, EXIT_REQUEUE = 0, 1, 2, 75
@@ -39,19 +41,21 @@ def pretrain(
     try:
         if variables.rank == 0:
             _mark_started(run)
-        join_world(variables, device)
+        join_world(variables, device, lambda: stop_requests.current() != NO_REQUEST)
         build_process_groups(run.layout)
         trainer = Trainer(run, stop_requests)
         resumed = trainer.resume()
         report = _open_report(run, trainer)
-        if resumed is not None:
-            report.message(f"resumed from {resumed}")
+        for text in resumed:
+            report.message(text)
         train = run.config.train
         stop_requests.watch(run.run_dir.path, train.exit_duration_in_mins, variables.rank == 0)
         outcome = trainer.train(report)
         stop_requests.acknowledge()
         report.finish(outcome.state, outcome.iteration, outcome.reason)
         leave_world()
+    except StoppedWhileWaiting as stopped:
+        return _stopped_before_training(run, variables, str(stopped))
     except Exception as error:
         _fail(run, variables, report, error)
     return EXIT_DONE if outcome.state == "completed" else EXIT_REQUEUE
@@ -62,6 +66,16 @@ def _mark_started(run: CheckedRun) -> None:
     known = read_status(run.run_dir.path)
     iteration, run_id = (known.iteration, known.mlflow_run_id) if known else (0, None)
     write_status(run.run_dir.path, "running", iteration, "starting", run_id)
+
+
+def _stopped_before_training(run: CheckedRun, variables: RankVariables, reason: str) -> int:
+    """Ask to be started again, at the iteration that an earlier attempt reached."""
+    print(f"rank {variables.rank}: {reason}, before training")
+    if variables.rank == 0:
+        known = read_status(run.run_dir.path)
+        iteration, run_id = (known.iteration, known.mlflow_run_id) if known else (0, None)
+        write_status(run.run_dir.path, "requeue", iteration, reason, run_id)
+    return EXIT_REQUEUE
 
 
 def _open_report(run: CheckedRun, trainer: Trainer) -> RunReport:
@@ -82,7 +96,7 @@ def _fail(
 ) -> NoReturn:
     """Report the failure of this rank and end the process at once."""
     is_refusal = isinstance(error, ValueError)
-    if is_refusal:
+    if is_refusal or isinstance(error, RendezvousFailed | ReplicaMismatch):  # they say it all
         print(f"error: {error}", file=sys.stderr)
     else:
         traceback.print_exc()

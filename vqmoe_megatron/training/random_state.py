@@ -6,8 +6,24 @@ W ranks. Every generator of a rank is one row of a [W, num_bytes] uint8 tensor.
 from __future__ import annotations
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+ITERATION_STRIDE = 1_000_003  # between the seeds of two iterations
+
+
+def seed_generators(seed: int, iteration: int = 0) -> None:
+    """Seed every generator of this rank for its place in the layout. No communication.
+
+    As Megatron-LM, pipeline stages draw different dropout masks. ``iteration`` is where a run goes
+    on at another layout: it must not draw its first masks again.
+    """
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    stage_seed = (stage_seed + ITERATION_STRIDE * iteration) % 2**31
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed)
 
 
 def random_states() -> dict[str, torch.Tensor]:

@@ -36,6 +36,11 @@ class RunDirectory:
         """Expert load and code usage of the last logged steps."""
         return self.path / "routing.npz"
 
+    @property
+    def bad_batches(self) -> Path:
+        """One line for every step with a non-finite loss or gradient."""
+        return self.path / "bad_batches.jsonl"
+
     def create(self) -> None:
         """Make the directory and prove that it can be written.
 

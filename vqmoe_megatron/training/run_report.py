@@ -32,6 +32,9 @@ class RunReport:
     def saved(self, folder: Path) -> None:
         """Say that a checkpoint is complete."""
 
+    def rolled_back(self, iteration: int, text: str) -> None:
+        """Forget the iterations after ``iteration``: training does them again."""
+
     def log(self, record: Mapping[str, float]) -> None:
         """Keep and show one iteration's metrics."""
 
@@ -93,6 +96,14 @@ class Rank0Report(RunReport):
         self.message(f"saved {folder}")
         self.tracker.set_tags({"checkpoint": str(folder), "iteration": self._iteration})
         self._write_status("running", "training")
+
+    def rolled_back(self, iteration: int, text: str) -> None:
+        """Cut metrics.jsonl back. MLflow keeps both values of a step; a tag says which steps."""
+        self.message(text)
+        self.metrics_log.truncate_after(iteration)
+        self.tracker.set_tags({f"rollback/{self._iteration}": text})
+        self._iteration = iteration
+        self._write_status("running", text)
 
     def log(self, record: Mapping[str, float]) -> None:
         """Append to metrics.jsonl, show on the console, queue for MLflow."""

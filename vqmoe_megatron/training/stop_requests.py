@@ -1,6 +1,6 @@
-"""Who may ask a run to stop, and how all ranks come to know.
+"""Who may ask a run to stop or to save, and how all ranks come to know.
 
-A signal handler only raises a flag. The flag of every rank is max-reduced with each step, so all
+A signal handler only raises a flag. The flags of every rank are max-reduced with each step, so all
 ranks act on the same step boundary.
 """
 
@@ -16,6 +16,7 @@ from types import FrameType
 from vqmoe_megatron.runtime.local_ranks import STARTER_VARIABLE, STOP_SIGNALS
 
 STOP_FILE = "STOP"
+SAVE_FILE = "SAVE"
 
 NO_REQUEST, TIME_LIMIT, STOP_FILE_FOUND, STARTER_GONE, SIGNAL = range(5)
 REASONS = {
@@ -39,6 +40,7 @@ class StopRequests:
         self._starter_pid = int(starter) if starter else None
         self._deadline: float | None = None
         self._stop_file: Path | None = None
+        self._save_file: Path | None = None
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -46,11 +48,21 @@ class StopRequests:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal_received = True
 
-    def watch(self, run_dir: Path, minutes: float | None, polls_stop_file: bool) -> None:
-        """Watch the time limit from now on and, on one rank, the stop file of ``run_dir``."""
+    def watch(self, run_dir: Path, minutes: float | None, polls_files: bool) -> None:
+        """Watch the time limit from now on and, on one rank, the files ``STOP`` and ``SAVE``."""
         if minutes is not None:
             self._deadline = time.monotonic() + minutes * 60
-        self._stop_file = run_dir / STOP_FILE if polls_stop_file else None
+        self._stop_file = run_dir / STOP_FILE if polls_files else None
+        self._save_file = run_dir / SAVE_FILE if polls_files else None
+
+    def wants_save(self) -> bool:
+        """Tell whether the save file is there: save at this step and go on."""
+        return self._save_file is not None and self._save_file.exists()
+
+    def save_was_seen(self, was_requested: bool) -> None:
+        """Remove the save file after a save that it asked for."""
+        if was_requested and self._save_file is not None:
+            self._save_file.unlink(missing_ok=True)
 
     def current(self) -> int:
         """Return this rank's most urgent request."""

@@ -87,6 +87,7 @@ class StepResult:
     learning_rate: float
     skipped: bool
     stop_request: int  # the highest request any rank raised
+    save_requested: bool  # by any rank
     core_seconds: float  # forward, backward, communication, optimizer
 
 
@@ -113,10 +114,12 @@ class TrainStep:
         self.micro_batch_size = micro_batch_size
         self.global_batch_size = global_batch_size
 
-    def __call__(self, iterators: list[Iterator[Batch]], stop_request: int) -> StepResult:
-        """Take one step. ``stop_request`` is this rank's; the result holds the highest.
+    def __call__(
+        self, iterators: list[Iterator[Batch]], stop_request: int, save_request: bool
+    ) -> StepResult:
+        """Take one step. The requests are this rank's; the result holds those of all ranks.
 
-        Communicates over all groups of the layout, and once over the world (two integers).
+        Communicates over all groups of the layout, and once over the world (three integers).
         """
         started = time.perf_counter()
         for chunk in self.model:
@@ -134,10 +137,11 @@ class TrainStep:
             [
                 1 - (torch.isfinite(sums[0]) & self._gradients_are_finite()).int(),
                 torch.tensor(stop_request, dtype=torch.int32, device=sums.device),
+                torch.tensor(save_request, dtype=torch.int32, device=sums.device),
             ]
         )
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-        (bad, request), (total, num_tokens) = flags.tolist(), sums.tolist()
+        (bad, stop, save), (total, num_tokens) = flags.tolist(), sums.tolist()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         grad_norm = float("nan")
         if bad:
@@ -154,7 +158,8 @@ class TrainStep:
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             skipped=bool(bad),
-            stop_request=request,
+            stop_request=stop,
+            save_requested=bool(save),
             core_seconds=time.perf_counter() - started,
         )
 

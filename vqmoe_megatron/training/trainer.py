@@ -2,41 +2,37 @@
 
 1. Build model, optimizer, schedule and data for the layout.
 2. Load the newest checkpoint, or initialise the codebooks from the first microbatch.
-3. Evaluate, then step until the end or a stop request; log, evaluate and save on the way.
+3. Evaluate, then step until the end or a stop request; log, evaluate, check and save on the way.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
 from vqmoe_megatron.moe.codebook_sync import CodebookSync
-from vqmoe_megatron.runtime.host_memory import release_free_memory
-from vqmoe_megatron.training.batches import TimedIterator, evaluation_windows, training_iterators
-from vqmoe_megatron.training.checkpoint import (
-    Progress,
-    TrainingState,
-    load_checkpoint,
-    save_checkpoint,
+from vqmoe_megatron.runtime.determinism import require_determinism
+from vqmoe_megatron.training.bad_batches import (
+    BadBatch,
+    after_the_bad_batch,
+    check_rollback,
+    record_bad_batch,
 )
+from vqmoe_megatron.training.batches import TimedIterator, evaluation_windows, training_iterators
+from vqmoe_megatron.training.checkpoint import Progress, TrainingState, load_checkpoint
+from vqmoe_megatron.training.checkpoint_folder import find_checkpoint, has_same_layout
+from vqmoe_megatron.training.checkpoint_remap import load_remapped
+from vqmoe_megatron.training.checkpoint_saver import CheckpointSaver, SaveFailed
 from vqmoe_megatron.training.evaluate import evaluate
+from vqmoe_megatron.training.log_window import LogWindow
 from vqmoe_megatron.training.model_builder import build_model, build_transformer_config
 from vqmoe_megatron.training.optimizer import build_optimizer
 from vqmoe_megatron.training.preflight import CheckedRun
-from vqmoe_megatron.training.run_metrics import (
-    LayerWindow,
-    balance_loss,
-    gather_layers,
-    layer_metrics,
-    peak_rss_bytes,
-    write_routing,
-)
+from vqmoe_megatron.training.random_state import seed_generators
+from vqmoe_megatron.training.replica_check import check_replicas
 from vqmoe_megatron.training.run_report import RunReport
 from vqmoe_megatron.training.stop_requests import NO_REQUEST, REASONS, StopRequests
 from vqmoe_megatron.training.train_step import StepResult, TrainStep, run_microbatches
@@ -59,10 +55,9 @@ class Trainer:
         self.config = run.config
         self.stop_requests = stop_requests
         train = self.config.train
-        # As Megatron-LM: pipeline stages draw different dropout masks.
-        stage_seed = train.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
-        torch.manual_seed(stage_seed)
-        model_parallel_cuda_manual_seed(stage_seed)
+        if train.deterministic:
+            require_determinism()
+        seed_generators(train.seed)
         # Megatron's tracker is global and sized for the first model of a process.
         get_moe_layer_wise_logging_tracker().clear()
         self.codebook_sync = CodebookSync(applies_at_once=False)
@@ -89,70 +84,76 @@ class Trainer:
             train.global_batch_size,
         )
         self.state = TrainingState(self.model, self.optimizer, self.scheduler)
+        self.saver = CheckpointSaver(run, self.state)
         self.progress = Progress(iteration=0, consumed_samples=0, skipped_iterations=0)
-        self.window = LayerWindow()
+        self.num_rollbacks: dict[int, int] = {}  # by the iteration gone back to
+        self.window = LogWindow(run)
 
     @property
     def num_parameters(self) -> int:
         """Parameters on this rank."""
         return sum(p.numel() for chunk in self.model for p in chunk.parameters())
 
-    def resume(self) -> Path | None:
-        """Load the checkpoint that the preflight chose, if any, and return its folder.
+    def resume(self) -> list[str]:
+        """Load the checkpoint that the preflight chose, if any, and say what was done.
 
         Communicates over the world.
         """
-        folder = self.run.resume_from
-        if folder is not None:
-            self.progress = load_checkpoint(folder, self.state)
-        return folder
+        if self.run.resume_from is not None:
+            return [self._load(self.run.resume_from)]
+        done: list[str] = []
+        if self.run.remap_from is not None:
+            load_remapped(self.run.remap_from, self.model, self.config, done.append)
+            self.optimizer.reload_model_params()
+        return done
+
+    def _load(self, folder: Path) -> str:
+        is_same = has_same_layout(folder, self.run.layout)
+        self.progress = load_checkpoint(folder, self.state, is_same)
+        if is_same:
+            return f"resumed from {folder}"
+        seed_generators(self.config.train.seed, self.progress.iteration)
+        return f"resumed from {folder}, written at another layout: random states start anew"
 
     def train(self, report: RunReport) -> Outcome:
         """Run to the end or to a stop request. Communicates over every group of the layout."""
         train = self.config.train
-        chunks = len(self.model)
         for chunk in self.model:
             chunk.train()
         if self.progress.iteration == 0:
             self._initialize_codebooks()
-        self.iterators = [
-            TimedIterator(iterator)
-            for iterator in training_iterators(
-                self.config, self.run.corpus, self.progress.consumed_samples, chunks
-            )
-        ]
+        self._read_from_here()
         windows = evaluation_windows(self.config, self.run.corpus) if train.eval_iters else None
         if windows is not None:
             report.message(f"validation: {windows.description}")
             if self.progress.iteration == 0:
                 start = {"iteration": 0, "consumed_tokens": 0, "consumed_samples": 0}
                 report.log({**start, **evaluate(self.model, windows)})
-        self._started = time.perf_counter()
-        self._core_seconds, self._steps_in_window = 0.0, 0
+        self.window.restart(self.iterators)
 
         outcome = None
         while outcome is None:
             if self.progress.iteration >= train.train_iters:
                 outcome = Outcome("completed", self.progress.iteration, "all iterations done")
                 break
-            result = self.step(self.iterators, self.stop_requests.current())
-            self._advance(result, report)
+            result = self.step(
+                self.iterators, self.stop_requests.current(), self.stop_requests.wants_save()
+            )
+            if not self._advance(result, report):
+                continue
+            if self._is_due(train.check_replicas_interval):
+                with self.window.pause():
+                    check_replicas(self.model, self.progress.iteration)
             outcome = self._ending(result)
             is_last = self.progress.iteration >= train.train_iters
-            is_evaluated = windows is not None and (
-                is_last
-                or (train.eval_interval and self.progress.iteration % train.eval_interval == 0)
-            )
-            if is_evaluated or outcome or self.progress.iteration % train.log_interval == 0:
-                record = self._record(result)
+            is_evaluated = windows is not None and (is_last or self._is_due(train.eval_interval))
+            if is_evaluated or outcome or self._is_due(train.log_interval):
+                record = self.window.record(self.progress, result, self.iterators)
                 validation = evaluate(self.model, windows) if is_evaluated else {}
                 report.log({**record, **validation})
-                self._restart_window()
-            if self._should_save(outcome):
-                saving = time.perf_counter()
-                folder = save_checkpoint(self.run, self.state, self.progress)
-                report.saved(folder)
-                self._started += time.perf_counter() - saving  # a save is not part of a step
+                self.window.restart(self.iterators)
+            with self.window.pause():
+                self._save_when_due(result, outcome, report)
         return outcome
 
     def _initialize_codebooks(self) -> None:
@@ -166,7 +167,7 @@ class Trainer:
         with torch.no_grad():
             run_microbatches(
                 self.model,
-                training_iterators(self.config, self.run.corpus, 0, len(self.model)),
+                training_iterators(self.config, self.run.corpus, 0, len(self.model), 0),
                 min(pipeline_size, self.num_microbatches),
                 self.config.model.seq_length,
                 self.config.train.micro_batch_size,
@@ -175,24 +176,57 @@ class Trainer:
         for chunk in self.model:
             chunk.train()
 
-    def _advance(self, result: StepResult, report: RunReport) -> None:
+    def _read_from_here(self) -> None:
+        """(Re)open the training data behind the samples consumed so far."""
+        self.iterators = [
+            TimedIterator(iterator)
+            for iterator in training_iterators(
+                self.config,
+                self.run.corpus,
+                self.progress.consumed_samples,
+                len(self.model),
+                self.progress.passed_over_samples,
+            )
+        ]
+
+    def _advance(self, result: StepResult, report: RunReport) -> bool:
+        """Count the step; follow ``train.nan_policy`` when it was bad. False after a rollback."""
         batch = self.config.train.global_batch_size
         before = self.progress
-        self.progress = Progress(
+        self.progress = replace(
+            before,
             iteration=before.iteration + 1,
             consumed_samples=before.consumed_samples + batch,
             skipped_iterations=before.skipped_iterations + result.skipped,
             mlflow_run_id=report.mlflow_run_id,
         )
-        self.window.add(self.codebook_sync.layers)
-        self._core_seconds += result.core_seconds
-        self._steps_in_window += 1
-        if result.skipped:
-            samples = f"samples {before.consumed_samples}..{self.progress.consumed_samples - 1}"
-            text = f"iteration {self.progress.iteration}: non-finite loss or gradient on {samples}"
-            if self.config.train.nan_policy == "stop":
-                raise FloatingPointError(f"{text}; train.nan_policy=stop")
-            report.message(f"{text}; update skipped (train.nan_policy=skip)")
+        self.window.add(result, self.codebook_sync.layers)
+        if not result.skipped:
+            return True
+        policy = self.config.train.nan_policy
+        bad = BadBatch.of(before, batch, result.loss, policy)
+        if torch.distributed.get_rank() == 0:
+            record_bad_batch(self.run.run_dir.bad_batches, bad)
+        if policy == "skip":
+            report.message(f"{bad.text}; update skipped (train.nan_policy=skip)")
+            return True
+        self._publish(report, wait=True)
+        if policy == "stop":
+            raise FloatingPointError(f"{bad.text}; train.nan_policy=stop")
+        self._roll_back(bad, report)
+        return False
+
+    def _roll_back(self, bad: BadBatch, report: RunReport) -> None:
+        """Go back to the newest checkpoint and on with the data behind the bad batch."""
+        newest = [find_checkpoint(self.run.run_dir.path) or self.run.resume_from]
+        torch.distributed.broadcast_object_list(newest, src=0)  # file systems may lag behind
+        (folder,) = newest
+        check_rollback(bad, folder, self.num_rollbacks)
+        self._load(folder)
+        self.progress = after_the_bad_batch(self.progress, bad, report.mlflow_run_id)
+        self._read_from_here()
+        report.rolled_back(self.progress.iteration, f"{bad.text}; went back to {folder}")
+        self.window.restart(self.iterators)
 
     def _ending(self, result: StepResult) -> Outcome | None:
         train, iteration = self.config.train, self.progress.iteration
@@ -205,40 +239,37 @@ class Trainer:
             return Outcome("completed", iteration, reason)
         return None
 
-    def _should_save(self, outcome: Outcome | None) -> bool:
-        interval = self.config.checkpoint.save_interval
-        return outcome is not None or bool(interval and self.progress.iteration % interval == 0)
+    def _is_due(self, interval: int) -> bool:
+        return bool(interval) and self.progress.iteration % interval == 0
 
-    def _record(self, result: StepResult) -> dict[str, float]:
-        """The log record; all ranks take part in the gathers."""
-        elapsed = time.perf_counter() - self._started
-        data_seconds = sum(iterator.take_seconds() for iterator in self.iterators)
-        steps, samples = self._steps_in_window, self.progress.consumed_samples
-        tokens_per_step = self.config.train.global_batch_size * self.config.model.seq_length
-        layers = gather_layers(self.window)
-        if torch.distributed.get_rank() == 0:
-            write_routing(self.run.run_dir.routing, layers)
-        return {
-            "iteration": self.progress.iteration,
-            "consumed_tokens": samples * self.config.model.seq_length,
-            "consumed_samples": samples,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "learning_rate": result.learning_rate,
-            "tokens_per_second": steps * tokens_per_step / elapsed,
-            "step_time_ms": elapsed / steps * 1000,
-            "overhead_share": (elapsed - self._core_seconds + data_seconds) / elapsed,
-            "skipped_iterations": self.progress.skipped_iterations,
-            "memory/peak_rss_bytes": peak_rss_bytes(),
-            **balance_loss(self.config, steps, self.num_microbatches),
-            **layer_metrics(layers),
-        }
+    def _save_when_due(
+        self, result: StepResult, outcome: Outcome | None, report: RunReport
+    ) -> None:
+        """Save at the end, on request and at the interval; publish what was written meanwhile.
 
-    def _restart_window(self) -> None:
-        if not torch.cuda.is_available():
-            release_free_memory()
-        self.window = LayerWindow()
-        self._started = time.perf_counter()
-        self._core_seconds, self._steps_in_window = 0.0, 0
-        for iterator in self.iterators:
-            iterator.take_seconds()
+        A save that fails on the way is reported and training goes on; the last one must not fail.
+        """
+        is_due = result.save_requested or self._is_due(self.config.checkpoint.save_interval)
+        self._publish(report, wait=is_due or outcome is not None)
+        if is_due or outcome is not None:
+            in_background = self.config.checkpoint.async_save and outcome is None
+            try:
+                folder = self.saver.save(self.progress, in_background)
+            except SaveFailed as error:
+                if outcome is not None:
+                    raise
+                report.message(f"{error}; training goes on")
+            else:
+                if folder is not None:
+                    report.saved(folder)
+        self.stop_requests.save_was_seen(result.save_requested)
+
+    def _publish(self, report: RunReport, wait: bool) -> None:
+        """Give the background save its name when it is written, or say why it is not."""
+        try:
+            folder = self.saver.poll(wait)
+        except SaveFailed as error:
+            report.message(f"{error}; training goes on")
+        else:
+            if folder is not None:
+                report.saved(folder)

@@ -1,0 +1,46 @@
+"""The short kill test: every way to end a run once, then the same curve as if nothing happened.
+
+``kill_rounds.py`` is the long one.
+"""
+
+from __future__ import annotations
+
+import pytest
+from kill_checks import curve_problems
+from kill_rounds import ACTIONS, hit_rounds
+from killed_run import KilledRun
+
+from vqmoe_megatron.tracking.metrics_log import read_metrics
+
+pytestmark = pytest.mark.distributed
+
+EP2 = {"expert_model_parallel_size": 2}
+NUM_ITERS = 44
+
+
+def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_left_alone(
+    ranks, endurance_corpus, tmp_path
+):
+    from small_run import run_on  # on the path since kill_rounds is imported
+
+    killed = KilledRun(
+        tmp_path / "killed", endurance_corpus, 2, EP2, f"train.train_iters={NUM_ITERS}"
+    )
+    rounds = hit_rounds(killed, len(ACTIONS), seed=8, show=lambda row: print(row))
+    assert [row.problems for row in rounds] == [[]] * len(ACTIONS), killed.log.read_text()[-3000:]
+    assert sorted(row.action for row in rounds) == sorted(ACTIONS)
+    assert {row.moment for row in rounds} >= {"start-up", "training"}  # seed 8 meets both
+    assert killed.complete() == []
+    assert killed.saves_in_progress() == []
+
+    whole = run_on(ranks(2), endurance_corpus, tmp_path / "whole", killed.overrides, EP2)
+    assert curve_problems(read_metrics(killed.dir), whole[0]["records"]) == []
+
+
+def test_the_comparison_sees_one_bit_and_one_missing_iteration():
+    whole = [{"iteration": 1, "loss": 2.0, "step_time_ms": 5.0}, {"iteration": 2, "loss": 1.5}]
+    later = [{**whole[0], "step_time_ms": 9.0}, whole[1]]
+    assert curve_problems(later, whole) == []
+    assert "loss" in curve_problems([whole[0], {**whole[1], "loss": 1.5000000000000002}], whole)[0]
+    assert "iterations" in curve_problems(whole[:1], whole)[0]
+    assert "iterations" in curve_problems([*whole, whole[1]], whole)[0]

@@ -1,0 +1,42 @@
+"""Rules between recipe sections that no single section can check."""
+
+from __future__ import annotations
+
+import pytest
+
+from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.plan.layout import layout_errors
+from vqmoe_megatron.recipe import load_recipe, save_recipe
+
+
+@pytest.mark.parametrize(
+    ("broken", "mended", "named"),
+    [
+        (
+            ["train.nan_policy=rollback"],
+            ["checkpoint.save_interval=5"],
+            "checkpoint.save_interval=0 writes none on the way",
+        ),
+        (["checkpoint.remap=true"], ["checkpoint.load=runs/old"], "needs checkpoint.load"),
+        (
+            ["model.bf16=true", "vq.codebook_update=gradient"],
+            ["optimizer.use_distributed_optimizer=true"],
+            "vq.codebook_update=gradient needs optimizer.use_distributed_optimizer=true",
+        ),
+        (
+            [
+                "model.moe_z_loss_coeff=0.001",
+                "model.calculate_per_token_loss=true",
+                "parallel.tensor_model_parallel_size=2",
+            ],
+            ["model.calculate_per_token_loss=false"],
+            "moe_z_loss_coeff=0.001 with calculate_per_token_loss and TP = 2",
+        ),
+    ],
+)
+def test_a_combination_is_refused_until_it_is_mended(tmp_path, broken, mended, named):
+    recipe = tmp_path / "recipe.yaml"
+    save_recipe(RunConfig(), recipe)
+    (error,) = layout_errors(load_recipe(recipe, broken), 2, "cpu")
+    assert named in error
+    assert layout_errors(load_recipe(recipe, [*broken, *mended]), 2, "cpu") == []

@@ -1,0 +1,100 @@
+"""Training runs with an accident, for the ranks of a ``RankPool``."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # a rank loads this file by its path
+
+from small_run import train_here  # noqa: E402
+
+
+def train_with_one_poisoned_step(recipe: str, overrides: list[str]) -> dict:
+    """As ``train_here``, with a NaN in the loss mask of one microbatch of step 3 on rank 0."""
+    import torch
+
+    from vqmoe_megatron.training import train_step
+
+    original = train_step.to_device
+    num_batches = 0
+
+    def poisoned(batch):
+        nonlocal num_batches
+        batch = original(batch)
+        num_batches += torch.is_grad_enabled()
+        if num_batches == 6 and torch.distributed.get_rank() == 0:  # 2 per step and rank
+            batch["loss_mask"][0, 0] = float("nan")
+        return batch
+
+    train_step.to_device = poisoned
+    try:
+        return train_here(recipe, overrides)
+    finally:
+        train_step.to_device = original
+
+
+def train_with_a_small_file_limit(recipe: str, overrides: list[str], limited: int) -> dict:
+    """As ``train_here``; files cannot grow beyond 32 kB in the save of iteration ``limited``."""
+    from vqmoe_megatron.training import trainer
+
+    original = trainer.CheckpointSaver.save
+
+    def save(self, progress, in_background):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if progress.iteration == limited:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (32_768, hard))
+        try:
+            return original(self, progress, in_background)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    trainer.CheckpointSaver.save = save
+    try:
+        return train_here(recipe, overrides)
+    except OSError as error:
+        return {"error": str(error)}
+    finally:
+        trainer.CheckpointSaver.save = original
+
+
+def train_on_a_full_disk(recipe: str, overrides: list[str]) -> dict:
+    """As ``train_here``, where a save must leave more room free than any disk has."""
+    from vqmoe_megatron.training import checkpoint_saver
+
+    checkpoint_saver.MINIMUM_FREE_BYTES, before = 2**60, checkpoint_saver.MINIMUM_FREE_BYTES
+    try:
+        return train_here(recipe, overrides)
+    except OSError as error:
+        return {"error": str(error)}
+    finally:
+        checkpoint_saver.MINIMUM_FREE_BYTES = before
+
+
+def train_with_uneven_masks(recipe: str, overrides: list[str]) -> dict:
+    """As ``train_here``, where the loss counts about two thirds of the tokens, some samples none.
+
+    The mask follows from a sample's own tokens, so every layout and batch size sees the same.
+    """
+    from vqmoe_megatron.training import train_step
+
+    original = train_step.to_device
+
+    def masked(batch):
+        batch = original(batch)
+        kept = (batch["tokens"] % 3 != 0) & (batch["tokens"].sum(dim=1, keepdim=True) % 5 != 0)
+        return {**batch, "loss_mask": batch["loss_mask"] * kept}
+
+    train_step.to_device = masked
+    try:
+        return train_here(recipe, overrides)
+    finally:
+        train_step.to_device = original
+
+
+def is_deterministic() -> bool:
+    """Whether torch refuses nondeterministic operations."""
+    import torch
+
+    return torch.are_deterministic_algorithms_enabled()

@@ -1,0 +1,109 @@
+"""Rules between the sections of a recipe that are not about where the ranks stand.
+
+Recompute, schedule, optimizer and checkpoints. As in :mod:`vqmoe_megatron.plan.layout`
+a broken rule is reported with its numbers, all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from vqmoe_megatron.config import ModelConfig, RunConfig
+from vqmoe_megatron.plan.divisibility import remainder
+
+if TYPE_CHECKING:
+    from vqmoe_megatron.plan.layout import ParallelLayout
+
+# Megatron's recompute_modules that work here: GroupedExperts has no moe_act, and Megatron's
+# layernorm recompute needs Transformer Engine.
+RECOMPUTE_MODULES = ("core_attn", "mlp", "moe")
+
+
+def run_errors(config: RunConfig, layout: ParallelLayout) -> list[str]:
+    """Return every broken rule; an empty list means none is."""
+    return [
+        *_recompute_errors(config.model, layout),
+        *_schedule_errors(config),
+        *_optimizer_errors(config),
+        *_checkpoint_errors(config),
+    ]
+
+
+def _recompute_errors(model: ModelConfig, layout: ParallelLayout) -> Iterator[str]:
+    granularity, method = model.recompute_granularity, model.recompute_method
+    num_layers, modules = model.recompute_num_layers, model.recompute_modules
+    if granularity is None:
+        for name in ("recompute_method", "recompute_num_layers", "recompute_modules"):
+            if getattr(model, name) is not None:
+                yield f"{name} has no effect without recompute_granularity (full or selective)"
+        return
+    if granularity == "selective":
+        if method is not None or num_layers is not None:
+            yield (
+                f"recompute_granularity=selective takes recompute_modules only, not "
+                f"recompute_method={method} and recompute_num_layers={num_layers}"
+            )
+        if unknown := sorted(set(modules or ()) - set(RECOMPUTE_MODULES)):
+            yield (
+                f"recompute_modules {', '.join(unknown)} not in this model; choose from "
+                f"{', '.join(RECOMPUTE_MODULES)}"
+            )
+        return
+    if modules is not None:
+        yield "recompute_modules has no effect with recompute_granularity=full; unset one"
+    if method not in ("uniform", "block"):
+        yield (f"recompute_granularity=full needs recompute_method uniform or block, not {method}")
+    chunks = layout.pipeline_model_parallel_size * (
+        layout.virtual_pipeline_model_parallel_size or 1
+    )
+    per_chunk = model.num_layers // chunks
+    if num_layers is None or not 1 <= num_layers <= per_chunk:
+        yield (
+            "recompute_granularity=full needs 1 <= recompute_num_layers <= layers per pipeline "
+            f"chunk: 1 <= {num_layers} <= {model.num_layers} // {chunks} = {per_chunk}"
+        )
+    elif method == "uniform":
+        yield from remainder(
+            "layers per pipeline chunk",
+            per_chunk,
+            "recompute_num_layers",
+            num_layers,
+            "recompute_method=uniform cuts a chunk in units of equal length",
+        )
+
+
+def _schedule_errors(config: RunConfig) -> Iterator[str]:
+    warmup = config.optimizer.lr_warmup_iters
+    decay = config.optimizer.lr_decay_iters or config.train.train_iters
+    if warmup >= decay:
+        yield (
+            f"lr_warmup_iters < lr_decay_iters (default: train_iters) fails: {warmup} >= {decay}; "
+            "the learning rate must have iterations left to decay in"
+        )
+
+
+def _checkpoint_errors(config: RunConfig) -> Iterator[str]:
+    if config.train.nan_policy == "rollback" and not config.checkpoint.save_interval:
+        yield (
+            "train.nan_policy=rollback goes back to the last checkpoint, but "
+            "checkpoint.save_interval=0 writes none on the way; set it to 1 or more"
+        )
+    if config.checkpoint.remap and config.checkpoint.load is None:
+        yield "checkpoint.remap=true needs checkpoint.load, whose codes or experts it remaps"
+
+
+def _optimizer_errors(config: RunConfig) -> Iterator[str]:
+    vq = config.vq
+    trains_codes = vq.codebook_update in ("gradient", "reanchor") and not vq.freeze_codebook
+    if (
+        config.model.bf16
+        and trains_codes
+        and vq.path != "continuous"
+        and not config.optimizer.use_distributed_optimizer
+    ):
+        yield (
+            f"model.bf16 with vq.codebook_update={vq.codebook_update} needs "
+            "optimizer.use_distributed_optimizer=true: codes stay fp32, and Megatron's plain "
+            "mixed-precision optimizer cannot save bf16 and fp32 parameters of one group"
+        )

@@ -1,0 +1,213 @@
+"""Saving: complete or absent, at once or in the background, never more than the disk holds.
+
+1. All ranks agree on the size; the first rank makes room, checks the disk and creates
+   ``iter_0000100.<attempt>.incomplete``.
+2. Every rank hands its tensors to Megatron's writer processes. In the background these are forks:
+   they see the memory of this moment, whatever training does to it afterwards.
+3. When the writers of all ranks are done the folder is renamed to ``iter_0000100``, then named by
+   ``latest_checkpointed_iteration.txt``, and the oldest checkpoints go.
+
+A kill at any moment leaves the previous checkpoint in place; what it leaves besides is removed by
+the next save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    apply_factories,
+    is_main_replica,
+)
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
+
+from vqmoe_megatron.data.corpus import CORPUS_FILE
+from vqmoe_megatron.recipe import save_recipe
+from vqmoe_megatron.training.checkpoint import Progress, TrainingState, sharded_state
+from vqmoe_megatron.training.checkpoint_folder import (
+    CONFIG_FILE,
+    CORPUS_COPY,
+    LAYOUT_FILE,
+    TRACKER_FILE,
+    complete_checkpoints,
+)
+from vqmoe_megatron.training.preflight import MINIMUM_FREE_BYTES, CheckedRun
+from vqmoe_megatron.training.stale_parameters import gather_parameters
+
+
+class SaveFailed(OSError):
+    """A checkpoint could not be written; raised on all ranks. Earlier ones are untouched."""
+
+
+@dataclass(frozen=True)
+class _Save:
+    partial: Path
+    folder: Path
+    iteration: int
+
+
+class CheckpointSaver:
+    """Writes the checkpoints of one run; at most one is being written at a time.
+
+    Every method communicates over the world; all ranks call it together.
+    """
+
+    def __init__(self, run: CheckedRun, state: TrainingState) -> None:
+        self.run = run
+        self.state = state
+        self._calls = AsyncCallsQueue()
+        self._current: _Save | None = None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save is still going on in the background; equal on all ranks."""
+        return self._current is not None
+
+    def save(self, progress: Progress, in_background: bool) -> Path | None:
+        """Write a checkpoint; return its folder, or None when it goes on in the background.
+
+        Poll until an earlier one is published before.
+
+        Raises:
+            SaveFailed: when it cannot be written.
+            RuntimeError: while another save is being written.
+        """
+        if self._current is not None:
+            raise RuntimeError(f"{self._current.folder} is still being written; poll first")
+        gather_parameters(self.state.model)
+        state = sharded_state(self.state, progress)
+        save = self._prepare(progress.iteration, _global_bytes(state))
+        request = dist_checkpointing.save(state, str(save.partial), async_sharded_save=True)
+        request.add_finalize_fn(lambda: self._publish(save))
+        self._current = save
+        if in_background:
+            self._calls.schedule_async_request(request)
+            return None
+        try:
+            request.execute_sync()
+        except CheckpointException as error:
+            raise SaveFailed(_why(save, error)) from error
+        finally:
+            self._current = None
+        return save.folder
+
+    def poll(self, wait: bool = False) -> Path | None:
+        """Publish the background save if all ranks have written it; return its folder then.
+
+        ``wait``: until they have. Does not communicate when nothing is being written.
+
+        Raises:
+            SaveFailed: when it could not be written.
+        """
+        save = self._current
+        if save is None:
+            return None
+        try:
+            if not self._calls.maybe_finalize_async_calls(blocking=wait):
+                return None
+        except CheckpointException as error:
+            self._current = None
+            raise SaveFailed(_why(save, error)) from error
+        self._current = None
+        return save.folder
+
+    def _prepare(self, iteration: int, num_bytes: int) -> _Save:
+        """Let the first rank create the folder; all ranks learn its name, or why there is none."""
+        checkpoints = self.run.run_dir.checkpoints
+        answer: list[str | None] = [None, None]
+        if torch.distributed.get_rank() == 0:
+            name = f"iter_{iteration:07d}"
+            partial = checkpoints / f"{name}.{uuid.uuid4().hex[:8]}.incomplete"
+            try:
+                self._make_room(num_bytes)
+                partial.mkdir(parents=True)
+                answer = [partial.name, None]
+            except OSError as error:
+                answer = [None, str(error)]
+        torch.distributed.broadcast_object_list(answer, src=0)
+        partial_name, problem = answer
+        if partial_name is None:
+            raise SaveFailed(f"the checkpoint of iteration {iteration} was not written: {problem}")
+        return _Save(
+            checkpoints / partial_name, checkpoints / partial_name.split(".")[0], iteration
+        )
+
+    def _make_room(self, num_bytes: int) -> None:
+        checkpoints = self.run.run_dir.checkpoints
+        for abandoned in checkpoints.glob("iter_*.incomplete"):
+            # A writer process of a killed attempt may still be adding to it: the next save's turn.
+            shutil.rmtree(abandoned, ignore_errors=True)
+        free_bytes = shutil.disk_usage(self.run.run_dir.path).free
+        needed_bytes = num_bytes + MINIMUM_FREE_BYTES
+        if free_bytes < needed_bytes:
+            raise OSError(
+                f"it needs {needed_bytes / 1e9:.2f} GB and {checkpoints} has "
+                f"{free_bytes / 1e9:.2f} GB free; free some, or lower checkpoint.keep_last"
+            )
+
+    def _publish(self, save: _Save) -> None:
+        if torch.distributed.get_rank() == 0:
+            checkpoints, folder = self.run.run_dir.checkpoints, save.folder
+            save_recipe(self.run.config, save.partial / CONFIG_FILE)
+            shutil.copyfile(self.run.corpus.path / CORPUS_FILE, save.partial / CORPUS_COPY)
+            layout = json.dumps(asdict(self.run.layout), indent=2)
+            (save.partial / LAYOUT_FILE).write_text(layout + "\n")
+            _sync_files(save.partial)
+            replaced = folder.with_name(f"{folder.name}.replaced.incomplete")
+            if folder.exists():  # of a later attempt that the tracker was set back from
+                os.rename(folder, replaced)
+            os.replace(save.partial, folder)
+            _write_atomically(checkpoints / TRACKER_FILE, f"{save.iteration}\n")
+            shutil.rmtree(replaced, ignore_errors=True)
+            names = [name for name in complete_checkpoints(checkpoints) if name <= folder.name]
+            for old in names[: -self.run.config.checkpoint.keep_last]:
+                shutil.rmtree(checkpoints / old)
+        torch.distributed.barrier()
+
+
+def _global_bytes(state: dict) -> int:
+    """Bytes of all tensors over all ranks, replicas once. One all-reduce over the world."""
+    apply_factories(state)  # as the save would do
+    local = sum(
+        part.data.numel() * part.data.element_size()
+        for part in nested_values(state)
+        if isinstance(part, ShardedTensor) and is_main_replica(part.replica_id)
+    )
+    total = torch.tensor(local, dtype=torch.int64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(total)
+    return int(total)
+
+
+def _why(save: _Save, error: CheckpointException) -> str:
+    causes = {str(cause[0]) for cause in error.failures.values()}
+    detail = "; ".join(sorted(causes)) or "another rank could not write its part"
+    return f"the checkpoint of iteration {save.iteration} was not written: {detail}"
+
+
+def _sync_files(folder: Path) -> None:
+    """Make what was written survive a power cut before it is given its name."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
