@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,54 +30,25 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "training")]
 
 from gloo_ranks import RankPool, RanksFailed  # noqa: E402
-from layout_rows import EP, ETP, LAYOUTS, PP, TP, VARIANTS, VPP, Layout  # noqa: E402
+from layout_difference import COMPARED, LIMIT, Cell, compare  # noqa: E402
+from layout_rows import (  # noqa: E402
+    EP,
+    ETP,
+    LAYOUTS,
+    OPTION_VARIANTS,
+    PP,
+    TP,
+    VARIANTS,
+    VPP,
+    Layout,
+)
 from provenance import provenance  # noqa: E402
 from small_run import PARITY, layout_overrides, run_on  # noqa: E402
 
 from vqmoe_megatron.plan.layout import check_layout  # noqa: E402
 from vqmoe_megatron.recipe import load_recipe  # noqa: E402
 
-LIMIT = 1e-5  # relative, over all iterations
-COMPARED = {"loss": "loss", "grad_norm": "grad_norm", "val_loss": "val/loss"}
-# Made of whole counts, per layer: equal to the last bit unless some token was routed elsewhere.
-FLIP_WITNESSES = ("vq/code_perplexity", "moe/expert_load_imbalance")
 RECIPE_ITERATIONS = 20
-
-
-@dataclass
-class Cell:
-    """One layout and variant: largest relative differences to one rank, or why there are none."""
-
-    layout: str
-    variant: str
-    seconds: float
-    loss: float | None = None
-    grad_norm: float | None = None
-    val_loss: float | None = None
-    first_flip: int | None = None  # iteration
-    before_flip: float | None = None  # largest difference of loss and grad_norm until there
-    error: str | None = None
-
-    @property
-    def complaint(self) -> str | None:
-        """Why this cell is not within ``LIMIT``, or None."""
-        if self.error is not None:
-            return f"{self.layout} {self.variant}: {self.short_error}"
-        beyond = [f"{n} {getattr(self, n):.1e}" for n in COMPARED if getattr(self, n) > LIMIT]
-        return f"{self.layout} {self.variant}: {', '.join(beyond)}" if beyond else None
-
-    @property
-    def flip_text(self) -> str:
-        """Where tokens first went elsewhere, and how equal the runs were until then."""
-        if self.first_flip is None:
-            return ""
-        return f", flip at iteration {self.first_flip} (before it {self.before_flip or 0.0:.1e})"
-
-    @property
-    def short_error(self) -> str:
-        """What failed (the first line) and why (the last: of a refusal or of a traceback)."""
-        lines = [line.strip(" -") for line in self.error.splitlines() if line.strip()]
-        return " ".join(dict.fromkeys((lines[0], lines[-1])))[:250]
 
 
 class Worlds:
@@ -98,44 +68,6 @@ class Worlds:
         """End the ranks, if any."""
         if self._pool is not None:
             self._pool.close()
-
-
-def counted(record: dict[str, float]) -> dict[str, float]:
-    """Return what the record says about where tokens went."""
-    return {name: value for name, value in record.items() if name.startswith(FLIP_WITNESSES)}
-
-
-def compare(cell: Cell, ranks: list[list[dict]], expected: list[dict]) -> None:
-    """Fill ``cell`` from the records of every rank and those of one rank.
-
-    Raises:
-        ValueError: when they are not the same iterations and metrics, or hold a non-finite number.
-    """
-    cell.first_flip = min(
-        (
-            int(theirs["iteration"])
-            for records in ranks
-            for ours, theirs in zip(records, expected, strict=False)
-            if counted(ours) != counted(theirs)
-        ),
-        default=None,
-    )
-    for records in ranks:
-        if [r["iteration"] for r in records] != [r["iteration"] for r in expected]:
-            raise ValueError(f"{len(records)} records, one rank has {len(expected)}")
-        for ours, theirs in zip(records, expected, strict=True):
-            for name, metric in COMPARED.items():
-                if (metric in ours) != (metric in theirs):
-                    raise ValueError(f"{metric} of iteration {theirs['iteration']} is missing")
-                if metric in theirs:
-                    difference = abs(ours[metric] - theirs[metric]) / abs(theirs[metric])
-                    if not math.isfinite(difference):
-                        raise ValueError(f"{metric} of iteration {theirs['iteration']} not finite")
-                    setattr(cell, name, max(getattr(cell, name) or 0.0, difference))
-                    if cell.first_flip is not None and theirs["iteration"] < cell.first_flip:
-                        cell.before_flip = max(cell.before_flip or 0.0, difference)
-    if missing := [name for name in COMPARED if getattr(cell, name) is None]:
-        raise ValueError(f"nothing compared for {', '.join(missing)}")
 
 
 class Matrix:
@@ -174,10 +106,10 @@ class Matrix:
                 raise ValueError(f"rank {rank}: {result['error']}")
         return [result["records"] for result in results]
 
-    def add_references(self, names: list[str], variants: list[str]) -> None:
-        """Run one rank for all variants of ``names`` first, so that its world starts once."""
+    def add_references(self, variants: dict[str, list[str]]) -> None:
+        """Run one rank for all ``variants`` of layouts first, so that its world starts once."""
         for both, variant in dict.fromkeys(
-            (LAYOUTS[name].both, variant) for name in names for variant in variants
+            (LAYOUTS[name].both, variant) for name in variants for variant in variants[name]
         ):
             started = time.perf_counter()
             settings = (*VARIANTS[variant], *both)
@@ -242,8 +174,10 @@ def markdown(result: dict[str, Any], cells: dict[str, list[Cell]]) -> str:
     return f"""# The same training at every layout
 
 `recipes/parity.yaml`, fp32, {result["num_iterations"]} iterations: largest relative difference to
-one rank, over the variants {", ".join(result["variants"])}.
-`flips`: variants in which some token went to another code or expert. Limit {LIMIT:.0e}.
+one rank, over these variants of the layer (vq.path, vq.expert_input, vq.codebook_update):
+{", ".join(result["variants"])}.
+`flips`: in how many of the row's variants some token went to another code or expert.
+Limit {LIMIT:.0e}.
 Made by `python benchmarks/layout_matrix.py` in {result["wall_seconds"] / 60:.0f} minutes on
 {machine["cores"]} cores ({machine["processor"]}, Python {machine["python"]},
 torch {versions["torch"]}, megatron-core {versions["megatron-core"]}),
@@ -270,17 +204,23 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=RECIPE_ITERATIONS)
     arguments = parser.parse_args()
     names = chosen(arguments.layouts, LAYOUTS, "--layouts")
-    variants = chosen(arguments.variants, VARIANTS, "--variants")
-    result = {**provenance(), "num_iterations": arguments.iterations, "variants": variants}
+    variants = {
+        name: list(OPTION_VARIANTS)
+        if LAYOUTS[name].is_option and not arguments.variants
+        else chosen(arguments.variants, VARIANTS, "--variants")
+        for name in names
+    }
+    ran = [name for name in VARIANTS if any(name in row for row in variants.values())]
+    result = {**provenance(), "num_iterations": arguments.iterations, "variants": ran}
     cells: dict[str, list[Cell]] = {}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="vqmoe_layouts_") as folder:
         matrix = Matrix(arguments.corpus, arguments.iterations, Path(folder))
         try:
-            matrix.add_references(names, variants)
+            matrix.add_references(variants)
             for name in sorted(names, key=lambda name: LAYOUTS[name].num_ranks):
                 cells[name] = []
-                for cell in matrix.cells(name, variants):
+                for cell in matrix.cells(name, variants[name]):
                     cells[name].append(cell)
                     figures = cell.complaint or (
                         f"{name} {cell.variant}: loss {cell.loss:.1e}, grad_norm "

@@ -28,6 +28,10 @@ VARIANTS = {
 }
 
 
+# Rows of an option repeat a layout's sizes: two variants that share no setting.
+OPTION_VARIANTS = ("dual-code-ema", "discrete-blend-gradient")
+
+
 @dataclass(frozen=True)
 class Layout:
     """One row: ranks, Megatron's sizes, and settings that must not change the result.
@@ -39,6 +43,7 @@ class Layout:
     sizes: dict[str, int] = field(default_factory=dict)
     settings: tuple[str, ...] = ()
     both: tuple[str, ...] = ()
+    is_option: bool = False
 
     def size(self, name: str) -> int:
         """Return one of Megatron's sizes; 1 unless set."""
@@ -75,8 +80,8 @@ LAYOUTS = {
     "tp2-pp2-dp2-ep2-etp2-do": Layout(8, {TP: 2, PP: 2, EP: 2, ETP: 2}, DISTRIBUTED),
     "tp2-pp2-dp2-ep4": Layout(8, {TP: 2, PP: 2, EP: 4}),
     "tp2-pp2-vpp2-dp2-ep4-do": Layout(8, {TP: 2, PP: 2, VPP: 2, EP: 4}, DISTRIBUTED),
-    "recompute-full": Layout(2, {TP: 2, EP: 2}, FULL_RECOMPUTE),
-    "recompute-selective": Layout(2, {EP: 2}, ("model.recompute_granularity=selective",)),
-    "overlap": Layout(4, {EP: 2}, DISTRIBUTED + OVERLAP),
-    "per-token-loss": Layout(4, {TP: 2, EP: 2}, (), PER_TOKEN),
+    "recompute-full": Layout(2, {TP: 2, EP: 2}, FULL_RECOMPUTE, is_option=True),
+    "recompute-selective": Layout(2, {EP: 2}, ("model.recompute_granularity=selective",), (), True),
+    "overlap": Layout(4, {EP: 2}, DISTRIBUTED + OVERLAP, is_option=True),
+    "per-token-loss": Layout(4, {TP: 2, EP: 2}, (), PER_TOKEN, True),
 }

@@ -20,7 +20,7 @@ from vqmoe_megatron.tracking.run_status import read_status, write_status
 from vqmoe_megatron.training.preflight import CheckedRun
 from vqmoe_megatron.training.replica_check import ReplicaMismatch
 from vqmoe_megatron.training.run_report import Rank0Report, RunReport, SilentReport
-from vqmoe_megatron.training.stop_requests import NO_REQUEST, StopRequests
+from vqmoe_megatron.training.stop_requests import NO_REQUEST, REASONS, StopRequests
 from vqmoe_megatron.training.trainer import Trainer
 
 EXIT_DONE, EXIT_CRASH, EXIT_USAGE, EXIT_REQUEUE = 0, 1, 2, 75
@@ -55,7 +55,8 @@ def pretrain(
         report.finish(outcome.state, outcome.iteration, outcome.reason)
         leave_world()
     except StoppedWhileWaiting as stopped:
-        return _stopped_before_training(run, variables, str(stopped))
+        why = REASONS.get(stop_requests.current(), str(stopped))
+        return _stopped_before_training(run, variables, why)
     except Exception as error:
         _fail(run, variables, report, error)
     return EXIT_DONE if outcome.state == "completed" else EXIT_REQUEUE
@@ -69,11 +70,12 @@ def _mark_started(run: CheckedRun) -> None:
 
 
 def _stopped_before_training(run: CheckedRun, variables: RankVariables, reason: str) -> int:
-    """Ask to be started again, at the iteration that an earlier attempt reached."""
-    print(f"rank {variables.rank}: {reason}, before training")
+    """Ask to be started again, from where this attempt would have started."""
+    print(f"rank {variables.rank}: {reason}, before training", flush=True)
     if variables.rank == 0:
-        known = read_status(run.run_dir.path)
-        iteration, run_id = (known.iteration, known.mlflow_run_id) if known else (0, None)
+        known, folder = read_status(run.run_dir.path), run.resume_from
+        iteration = int(folder.name.removeprefix("iter_")) if folder else 0
+        run_id = known.mlflow_run_id if known else None
         write_status(run.run_dir.path, "requeue", iteration, reason, run_id)
     return EXIT_REQUEUE
 
