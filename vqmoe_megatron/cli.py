@@ -129,9 +129,11 @@ def pretrain(
                 print(f"the failure could not be recorded: {error}", file=sys.stderr)
         raise typer.Exit(ended.code)
 
+    from vqmoe_megatron.runtime.forked_children import end_forks_with_parent
     from vqmoe_megatron.training.stop_requests import StopRequests
 
     stop_requests = StopRequests()  # before the slow imports: a signal may come during them
+    end_forks_with_parent()
     quiet_known_messages()
     if device == "cpu":
         from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat

@@ -139,7 +139,7 @@ def test_assignment_change_rate_counts_probes_that_changed_their_code() -> None:
         codebook.codes[0, 0], codebook.codes[0, 1] = 1.0, -1.0
     x = torch.ones(8, HIDDEN)
     x[:2] = -1.0  # two of the four candidates
-    assert float(step(codebook, x)["assignment_change_rate"]) == 0.0
+    assert "assignment_change_rate" not in step(codebook, x)  # nothing to compare with yet
     with torch.no_grad():
         codebook.codes[0, 1] = 3.0  # all tokens now belong to code 0
     assert float(step(codebook, x)["assignment_change_rate"]) == 0.5

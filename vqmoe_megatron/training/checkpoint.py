@@ -3,7 +3,8 @@
 1. Model: every tensor by its global name, place and shape (``sharded_state_dict``).
 2. Optimizer: its tensors only, under names made from the model's. Groups, learning rates and decay
    come from the recipe and the schedule, so nothing depends on how ranks cut the parameters, nor on
-   whether the optimizer is distributed.
+   whether the optimizer is distributed. The main copies of fp32 training are the model's tensors
+   and are stored once.
 3. Random state: one row per rank, restored at the same layout only.
 4. Schedule, progress and MLflow run id: plain values, equal on all ranks.
 """
@@ -22,6 +23,7 @@ from vqmoe_megatron.training.optimizer_state import (
     OPTIMIZER_METADATA,
     as_stored,
     borrows_parameters,
+    is_main_copy,
     prepare_for_loading,
     restore_adam_steps,
 )
@@ -57,6 +59,8 @@ def sharded_state(state: TrainingState, progress: Progress) -> dict[str, Any]:
     """
     models = _model_state(state)
     optimizer = _sharded_values(_optimizer_state(state, models, is_loading=False))
+    if not state.model[0].config.bf16:  # the main copies are the model's own tensors
+        optimizer = [part for part in optimizer if not is_main_copy(part)]
     return {
         **models,
         "optimizer": {str(number): value for number, value in enumerate(optimizer)},

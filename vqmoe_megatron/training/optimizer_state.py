@@ -21,8 +21,8 @@ OPTIMIZER_METADATA = {
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }
-# What Megatron's optimizers call the main copy of a parameter. In fp32 training the plain optimizer
-# stores none: the model's own tensor, whose name has no prefix, is the main copy.
+# What Megatron's optimizers call the main copy of a parameter. In fp32 training none is stored: the
+# model's own tensor, whose name has no prefix, is the main copy.
 MAIN_PARAMETER_PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.", "")
 
 
@@ -40,10 +40,15 @@ def as_stored(part: ShardedBase, stored: set[str]) -> ShardedBase:
     return replace(part, key=names[0]) if names else part
 
 
+def is_main_copy(part: ShardedBase) -> bool:
+    """Whether ``part`` of an optimizer's state is the main copy of a parameter."""
+    return part.key.startswith(MAIN_PARAMETER_PREFIXES[:2])
+
+
 def borrows_parameters(optimizer: Any, stored: set[str]) -> bool:
     """Whether ``optimizer`` must read main copies that the checkpoint has only as the model's own.
 
-    So it is for a distributed optimizer and a checkpoint of a plain one. Equal on all ranks.
+    So it is for a distributed optimizer in fp32 training. Equal on all ranks.
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     is_distributed = any(isinstance(part, DistributedOptimizer) for part in parts)

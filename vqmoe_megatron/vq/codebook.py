@@ -169,16 +169,18 @@ class Codebook(torch.nn.Module):
         Returns:
             fp32 scalars: ``code_perplexity`` (mean over slices, 1..K), ``dead_codes`` and
             ``revived_codes`` (counts over slices), ``assignment_change_rate`` (share of the
-            previous step's probe tokens that have another code since the codebook moved).
+            previous step's probe tokens that have another code since the codebook moved; absent in
+            the first step, which has no previous one).
         """
         finite = self._finite(statistics)
         old = CodebookState(self.codes.data, self.usage, getattr(self, "ema_sum", None))
         metrics = {
             "code_perplexity": code_perplexity(statistics.count),
             "dead_codes": (statistics.count == 0).sum().float(),
-            "assignment_change_rate": self._assignment_change_rate(),
             "revived_codes": torch.zeros((), device=self.codes.device),
         }
+        if self.probe_ids is not None:  # not in the first step of a process
+            metrics["assignment_change_rate"] = self._assignment_change_rate()
         if statistics.candidates is not None:  # with the codes that this step's tokens met
             self.probes = statistics.candidates[:NUM_PROBES].clone()
             self.probe_ids = self.search(self.probes.flatten(1))
@@ -220,8 +222,6 @@ class Codebook(torch.nn.Module):
         return finite
 
     def _assignment_change_rate(self) -> torch.Tensor:
-        if self.probe_ids is None:
-            return torch.zeros((), device=self.codes.device)
         ids = self.search(self.probes.flatten(1))
         return (ids != self.probe_ids).float().mean()
 

@@ -1,0 +1,89 @@
+"""What ``train.deterministic`` costs: step times with and without it, in turns.
+
+    vqmoe prepare stdlib --out data/stdlib
+    python benchmarks/determinism_cost.py --json benchmarks/determinism_cost.json
+
+Trains ``recipes/quickstart.yaml`` on two gloo ranks, by turns plain and deterministic in the same
+processes, and compares medians over steps. Also says whether the two curves are equal bit by bit:
+on the CPU they are, because every operation of this model is deterministic there anyway.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "training")]
+
+from gloo_ranks import RankPool  # noqa: E402
+from provenance import provenance  # noqa: E402
+from small_run import train_here  # noqa: E402
+
+RECIPE = ROOT / "recipes" / "quickstart.yaml"
+LAYOUT = {"expert_model_parallel_size": 2}
+NUM_ITERATIONS, NUM_WARMUP = 24, 4
+SETTINGS = [
+    f"train.exit_interval={NUM_ITERATIONS}",
+    "train.log_interval=1",
+    "train.eval_iters=0",
+    "tracking.mlflow=false",
+]
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", type=Path, default=Path("data/stdlib"))
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--turns", type=int, default=3, help="runs of each kind")
+    arguments = parser.parse_args()
+    times_ms: dict[str, list[float]] = {"plain": [], "deterministic": []}
+    losses: dict[str, list[float]] = {}
+    pool = RankPool(2)
+    try:
+        for _ in range(arguments.turns):
+            for kind, all_times in times_ms.items():
+                records = _train(pool, arguments.corpus.resolve(), kind == "deterministic")
+                all_times += [record["step_time_ms"] for record in records[NUM_WARMUP:]]
+                losses[kind] = [record["loss"] for record in records]
+    finally:
+        pool.close()
+    medians = {kind: statistics.median(all_times) for kind, all_times in times_ms.items()}
+    result = {
+        **provenance(),
+        "recipe": RECIPE.name,
+        "steps_of_each_kind": len(times_ms["plain"]),
+        "median_step_ms": medians,
+        "ratio": medians["deterministic"] / medians["plain"],
+        "curves_are_bitwise_equal": losses["plain"] == losses["deterministic"],
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.json is not None:
+        arguments.json.write_text(text + "\n")
+
+
+def _train(pool: RankPool, corpus: Path, is_deterministic: bool) -> list[dict[str, float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        every = [*SETTINGS, f"data.path={corpus}", f"train.output_dir={folder}/run"]
+        every += [f"train.deterministic={str(is_deterministic).lower()}"]
+        every += [f"parallel.{name}={size}" for name, size in LAYOUT.items()]
+        results = pool.run(train_in_mode, str(RECIPE), every, is_deterministic, layout=LAYOUT)
+    return results[0]["records"]
+
+
+def train_in_mode(recipe: str, overrides: list[str], is_deterministic: bool) -> dict:
+    """Run in the ranks: as ``train_here``, with the mode of an earlier turn taken back."""
+    import torch
+
+    torch.use_deterministic_algorithms(is_deterministic)
+    return train_here(recipe, overrides)
+
+
+if __name__ == "__main__":
+    main()
