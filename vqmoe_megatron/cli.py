@@ -15,6 +15,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from vqmoe_megatron import __version__
+from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.layout import minimum_world_size
 from vqmoe_megatron.recipe import load_recipe
 from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
@@ -102,7 +103,7 @@ def pretrain(
 
     config = load_recipe(recipe, overrides or [])
     variables = discover_rank()
-    device, reason = choose_device(config.train.device)
+    device, _ = choose_device(config.train.device)
     if variables.source == "single process":
         world_size = nproc or minimum_world_size(config)
     elif nproc is not None and nproc != variables.world_size:
@@ -113,37 +114,50 @@ def pretrain(
     else:
         world_size = variables.world_size
 
-    from vqmoe_megatron.training.preflight import check_run
-
-    run = check_run(config, world_size, device)
     if variables.world_size == 1 and world_size > 1:
-        from vqmoe_megatron.runtime.local_ranks import run_local_ranks
-
-        run.run_dir.lock().close()  # refused here, before ranks start; rank 0 will hold it
-        print(f"starting {world_size} local ranks on {device} ({reason})", flush=True)
-        ended = run_local_ranks(["pretrain", str(recipe), *(overrides or [])], world_size)
-        if ended.failure is not None:
-            try:
-                run.run_dir.record_failure(ended.failure, is_first_cause=ended.was_killed)
-            except (OSError, ValueError) as error:
-                print(f"the failure could not be recorded: {error}", file=sys.stderr)
-        raise typer.Exit(ended.code)
+        raise typer.Exit(_start_local_ranks(config, [str(recipe), *(overrides or [])], world_size))
 
     from vqmoe_megatron.runtime.forked_children import end_forks_with_parent
+    from vqmoe_megatron.training.preflight import check_run
+    from vqmoe_megatron.training.run_directory import RunDirectory
     from vqmoe_megatron.training.stop_requests import StopRequests
 
+    run_dir, is_first = RunDirectory(Path(config.train.output_dir)), variables.rank == 0
     stop_requests = StopRequests()  # before the slow imports: a signal may come during them
     end_forks_with_parent()
-    quiet_known_messages()
-    if device == "cpu":
-        from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat
+    if is_first:
+        run_dir.create()
+    with run_dir.lock() if is_first else contextlib.nullcontext():
+        run = check_run(config, world_size, device, looks_for_checkpoint=is_first)
+        quiet_known_messages()
+        if device == "cpu":
+            from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat
 
-        install_cpu_compat()
-    from vqmoe_megatron.training.pretrain import pretrain as pretrain_rank
+            install_cpu_compat()
+        from vqmoe_megatron.training.pretrain import pretrain as pretrain_rank
 
-    with run.run_dir.lock() if variables.rank == 0 else contextlib.nullcontext():
         code = pretrain_rank(run, variables, device, stop_requests)
     raise typer.Exit(code)
+
+
+def _start_local_ranks(config: RunConfig, arguments: list[str], world_size: int) -> int:
+    """Refuse what can be refused, start the ranks, record how they failed; the exit code."""
+    from vqmoe_megatron.runtime.local_ranks import run_local_ranks
+    from vqmoe_megatron.runtime.world import choose_device
+    from vqmoe_megatron.training.preflight import check_run
+
+    device, reason = choose_device(config.train.device)
+    run = check_run(config, world_size, device)
+    run.run_dir.lock().close()  # refused here, before ranks start; rank 0 will hold it
+    print(f"starting {world_size} local ranks on {device} ({reason})", flush=True)
+    ended = run_local_ranks(["pretrain", *arguments], world_size)
+    if ended.failure is not None:
+        try:
+            with run.run_dir.lock(wait_seconds=0.0):  # taken: the directory is another run's
+                run.run_dir.record_failure(ended.failure, is_first_cause=ended.was_killed)
+        except (OSError, ValueError) as error:
+            print(f"the failure was not recorded: {error}", file=sys.stderr)
+    return ended.code
 
 
 @app.command()

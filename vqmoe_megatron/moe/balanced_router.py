@@ -1,35 +1,50 @@
-"""Megatron's learned router, its balance loss weighing the same at every tensor-parallel size.
+"""Megatron's learned router, its balance losses weighing the same at every layout.
 
-With ``calculate_per_token_loss`` every loss is summed over tokens and divided by their number at
-the end. Megatron 0.16.1 scales the balance loss, a mean, by the tokens that this rank sees. Under
-sequence parallelism that is one shard, and the loss would weigh 1 / TP of what it should.
+Megatron 0.16.1 has two faults here:
+
+- With ``calculate_per_token_loss`` every loss is summed over tokens and divided by their number at
+  the end, so a balance loss, a mean, has to be scaled by the tokens it stands for. Megatron takes
+  those of one sequence shard (1 / TP of them), and for ``seq_aux_loss`` those of one sequence.
+- ``global_aux_loss`` is a mean over all data-parallel ranks already, and the average of gradients
+  over them divides it once more.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
 
 class BalancedRouter(TopKRouter):
-    """``TopKRouter`` whose balance loss counts the tokens of all sequence shards."""
+    """``TopKRouter`` with balance losses that do not depend on TP, DP or the microbatch size."""
 
     def attach_and_log_load_balancing_loss(
         self,
         activation: torch.Tensor,
-        *args: Any,
+        aux_loss_coeff: float,
+        aux_loss: torch.Tensor,
+        aux_loss_name: str,
+        reduce_group: torch.distributed.ProcessGroup,
+        reduce_group_has_dp: bool = False,
         valid_token_count: int | torch.Tensor | None = None,
-        **kwargs: Any,
     ) -> torch.Tensor:
-        """Attach the loss to ``activation`` ``[T, N]``, T being the tokens of this shard.
+        """Attach ``aux_loss`` to ``activation`` ``[T, N]``, T being the tokens of this shard.
 
-        ``valid_token_count`` is of this shard too. No communication.
+        Without a padding mask, which the layer refuses, all tokens are valid and
+        ``valid_token_count`` is not needed. What is logged stays as it was. No communication.
         """
+        num_tokens = activation.shape[0]
         if self.config.sequence_parallel:
-            num_tokens = activation.shape[0] if valid_token_count is None else valid_token_count
-            valid_token_count = num_tokens * self.config.tensor_model_parallel_size
+            num_tokens *= self.config.tensor_model_parallel_size
+        num_averaged = 1
+        if reduce_group_has_dp:
+            num_averaged = reduce_group.size() // self.tp_cp_group.size()
         return super().attach_and_log_load_balancing_loss(
-            activation, *args, valid_token_count=valid_token_count, **kwargs
+            activation,
+            aux_loss_coeff * num_averaged,  # logged is the ratio of the two
+            aux_loss * num_averaged,
+            aux_loss_name,
+            reduce_group,
+            reduce_group_has_dp,
+            num_tokens,
         )

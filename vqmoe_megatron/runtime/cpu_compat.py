@@ -217,4 +217,7 @@ class _ForkedResults:
         self._file.truncate()
         if not content:
             raise queue.Empty
-        return pickle.loads(content)  # noqa: S301 (written by this process or its own fork)
+        try:
+            return pickle.loads(content)  # noqa: S301 (written by this process or its own fork)
+        except (EOFError, pickle.UnpicklingError):  # the fork was killed while it wrote
+            raise queue.Empty from None

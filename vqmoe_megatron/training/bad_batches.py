@@ -17,7 +17,10 @@ MAX_ROLLBACKS = 3  # to one checkpoint; then the trouble is in it, or before it
 
 @dataclass(frozen=True)
 class BadBatch:
-    """A bad step. Samples are counted in the run's shuffled order, which the seed decides."""
+    """A bad step. Samples are counted in the run's shuffled order, which the seed decides.
+
+    Beyond the end of the order they are those at its beginning.
+    """
 
     iteration: int
     first_sample: int

@@ -23,6 +23,7 @@ from vqmoe_megatron.training.optimizer_state import (
     OPTIMIZER_METADATA,
     as_stored,
     borrows_parameters,
+    fill_adam_state,
     is_main_copy,
     prepare_for_loading,
     restore_adam_steps,
@@ -57,6 +58,7 @@ def sharded_state(state: TrainingState, progress: Progress) -> dict[str, Any]:
 
     Communicates: a distributed optimizer gathers its state over the data-parallel group.
     """
+    fill_adam_state(state.optimizer, step=0.0)  # when every step so far was skipped
     models = _model_state(state)
     optimizer = _sharded_values(_optimizer_state(state, models, is_loading=False))
     if not state.model[0].config.bf16:  # the main copies are the model's own tensors
@@ -113,6 +115,7 @@ def load_checkpoint(folder: Path, state: TrainingState, has_same_layout: bool) -
             values |= second.get("optimizer", {})  # a rank may have nothing to borrow
         state.optimizer.load_state_dict(_filled(optimizer, iter([values[n] for n in wanted])))
         restore_adam_steps(state.optimizer, loaded["num_updates"])
+    state.scheduler.num_steps = 0  # Megatron adds the stored number to it
     state.scheduler.load_state_dict(loaded["scheduler"])
     if has_same_layout:
         restore_random_states(loaded["random_state"])

@@ -231,7 +231,7 @@ def _plain_values(path: Path) -> dict[str, Any]:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         return {}
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"damaged checkpoint: {path} cannot be read: {error}") from error
     return values if isinstance(values, dict) else {}
 

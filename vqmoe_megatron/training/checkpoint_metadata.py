@@ -38,7 +38,16 @@ INDEX_NAMES = {
     },
 }
 # What unpickling a damaged file may raise, beside its own error (documentation of pickle).
-DAMAGE = (AttributeError, EOFError, ImportError, IndexError, KeyError, TypeError, ValueError)
+DAMAGE = (
+    AttributeError,
+    EOFError,
+    ImportError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 1. All ranks agree on the size; the first rank makes room, checks the disk and creates
    ``iter_0000100.<attempt>.incomplete``.
-2. Every rank hands its tensors to Megatron's writer processes. In the background these are forks:
-   they see the memory of this moment, whatever training does to it afterwards.
+2. Every rank writes its tensors, itself or in a fork. In the background the fork sees the memory of
+   this moment, whatever training does to it afterwards.
 3. When the writers of all ranks are done the folder is renamed to ``iter_0000100``, then named by
    ``latest_checkpointed_iteration.txt``, and the oldest checkpoints go.
 
@@ -13,9 +13,11 @@ the next save.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
+import time
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,8 +43,13 @@ from vqmoe_megatron.training.checkpoint_folder import (
     TRACKER_FILE,
     complete_checkpoints,
 )
+from vqmoe_megatron.training.checkpoint_writer import write_buckets
 from vqmoe_megatron.training.preflight import MINIMUM_FREE_BYTES, CheckedRun
 from vqmoe_megatron.training.stale_parameters import gather_parameters
+
+POLL_SECONDS = 0.05
+TELL_SECONDS = 60.0
+NO_RESULT = "results_queue should not be empty"  # Megatron's words
 
 
 class SaveFailed(OSError):
@@ -88,6 +95,9 @@ class CheckpointSaver:
         state = sharded_state(self.state, progress)
         save = self._prepare(progress.iteration, _global_bytes(state))
         request = dist_checkpointing.save(state, str(save.partial), async_sharded_save=True)
+        if request.async_fn is not None:  # None: this rank has nothing to write
+            write = functools.partial(write_buckets, *request.async_fn.args)
+            request = request._replace(async_fn=write)
         request.add_finalize_fn(lambda: self._publish(save))
         self._current = save
         if in_background:
@@ -96,7 +106,7 @@ class CheckpointSaver:
         try:
             request.execute_sync()
         except CheckpointException as error:
-            raise SaveFailed(_why(save, error)) from error
+            raise self._failure(save, error) from None
         finally:
             self._current = None
         return save.folder
@@ -112,14 +122,34 @@ class CheckpointSaver:
         save = self._current
         if save is None:
             return None
+        began = told = time.monotonic()
         try:
-            if not self._calls.maybe_finalize_async_calls(blocking=wait):
-                return None
+            while not self._calls.maybe_finalize_async_calls(blocking=False):
+                if not wait:
+                    return None
+                time.sleep(POLL_SECONDS)
+                if time.monotonic() - told > TELL_SECONDS:
+                    told = time.monotonic()
+                    print(f"still writing {save.partial} after {told - began:.0f} s", flush=True)
         except CheckpointException as error:
-            self._current = None
-            raise SaveFailed(_why(save, error)) from error
-        self._current = None
+            raise self._failure(save, error) from None
+        finally:
+            self._current = save if self._calls.get_num_unfinalized_calls() else None
         return save.folder
+
+    def _failure(self, save: _Save, error: CheckpointException) -> SaveFailed:
+        """Remove what was written; say what is known. The first rank knows more than the others."""
+        causes = {str(cause[0]) for cause in error.failures.values()}
+        detail = "; ".join(sorted(causes)) or "another rank could not write its part"
+        if NO_RESULT in detail:
+            detail = "a writer process ended without a result; was it killed?"
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(save.partial, ignore_errors=True)
+        free_bytes = shutil.disk_usage(self.run.run_dir.path).free
+        return SaveFailed(
+            f"the checkpoint of iteration {save.iteration} was not written: {detail} "
+            f"({free_bytes / 1e9:.2f} GB free)"
+        )
 
     def _prepare(self, iteration: int, num_bytes: int) -> _Save:
         """Let the first rank create the folder; all ranks learn its name, or why there is none."""
@@ -156,23 +186,36 @@ class CheckpointSaver:
             )
 
     def _publish(self, save: _Save) -> None:
+        """Let the first rank name the folder; all ranks learn how it went."""
+        problem: list[str | None] = [None]
         if torch.distributed.get_rank() == 0:
-            checkpoints, folder = self.run.run_dir.checkpoints, save.folder
-            save_recipe(self.run.config, save.partial / CONFIG_FILE)
-            shutil.copyfile(self.run.corpus.path / CORPUS_FILE, save.partial / CORPUS_COPY)
-            layout = json.dumps(asdict(self.run.layout), indent=2)
-            (save.partial / LAYOUT_FILE).write_text(layout + "\n")
-            _sync_files(save.partial)
-            replaced = folder.with_name(f"{folder.name}.replaced.incomplete")
-            if folder.exists():  # of a later attempt that the tracker was set back from
-                os.rename(folder, replaced)
-            os.replace(save.partial, folder)
-            _write_atomically(checkpoints / TRACKER_FILE, f"{save.iteration}\n")
-            shutil.rmtree(replaced, ignore_errors=True)
-            names = [name for name in complete_checkpoints(checkpoints) if name <= folder.name]
-            for old in names[: -self.run.config.checkpoint.keep_last]:
-                shutil.rmtree(checkpoints / old)
-        torch.distributed.barrier()
+            try:
+                self._give_name(save)
+            except OSError as error:
+                problem = [str(error)]
+        torch.distributed.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise SaveFailed(
+                f"the checkpoint of iteration {save.iteration} was not published: {problem[0]}"
+            )
+
+    def _give_name(self, save: _Save) -> None:
+        checkpoints, folder = self.run.run_dir.checkpoints, save.folder
+        save_recipe(self.run.config, save.partial / CONFIG_FILE)
+        shutil.copyfile(self.run.corpus.path / CORPUS_FILE, save.partial / CORPUS_COPY)
+        layout = json.dumps(asdict(self.run.layout), indent=2)
+        (save.partial / LAYOUT_FILE).write_text(layout + "\n")
+        _sync_files(save.partial)
+        replaced = folder.with_name(f"{folder.name}.replaced.incomplete")
+        if folder.exists():  # of a later attempt that the tracker was set back from
+            os.rename(folder, replaced)
+        os.replace(save.partial, folder)
+        _write_atomically(checkpoints / TRACKER_FILE, f"{save.iteration}\n")
+        shutil.rmtree(replaced, ignore_errors=True)
+        names = [name for name in complete_checkpoints(checkpoints) if name <= folder.name]
+        for old in names[: -self.run.config.checkpoint.keep_last]:
+            # One that cannot be removed now (a file still open elsewhere) is tried again.
+            shutil.rmtree(checkpoints / old, ignore_errors=True)
 
 
 def _global_bytes(state: dict) -> int:
@@ -186,12 +229,6 @@ def _global_bytes(state: dict) -> int:
     total = torch.tensor(local, dtype=torch.int64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(total)
     return int(total)
-
-
-def _why(save: _Save, error: CheckpointException) -> str:
-    causes = {str(cause[0]) for cause in error.failures.values()}
-    detail = "; ".join(sorted(causes)) or "another rank could not write its part"
-    return f"the checkpoint of iteration {save.iteration} was not written: {detail}"
 
 
 def _sync_files(folder: Path) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
 from vqmoe_megatron.runtime.host_memory import release_free_memory
 from vqmoe_megatron.training.batches import TimedIterator
@@ -42,6 +43,7 @@ class LogWindow:
             release_free_memory()
         for iterator in iterators:
             iterator.take_seconds()
+        clear_aux_losses_tracker()  # after a rollback it holds steps that no longer count
         self._layers = LayerWindow()
         self._started = time.perf_counter()
         self._core_seconds, self._num_steps = 0.0, 0
@@ -77,7 +79,10 @@ class LogWindow:
         )
         layers = gather_layers(self._layers)
         if torch.distributed.get_rank() == 0:
-            write_routing(self.run.run_dir.routing, layers)
+            try:
+                write_routing(self.run.run_dir.routing, layers)
+            except OSError as error:  # it is for plots only
+                print(f"routing.npz could not be written: {error}; training goes on", flush=True)
         return {
             "iteration": progress.iteration,
             "consumed_tokens": progress.consumed_samples * config.model.seq_length,

@@ -43,8 +43,13 @@ def build_optimizer(
     )
     overrides = get_standard_config_overrides(settings)
     # Grouped experts stack their biases, and codes without tokens must not shrink towards zero.
-    undecayed = ("*.experts.bias1", "*.experts.bias2", "*.codebook.codes")
+    undecayed = ("*.experts.bias1", "*.experts.bias2")
     overrides[ParamKey(name=undecayed)] = ParamGroupOverride(wd_mult=0.0)
+    # Codes stay fp32 in bf16 training, and Megatron's distributed optimizer mixes up the states of
+    # a group that holds both. Naming a default value gives them a group of their own.
+    overrides[ParamKey(name="*.codebook.codes")] = ParamGroupOverride(
+        wd_mult=0.0, eps=section.adam_eps
+    )
     optimizer = get_megatron_optimizer(settings, model, config_overrides=overrides)
     _count_experts_in_the_gradient_norm(optimizer)
     batch = config.train.global_batch_size

@@ -87,12 +87,20 @@ def prepare_for_loading(optimizer: Any) -> None:
         if isinstance(part, DistributedOptimizer) and is_torch_adam:
             if "_set_main_param_and_optimizer_states" not in vars(part):  # a second load
                 _let_adam_steps_pass(part)
+    fill_adam_state(optimizer, step=1.0)  # Megatron would leave out a zero
+
+
+def fill_adam_state(optimizer: Any, step: float) -> None:
+    """Create the state that torch's Adam creates in its first step, where it is missing.
+
+    No communication.
+    """
     for adam in _torch_adams(optimizer):
         for group in adam.param_groups:
             for parameter in group["params"]:
                 if not adam.state[parameter]:
                     adam.state[parameter].update(
-                        step=torch.tensor(1.0),  # Megatron would leave out a zero
+                        step=torch.tensor(step),
                         exp_avg=torch.zeros_like(parameter.data),
                         exp_avg_sq=torch.zeros_like(parameter.data),
                     )

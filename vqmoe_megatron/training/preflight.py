@@ -16,6 +16,7 @@ from vqmoe_megatron.tracking.run_status import read_status
 from vqmoe_megatron.training.checkpoint_folder import (
     CONFIG_FILE,
     CORPUS_COPY,
+    LAYOUT_FILE,
     check_resumable,
     find_checkpoint,
     stored_tokenizer,
@@ -36,11 +37,17 @@ class CheckedRun:
     corpus: Corpus
     run_dir: RunDirectory
     resume_from: Path | None  # the checkpoint folder to go on from; None starts anew
+    is_own: bool = True  # resume_from lies in this run's own directory
     remap_from: Path | None = None  # the checkpoint folder whose weights a new run starts with
 
 
-def check_run(config: RunConfig, world_size: int, device: str) -> CheckedRun:
+def check_run(
+    config: RunConfig, world_size: int, device: str, looks_for_checkpoint: bool = True
+) -> CheckedRun:
     """Check layout, corpus, tokenizer, output directory, free space and checkpoint.
+
+    Hold the run directory's lock when it matters which checkpoint is found: an earlier attempt may
+    still be saving. Ranks other than the first do not look; the first tells them.
 
     No communication; imports neither torch.distributed nor Megatron.
 
@@ -64,8 +71,15 @@ def check_run(config: RunConfig, world_size: int, device: str) -> CheckedRun:
             f"train.output_dir={run_dir.path} has {free_bytes / 1024**2:.0f} MiB free, less than "
             f"{MINIMUM_FREE_BYTES / 1024**2:.0f} MiB; free some or choose another directory"
         )
-    folder, is_own = _checkpoint_to_load(config, run_dir)
+    folder, is_own = None, True
+    if looks_for_checkpoint:
+        folder, is_own = _checkpoint_to_load(config, run_dir)
     if folder is not None:
+        if not (folder / LAYOUT_FILE).exists():
+            raise ValueError(
+                f"{folder} is no checkpoint of vqmoe: it has no {LAYOUT_FILE}; checkpoints of "
+                "other programs cannot be loaded"
+            )
         check_tokenizer(corpus, config.model.vocab_size, stored_tokenizer(folder))
     # A remapped run that has saved is a run like any other, and goes on from its own checkpoints.
     if folder is not None and config.checkpoint.remap and not is_own:
@@ -75,10 +89,29 @@ def check_run(config: RunConfig, world_size: int, device: str) -> CheckedRun:
         resume_from, remap_from = folder, None
     if resume_from is not None:
         check_resumable(resume_from, config)
+        _check_same_data_order(resume_from, config, corpus)
         written_at(resume_from)
         _check_same_corpus(resume_from, corpus)
     read_status(run_dir.path)  # a damaged one is refused here, not in the ranks
-    return CheckedRun(config, layout, corpus, run_dir, resume_from, remap_from)
+    return CheckedRun(config, layout, corpus, run_dir, resume_from, is_own, remap_from)
+
+
+def _check_same_data_order(folder: Path, config: RunConfig, corpus: Corpus) -> None:
+    """Refuse another length where it changes the order of the samples.
+
+    Megatron shuffles all passes over a corpus together, so a longer run of several passes reads
+    other samples from the start on.
+    """
+    stored = load_recipe(folder / CONFIG_FILE, []).train
+    ours, theirs = (train.train_iters * train.global_batch_size for train in (config.train, stored))
+    pass_samples = (corpus.split("train").num_tokens - 1) // config.model.seq_length
+    if ours != theirs and max(ours, theirs) > pass_samples:
+        raise ValueError(
+            f"{folder} was trained with train.train_iters={stored.train_iters}, this recipe says "
+            f"{config.train.train_iters}: {max(ours, theirs)} samples are more than one pass over "
+            f"the corpus ({pass_samples}), and another number of them is another order of the "
+            "data; set it back, or start in another train.output_dir"
+        )
 
 
 def _check_same_corpus(folder: Path, corpus: Corpus) -> None:

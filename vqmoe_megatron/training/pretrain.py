@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import sys
 import traceback
@@ -17,12 +19,15 @@ from vqmoe_megatron.runtime.world import (
     leave_world,
 )
 from vqmoe_megatron.tracking.run_status import read_status, write_status
+from vqmoe_megatron.training.checkpoint_saver import SaveFailed
 from vqmoe_megatron.training.preflight import CheckedRun
 from vqmoe_megatron.training.replica_check import ReplicaMismatch
 from vqmoe_megatron.training.run_report import Rank0Report, RunReport, SilentReport
 from vqmoe_megatron.training.stop_requests import NO_REQUEST, REASONS, StopRequests
 from vqmoe_megatron.training.trainer import Trainer
 
+# Their messages are for people; a traceback would only hide them.
+SELF_EXPLAINING = (RendezvousFailed, ReplicaMismatch, SaveFailed, FloatingPointError)
 EXIT_DONE, EXIT_CRASH, EXIT_USAGE, EXIT_REQUEUE = 0, 1, 2, 75
 
 
@@ -42,6 +47,7 @@ def pretrain(
         if variables.rank == 0:
             _mark_started(run)
         join_world(variables, device, lambda: stop_requests.current() != NO_REQUEST)
+        run = _with_the_first_ranks_checkpoint(run)
         build_process_groups(run.layout)
         trainer = Trainer(run, stop_requests)
         resumed = trainer.resume()
@@ -69,6 +75,14 @@ def _mark_started(run: CheckedRun) -> None:
     write_status(run.run_dir.path, "running", iteration, "starting", run_id)
 
 
+def _with_the_first_ranks_checkpoint(run: CheckedRun) -> CheckedRun:
+    """Only the first rank looked, under the lock; communicates one broadcast over the world."""
+    found = [run.resume_from, run.remap_from, run.is_own]
+    torch.distributed.broadcast_object_list(found, src=0)
+    resume_from, remap_from, is_own = found
+    return dataclasses.replace(run, resume_from=resume_from, remap_from=remap_from, is_own=is_own)
+
+
 def _stopped_before_training(run: CheckedRun, variables: RankVariables, reason: str) -> int:
     """Ask to be started again, from where this attempt would have started."""
     print(f"rank {variables.rank}: {reason}, before training", flush=True)
@@ -85,7 +99,11 @@ def _open_report(run: CheckedRun, trainer: Trainer) -> RunReport:
     report: RunReport = SilentReport()
     if torch.distributed.get_rank() == 0:
         progress = trainer.progress
-        report = Rank0Report(run, progress.iteration, progress.mlflow_run_id)
+        known_id = progress.mlflow_run_id
+        report = Rank0Report(run, progress.iteration, known_id if run.is_own else None)
+        if known_id is not None and not run.is_own:
+            report.message(f"a run of its own, started from {run.resume_from}")
+            report.tracker.set_tags({"started_from_run": known_id})
         report.message(f"{trainer.num_parameters:,} parameters on rank 0")
     shared = [report.mlflow_run_id]
     torch.distributed.broadcast_object_list(shared, src=0)
@@ -98,19 +116,24 @@ def _fail(
 ) -> NoReturn:
     """Report the failure of this rank and end the process at once."""
     is_refusal = isinstance(error, ValueError)
-    if is_refusal or isinstance(error, RendezvousFailed | ReplicaMismatch):  # they say it all
-        print(f"error: {error}", file=sys.stderr)
-    else:
-        traceback.print_exc()
     first_line = next(iter(str(error).splitlines()), "")
     try:  # the disk may be full, and that may be why we are here
-        run.run_dir.record_failure(f"rank {variables.rank}: {type(error).__name__}: {first_line}")
+        if is_refusal or isinstance(error, SELF_EXPLAINING):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        # A rank that never met the first may stand in a directory that is another run's.
+        if variables.rank == 0 or torch.distributed.is_initialized():
+            run.run_dir.record_failure(
+                f"rank {variables.rank}: {type(error).__name__}: {first_line}"
+            )
         if not isinstance(report, SilentReport):
             known = read_status(run.run_dir.path)
             report.finish("failed", known.iteration, known.reason)
-    except Exception as second:
-        print(f"the failure could not be recorded: {second}", file=sys.stderr)
-    finally:
         sys.stdout.flush()
         sys.stderr.flush()
+    except Exception as second:
+        with contextlib.suppress(OSError):
+            print(f"the failure could not be recorded: {second}", file=sys.stderr)
+    finally:
         os._exit(EXIT_USAGE if is_refusal else EXIT_CRASH)

@@ -58,19 +58,19 @@ class RunDirectory:
                 "with train.output_dir=DIR"
             ) from error
 
-    def lock(self) -> TextIO:
+    def lock(self, wait_seconds: float = LOCK_WAIT_SECONDS) -> TextIO:
         """Reserve the directory for this run; closing the returned file gives it back.
 
         A POSIX record lock: it ends with the process, however that ends, and is not inherited by
         Megatron's forked checkpoint writers, which can outlive a killed rank. An earlier attempt
-        that is still saving gets ``LOCK_WAIT_SECONDS``. A file system without locks is reported and
+        that is still saving gets ``wait_seconds``. A file system without locks is reported and
         the run goes on.
 
         Raises:
             ValueError: when another run keeps it.
         """
         file = (self.path / LOCK_FILE).open("w")
-        deadline = time.monotonic() + LOCK_WAIT_SECONDS
+        deadline = time.monotonic() + wait_seconds
         while True:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -94,7 +94,8 @@ class Rank0Report(RunReport):
     def saved(self, folder: Path) -> None:
         """Say that a checkpoint is complete and tag the MLflow run with it."""
         self.message(f"saved {folder}")
-        self.tracker.set_tags({"checkpoint": str(folder), "iteration": self._iteration})
+        iteration = int(folder.name.removeprefix("iter_"))
+        self.tracker.set_tags({"checkpoint": str(folder), "iteration": iteration})
         self._write_status("running", "training")
 
     def rolled_back(self, iteration: int, text: str) -> None:
@@ -128,4 +129,9 @@ class Rank0Report(RunReport):
         )
 
     def _write_status(self, state: str, reason: str) -> None:
-        write_status(self.run_dir.path, state, self._iteration, reason, self.tracker.run_id)
+        try:
+            write_status(self.run_dir.path, state, self._iteration, reason, self.tracker.run_id)
+        except OSError as error:
+            if state != "running":  # the last word must be written
+                raise
+            self.message(f"status.json could not be written: {error}; training goes on")

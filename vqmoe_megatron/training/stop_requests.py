@@ -57,7 +57,7 @@ class StopRequests:
 
     def wants_save(self) -> bool:
         """Tell whether the save file is there: save at this step and go on."""
-        return self._save_file is not None and self._save_file.exists()
+        return self._save_file is not None and self._save_file.is_file()
 
     def save_was_seen(self, was_requested: bool) -> None:
         """Remove the save file after a save that it asked for."""
@@ -70,7 +70,7 @@ class StopRequests:
             return SIGNAL
         if self._starter_pid is not None and os.getppid() != self._starter_pid:
             return STARTER_GONE
-        if self._stop_file is not None and self._stop_file.exists():
+        if self._stop_file is not None and self._stop_file.is_file():
             return STOP_FILE_FOUND
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return TIME_LIMIT

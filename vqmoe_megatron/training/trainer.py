@@ -147,6 +147,9 @@ class Trainer:
             outcome = self._ending(result)
             is_last = self.progress.iteration >= train.train_iters
             is_evaluated = windows is not None and (is_last or self._is_due(train.eval_interval))
+            if outcome is not None and outcome.state == "requeue":
+                report.message(f"stopping at iteration {outcome.iteration}: {outcome.reason}")
+                is_evaluated = False  # the time left is for the checkpoint
             if is_evaluated or outcome or self._is_due(train.log_interval):
                 record = self.window.record(self.progress, result, self.iterators)
                 validation = evaluate(self.model, windows) if is_evaluated else {}
@@ -218,8 +221,10 @@ class Trainer:
 
     def _roll_back(self, bad: BadBatch, report: RunReport) -> None:
         """Go back to the newest checkpoint and on with the data behind the bad batch."""
-        newest = [find_checkpoint(self.run.run_dir.path) or self.run.resume_from]
-        torch.distributed.broadcast_object_list(newest, src=0)  # file systems may lag behind
+        newest: list[Path | None] = [None]
+        if torch.distributed.get_rank() == 0:  # elsewhere a file system may lag behind
+            newest = [find_checkpoint(self.run.run_dir.path) or self.run.resume_from]
+        torch.distributed.broadcast_object_list(newest, src=0)
         (folder,) = newest
         check_rollback(bad, folder, self.num_rollbacks)
         self._load(folder)
@@ -252,7 +257,9 @@ class Trainer:
         is_due = result.save_requested or self._is_due(self.config.checkpoint.save_interval)
         self._publish(report, wait=is_due or outcome is not None)
         if is_due or outcome is not None:
-            in_background = self.config.checkpoint.async_save and outcome is None
+            # Who asks for a save waits for it.
+            is_asked_for = result.save_requested or outcome is not None
+            in_background = self.config.checkpoint.async_save and not is_asked_for
             try:
                 folder = self.saver.save(self.progress, in_background)
             except SaveFailed as error:

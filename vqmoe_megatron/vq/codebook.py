@@ -238,6 +238,7 @@ class Codebook(torch.nn.Module):
     def _load_from_state_dict(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
         super()._load_from_state_dict(*args, **kwargs)
         self.needs_data_init = not bool(self.initialized)
+        self.probe_ids = None  # of tokens that met another codebook
 
     @torch.no_grad()
     def initialize_from(self, sample: torch.Tensor) -> None:
