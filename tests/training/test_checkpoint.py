@@ -34,8 +34,16 @@ def curve(results):
         ["model.bf16=true"],
         ["vq.codebook_update=gradient", "vq.quantizer=product", "vq.num_code_slices=2"],
         OVERLAPPED,
+        [*OVERLAPPED, "vq.codebook_update=gradient"],
     ],
-    ids=["plain", "distributed-optimizer", "bf16", "gradient-product", "overlapped-bf16"],
+    ids=[
+        "plain",
+        "distributed-optimizer",
+        "bf16",
+        "gradient-product",
+        "overlapped-bf16",
+        "bf16-gradient",  # fp32 codes beside bf16 parameters
+    ],
 )
 def test_resuming_is_bitwise_exact(overrides, ranks, small_corpus, tmp_path):
     pool, every = ranks(2), [*SHORT, *overrides]

@@ -8,7 +8,7 @@ import math
 
 import pytest
 from small_run import PARITY, TINY, run_on, start_vqmoe
-from troubled_run import train_with_one_poisoned_step
+from troubled_run import train_behind_a_bad_batch, train_with_one_poisoned_step
 
 from vqmoe_megatron.tracking.metrics_log import read_metrics
 from vqmoe_megatron.tracking.run_status import read_status
@@ -69,6 +69,7 @@ def test_a_rollback_goes_on_behind_the_bad_batch(ranks, small_corpus, tmp_path):
     every = [*TINY, "train.train_iters=6", f"data.path={small_corpus}"]
     every += [f"train.output_dir={tmp_path}", "parallel.expert_model_parallel_size=2"]
     saving = [*every, "train.nan_policy=rollback", "checkpoint.save_interval=1"]
+    saving += ["checkpoint.keep_last=9"]
     results = ranks(2).run(train_with_one_poisoned_step, str(PARITY), saving, layout=EP2)
     for result in results:
         assert (result["skipped"], result["iteration"], result["error"]) == (0, 6, "")
@@ -87,10 +88,24 @@ def test_a_rollback_goes_on_behind_the_bad_batch(ranks, small_corpus, tmp_path):
             "policy": "rollback",
         }
     ]
-    # The samples of steps 3.. are those of steps 4.. of the run without the accident.
+    # The schedule went back too, and the tracker of balance losses was emptied.
     plain = run_on(ranks(2), small_corpus, tmp_path / "plain", [*TINY, "train.train_iters=6"], EP2)[
         0
     ]["records"]
+    assert [r["learning_rate"] for r in records] == [r["learning_rate"] for r in plain]
+    assert max(r["moe/load_balancing_loss"] for r in records) < 1.5
+    # A fresh process from the same checkpoint and data position trains on to the same bit.
+    fresh = ranks(2).run(
+        train_behind_a_bad_batch,
+        str(PARITY),
+        [*every, f"train.output_dir={tmp_path / 'fresh'}", "train.eval_iters=0"]
+        + [f"checkpoint.load={tmp_path / 'checkpoints' / 'iter_0000002'}"],
+        4,
+        layout=EP2,
+    )
+    assert [r["loss"] for r in fresh[0]["records"]] == [r["loss"] for r in records[2:]]
+    assert fresh[0]["codebooks"] == results[0]["codebooks"]
+    # The samples of step 3 are not those of the run without the accident.
     assert records[1]["loss"] == plain[1]["loss"]
     assert records[2]["loss"] != plain[2]["loss"]
 

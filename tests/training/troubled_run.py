@@ -98,3 +98,23 @@ def is_deterministic() -> bool:
     import torch
 
     return torch.are_deterministic_algorithms_enabled()
+
+
+def train_behind_a_bad_batch(recipe: str, overrides: list[str], passed_over: int) -> dict:
+    """As ``train_here`` from ``checkpoint.load``, with its data position moved on."""
+    import dataclasses
+
+    from vqmoe_megatron.training import trainer
+
+    original = trainer.Trainer.resume
+
+    def resume(self):
+        done = original(self)
+        self.progress = dataclasses.replace(self.progress, passed_over_samples=passed_over)
+        return done
+
+    trainer.Trainer.resume = resume
+    try:
+        return train_here(recipe, overrides)
+    finally:
+        trainer.Trainer.resume = original

@@ -17,6 +17,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from vqmoe_megatron.config import RunConfig
 
+# Megatron tells groups apart by this factor. 1 - lr * weight_decay * 1e-30 is 1 to the last bit.
+CODE_DECAY = 1e-30
+
 
 def build_optimizer(
     config: RunConfig, model: list[torch.nn.Module]
@@ -46,10 +49,8 @@ def build_optimizer(
     undecayed = ("*.experts.bias1", "*.experts.bias2")
     overrides[ParamKey(name=undecayed)] = ParamGroupOverride(wd_mult=0.0)
     # Codes stay fp32 in bf16 training, and Megatron's distributed optimizer mixes up the states of
-    # a group that holds both. Naming a default value gives them a group of their own.
-    overrides[ParamKey(name="*.codebook.codes")] = ParamGroupOverride(
-        wd_mult=0.0, eps=section.adam_eps
-    )
+    # a group that holds both kinds, so codes have a group of their own.
+    overrides[ParamKey(name="*.codebook.codes")] = ParamGroupOverride(wd_mult=CODE_DECAY)
     optimizer = get_megatron_optimizer(settings, model, config_overrides=overrides)
     _count_experts_in_the_gradient_norm(optimizer)
     batch = config.train.global_batch_size
