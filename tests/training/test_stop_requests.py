@@ -56,8 +56,8 @@ def test_a_signal_sent_before_the_handlers_is_kept():
 
 def test_the_stop_file_counts_where_it_is_polled_and_is_removed(tmp_path):
     polls, other = StopRequests({}), StopRequests({})
-    polls.watch(tmp_path, None, polls_stop_file=True)
-    other.watch(tmp_path, None, polls_stop_file=False)
+    polls.watch(tmp_path, None, polls_files=True)
+    other.watch(tmp_path, None, polls_files=False)
     (tmp_path / "STOP").touch()
     assert (polls.current(), other.current()) == (STOP_FILE_FOUND, NO_REQUEST)
     other.acknowledge()
@@ -69,9 +69,9 @@ def test_the_stop_file_counts_where_it_is_polled_and_is_removed(tmp_path):
 
 def test_the_time_limit(tmp_path):
     requests = StopRequests({})
-    requests.watch(tmp_path, 60.0, polls_stop_file=True)
+    requests.watch(tmp_path, 60.0, polls_files=True)
     assert requests.current() == NO_REQUEST
-    requests.watch(tmp_path, 0.0, polls_stop_file=True)
+    requests.watch(tmp_path, 0.0, polls_files=True)
     assert requests.current() == TIME_LIMIT
 
 

@@ -122,7 +122,8 @@ def test_every_way_to_stop_saves_and_the_next_start_goes_on(new_run):
 
     # 5. SIGTERM while the ranks still start
     run.start()
-    time.sleep(2.0)
+    wait_until(lambda: "local ranks" in run.log.read_text(), run.process, run.log)
+    time.sleep(1.0)
     run.process.send_signal(signal.SIGTERM)
     assert run.wait() == 75
     assert_saved(run, "requeue", "stop signal")
