@@ -96,7 +96,7 @@ def _end_session(rank: subprocess.Popen) -> None:
 def _wait(ranks: list[subprocess.Popen]) -> RanksEnded:
     failed: RanksEnded | None = None
     deadline = float("inf")
-    is_running = True
+    is_running, is_stop_known = True, False
     while is_running:
         codes = [rank.poll() for rank in ranks]  # poll all: the first may hang for another's sake
         is_running = None in codes
@@ -106,6 +106,12 @@ def _wait(ranks: list[subprocess.Popen]) -> RanksEnded:
                 deadline = time.monotonic() + GRACE_SECONDS
                 others = "; stopping the others" if is_running else ""
                 print(f"{failed.failure}{others}", file=sys.stderr, flush=True)
+        if 75 in codes and is_running and not is_stop_known:
+            # It may have stopped before it could meet the others, who would wait for it.
+            is_stop_known = True
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.send_signal(signal.SIGTERM)
         if time.monotonic() > deadline:
             for rank in ranks:
                 if rank.poll() is None:

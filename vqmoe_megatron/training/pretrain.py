@@ -62,7 +62,7 @@ def pretrain(
         leave_world()
     except StoppedWhileWaiting as stopped:
         why = REASONS.get(stop_requests.current(), str(stopped))
-        return _stopped_before_training(run, variables, why)
+        _stopped_before_training(run, variables, why)
     except Exception as error:
         _fail(run, variables, report, error)
     return EXIT_DONE if outcome.state == "completed" else EXIT_REQUEUE
@@ -83,15 +83,19 @@ def _with_the_first_ranks_checkpoint(run: CheckedRun) -> CheckedRun:
     return dataclasses.replace(run, resume_from=resume_from, remap_from=remap_from, is_own=is_own)
 
 
-def _stopped_before_training(run: CheckedRun, variables: RankVariables, reason: str) -> int:
-    """Ask to be started again, from where this attempt would have started."""
+def _stopped_before_training(run: CheckedRun, variables: RankVariables, reason: str) -> NoReturn:
+    """Ask to be started again, from where this attempt would have started; end the process.
+
+    At once: a thread may still be connecting, and the interpreter's orderly end would abort in it.
+    """
     print(f"rank {variables.rank}: {reason}, before training", flush=True)
     if variables.rank == 0:
         known, folder = read_status(run.run_dir.path), run.resume_from
         iteration = int(folder.name.removeprefix("iter_")) if folder else 0
         run_id = known.mlflow_run_id if known else None
         write_status(run.run_dir.path, "requeue", iteration, reason, run_id)
-    return EXIT_REQUEUE
+    sys.stdout.flush()
+    os._exit(EXIT_REQUEUE)
 
 
 def _open_report(run: CheckedRun, trainer: Trainer) -> RunReport:
