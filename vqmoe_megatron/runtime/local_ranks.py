@@ -20,6 +20,7 @@ from types import FrameType
 
 GRACE_SECONDS = 10.0  # for the other ranks to report after one died
 POLL_SECONDS = 0.1
+TELL_SECONDS = 5.0  # after the first rank stopped on request; the others are then ending too
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STARTER_VARIABLE = "VQMOE_STARTER_PID"
 
@@ -96,19 +97,22 @@ def _end_session(rank: subprocess.Popen) -> None:
 def _wait(ranks: list[subprocess.Popen]) -> RanksEnded:
     failed: RanksEnded | None = None
     deadline = float("inf")
-    is_running, is_stop_known = True, False
+    is_running, tell_at = True, float("inf")
     while is_running:
         codes = [rank.poll() for rank in ranks]  # poll all: the first may hang for another's sake
         is_running = None in codes
-        for number, code in enumerate(codes):
+        # A killed rank first: the others may already have failed for want of it.
+        for number, code in sorted(enumerate(codes), key=lambda rank: (rank[1] or 0) >= 0):
             if failed is None and code not in (None, 0, 75):
                 failed = _failure(number, code)
                 deadline = time.monotonic() + GRACE_SECONDS
                 others = "; stopping the others" if is_running else ""
                 print(f"{failed.failure}{others}", file=sys.stderr, flush=True)
-        if 75 in codes and is_running and not is_stop_known:
-            # It may have stopped before it could meet the others, who would wait for it.
-            is_stop_known = True
+        if 75 in codes and tell_at == float("inf"):
+            tell_at = time.monotonic() + TELL_SECONDS
+        if is_running and 0 < tell_at < time.monotonic():
+            # One stopped before it could meet the others, who would wait for it.
+            tell_at = 0.0
             for rank in ranks:
                 if rank.poll() is None:
                     rank.send_signal(signal.SIGTERM)
