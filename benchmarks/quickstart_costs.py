@@ -12,13 +12,14 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 from pathlib import Path
+
+from provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 PREPARE_SIZES_MB = (10, 100)
@@ -104,18 +105,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
     with tempfile.TemporaryDirectory() as name:
         result = {
-            "machine": {
-                "processor": platform.machine(),
-                "cores": len(os.sched_getaffinity(0)),
-                "python": platform.python_version(),
-                "system": platform.system(),
-            },
-            "commit": commit,
+            **provenance(),
             "prepare": measure_prepare(Path(name)),
             "quickstart": measure_quickstart(Path(name)),
         }

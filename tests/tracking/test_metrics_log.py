@@ -107,3 +107,30 @@ def test_kill_minus_9_loses_no_finished_record(tmp_path):
     assert [record["iteration"] for record in records] == list(range(len(records)))
     assert len(records) > int(confirmed[-1]) > 10
     assert all(record["loss"] == record["iteration"] / 3 for record in records)
+
+
+FULL_DISK = """
+import resource, sys
+from vqmoe_megatron.tracking.metrics_log import MetricsLog
+
+with MetricsLog(sys.argv[1]) as log:
+    log.append({"iteration": 1, "loss": 1.0})
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 10, hard))
+    for iteration in (2, 3, 4):
+        log.append({"iteration": iteration, "loss": 1.0})
+    assert len(log.path.read_text().splitlines()) == 1  # and no half line
+    log.truncate_after(3)  # a rollback meanwhile
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    log.append({"iteration": 4, "loss": 2.0})
+"""
+
+
+def test_lines_that_the_disk_refuses_are_written_when_it_has_room_again(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cannot be written") == 1
+    records = read_metrics(tmp_path)
+    assert [(r["iteration"], r["loss"]) for r in records] == [(1, 1), (2, 1), (3, 1), (4, 2)]

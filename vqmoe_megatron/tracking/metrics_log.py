@@ -3,7 +3,8 @@
 Floats are written at full precision (Python's shortest round-trip form). JSON has no NaN or
 infinity, so these three become the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which
 :func:`read_metrics` turns back into floats; every line stays readable by any JSON parser.
-Each line is flushed, so a process killed with -9 loses at most the line it was writing.
+Each line is flushed, so a process killed with -9 loses at most the line it was writing. Lines that
+a full disk refuses are kept and written when it has room again; training goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -85,11 +86,17 @@ class MetricsLog:
     Opening repairs a file whose last line was cut by a kill, and says so.
     """
 
+    _refused: bytes  # lines that the disk has not taken yet
+
     def __init__(self, run_dir: str | Path) -> None:
         self.path = Path(run_dir) / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
+        self._refused = b""
+        self._open()
         self._cut_half_line()
+
+    def _open(self) -> None:
+        self._file = self.path.open("ab", buffering=0)
 
     def _cut_half_line(self) -> None:
         content = self.path.read_bytes()
@@ -99,15 +106,32 @@ class MetricsLog:
             print(f"{self.path}: removed a half-written last line of {len(content) - whole} bytes")
 
     def append(self, record: Mapping[str, object]) -> None:
-        """Write one record and flush it; ``ValueError`` as in :func:`encode_record`."""
-        self._file.write((encode_record(record) + "\n").encode())
-        self._file.flush()
+        """Write one record; ``ValueError`` as in :func:`encode_record`.
+
+        A line that cannot be written is reported and kept for the next call.
+        """
+        was_refused, lines = self._refused, self._refused + (encode_record(record) + "\n").encode()
+        whole_bytes = os.fstat(self._file.fileno()).st_size
+        try:
+            rest = lines
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), whole_bytes)  # no half line stays
+            self._refused = lines
+            if not was_refused:
+                print(f"{self.path} cannot be written: {error}; lines are kept for later")
+        else:
+            self._refused = b""
 
     def truncate_after(self, iteration: int) -> int:
         """Remove the records beyond ``iteration`` atomically; return how many were removed.
 
         Called on resume, so that the log follows the checkpoint and not the lost attempt.
         """
+        refused = _complete_lines(self._refused)
+        still = [line for line in refused if json.loads(line)["iteration"] <= iteration]
+        self._refused = b"".join(line + b"\n" for line in still)
         lines = _complete_lines(self.path.read_bytes())
         kept = [
             line
@@ -123,12 +147,15 @@ class MetricsLog:
             os.fsync(file.fileno())
         self._file.close()
         os.replace(temporary, self.path)
-        self._file = self.path.open("ab")
+        self._open()
         return len(lines) - len(kept)
 
     def close(self) -> None:
-        """Close the file; everything appended is already flushed."""
+        """Close the file; what the disk still refuses is lost, and said so."""
         self._file.close()
+        if self._refused:
+            num_lost = self._refused.count(b"\n")
+            print(f"{self.path}: the last {num_lost} records could not be written and are lost")
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -79,7 +79,7 @@ def stored_tokenizer(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: when the checkpoint holds none.
     """
-    description = _read_json(folder / CORPUS_COPY).get("tokenizer")
+    description = read_json_object(folder / CORPUS_COPY).get("tokenizer")
     if not isinstance(description, dict):
         raise ValueError(f"{folder / CORPUS_COPY} does not describe a tokenizer")
     return description
@@ -91,7 +91,7 @@ def written_at(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: when the checkpoint does not say.
     """
-    return _read_json(folder / LAYOUT_FILE)
+    return read_json_object(folder / LAYOUT_FILE)
 
 
 def has_same_layout(folder: Path, layout: ParallelLayout) -> bool:
@@ -123,13 +123,18 @@ def check_resumable(folder: Path, config: RunConfig) -> None:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read one of the checkpoint's small files.
+
+    Raises:
+        ValueError: when it cannot be read or holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"the checkpoint's {path} cannot be read: {error}") from error
+        raise ValueError(f"damaged checkpoint: {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"the checkpoint's {path} holds no object")
+        raise ValueError(f"damaged checkpoint: {path} holds no object")
     return content
 
 

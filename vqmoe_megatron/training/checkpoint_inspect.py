@@ -27,6 +27,7 @@ from vqmoe_megatron.training.checkpoint_folder import (
     LAYOUT_FILE,
     complete_checkpoints,
     find_checkpoint,
+    read_json_object,
 )
 from vqmoe_megatron.training.checkpoint_metadata import (
     INDEX_FILE,
@@ -139,7 +140,7 @@ def inspect_checkpoint(path: Path) -> CheckpointContents:
     config = load_recipe(folder / CONFIG_FILE, [])
     stored = read_stored_content(folder)
     common = _plain_values(folder / COMMON_FILE)
-    corpus = _json_object(folder / CORPUS_COPY)
+    corpus = read_json_object(folder / CORPUS_COPY)
     groups = _groups(stored.tensors)
     return CheckpointContents(
         folder=str(folder),
@@ -236,18 +237,8 @@ def _plain_values(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"damaged checkpoint: {path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"damaged checkpoint: {path} holds no object")
-    return content
-
-
 def _layout(path: Path) -> dict[str, Any]:
-    content = _json_object(path)
+    content = read_json_object(path)
     try:
         layout = ParallelLayout(**content)
         return content | {"data_parallel_size": layout.data_parallel_size}

@@ -214,8 +214,11 @@ class CheckpointSaver:
         shutil.rmtree(replaced, ignore_errors=True)
         names = [name for name in complete_checkpoints(checkpoints) if name <= folder.name]
         for old in names[: -self.run.config.checkpoint.keep_last]:
-            # One that cannot be removed now (a file still open elsewhere) is tried again.
-            shutil.rmtree(checkpoints / old, ignore_errors=True)
+            # Renamed first: a kill in the middle must not leave a half that looks whole. What
+            # cannot be removed now (a file still open elsewhere) is tried again by the next save.
+            removed = checkpoints / f"{old}.removed.incomplete"
+            os.rename(checkpoints / old, removed)
+            shutil.rmtree(removed, ignore_errors=True)
 
 
 def _global_bytes(state: dict) -> int:
