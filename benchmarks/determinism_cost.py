@@ -18,7 +18,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "training")]
+sys.path[:0] = [
+    str(ROOT / folder) for folder in (".", "tests", "tests/training", "benchmarks")
+]  # also in the ranks, which import this file
 
 from gloo_ranks import RankPool  # noqa: E402
 from provenance import provenance  # noqa: E402
