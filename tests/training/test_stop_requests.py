@@ -54,6 +54,28 @@ def test_a_signal_sent_before_the_handlers_is_kept():
     assert (result.returncode, result.stdout.strip()) == (0, "True"), result.stderr
 
 
+ENDING = """
+import atexit, os, signal, sys
+from vqmoe_megatron.training.stop_requests import StopRequests
+
+requests = StopRequests({})
+
+class Late:  # finalised behind the interpreter's own handlers
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        kill(pid, 15)
+
+sys.late = Late()
+if sys.argv[1] == "close":
+    requests.close()
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("ends, code", [("close", 75), ("open", -signal.SIGTERM)])
+def test_a_signal_at_the_very_end_changes_nothing(ends, code):
+    assert subprocess.run([sys.executable, "-c", ENDING, ends]).returncode == code
+
+
 def test_the_stop_file_counts_where_it_is_polled_and_is_removed(tmp_path):
     polls, other = StopRequests({}), StopRequests({})
     polls.watch(tmp_path, None, polls_files=True)

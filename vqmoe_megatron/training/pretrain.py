@@ -59,6 +59,7 @@ def pretrain(
         outcome = trainer.train(report)
         stop_requests.acknowledge()
         report.finish(outcome.state, outcome.iteration, outcome.reason)
+        stop_requests.close()
         leave_world()
     except StoppedWhileWaiting as stopped:
         why = REASONS.get(stop_requests.current(), str(stopped))

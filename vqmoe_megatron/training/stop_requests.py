@@ -76,6 +76,14 @@ class StopRequests:
             return TIME_LIMIT
         return NO_REQUEST
 
+    def close(self) -> None:
+        """Ignore stop signals from now on: all is saved and said, and the process is ending.
+
+        The interpreter's end takes handlers away, and a signal that comes later would kill it.
+        """
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def acknowledge(self) -> None:
         """Remove the stop file, so that the next start of the run goes on."""
         if self._stop_file is not None:
