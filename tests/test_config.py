@@ -56,11 +56,40 @@ def test_unknown_choice_lists_the_legal_ones(name: str) -> None:
         (VQConfig, {"ema_decay": 1.0}, "ema_decay=1.0 must lie strictly between 0 and 1"),
         (VQConfig, {"dead_code_threshold": 1.0}, "dead_code_threshold=1.0 is a share"),
         (VQConfig, {"num_code_slices": 2}, "num_code_slices=2 needs vq.quantizer=product"),
-        (VQConfig, {"execution": "code_space"}, "code_space cannot work here: this release"),
         (
             VQConfig,
             {"execution": "code_space", "expert_input": "blend"},
             "with vq.expert_input=blend every token has its own expert input",
+        ),
+        (
+            VQConfig,
+            {"execution": "code_space", "expert_input": "token"},
+            "with vq.expert_input=token every token has its own expert input",
+        ),
+        (
+            VQConfig,
+            {"code_input": "learned", "expert_input": "blend"},
+            "code_input=learned with vq.expert_input=blend: learned vectors stand in the place",
+        ),
+        (
+            VQConfig,
+            {"code_input": "learned", "expert_input": "token"},
+            "code_input=learned with vq.expert_input=token: learned vectors stand in the place",
+        ),
+        (
+            VQConfig,
+            {"table_per_step": True, "execution": "tokens"},
+            "this layer has none: vq.path=dual, vq.execution=tokens, vq.expert_input=code;",
+        ),
+        (
+            VQConfig,
+            {"table_per_step": True, "expert_input": "blend"},
+            "this layer has none: vq.path=dual, vq.execution=auto, vq.expert_input=blend;",
+        ),
+        (
+            VQConfig,
+            {"table_per_step": True, "path": "continuous"},
+            "this layer has none: vq.path=continuous, vq.execution=auto, vq.expert_input=code;",
         ),
         (ModelConfig, {"hidden_size": 65}, "hidden_size % num_attention_heads != 0: 65 % 8 = 1"),
         (ModelConfig, {"num_layers": 0}, "model.num_layers=0 must be at least 1"),
@@ -159,3 +188,26 @@ def test_a_map_built_from_data_needs_an_initialisation_that_sees_data(code_map: 
     with pytest.raises(ValueError, match="init=data or kmeans"):
         VQConfig(code_map=code_map, init="uniform")
     assert VQConfig(code_map=code_map, init="data").code_map == code_map
+
+
+@pytest.mark.parametrize(
+    ("settings", "in_code_space"),
+    [
+        ({}, True),
+        ({"execution": "code_space"}, True),
+        ({"execution": "code_space", "table_per_step": True}, True),
+        ({"execution": "code_space", "path": "discrete", "straight_through": "group"}, True),
+        ({"table_per_step": True}, True),
+        ({"code_input": "learned"}, True),
+        ({"code_input": "learned", "execution": "tokens"}, False),
+        ({"execution": "tokens"}, False),
+        ({"execution": "tokens", "expert_input": "blend"}, False),
+        ({"expert_input": "blend"}, False),  # auto falls back to tokens
+        ({"expert_input": "blend_convex"}, False),
+        ({"expert_input": "token"}, False),
+        ({"path": "continuous"}, False),
+        ({"path": "continuous", "execution": "code_space"}, False),
+    ],
+)
+def test_code_space_is_taken_where_it_is_exact(settings: dict, in_code_space: bool) -> None:
+    assert VQConfig(**settings).in_code_space is in_code_space

@@ -28,6 +28,7 @@ FLOORS = {
     "vq": 1,
     "moe": 2,
     "runtime": 2,
+    "bench": 3,
     "data": 3,
     "training": 3,
     "tracking": 3,
@@ -56,6 +57,8 @@ THIRD_PARTY = {
 THIRD_PARTY_EXTRA = {
     # prints its report as a table before any rank starts; tries whether the import succeeds
     "runtime/doctor.py": {"rich", "transformer_engine"},
+    # reads safetensors; nothing else
+    "vq/table_layer.py": {"safetensors"},
 }
 FOREIGN_NAMES = {"utils", "dist", "types", "logging", "megatron"}
 

@@ -53,8 +53,12 @@ def draw_parameters(
         if bias:
             drawn["router.bias"] = draw(NUM_EXPERTS, scale=0.5)
     if vq.path != "continuous":
-        width = HIDDEN // vq.num_code_slices
+        width = vq.code_dim or HIDDEN // vq.num_code_slices
+        if vq.quantizer == "low_dim":  # not a parameter, and here without unit rows
+            drawn["assigner.codebook.projection"] = draw(width, HIDDEN, scale=HIDDEN**-0.5)
         drawn["assigner.codebook.codes"] = draw(vq.num_code_slices, vq.num_codes, width)
+        if vq.code_input == "learned":
+            drawn["code_inputs.vectors"] = draw(vq.num_code_slices, vq.num_codes, HIDDEN)
         for name in {"none": [], "shared": ["input"], "separate": ["input", "output"]}[vq.norm]:
             drawn[f"{name}_norm.weight"] = 1.0 + draw(HIDDEN, scale=0.2)
             if normalization == "LayerNorm":
@@ -165,8 +169,10 @@ def copy_parameters(layer: torch.nn.Module, parameters: dict[str, torch.Tensor])
     """Fill a layer, which must have exactly these parameters, and its code map when one is
     given."""
     code_map = parameters.get("assigner.code_map.expert_of_row")
+    projection = parameters.get("assigner.codebook.projection")
     own = dict(layer.named_parameters())
-    expected = set(parameters) - {"assigner.code_map.expert_of_row"}
+    buffers = {"assigner.code_map.expert_of_row", "assigner.codebook.projection"}
+    expected = set(parameters) - buffers
     if set(own) != expected:
         raise ValueError(f"the layer has {sorted(own)}, the test {sorted(expected)}")
     for name, parameter in own.items():
@@ -174,5 +180,7 @@ def copy_parameters(layer: torch.nn.Module, parameters: dict[str, torch.Tensor])
         parameter.copy_(expert_slice(name, value) if name.startswith("experts.") else value)
     if layer.assigner is not None:
         layer.assigner.codebook.needs_data_init = False  # the codes are given
+    if projection is not None:
+        layer.assigner.codebook.projection.copy_(projection)
     if code_map is not None:
         layer.assigner.code_map.assign(code_map)

@@ -15,11 +15,13 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from vqmoe_megatron import __version__
+from vqmoe_megatron.bench.commands import bench_app
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.layout import minimum_world_size
 from vqmoe_megatron.recipe import load_recipe
 from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
 from vqmoe_megatron.training.checkpoint_commands import checkpoint_app
+from vqmoe_megatron.training.export_commands import export
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
@@ -43,6 +45,8 @@ app = typer.Typer(
     help="Train vector-quantised mixture-of-experts language models on Megatron-core.",
 )
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(bench_app, name="bench")
+app.command()(export)
 
 
 @app.callback(invoke_without_command=True)

@@ -11,10 +11,11 @@ from vqmoe_megatron.config_checks import check_at_least, check_choice
 
 LEGAL_VQ_VALUES: dict[str, tuple[str, ...]] = {
     "code_map": ("mod", "balanced", "clustered"),
-    "quantizer": ("euclidean", "cosine", "product"),
+    "quantizer": ("euclidean", "cosine", "product", "low_dim"),
     "expert_input": ("code", "blend", "blend_convex", "token"),
-    "straight_through": ("token", "identity", "none"),
-    "execution": ("auto", "tokens"),
+    "code_input": ("codebook", "learned"),
+    "straight_through": ("token", "group", "identity", "none"),
+    "execution": ("auto", "tokens", "code_space"),
     "path": ("dual", "discrete", "continuous"),
     "combine": ("softmax", "sigmoid"),
     "norm": ("none", "separate", "shared"),
@@ -33,11 +34,14 @@ class VQConfig:
     num_codes: int = 64  # K, codes per codebook
     num_code_slices: int = 1  # C, codes per token (quantizer: product)
     quantizer: str = "euclidean"
+    code_dim: int | None = None  # of the space that low_dim searches in
     code_map: str = "mod"
     expert_input: str = "code"
+    code_input: str = "codebook"  # of expert_input=code
     contribution_rate: float = 0.05  # c of the blend inputs; the released value
     straight_through: str = "token"
-    execution: str = "auto"
+    execution: str = "auto"  # auto: code_space where it is exact, else tokens
+    table_per_step: bool = False  # code space: one table for all microbatches of a step
     path: str = "dual"
     combine: str = "softmax"
     combine_bias: float = 3.0  # initial logit in favour of the continuous path
@@ -54,10 +58,7 @@ class VQConfig:
 
     def __post_init__(self) -> None:
         for name, legal in LEGAL_VQ_VALUES.items():
-            value = getattr(self, name)
-            if name == "execution" and value == "code_space":
-                raise ValueError(self._code_space_rule())
-            check_choice("vq", name, value, legal)
+            check_choice("vq", name, getattr(self, name), legal)
         check_at_least("vq", 1, num_codes=self.num_codes, num_code_slices=self.num_code_slices)
         check_at_least(
             "vq",
@@ -82,22 +83,46 @@ class VQConfig:
                 "data, which vq.init=uniform never looks at; use init=data or kmeans, or "
                 "code_map=mod"
             )
+        if (self.code_dim is not None) != (self.quantizer == "low_dim"):
+            raise ValueError(
+                f"vq.code_dim={self.code_dim} with vq.quantizer={self.quantizer}: low_dim needs "
+                "the dimension it searches in, for instance code_dim=32, and no other has one"
+            )
+        check_at_least("vq", 1, code_dim=self.code_dim)
+        self._check_code_space()
         if self.num_code_slices > 1 and self.quantizer != "product":
             raise ValueError(
                 f"vq.num_code_slices={self.num_code_slices} needs vq.quantizer=product; "
                 f"{self.quantizer} gives one code per token"
             )
 
-    def _code_space_rule(self) -> str:
-        reason = (
-            f"with vq.expert_input={self.expert_input} every token has its own expert input, so "
-            "one row per "
-            "code cannot stand for it (code space is exact only for expert_input=code)"
-            if self.expert_input != "code"
-            else "this release executes the discrete path by token dispatch"
-        )
+    def _check_code_space(self) -> None:
+        """Code space is exact only where every token of a code has the same expert input."""
+        if self.code_input == "learned" and self.expert_input != "code":
+            raise ValueError(
+                f"vq.code_input=learned with vq.expert_input={self.expert_input}: learned vectors "
+                "stand in the place of codes; use expert_input=code, or code_input=codebook"
+            )
+        if self.execution == "code_space" and self.expert_input != "code":
+            raise ValueError(
+                "vq.execution=code_space cannot work here: with vq.expert_input="
+                f"{self.expert_input} every token has its own expert input, so one row per code "
+                "cannot stand for it (code space is exact only for expert_input=code); use "
+                "vq.execution=tokens or auto"
+            )
+        if self.table_per_step and not self.in_code_space:
+            raise ValueError(
+                "vq.table_per_step=true keeps the table of code space, but this layer has none: "
+                f"vq.path={self.path}, vq.execution={self.execution}, "
+                f"vq.expert_input={self.expert_input}; code space needs a discrete path with "
+                "expert_input=code and execution=auto or code_space"
+            )
+
+    @property
+    def in_code_space(self) -> bool:
+        """Whether the discrete path is evaluated once per code instead of once per token."""
         return (
-            f"vq.execution=code_space cannot work here: {reason}; use vq.execution=tokens or auto"
+            self.path != "continuous" and self.execution != "tokens" and self.expert_input == "code"
         )
 
     def check_model(self, hidden_size: int, num_experts: int) -> None:
@@ -107,6 +132,11 @@ class VQConfig:
                 f"hidden_size % vq.num_code_slices != 0: {hidden_size} % {self.num_code_slices} = "
                 f"{hidden_size % self.num_code_slices}; product codes cut the hidden vector in "
                 "equal slices"
+            )
+        if self.code_dim is not None and self.code_dim > hidden_size:
+            raise ValueError(
+                f"vq.code_dim <= hidden_size fails: {self.code_dim} > {hidden_size}; low_dim codes "
+                "lie in a subspace of the hidden vectors"
             )
         rows = self.num_code_slices * self.num_codes
         if self.code_map != "mod" and rows % num_experts:

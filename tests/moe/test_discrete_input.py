@@ -6,64 +6,64 @@ import pytest
 import torch
 
 from vqmoe_megatron.config import VQConfig
-
-pytestmark = pytest.mark.distributed
+from vqmoe_megatron.moe.discrete_input import code_input, mixed_input
 
 RATE = 0.3
 HIDDEN = 8
 
 
-def jacobians(settings: dict) -> dict:
-    """In a rank: the input's value, its Jacobian in one token and its gradient to the codes."""
-    from vqmoe_megatron.moe.discrete_input import discrete_input
+def tokens_and_codes() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, v = torch.randn(2, 3, HIDDEN, generator=generator, dtype=torch.float64)
+    return x.requires_grad_(), v.requires_grad_()
 
-    vq = VQConfig(**settings)
-    x, v = torch.randn(3, HIDDEN).double(), torch.randn(3, HIDDEN).double().requires_grad_()
-    value = discrete_input(x, v, vq)
+
+MIXED = [("blend", 1 - 2 * RATE, RATE, 1 - RATE), ("blend_convex", 1 - RATE, RATE, 1.0)]
+MIXED += [("token", 1.0, 0.0, 1.0)]
+
+
+@pytest.mark.parametrize(("expert_input", "of_x", "of_v", "slope"), MIXED)
+@pytest.mark.parametrize("num_slices", [1, 4])
+def test_value_and_jacobian_of_mixed_inputs(
+    expert_input: str, of_x: float, of_v: float, slope: float, num_slices: int
+) -> None:
+    product = {"quantizer": "product", "num_code_slices": num_slices} if num_slices > 1 else {}
+    vq = VQConfig(expert_input=expert_input, contribution_rate=RATE, **product)
+    x, v = tokens_and_codes()
+    value = mixed_input(x, v, vq)
+    assert value.shape == (3, num_slices, HIDDEN)
+    for row in value.unbind(1):  # every row is the same vector
+        torch.testing.assert_close(row, of_x * x + of_v * v)
+    value.sum().backward()
+    assert v.grad is None
     jacobian = torch.autograd.functional.jacobian(
-        lambda token: discrete_input(token, v[:1], vq), x[:1]
+        lambda token: mixed_input(token, v[:1], vq), x[:1]
     )
-    return {
-        "x": x,
-        "v": v.detach(),
-        "value": value.detach(),
-        "jacobian": jacobian.view(-1, HIDDEN, HIDDEN),  # [C, H out, H in]
-        "reaches_codes": value.requires_grad,
-    }
-
-
-@pytest.mark.parametrize(
-    ("settings", "of_x", "of_v", "slope"),
-    [
-        ({"expert_input": "code"}, 0.0, 1.0, 1.0),
-        ({"expert_input": "code", "straight_through": "none"}, 0.0, 1.0, 0.0),
-        ({"expert_input": "code", "straight_through": "identity"}, 0.0, 1.0, 0.0),
-        ({"expert_input": "blend"}, 1 - 2 * RATE, RATE, 1 - RATE),
-        ({"expert_input": "blend_convex"}, 1 - RATE, RATE, 1.0),
-        ({"expert_input": "token"}, 1.0, 0.0, 1.0),
-    ],
-)
-def test_value_and_jacobian(ranks, settings: dict, of_x: float, of_v: float, slope: float) -> None:  # noqa: ANN001
-    (found,) = ranks(1).run(jacobians, {**settings, "contribution_rate": RATE})
-    torch.testing.assert_close(found["value"][:, 0], of_x * found["x"] + of_v * found["v"])
     eye = torch.eye(HIDDEN, dtype=torch.float64)
-    torch.testing.assert_close(found["jacobian"][0], slope * eye)
-    assert not found["reaches_codes"]
+    for of_row in jacobian.view(num_slices, HIDDEN, HIDDEN):
+        torch.testing.assert_close(of_row, slope * eye)
 
 
-def test_code_values_are_exact_not_rounded_through_the_token(ranks) -> None:  # noqa: ANN001
-    (found,) = ranks(1).run(jacobians, {"expert_input": "code"})
-    assert torch.equal(found["value"][:, 0], found["v"])
+def test_code_values_are_exact_and_have_no_gradient() -> None:
+    x, v = tokens_and_codes()
+    rows = code_input(x, v, 1)
+    assert torch.equal(rows, v.unsqueeze(1)) and not rows.requires_grad
 
 
-def test_product_codes_fill_their_own_slices(ranks) -> None:  # noqa: ANN001
-    settings = {"expert_input": "code", "quantizer": "product", "num_code_slices": 4}
-    (found,) = ranks(1).run(jacobians, settings)
+def test_product_codes_fill_their_own_slices() -> None:
+    x, v = tokens_and_codes()
+    rows = code_input(x, v, 4)
     expected = torch.zeros(3, 4, HIDDEN, dtype=torch.float64)
-    slopes = torch.zeros(4, HIDDEN, HIDDEN, dtype=torch.float64)
     for c in range(4):
         own = slice(2 * c, 2 * c + 2)
-        expected[:, c, own] = found["v"][:, own]
-        slopes[c, own, own] = torch.eye(2, dtype=torch.float64)
-    assert torch.equal(found["value"], expected)
-    assert torch.equal(found["jacobian"], slopes)
+        expected[:, c, own] = v[:, own]
+    assert torch.equal(rows, expected) and not rows.requires_grad
+
+
+@pytest.mark.parametrize("num_slices", [1, 4])
+def test_fp32_codes_take_the_dtype_of_tokens(num_slices: int) -> None:
+    x, v = (part.detach() for part in tokens_and_codes())
+    rows = code_input(x.bfloat16(), v.float(), num_slices)
+    assert rows.dtype == torch.bfloat16 and rows.shape == (3, num_slices, HIDDEN)
+    mixed = mixed_input(x.bfloat16(), v.float(), VQConfig(expert_input="blend"))
+    assert mixed.dtype == torch.bfloat16

@@ -20,6 +20,8 @@ expert-parallel pairs are 0 2 and 1 3. Rows in order of (shard, source):
              expert  2 1              expert  1                expert  1
     arrives on 0 and 1   expert 0: -     expert 1: 1 200 | 100
     arrives on 2 and 3   expert 2: 0     expert 3: -
+
+Resident rows, here 500 and more, lie behind the arrived ones of their expert and never travel.
 """
 
 from __future__ import annotations
@@ -35,14 +37,15 @@ ARRIVED = ([1, 3, 102], [2, 100, 101, 0, 4])
 COUNTS = ([3, 0], [3, 2])
 
 
-def exchange(rows: list, experts: list) -> dict:
+def exchange(rows: list, experts: list, residents: list | None = None) -> dict:
     """In a rank: dispatch rows (as [R, 1]), multiply by 10, bring them back, differentiate.
 
-    Each of E shards contributes an equal part of the product.
+    Each of E shards contributes an equal part of the product. ``residents`` has, for each
+    expert-parallel rank, its resident rows and how many each local expert has.
     """
     from megatron.core import parallel_state
 
-    from vqmoe_megatron.moe.dispatch import combine, dispatch
+    from vqmoe_megatron.moe.dispatch import ResidentRows, combine, dispatch
     from vqmoe_megatron.vq.permutation import plan_permutation
 
     groups = (
@@ -52,10 +55,20 @@ def exchange(rows: list, experts: list) -> dict:
     place = torch.distributed.get_rank() % len(rows)
     own = torch.tensor(rows[place], dtype=torch.float64).unsqueeze(1).requires_grad_()
     plan = plan_permutation(torch.tensor(experts[place], dtype=torch.int64), 4)
-    arrived, receipt = dispatch(own, plan, *groups)
-    returned = combine(10 / groups[1].size() * arrived, receipt, *groups)
-    (returned * (1 + own.detach())).sum().backward()
+    staying = joined = None
+    if residents is not None:
+        numbers, counts = residents[groups[0].rank()]
+        staying = torch.tensor(numbers, dtype=torch.float64).unsqueeze(1).requires_grad_()
+        joined = ResidentRows(staying, torch.tensor(counts))
+    arrived, receipt = dispatch(own, plan, *groups, joined)
+    returned, evaluated = combine(10 / groups[1].size() * arrived, receipt, *groups)
+    loss = (returned * (1 + own.detach())).sum()
+    if staying is not None:
+        loss = loss + (evaluated * (2 + staying.detach())).sum()
+    loss.backward()
     return {
+        "residents": evaluated.detach().squeeze(1),
+        "residents' gradient": None if staying is None else staying.grad.squeeze(1),
         "arrived": arrived.detach().squeeze(1),
         "counts": receipt.tokens_per_local_expert,
         "returned": returned.detach().squeeze(1),
@@ -123,4 +136,77 @@ def test_shards_without_a_single_row(ranks) -> None:  # noqa: ANN001
     results = ranks(4).run(exchange, rows, experts, layout=layout)
     for rank, result in enumerate(results):
         assert result["arrived"].tolist() == [[], [8, 7]][rank // 2]
+    check_returned(results, rows)
+
+
+def check_residents(result: dict, residents: list[int], num_shards: int = 1) -> None:
+    """Each shard keeps its own part of the outputs: here an equal one."""
+    own = torch.tensor(residents, dtype=torch.float64)
+    assert torch.equal(result["residents"], 10 / num_shards * own)
+    assert torch.equal(result["residents' gradient"], 10 / num_shards * (2 + own))
+
+
+RESIDENTS = [[[500, 501, 502], [1, 2]], [[600], [0, 1]]]
+
+
+def test_without_residents_none_return(ranks) -> None:  # noqa: ANN001
+    (result,) = ranks(1).run(exchange, [[3, 4]], [[1, 0]])
+    assert result["residents"].shape == (0,)
+
+
+def test_residents_join_their_experts_and_stay(ranks) -> None:  # noqa: ANN001
+    layout = {"expert_model_parallel_size": 2}
+    results = ranks(4).run(exchange, list(ROWS), list(EXPERTS), RESIDENTS, layout=layout)
+    for result in results:
+        place = result["place"]
+        arrived = [[1, 3, 102, 500, 501, 502], [2, 100, 101, 0, 4, 600]]
+        assert result["arrived"].tolist() == arrived[place]
+        assert result["counts"].tolist() == [[4, 2], [3, 3]][place]
+        check_residents(result, RESIDENTS[place][0])
+    check_returned(results, list(ROWS))
+
+
+def test_residents_of_a_single_rank(ranks) -> None:  # noqa: ANN001
+    residents = [[[500, 501, 502], [1, 0, 2, 0]]]
+    results = ranks(1).run(exchange, [list(range(5))], [EXPERTS[0]], residents)
+    assert results[0]["arrived"].tolist() == [1, 3, 500, 2, 501, 502, 0, 4]
+    assert results[0]["counts"].tolist() == [3, 0, 3, 2]
+    check_residents(results[0], [500, 501, 502])
+    check_returned(results, [list(range(5))])
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_residents_without_any_travelling_row(ranks, world_size: int) -> None:  # noqa: ANN001
+    layout = {"expert_model_parallel_size": 2} if world_size == 4 else {}
+    residents = RESIDENTS if world_size == 4 else [[[500, 501, 502], [1, 0, 2, 0]]]
+    results = ranks(world_size).run(exchange, [[], []], [[], []], residents, layout=layout)
+    for rank, result in enumerate(results):
+        own = residents[rank % len(residents)][0]
+        assert result["arrived"].tolist() == own
+        assert result["returned"].tolist() == []
+        check_residents(result, own)
+
+
+def test_one_expert_per_rank_takes_residents_behind_its_rows(ranks) -> None:  # noqa: ANN001
+    """Nothing is regrouped then."""
+    rows, experts = [[0, 1], [2], [], [3, 4]], [[3, 1], [1], [], [0, 1]]
+    residents = [[[500], [1]], [[600, 601], [2]], [[700], [1]], [[], [0]]]
+    layout = {"expert_model_parallel_size": 4}
+    results = ranks(4).run(exchange, rows, experts, residents, layout=layout)
+    arrived = [[3, 500], [1, 2, 4, 600, 601], [700], [0]]
+    for rank, result in enumerate(results):
+        assert result["arrived"].tolist() == arrived[rank]
+        check_residents(result, residents[rank][0])
+    check_returned(results, rows)
+
+
+def test_residents_of_sharded_experts_are_evaluated_on_every_shard(ranks) -> None:  # noqa: ANN001
+    layout = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
+    rows, experts = [[0, 1], [100], [200], []], [[2, 1], [1], [1], []]
+    results = ranks(4).run(exchange, rows, experts, RESIDENTS, layout=layout)
+    for rank, result in enumerate(results):
+        arrived = [[500, 1, 200, 100, 501, 502], [0, 600]]
+        assert result["arrived"].tolist() == arrived[rank // 2]
+        assert result["counts"].tolist() == [[1, 5], [1, 1]][rank // 2]
+        check_residents(result, RESIDENTS[rank // 2][0], num_shards=2)
     check_returned(results, rows)

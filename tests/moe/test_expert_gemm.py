@@ -39,3 +39,20 @@ def test_no_rows_at_all_still_gives_gradients() -> None:
     out.sum().backward()
     assert out.shape == (0, 24)
     assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("equal_count", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_equal_counts_take_one_batched_product(equal_count: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    rows = torch.randn(4 * equal_count, 16, dtype=dtype, requires_grad=True)
+    weight = torch.randn(4, 24, 16, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(4 * equal_count, 24, dtype=dtype)
+    counts = torch.full((4,), equal_count)
+    results = []
+    for given in (None, equal_count):
+        out = grouped_linear(rows, weight, counts, given)
+        results.append((out, *torch.autograd.grad(out, (rows, weight), upstream)))
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert results[1][2].is_contiguous()

@@ -59,12 +59,28 @@ BASE = {"codebook_update": "gradient", "init": "uniform", "dead_code_threshold":
 NUM_CODES = (NUM_EXPERTS, 3 * NUM_EXPERTS, 2 * NUM_EXPERTS + 2)
 
 MATRIX = [
-    {"vq": {"expert_input": expert_input, "norm": norm, "num_codes": num_codes}}
-    for expert_input, norm, num_codes in product(
-        ("code", "blend", "blend_convex", "token"), ("none", "separate", "shared"), NUM_CODES
+    {
+        "vq": {
+            "expert_input": expert_input,
+            "norm": norm,
+            "num_codes": num_codes,
+            "execution": execution,
+        }
+    }
+    for (expert_input, execution), norm, num_codes in product(
+        [
+            ("code", "tokens"),
+            ("code", "code_space"),
+            ("blend", "tokens"),
+            ("blend_convex", "tokens"),
+            ("token", "tokens"),
+        ],
+        ("none", "separate", "shared"),
+        NUM_CODES,
     )
 ]
-VARIANTS = {
+PRODUCT = {"quantizer": "product", "num_codes": 8}
+TOKEN_VARIANTS = {
     "discrete": {"vq": {"path": "discrete"}},
     "discrete-blend": {"vq": {"path": "discrete", "expert_input": "blend"}},
     "continuous": {"vq": {"path": "continuous"}},
@@ -116,19 +132,87 @@ VARIANTS = {
         "dtype": torch.float32,
     },
     "fp32-one-expert": {"routing": "one expert", "dtype": torch.float32},
+    "straight-through-group": {"vq": {"straight_through": "group"}},
+    "discrete-group": {"vq": {"path": "discrete", "straight_through": "group", "norm": "shared"}},
+    "product-2-group": {"vq": {**PRODUCT, "num_code_slices": 2, "straight_through": "group"}},
+    "product-8": {"vq": {**PRODUCT, "num_code_slices": 8}},
+    "product-8-discrete": {"vq": {**PRODUCT, "num_code_slices": 8, "path": "discrete"}},
+    "learned": {"vq": {"code_input": "learned"}},
+    "learned-discrete-no-norm": {
+        "vq": {"code_input": "learned", "path": "discrete", "norm": "none"}
+    },
+    "learned-product-2": {"vq": {**PRODUCT, "code_input": "learned", "num_code_slices": 2}},
+    "learned-product-4-group": {
+        "vq": {
+            **PRODUCT,
+            "code_input": "learned",
+            "num_code_slices": 4,
+            "straight_through": "group",
+        },
+        "activation": "silu",
+        "gated": True,
+    },
+    "low-dim": {"vq": {"quantizer": "low_dim", "code_dim": 5}},
+    "low-dim-discrete-group": {
+        "vq": {
+            "quantizer": "low_dim",
+            "code_dim": 3,
+            "path": "discrete",
+            "straight_through": "group",
+        }
+    },
+    "low-dim-identity": {
+        "vq": {"quantizer": "low_dim", "code_dim": 4, "straight_through": "identity"}
+    },
+    "low-dim-learned": {"vq": {"quantizer": "low_dim", "code_dim": 4, "code_input": "learned"}},
+    "low-dim-blend": {"vq": {"quantizer": "low_dim", "code_dim": 4, "expert_input": "blend"}},
+    "learned-none": {"vq": {"code_input": "learned", "straight_through": "none"}},
+    "64-codes-per-expert": {"vq": {"num_codes": 64 * NUM_EXPERTS}},
+    "fewer-codes-than-experts": {"vq": {"num_codes": NUM_EXPERTS - 1}},
+    # without biases, which Megatron's own experts add in a way that this torch refuses
+    "megatron-experts": {"megatron_experts": True, "bias": False},
+    "megatron-experts-gated-group": {
+        "megatron_experts": True,
+        "vq": {"straight_through": "group"},
+        "activation": "silu",
+        "gated": True,
+        "bias": False,
+    },
 }
-EXPERT_TENSOR_VARIANTS = (
-    "discrete",
-    "continuous-top2",
-    "gated-silu",
-    "gated-silu-bias",
-    "relu",
-    "relu-no-bias",
-    "product-4",
-    "one-code-one-expert",  # most ranks receive no row
-    "recompute",
-    "fp32-gated-product",
-    "fp32-one-expert",
+# Every case again in code space where that is exact, and there with one table per step.
+CODE_VARIANTS = {
+    f"{name}-{suffix}": {**case, "vq": {**case.get("vq", {}), **execution}}
+    for suffix, execution in (
+        ("code-space", {"execution": "code_space"}),
+        ("table-per-step", {"execution": "code_space", "table_per_step": True}),
+    )
+    for name, case in TOKEN_VARIANTS.items()
+    if case.get("vq", {}).get("path") != "continuous"
+    and case.get("vq", {}).get("expert_input", "code") == "code"
+}
+VARIANTS = {
+    name: {**case, "vq": {"execution": "tokens", **case.get("vq", {})}}
+    for name, case in TOKEN_VARIANTS.items()
+} | CODE_VARIANTS
+EXPERT_TENSOR_VARIANTS = tuple(
+    name
+    for name in VARIANTS
+    if name.removesuffix("-code-space").removesuffix("-table-per-step")
+    in (
+        "discrete",
+        "continuous-top2",
+        "gated-silu",
+        "gated-silu-bias",
+        "relu",
+        "relu-no-bias",
+        "product-4",
+        "one-code-one-expert",  # most ranks receive no row
+        "recompute",
+        "fp32-gated-product",
+        "fp32-one-expert",
+        "straight-through-group",
+        "learned-product-4-group",
+    )
 )
 
 
@@ -170,6 +254,45 @@ def drawn(case: dict) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tens
     return parameters, x.to(dtype), weights.to(dtype)
 
 
+def use_megatron_experts(layer: torch.nn.Module) -> None:
+    """Let Megatron's own modules do the experts' work, with the same weights."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLPSubmodules
+    from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    grouped = layer.experts
+    own = SequentialMLP(
+        grouped.num_local_experts,
+        layer.config,
+        MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        get_default_pg_collection(),
+    ).to(grouped.weight1.dtype)
+    with torch.no_grad():
+        for e, expert in enumerate(own.local_experts):
+            for number, linear in ((1, expert.linear_fc1), (2, expert.linear_fc2)):
+                linear.weight.copy_(getattr(grouped, f"weight{number}")[e])
+                if linear.bias is not None:
+                    linear.bias.copy_(getattr(grouped, f"bias{number}")[e])
+    layer.experts = own
+    if layer.code_space is not None:
+        layer.code_space.experts = own
+    layer.grouped_for_comparison = grouped
+
+
+def stack_gradients(layer: torch.nn.Module) -> None:
+    """Name the gradients of Megatron's modules as those of grouped experts."""
+    grouped, own = layer.grouped_for_comparison, layer.experts
+    del layer.grouped_for_comparison
+    for number, linear in ((1, "linear_fc1"), (2, "linear_fc2")):
+        for kind in ("weight", "bias"):
+            parts = [getattr(getattr(e, linear), kind) for e in own.local_experts]
+            if parts[0] is not None:
+                grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parts]
+                getattr(grouped, f"{kind}{number}").grad = torch.stack(grads)
+    layer.experts = grouped
+
+
 def evaluate_layer(case: dict) -> dict:
     """In a rank: this rank's tokens through a real layer, forward and backward."""
     from megatron.core import parallel_state
@@ -190,11 +313,17 @@ def evaluate_layer(case: dict) -> dict:
         normalization=case.get("normalization", "LayerNorm"),
         **changes,
     )
+    if case.get("megatron_experts"):
+        use_megatron_experts(layer)
     own = x.chunk(world)[rank].clone().requires_grad_()
     output, bias = layer(own.view(-1, 2, HIDDEN))  # [S, B = 2, H]
     assert bias is None
     output = output.reshape(-1, HIDDEN)
     (output * weights.chunk(world)[rank]).sum().backward()
+    if layer.step_table is not None:
+        layer.step_table.backward()
+    if case.get("megatron_experts"):
+        stack_gradients(layer)
     gradients = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
     return {
         "output": output.detach(),
@@ -241,6 +370,7 @@ def run_oracle(case: dict, trained: list[str], data_parallel_size: int):  # noqa
         activation=ACTIVATIONS[case.get("activation", "gelu")],
         gated=case.get("gated", False),
         normalization=case.get("normalization", "LayerNorm"),
+        replicas=[t * data_parallel_size // NUM_TOKENS for t in range(NUM_TOKENS)],
     )
     ((result.output * weights).sum() + data_parallel_size * result.vq_loss).backward()
     expected = {"output": result.output.detach(), "gradient of x": x.grad}

@@ -11,6 +11,16 @@ TP, PP, EP = (f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "
 ETP = "expert_tensor_parallel_size"
 VPP = "virtual_pipeline_model_parallel_size"
 SIX = ["train.train_iters=20", "train.exit_interval=6"]  # the schedule of the whole recipe
+RECOMPUTE = [
+    "model.recompute_granularity=full",
+    "model.recompute_method=uniform",
+    "model.recompute_num_layers=1",
+]
+OVERLAP = [
+    "optimizer.use_distributed_optimizer=true",
+    "optimizer.overlap_grad_reduce=true",
+    "optimizer.overlap_param_gather=true",
+]
 LAYOUTS = {
     "ep2": (2, {EP: 2}, []),
     "tp2": (2, {TP: 2}, []),
@@ -20,6 +30,12 @@ LAYOUTS = {
     "etp2": (2, {ETP: 2}, []),
     "pp2-ep2": (4, {PP: 2, EP: 2}, []),
     "tp2-ep2-etp2": (4, {TP: 2, EP: 2, ETP: 2}, ["optimizer.use_distributed_optimizer=true"]),
+    # the one rank runs in code space
+    "token-dispatch-ep2": (2, {EP: 2}, ["vq.execution=tokens"]),
+    "table-per-step-ep2": (2, {EP: 2}, ["vq.table_per_step=true"]),
+    "table-per-step-pp2-vpp2": (2, {PP: 2, VPP: 2}, ["vq.table_per_step=true"]),
+    "table-per-step-recompute-tp2": (2, {TP: 2}, ["vq.table_per_step=true", *RECOMPUTE]),
+    "overlap-ep2": (2, {EP: 2}, OVERLAP),
 }
 
 

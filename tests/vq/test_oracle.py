@@ -177,3 +177,125 @@ def test_norms_are_torchs(normalization: str) -> None:
     result = run(x, parameters, vq, normalization=normalization)
     rows = modules["input_norm"](x) * (result.experts + 1)
     torch.testing.assert_close(result.output, modules["output_norm"](rows))
+
+
+def row_of(result, num_codes: int) -> torch.Tensor:  # noqa: ANN001
+    """Each token's row ids [T, C]."""
+    return result.codes + num_codes * torch.arange(result.codes.shape[1])
+
+
+@pytest.mark.parametrize("num_slices", [1, 2])
+@pytest.mark.parametrize("straight_through", ["token", "group", "identity", "none"])
+def test_learned_inputs_stand_in_for_codes_and_get_the_tasks_gradient(
+    straight_through: str, num_slices: int
+) -> None:
+    product = {"quantizer": "product", "num_code_slices": num_slices} if num_slices > 1 else {}
+    vq = settings(
+        path="discrete", code_input="learned", straight_through=straight_through, **product
+    )
+    parameters = linear_experts(vq)
+    learned = parameters["code_inputs.vectors"].requires_grad_()
+    result = run(tokens(), parameters, vq)
+    rows = row_of(result, vq.num_codes)
+    by_codes = run(tokens(), parameters, settings(path="discrete", **product))
+    assert torch.equal(result.codes, by_codes.codes)
+    of_row = learned.detach().flatten(0, -2)
+    factors = (rows % NUM_EXPERTS + 1).double() / num_slices**0.5
+    expected = (factors.unsqueeze(2) * of_row[rows]).sum(dim=1)
+    torch.testing.assert_close(result.output.detach(), expected)
+
+    g = torch.randn(expected.shape, dtype=torch.float64)
+    result.output.backward(g)
+    gradient = torch.zeros_like(of_row)
+    for t, of_token in enumerate(rows.tolist()):
+        for c, row in enumerate(of_token):
+            gradient[row] += factors[t, c] * g[t]
+    torch.testing.assert_close(learned.grad.view_as(gradient), gradient)
+
+
+def finite_difference(function, at: torch.Tensor, direction: torch.Tensor) -> float:  # noqa: ANN001
+    step = 1e-6 * direction
+    with torch.no_grad():
+        return float(function(at + step) - function(at - step)) / 2e-6
+
+
+def test_the_gradient_of_learned_inputs_by_finite_differences() -> None:
+    vq = settings(code_input="learned", norm="separate", vq_loss_coeff=0.0)
+    parameters = draw_parameters(vq)
+    vectors = parameters["code_inputs.vectors"].clone()
+    direction = torch.randn_like(vectors)
+
+    def loss(learned: torch.Tensor) -> torch.Tensor:
+        changed = {**parameters, "code_inputs.vectors": learned}
+        return vqmoe_oracle(tokens(), changed, vq, num_experts=NUM_EXPERTS).output.square().sum()
+
+    (gradient,) = torch.autograd.grad(loss(vectors.requires_grad_()), vectors)
+    expected = finite_difference(loss, vectors.detach(), direction)
+    assert float((gradient * direction).sum()) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("code_input", ["codebook", "learned"])
+def test_a_token_gets_the_gradient_of_an_expert_input_in_its_place(code_input: str) -> None:
+    """dx = J^T g with J at the expert's input: by finite differences of that input."""
+    vq = settings(path="discrete", norm="separate", code_input=code_input)
+    parameters = draw_parameters(vq)
+    x, g = tokens(1).requires_grad_(), torch.randn(HIDDEN, dtype=torch.float64)
+    result = vqmoe_oracle(x, parameters, vq, num_experts=NUM_EXPERTS)
+    (dx,) = torch.autograd.grad((result.output * g).sum(), x)
+    name = {"codebook": "assigner.codebook.codes", "learned": "code_inputs.vectors"}[code_input]
+    of_row = parameters[name].view(-1, HIDDEN)[int(result.codes)].clone()
+    direction = torch.randn(HIDDEN, dtype=torch.float64)
+    # expert_input=token with the row as the only token is the expert at the row, norms and all
+    at_row = settings(path="discrete", norm="separate", expert_input="token")
+    one_expert = torch.full((vq.num_codes,), int(result.experts))
+    fixed = {**parameters, "assigner.code_map.expert_of_row": one_expert}
+
+    def loss(row: torch.Tensor) -> torch.Tensor:
+        y = vqmoe_oracle(row.view(1, -1), fixed, at_row, num_experts=NUM_EXPERTS).output
+        return (y * g).sum()
+
+    torch.testing.assert_close(loss(of_row), (result.output * g).sum().detach())
+    expected = finite_difference(loss, of_row, direction)
+    assert float((dx[0] * direction).sum()) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("code_input", ["codebook", "learned"])
+@pytest.mark.parametrize("replicas", [None, [0, 0, 0, 1, 1, 1]])
+def test_a_group_shares_the_mean_gradient_of_its_cell(
+    code_input: str, replicas: list[int] | None
+) -> None:
+    vq = settings(path="discrete", straight_through="group", code_input=code_input, num_codes=2)
+    parameters = linear_experts(vq)
+    x = tokens(6).requires_grad_()
+    result = run(x, parameters, vq, replicas=replicas)
+    codes = result.codes[:, 0].tolist()
+    assert set(codes) == {0, 1}
+    g = torch.randn(6, HIDDEN, dtype=torch.float64)
+    (dx,) = torch.autograd.grad(result.output, x, g)
+    places = replicas or [0] * 6
+    for t in range(6):
+        cell = [u for u in range(6) if (places[u], codes[u]) == (places[t], codes[t])]
+        expected = (codes[t] + 1) * torch.stack([g[u] for u in cell]).mean(dim=0)
+        torch.testing.assert_close(dx[t], expected)
+
+
+def test_the_slices_of_a_token_are_in_groups_of_their_own() -> None:
+    vq = settings(
+        path="discrete",
+        straight_through="group",
+        quantizer="product",
+        num_code_slices=2,
+        num_codes=2,
+    )
+    parameters = linear_experts(vq)
+    x = tokens(6).requires_grad_()
+    result = run(x, parameters, vq)
+    g = torch.randn(6, HIDDEN, dtype=torch.float64)
+    (dx,) = torch.autograd.grad(result.output, x, g)
+    rows = row_of(result, 2)
+    half = HIDDEN // 2
+    for t in range(6):
+        for c, columns in enumerate((slice(0, half), slice(half, HIDDEN))):
+            cell = rows[:, c] == rows[t, c]
+            factor = (int(rows[t, c]) % NUM_EXPERTS + 1) / 2**0.5
+            torch.testing.assert_close(dx[t, columns], factor * g[cell][:, columns].mean(dim=0))

@@ -3,7 +3,7 @@
 T local tokens, H hidden size, C codes per token, K codes per slice, N experts.
 
 1. Bring tokens into the codebook's space; initialise the codebook at the first sight of data.
-2. Search the nearest codes [T, C] and read their vectors [T, H].
+2. Search the nearest codes [T, C].
 3. Map codes to experts [T, C].
 4. ``attach`` hangs the VQ losses and the step statistics on an activation, so that both follow the
    gradient: through pipeline stages, accumulation and recompute, never in evaluation.
@@ -23,7 +23,7 @@ from vqmoe_megatron.moe.backward_hook import run_in_backward
 from vqmoe_megatron.moe.codebook_data_init import initialize_codebook
 from vqmoe_megatron.vq.code_map import CodeMap
 from vqmoe_megatron.vq.codebook import Codebook
-from vqmoe_megatron.vq.losses import codebook_loss, commitment_loss
+from vqmoe_megatron.vq.losses import quantization_losses
 
 MAX_CANDIDATES = 4096  # tokens per step and layer kept to replace dead codes
 
@@ -33,7 +33,6 @@ class Assignment:
     """What the assigner found for T tokens."""
 
     prepared: torch.Tensor  # [T, H] tokens in the codebook's space
-    quantized: torch.Tensor  # [T, H] their code vectors, differentiable to the codebook
     codes: torch.Tensor  # int64 [T, C], codes within their slice
     rows: torch.Tensor  # int64 [T, C], slice * K + code
     experts: torch.Tensor  # int64 [T, C]
@@ -79,10 +78,9 @@ class CodeAssigner(torch.nn.Module):
         prepared = self.codebook.prepare(x)
         if self.codebook.needs_data_init:
             initialize_codebook(self.codebook, self.code_map, prepared, self.pg_collection)
-        codes, quantized = self.codebook(prepared)
+        codes = self.codebook(prepared)
         return Assignment(
             prepared=prepared,
-            quantized=quantized,
             codes=codes,
             rows=self.code_map.row_ids(codes),
             experts=self.code_map(codes),
@@ -97,8 +95,9 @@ class CodeAssigner(torch.nn.Module):
         """
         if not (self.training and torch.is_grad_enabled()):
             return activation
-        commitment = commitment_loss(assignment.prepared, assignment.quantized)
-        codebook = codebook_loss(assignment.prepared, assignment.quantized)
+        commitment, codebook = quantization_losses(
+            assignment.prepared, self.codebook.code_vectors(), assignment.codes
+        )
         loss = self.vq.commitment_coeff * commitment
         if self.codebook.codes.requires_grad:
             loss = loss + codebook

@@ -1,4 +1,4 @@
-"""Once per optimizer step: reduce what every rank saw, move every codebook alike.
+"""Once per optimizer step: finish kept tables, reduce what every rank saw, move codebooks alike.
 
 N experts, C code slices, K codes per slice, D slice width, M candidates.
 
@@ -18,6 +18,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
 from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.moe.router import VQRouter
+from vqmoe_megatron.moe.step_table import StepTable
 from vqmoe_megatron.vq.codebook_update import StepStatistics
 
 
@@ -50,7 +51,11 @@ class CodebookSync:
         self._reduced: list[Reduced] = []
 
     def __call__(self, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
-        """Finalize gradients (Megatron's groups), then reduce statistics over ``tp_dp_cp``."""
+        """Differentiate kept tables, finalize gradients (Megatron's groups), then reduce
+        statistics over ``tp_dp_cp``."""
+        for owner in _owners(model):
+            if (table := _step_table(owner)) is not None:
+                table.backward()
         finalize_model_grads(model, *args, **kwargs)
         self._reduced = reduce_statistics(model)
         if self.applies_at_once:
@@ -77,8 +82,16 @@ def synchronize_codebooks(model: list[torch.nn.Module]) -> list[LayerStatistics]
     Returns:
         Statistics of this rank's layers, in layer order.
 
+    Raises:
+        ValueError: for a layer with one table per step, whose gradient would come too late here.
+
     Communicates: one all-reduce over ``tp_dp_cp`` for all layers of this rank.
     """
+    if any(_step_table(owner) is not None for owner in _owners(model)):
+        raise ValueError(
+            "vq.table_per_step brings gradients to the weights before they are reduced; use "
+            "CodebookSync as config.finalize_model_grads_func, which does that first"
+        )
     return [_apply(owner, iter(parts)) for owner, parts in reduce_statistics(model)]
 
 
@@ -105,7 +118,13 @@ def _owners(model: list[torch.nn.Module]) -> list[VQMoELayer | VQRouter]:
     return [m for chunk in model for m in chunk.modules() if isinstance(m, VQMoELayer | VQRouter)]
 
 
+def _step_table(owner: VQMoELayer | VQRouter) -> StepTable | None:
+    return owner.step_table if isinstance(owner, VQMoELayer) else None
+
+
 def _clear(owner: VQMoELayer | VQRouter) -> None:
+    if (table := _step_table(owner)) is not None:
+        table.clear()
     if isinstance(owner, VQMoELayer):
         owner.step_expert_load.zero_()
         owner.step_gate.zero_()

@@ -35,15 +35,26 @@ class CombineGate(torch.nn.Module):
             self.linear.bias.copy_(torch.tensor(bias))
         mark_sequence_parallel(self, config)
 
-    def forward(
-        self, x: torch.Tensor, y_continuous: torch.Tensor, y_discrete: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ``([T, H] output, [T, 1] weight of the discrete path)``. No communication."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Weights of the continuous path (None: one) and of the discrete path for tokens [T, H].
+
+        ``[T]`` each, fp32 (fp64 for fp64). No communication.
+        """
         logits = self.linear(x)
         if logits.dtype not in (torch.float32, torch.float64):
             logits = logits.float()
         if not self.is_softmax:
-            weight = logits.sigmoid()
-            return (y_continuous + weight * y_discrete).to(x.dtype), weight
+            return None, logits.sigmoid().squeeze(1)
         p = logits.softmax(dim=-1)
-        return (p[:, :1] * y_continuous + p[:, 1:] * y_discrete).to(x.dtype), p[:, 1:]
+        return p[:, 0], p[:, 1]
+
+
+def weighted_sum(
+    y_continuous: torch.Tensor,
+    y_discrete: torch.Tensor,
+    weights: tuple[torch.Tensor | None, torch.Tensor],
+) -> torch.Tensor:
+    """``[T, H]`` outputs of both paths -> ``[T, H]`` in the dtype of the first."""
+    p_continuous, p_discrete = weights
+    first = y_continuous if p_continuous is None else p_continuous.unsqueeze(1) * y_continuous
+    return (first + p_discrete.unsqueeze(1) * y_discrete).to(y_continuous.dtype)

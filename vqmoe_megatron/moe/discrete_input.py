@@ -1,14 +1,14 @@
-"""What the experts of the discrete path are fed, and which gradient goes back to the token.
+"""What the experts of the discrete path are fed in token dispatch, and which gradient goes back.
 
 T tokens, C codes per token, H hidden size, D = H / C, c the contribution rate, sg() stop-gradient.
 
-code          v                       dx by vq.straight_through
+code          v, or a learned vector   dx by vq.straight_through
 blend         (1 - c) x + c sg(v - x)  as released: value (1 - 2c) x + c v, Jacobian (1 - c) I
 blend_convex  (1 - c) x + c (x + sg(v - x)): value (1 - c) x + c v, Jacobian I
 token         x                        the codes choose the experts and nothing else
 
 With C > 1 a token has C rows. For ``code`` row s is the code vector of slice s in its own place and
-zeros elsewhere; for the other inputs every row is the same full vector.
+zeros elsewhere (a learned one has full width); for the other inputs every row is the same vector.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from __future__ import annotations
 import torch
 
 from vqmoe_megatron.config import VQConfig
+from vqmoe_megatron.moe.code_assigner import Assignment
+from vqmoe_megatron.moe.code_inputs import LearnedCodeInputs
+from vqmoe_megatron.moe.straight_through import input_gradient_to_token
+from vqmoe_megatron.vq.codebook import Codebook
 
 
-class _StraightThrough(torch.autograd.Function):
-    """The code's value exactly (x + sg(v - x) would round), the token's gradient."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, quantized: torch.Tensor):  # noqa: ANN001, ANN205
-        return quantized.clone()
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):  # noqa: ANN001, ANN205
-        return grad, None
+def code_input(x: torch.Tensor, quantized: torch.Tensor, num_slices: int) -> torch.Tensor:
+    """Code vectors ``[T, H]`` in the places of their slices ``[T, C, H]``, with no gradient."""
+    quantized = quantized.detach().to(x.dtype)
+    if num_slices == 1:
+        return quantized.unsqueeze(1)
+    slices = quantized.view(x.shape[0], 1, num_slices, -1)
+    own_place = torch.eye(num_slices, dtype=x.dtype, device=x.device)
+    return (own_place[None, :, :, None] * slices).view(x.shape[0], num_slices, -1)
 
 
-def discrete_input(x: torch.Tensor, quantized: torch.Tensor, vq: VQConfig) -> torch.Tensor:
-    """Build the expert inputs of the discrete path.
+def mixed_input(x: torch.Tensor, quantized: torch.Tensor, vq: VQConfig) -> torch.Tensor:
+    """Build the expert inputs that hold something of the token: blend, blend_convex, token.
 
     Args:
         x: ``[T, H]`` tokens in the codebook's space.
@@ -41,21 +43,55 @@ def discrete_input(x: torch.Tensor, quantized: torch.Tensor, vq: VQConfig) -> to
     Returns:
         ``[T, C, H]`` in the dtype of ``x``. No communication.
     """
-    num_slices = vq.num_code_slices
-    quantized = quantized.detach().to(x.dtype)
     rate = vq.contribution_rate
-    if vq.expert_input == "code":
-        if vq.straight_through == "token":
-            quantized = _StraightThrough.apply(x, quantized)
-        if num_slices == 1:
-            return quantized.unsqueeze(1)
-        slices = quantized.view(x.shape[0], 1, num_slices, -1)
-        own_place = torch.eye(num_slices, dtype=x.dtype, device=x.device)
-        return (own_place[None, :, :, None] * slices).view(x.shape[0], num_slices, -1)
+    quantized = quantized.detach().to(x.dtype)
     if vq.expert_input == "blend":
         mixed = (1 - rate) * x + rate * (quantized - x).detach()
     elif vq.expert_input == "blend_convex":
         mixed = x + rate * (quantized - x).detach()
     else:
         mixed = x
-    return mixed.unsqueeze(1).expand(-1, num_slices, -1)
+    return mixed.unsqueeze(1).expand(-1, vq.num_code_slices, -1)
+
+
+def discrete_rows(
+    x: torch.Tensor,
+    assignment: Assignment,
+    codebook: Codebook,
+    code_inputs: LearnedCodeInputs | None,
+    vq: VQConfig,
+    tp_group: torch.distributed.ProcessGroup,
+) -> torch.Tensor:
+    """Build the C rows that every token sends to the experts, before the input norm.
+
+    Args:
+        x: ``[T, H]`` tokens.
+        assignment: their codes.
+        codebook: whose codes they are.
+        code_inputs: with code_input=learned.
+        vq: names the input and its gradient.
+        tp_group: for straight_through=group.
+
+    Returns:
+        ``[T, C, H]`` in the dtype of ``x``. Communicates over ``tp_group`` in the backward pass,
+        for straight_through=group.
+    """
+    if vq.expert_input != "code":
+        # The token as it came, also for cosine codes; a blend where distances are taken.
+        is_raw = vq.expert_input == "token" or vq.quantizer == "low_dim"
+        quantized = codebook.lift(codebook.lookup(assignment.codes))
+        return mixed_input(x if is_raw else assignment.prepared, quantized, vq)
+    if code_inputs is not None:
+        rows = code_inputs(assignment.rows.reshape(-1)).view(x.shape[0], vq.num_code_slices, -1)
+    else:
+        quantized = codebook.lift(codebook.lookup(assignment.codes))
+        rows = code_input(x, quantized, vq.num_code_slices)
+    return input_gradient_to_token(
+        rows,
+        assignment.prepared,
+        assignment.codes,
+        vq.straight_through,
+        code_inputs is None,
+        codebook,
+        tp_group,
+    )

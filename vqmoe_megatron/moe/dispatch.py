@@ -1,8 +1,8 @@
 """The code-driven all-to-all: rows travel to the ranks that own their expert, and back.
 
-R rows on this rank, R' rows received, H hidden size, N experts, n local experts, P = N / n
-expert-parallel ranks; expert e lives on expert-parallel rank e // n. E expert-tensor ranks hold one
-shard each of the same n experts, and have different tokens.
+R rows on this rank, R' rows received, S resident rows, H hidden size, N experts, n local experts,
+P = N / n expert-parallel ranks; expert e lives on expert-parallel rank e // n. E expert-tensor
+ranks hold one shard each of the same n experts, and have different tokens.
 
 1. The permutation plan (sort by expert, then code; counts by bincount) comes in.
 2. Counts are exchanged: [P, n] out, [P, n] in. At E > 1 the received ones are gathered: [E, P, n].
@@ -10,7 +10,8 @@ shard each of the same n experts, and have different tokens.
 4. Rows are permuted and exchanged.
 5. At E > 1 the expert-tensor group gathers what its ranks received: a shard needs every row.
 6. Arrived rows, ordered by (expert-tensor rank, source rank, local expert), are regrouped by local
-   expert.
+   expert. Resident rows (of code space: this rank's code rows, which never travel) join here, so
+   that both are evaluated by one grouped GEMM.
 7. ``combine`` walks 6, 5 and 4 backwards with the receipt; step 5 backwards sums the shards'
    partial results. Nothing is remembered between calls.
 """
@@ -23,7 +24,19 @@ import torch
 from megatron.core.tensor_parallel import all_to_all
 
 from vqmoe_megatron.moe.expert_tensor_exchange import gather_rows, reduce_scatter_rows
-from vqmoe_megatron.vq.permutation import PermutationPlan, plan_permutation
+from vqmoe_megatron.vq.permutation import (
+    PermutationPlan,
+    append_residents,
+    plan_permutation,
+)
+
+
+@dataclass(frozen=True)
+class ResidentRows:
+    """Rows that are evaluated where they are, the same on the ranks of the expert-tensor group."""
+
+    rows: torch.Tensor  # [S, H], sorted by local expert
+    rows_per_local_expert: torch.Tensor  # int64 [n], summing to S
 
 
 @dataclass(frozen=True)
@@ -31,11 +44,12 @@ class DispatchReceipt:
     """All that ``combine`` needs to bring the rows back in their first order."""
 
     plan: PermutationPlan
-    tokens_per_local_expert: torch.Tensor  # int64 [n]
+    tokens_per_local_expert: torch.Tensor  # int64 [n], residents included
     regroup: PermutationPlan | None  # of arrived rows; None when they arrive grouped
     input_splits: list[int]  # rows sent to each of P ranks; empty at P = 1
     output_splits: list[int]  # rows received from each of P ranks; empty at P = 1
     gathered_sizes: list[int]  # rows received by each of E ranks; empty at E = 1
+    num_residents: int = 0  # S
 
 
 class _Permute(torch.autograd.Function):
@@ -57,6 +71,7 @@ def dispatch(
     plan: PermutationPlan,
     ep_group: torch.distributed.ProcessGroup,
     expt_tp_group: torch.distributed.ProcessGroup,
+    residents: ResidentRows | None = None,
 ) -> tuple[torch.Tensor, DispatchReceipt]:
     """Send every row to the ranks of its expert.
 
@@ -65,20 +80,28 @@ def dispatch(
         plan: of the R rows over N experts.
         ep_group: the P expert-parallel ranks; N must divide by P.
         expt_tp_group: the E ranks that hold shards of this rank's experts.
+        residents: rows to evaluate along with those that arrive.
 
     Returns:
-        ``[R', H]`` rows sorted by local expert, equal on the ranks of ``expt_tp_group``, and the
-        receipt.
+        ``[R' + S, H]`` rows sorted by local expert, equal on the ranks of ``expt_tp_group``, and
+        the receipt.
 
     Communicates over ``ep_group`` one all-to-all of counts and one of rows (none at P = 1), over
     ``expt_tp_group`` one all-gather of counts and one of rows (none at E = 1). One host
     synchronisation (none at P = E = 1).
     """
     num_sources, num_shards = ep_group.size(), expt_tp_group.size()
-    permuted = _Permute.apply(rows, plan.order, plan.inverse())
+    num_residents = 0 if residents is None else residents.rows.shape[0]
     if num_sources == num_shards == 1:
-        return permuted, DispatchReceipt(plan, plan.tokens_per_expert, None, [], [], [])
+        if residents is not None:
+            rows = torch.cat([rows, residents.rows])
+            plan = append_residents(plan, residents.rows_per_local_expert, num_residents)
+        permuted = _Permute.apply(rows, plan.order, plan.inverse())
+        return permuted, DispatchReceipt(
+            plan, plan.tokens_per_expert, None, [], [], [], num_residents
+        )
 
+    permuted = _Permute.apply(rows, plan.order, plan.inverse())
     sent = plan.tokens_per_expert.view(num_sources, -1)  # [P, n]
     counts = _exchange_counts(sent, ep_group, expt_tp_group)  # [E, P, n]
     received = counts[expt_tp_group.rank()]  # [P, n]
@@ -92,17 +115,26 @@ def dispatch(
         gathered_sizes = sizes[2 * num_sources :]
         arrived = gather_rows(arrived, gathered_sizes, expt_tp_group)
 
-    num_local = sent.shape[1]
+    blocks = counts.reshape(-1, sent.shape[1])  # [E P, n]
+    if residents is not None:
+        arrived = torch.cat([arrived, residents.rows])
+        blocks = torch.cat([blocks, residents.rows_per_local_expert.unsqueeze(0)])
     regroup = None
-    if num_local > 1:
-        local_expert = torch.arange(num_local, device=rows.device).repeat(num_shards * num_sources)
+    if blocks.shape[1] > 1:
+        local_expert = torch.arange(blocks.shape[1], device=rows.device).repeat(blocks.shape[0])
         local_expert = local_expert.repeat_interleave(
-            counts.reshape(-1), output_size=arrived.shape[0]
+            blocks.reshape(-1), output_size=arrived.shape[0]
         )
-        regroup = plan_permutation(local_expert, num_local)
+        regroup = plan_permutation(local_expert, blocks.shape[1])
         arrived = _Permute.apply(arrived, regroup.order, regroup.inverse())
     receipt = DispatchReceipt(
-        plan, counts.sum(dim=(0, 1)), regroup, input_splits, output_splits, gathered_sizes
+        plan,
+        blocks.sum(dim=0),
+        regroup,
+        input_splits,
+        output_splits,
+        gathered_sizes,
+        num_residents,
     )
     return arrived, receipt
 
@@ -130,18 +162,30 @@ def combine(
     receipt: DispatchReceipt,
     ep_group: torch.distributed.ProcessGroup,
     expt_tp_group: torch.distributed.ProcessGroup,
-) -> torch.Tensor:
-    """Bring expert outputs ``[R', H]`` back to the order of the rows given to :func:`dispatch`.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring expert outputs ``[R' + S, H]`` back to the order of the rows given to :func:`dispatch`.
 
-    At E > 1 they are this shard's part of each output; the parts are summed.
+    At E > 1 they are this shard's part of each output; the parts of travelled rows are summed,
+    those of residents are not.
 
-    Returns ``[R, H]``. Communicates over ``expt_tp_group`` one reduce-scatter (none at E = 1), over
-    ``ep_group`` one all-to-all (none at P = 1).
+    Returns ``[R, H]`` and the residents' ``[S, H]``. Communicates over ``expt_tp_group`` one
+    reduce-scatter (none at E = 1), over ``ep_group`` one all-to-all (none at P = 1).
     """
+    if not receipt.input_splits and not receipt.gathered_sizes:
+        rows = _Permute.apply(rows, receipt.plan.inverse(), receipt.plan.order)
+        return _split_residents(rows, receipt.num_residents)
     if receipt.regroup is not None:
         rows = _Permute.apply(rows, receipt.regroup.inverse(), receipt.regroup.order)
+    rows, residents = _split_residents(rows, receipt.num_residents)
     if receipt.gathered_sizes:
         rows = reduce_scatter_rows(rows, receipt.gathered_sizes, expt_tp_group)
     if receipt.input_splits:
         rows = all_to_all(ep_group, rows, receipt.input_splits, receipt.output_splits)
-    return _Permute.apply(rows, receipt.plan.inverse(), receipt.plan.order)
+    return _Permute.apply(rows, receipt.plan.inverse(), receipt.plan.order), residents
+
+
+def _split_residents(rows: torch.Tensor, num_residents: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if num_residents == 0:  # a split's gradient would copy all rows
+        return rows, rows.new_empty(0, rows.shape[1])
+    travelled, residents = rows.split([rows.shape[0] - num_residents, num_residents])
+    return travelled, residents

@@ -96,6 +96,7 @@ class GroupedExperts(MegatronModule):
         permuted_local_hidden_states: torch.Tensor,
         tokens_per_expert: torch.Tensor,
         permuted_probs: torch.Tensor | None = None,
+        equal_count: int | None = None,
     ) -> tuple[torch.Tensor, None]:
         """Evaluate the local experts.
 
@@ -103,6 +104,7 @@ class GroupedExperts(MegatronModule):
             permuted_local_hidden_states: ``[R, H]``, sorted by local expert.
             tokens_per_expert: integer ``[n]``.
             permuted_probs: ``[R]`` weights of the outputs, or None for weight one.
+            equal_count: R / n where the host knows that all experts have so many rows.
 
         Returns:
             ``([R, H], None)``; biases are added inside. At E > 1 this rank's part of the outputs:
@@ -112,15 +114,10 @@ class GroupedExperts(MegatronModule):
         """
         rows = permuted_local_hidden_states
         counts = tokens_per_expert.to(rows.device)
-        hidden = grouped_linear(rows, self.weight1, counts)
-        hidden = self._add_bias(hidden, self.bias1, counts)
-        if self.config.gated_linear_unit:
-            gate, up = hidden.chunk(2, dim=-1)
-            hidden = self.config.activation_func(gate) * up
-        else:
-            hidden = self.config.activation_func(hidden)
-        output = grouped_linear(hidden, self.weight2, counts)
-        output = self._add_bias(output, self._bias2_part(), counts)
+        hidden = grouped_linear(rows, self.weight1, counts, equal_count)
+        hidden = self.activate(self.add_bias(hidden, self.bias1, counts))
+        output = grouped_linear(hidden, self.weight2, counts, equal_count)
+        output = self.add_bias(output, self._bias2_part(), counts)
         if permuted_probs is not None:
             output = (output * permuted_probs.unsqueeze(-1)).to(output.dtype)
         return output, None
@@ -135,10 +132,18 @@ class GroupedExperts(MegatronModule):
             return self.bias2
         return self.bias2 - self.bias2.detach()
 
+    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fc1 outputs ``[R, G F / E]`` -> fc2 inputs ``[R, F / E]``."""
+        if not self.config.gated_linear_unit:
+            return self.config.activation_func(hidden)
+        gate, up = hidden.chunk(2, dim=-1)
+        return self.config.activation_func(gate) * up
+
     @staticmethod
-    def _add_bias(
+    def add_bias(
         rows: torch.Tensor, bias: torch.Tensor | None, counts: torch.Tensor
     ) -> torch.Tensor:
+        """Add each expert's bias ``[n, O]`` to its rows ``[R, O]``, sorted by expert."""
         if bias is None:
             return rows
         return rows + bias.repeat_interleave(counts, dim=0, output_size=rows.shape[0])
@@ -210,3 +215,19 @@ class GroupedExperts(MegatronModule):
             return torch.cat(pieces, dim=shard_axis)
 
         return ShardedTensorFactory(key, parameter, build, merge, replica_id)
+
+
+def evaluate_experts(
+    experts: torch.nn.Module,
+    rows: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    equal_count: int | None = None,
+) -> torch.Tensor:
+    """Outputs ``[R, H]`` of rows sorted by local expert, with weight one.
+
+    Megatron's own expert modules always multiply by weights; :class:`GroupedExperts` need none.
+    """
+    if isinstance(experts, GroupedExperts):
+        return experts(rows, tokens_per_expert, None, equal_count)[0]
+    weights = torch.ones(rows.shape[0], dtype=rows.dtype, device=rows.device)
+    return experts(rows, tokens_per_expert, weights)[0]

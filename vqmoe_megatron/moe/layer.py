@@ -4,9 +4,12 @@ S sequence length, B batch, T = S * B local tokens, H hidden size, k selected ex
 continuous path, C codes of the discrete path, R = T (k + C) rows, N experts.
 
 1. Continuous path: Megatron's TopKRouter selects k experts and their weights.
-2. Discrete path: the codebook assigns C codes; code -> expert; ``discrete_input`` builds C rows.
-3. The rows of both paths are one set [R, H]: one permutation plan, one all-to-all each way, one
-   grouped GEMM; under expert tensor parallelism also one gather and one reduce-scatter.
+2. Discrete path: the codebook assigns C codes; code -> expert.
+3. Token dispatch: C rows per token join the continuous ones. Code space: the experts' own code rows
+   do, which never travel (``code_space``). Either way one permutation plan, one all-to-all each way
+   and one grouped GEMM serve both paths; under expert tensor parallelism also one gather and one
+   reduce-scatter. A discrete path alone in code space, or with one table per step, needs none of
+   it.
 4. Continuous rows are summed with the router's weights, discrete rows with weight 1 / sqrt(C).
 5. The combine gate weighs the two outputs; VQ losses and statistics ride on the result.
 
@@ -25,11 +28,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.moe.backward_hook import run_in_backward
 from vqmoe_megatron.moe.code_assigner import Assignment, CodeAssigner
-from vqmoe_megatron.moe.combine_gate import CombineGate
-from vqmoe_megatron.moe.discrete_input import discrete_input
-from vqmoe_megatron.moe.dispatch import combine, dispatch
+from vqmoe_megatron.moe.code_inputs import LearnedCodeInputs
+from vqmoe_megatron.moe.code_space import CodeInputs, CodeSpace
+from vqmoe_megatron.moe.combine_gate import CombineGate, weighted_sum
+from vqmoe_megatron.moe.discrete_input import discrete_rows
+from vqmoe_megatron.moe.dispatch import ResidentRows, combine, dispatch
+from vqmoe_megatron.moe.grouped_experts import evaluate_experts
 from vqmoe_megatron.moe.norms import ParallelNorm
+from vqmoe_megatron.moe.step_table import StepTable
+from vqmoe_megatron.moe.straight_through import with_gradient_to
 from vqmoe_megatron.vq.permutation import plan_permutation
+from vqmoe_megatron.vq.segment_sum import count_ids
 
 
 class VQMoELayer(MoELayer):
@@ -57,17 +66,12 @@ class VQMoELayer(MoELayer):
         self.expt_tp_group = pg_collection.expt_tp
         self.vq = vq or VQConfig(num_codes=4 * config.num_moe_experts)
         self.token_dispatcher = None  # Megatron's is not used: rows of both paths travel together
-        self.assigner = self.gate = self.input_norm = self.output_norm = None
+        self.assigner = self.gate = self.input_norm = self.output_norm = self.code_inputs = None
+        self.code_space = self.step_table = None
         if self.vq.path == "discrete":
             self.router = None
         if self.vq.path != "continuous":
-            self.assigner = CodeAssigner(config, self.vq, pg_collection, seed)
-            if self.vq.norm != "none":
-                self.input_norm = ParallelNorm(config, config.hidden_size, config.layernorm_epsilon)
-            if self.vq.norm == "separate":
-                self.output_norm = ParallelNorm(
-                    config, config.hidden_size, config.layernorm_epsilon
-                )
+            self._build_discrete_path(config, pg_collection, seed)
         if self.vq.path == "dual":
             self.gate = CombineGate(config, self.vq)
         device = torch.cuda.current_device()
@@ -79,12 +83,46 @@ class VQMoELayer(MoELayer):
         if layer_number is not None:
             self.set_layer_number(layer_number)
 
+    def _build_discrete_path(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, seed: int
+    ) -> None:
+        self.assigner = CodeAssigner(config, self.vq, pg_collection, seed)
+        if self.vq.code_input == "learned":
+            self.code_inputs = LearnedCodeInputs(config, self.vq, seed)
+        norm_size = config.hidden_size, config.layernorm_epsilon
+        if self.vq.norm != "none":
+            self.input_norm = ParallelNorm(config, *norm_size)
+        if self.vq.norm == "separate":
+            self.output_norm = ParallelNorm(config, *norm_size)
+        if self.vq.in_code_space:
+            norms = self.input_norm, self._discrete_output_norm
+            self.code_space = CodeSpace(
+                self.vq, self.experts, self.assigner, self.code_inputs, norms, pg_collection
+            )
+        if self.vq.table_per_step:
+            self.step_table = StepTable(self.code_space.evaluate)
+
+    @property
+    def _discrete_output_norm(self) -> torch.nn.Module | None:
+        return self.input_norm if self.vq.norm == "shared" else self.output_norm
+
     def set_layer_number(self, layer_number: int) -> None:
         """Called by the transformer layer; decides this layer's random choices."""
         self.layer_number = layer_number
-        for part in (self.router, self.assigner):
+        for part in (self.router, self.assigner, self.code_inputs):
             if part is not None:
                 part.set_layer_number(layer_number)
+
+    def train(self, mode: bool = True) -> VQMoELayer:
+        """Switch between training and evaluation; a kept table is forgotten."""
+        if self.step_table is not None:
+            self.step_table.clear()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.step_table is not None:
+            self.step_table.clear()
 
     def forward(
         self,
@@ -113,41 +151,60 @@ class VQMoELayer(MoELayer):
 
     def _evaluate(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
-        rows, experts, codes = [], [], []  # of each path: [T, k or C, H], int64 [T, k or C] twice
-        probs = assignment = None
-
+        probs = selected = assignment = table = None
+        rows, experts = [], []  # of each path: [T, k or C, H] and int64 [T, k or C]
         if self.router is not None:  # 1. continuous path
             probs, selected = self._select(hidden_states)  # [T, k] twice
             rows.append(x.unsqueeze(1).expand(-1, selected.shape[1], -1))
             experts.append(selected)
-            codes.append(torch.zeros_like(selected))
         if self.assigner is not None:  # 2. discrete path
             assignment = self.assigner(x)
-            is_token = self.vq.expert_input == "token"  # as it came, also for cosine codes
-            discrete = discrete_input(
-                x if is_token else assignment.prepared, assignment.quantized, self.vq
-            )
-            rows.append(discrete if self.input_norm is None else self.input_norm(discrete))
-            experts.append(assignment.experts)
-            codes.append(assignment.rows + 1)  # behind the expert's continuous rows
+            if self.code_space is None:
+                sent = discrete_rows(
+                    x, assignment, self.assigner.codebook, self.code_inputs, self.vq, self.tp_group
+                )
+                rows.append(sent if self.input_norm is None else self.input_norm(sent))
+                experts.append(assignment.experts)
 
-        outputs = self._run_experts(rows, experts, codes)  # 3. [T, k or C, H] of each path
+        outputs = []  # 3. [T, k or C, H] of each path whose rows travelled
+        if self.step_table is not None and (self.training or not torch.is_grad_enabled()):
+            table = self.step_table.get(self.training, x.dtype)
+        elif self.code_space is not None and not rows:
+            table = self.code_space.evaluate(x.dtype)
+        if rows:
+            codes = assignment.rows if assignment is not None and len(rows) == 2 else None
+            wants_table = self.code_space is not None and table is None
+            code_rows = self.code_space.inputs(x.dtype) if wants_table else None
+            outputs, code_outputs = self._run_experts(rows, experts, codes, code_rows)
+            if wants_table:
+                table = self.code_space.table(code_rows, code_outputs)
 
-        y_continuous = y_discrete = weight = None
+        y_continuous = y_discrete = None
         if probs is not None:  # 4.
-            y_continuous = (outputs.pop(0) * probs.unsqueeze(-1)).sum(dim=1).to(x.dtype)
-        if assignment is not None:
-            y_discrete = self._discrete_output(outputs.pop(0), assignment, x)
+            y_continuous = _sum_slots(outputs.pop(0) * probs.unsqueeze(-1)).to(x.dtype)
+        is_read_while_combined = (
+            table is not None and y_continuous is not None and self.code_space.reads_final_rows
+        )
+        if table is not None and not is_read_while_combined:
+            y_discrete = self.code_space.output(table, assignment, x.dtype)
+        elif outputs:
+            y_discrete = _sum_slots(outputs.pop(0)) / self.vq.num_code_slices**0.5
+        if y_discrete is not None:
+            y_discrete = self._finish_discrete(y_discrete, assignment).to(x.dtype)
 
-        if y_discrete is None:  # 5.
-            output = y_continuous
-        elif y_continuous is None:
-            output = y_discrete
+        weights = None if self.gate is None else self.gate(x)  # 5.
+        if is_read_while_combined:
+            output = self.code_space.combined_output(table, assignment, y_continuous, weights)
+        elif weights is not None:
+            output = weighted_sum(y_continuous, y_discrete, weights)
         else:
-            output, weight = self.gate(x, y_continuous, y_discrete)
+            output = y_continuous if y_discrete is None else y_discrete
+        load = [selected] if selected is not None else []
         if assignment is not None:
             output = self.assigner.attach(output, assignment)
-        output = self._attach_load(output, torch.cat([e.reshape(-1) for e in experts]), weight)
+            load.append(assignment.experts)
+        weight = None if weights is None else weights[1]
+        output = self._attach_load(output, torch.cat([e.reshape(-1) for e in load]), weight)
         return output.view_as(hidden_states)
 
     def _select(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,34 +221,52 @@ class VQMoELayer(MoELayer):
         self,
         rows: list[torch.Tensor],
         experts: list[torch.Tensor],
-        codes: list[torch.Tensor],
-    ) -> list[torch.Tensor]:
+        codes: torch.Tensor | None,
+        code_rows: CodeInputs | None,
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Evaluate travelling rows of each path, and this rank's own code rows along with them.
+
+        ``codes`` [T, C] orders the last path's rows within their expert, behind the continuous
+        ones; ``code_rows`` is None where no table is wanted.
+        """
         sizes = [part.shape[:2] for part in rows]
-        flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in rows])  # [R, H]
+        parts = [part.reshape(-1, part.shape[-1]) for part in rows]
+        flat = torch.cat(parts) if len(parts) > 1 else parts[0]  # [R, H]
         plan = plan_permutation(
             torch.cat([e.reshape(-1) for e in experts]),
             self.config.num_moe_experts,
-            torch.cat([c.reshape(-1) for c in codes]),
+            self._order_within_expert(experts, codes),
         )
+        residents = None
+        if code_rows is not None:
+            rows_per_expert = self.code_space.rows.rows_per_local_expert
+            residents = ResidentRows(code_rows.normed, rows_per_expert)
         groups = self.ep_group, self.expt_tp_group
-        arrived, receipt = dispatch(flat, plan, *groups)
-        evaluated, _ = self.experts(arrived, receipt.tokens_per_local_expert, None)
-        returned = combine(evaluated, receipt, *groups)
-        parts = returned.split([t * c for t, c in sizes])
-        return [part.view(*size, -1) for part, size in zip(parts, sizes, strict=True)]
+        arrived, receipt = dispatch(flat, plan, *groups, residents)
+        evaluated = evaluate_experts(self.experts, arrived, receipt.tokens_per_local_expert)
+        returned, code_outputs = combine(evaluated, receipt, *groups)
+        parts = returned.split([t * c for t, c in sizes]) if len(sizes) > 1 else [returned]
+        outputs = [part.view(*size, -1) for part, size in zip(parts, sizes, strict=True)]
+        return outputs, code_outputs
 
-    def _discrete_output(
-        self, outputs: torch.Tensor, assignment: Assignment, x: torch.Tensor
-    ) -> torch.Tensor:
-        """outputs [T, C, H] -> [T, H]: scaled sum over codes, norm, identity gradient."""
-        y = outputs.sum(dim=1) / self.vq.num_code_slices**0.5
-        if self.vq.norm == "separate":
-            y = self.output_norm(y)
-        elif self.vq.norm == "shared":
-            y = self.input_norm(y)
+    @staticmethod
+    def _order_within_expert(
+        experts: list[torch.Tensor], codes: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        if codes is None:
+            return None
+        ranks = [torch.zeros_like(e) for e in experts[:-1]] + [codes + 1]
+        return torch.cat([rank.reshape(-1) for rank in ranks])
+
+    def _finish_discrete(self, y: torch.Tensor, assignment: Assignment) -> torch.Tensor:
+        """[T, H]: output norm and the identity's gradient, unless the table's rows are final."""
+        if self.code_space is not None and self.code_space.reads_final_rows:
+            return y
+        if self._discrete_output_norm is not None:
+            y = self._discrete_output_norm(y)
         if self.vq.straight_through == "identity" and self.vq.expert_input == "code":
-            y = y + (assignment.prepared - assignment.prepared.detach())
-        return y.to(x.dtype)
+            y = with_gradient_to(y, assignment.prepared, self.assigner.codebook.lower)
+        return y
 
     def _attach_load(
         self, output: torch.Tensor, experts: torch.Tensor, weight: torch.Tensor | None
@@ -199,10 +274,11 @@ class VQMoELayer(MoELayer):
         if not (self.training and torch.is_grad_enabled()):
             return output
 
+        num_tokens = float(output.shape[0])  # the output itself must not be kept
+
         def record() -> None:
             num_experts = self.config.num_moe_experts
-            self.step_expert_load += torch.bincount(experts, minlength=num_experts)
-            num_tokens = float(output.shape[0])
+            self.step_expert_load += count_ids(experts, num_experts)
             discrete = self.step_gate.new_tensor(
                 0.0 if self.vq.path == "continuous" else num_tokens
             )
@@ -211,6 +287,11 @@ class VQMoELayer(MoELayer):
             self.step_gate += torch.stack([discrete, self.step_gate.new_tensor(num_tokens)])
 
         return run_in_backward(output, record)
+
+
+def _sum_slots(rows: torch.Tensor) -> torch.Tensor:
+    """[T, k, H] -> [T, H]; one slot needs no sum."""
+    return rows.squeeze(1) if rows.shape[1] == 1 else rows.sum(dim=1)
 
 
 def _check_config(config: TransformerConfig) -> None:

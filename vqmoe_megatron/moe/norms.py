@@ -15,15 +15,31 @@ def mark_sequence_parallel(module: torch.nn.Module, config: TransformerConfig) -
         parameter.sequence_parallel = config.sequence_parallel
 
 
+class LayerNorm(torch.nn.LayerNorm):
+    """In the dtype of its input: fp32 rows of a table meet bf16 weights."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+        return torch.nn.functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Likewise."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.to(x.dtype)
+        return torch.nn.functional.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
 class ParallelNorm:
-    """Build torch's LayerNorm or RMSNorm for any layout.
+    """Build torch's LayerNorm or RMSNorm for any layout; it works in the dtype of its input.
 
     Megatron's ``WrappedTorchNorm`` builds the same modules but refuses sequence parallelism.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):  # noqa: ANN204
         """Return the module; ``config.normalization`` is LayerNorm or RMSNorm."""
-        kinds = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+        kinds = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
         if config.normalization not in kinds:
             raise ValueError(
                 f"normalization={config.normalization!r}: choose one of {', '.join(kinds)}"
@@ -33,3 +49,25 @@ class ParallelNorm:
         )
         mark_sequence_parallel(norm, config)
         return norm
+
+
+def norm_input_gradient(
+    norm: torch.nn.Module, rows: torch.Tensor, ids: torch.Tensor, grads: torch.Tensor
+) -> torch.Tensor:
+    """Bring gradients back through ``norm`` where input ``t`` was ``rows[ids[t]]``.
+
+    Args:
+        norm: of width H.
+        rows: ``[R, H]``.
+        ids: int64 ``[T]``.
+        grads: ``[T, H]`` of the outputs.
+
+    Returns:
+        ``[T, H]`` of the inputs; nothing is added to the norm's own gradients. No communication.
+    """
+    with torch.enable_grad():
+        inputs = rows.detach().to(grads.dtype).index_select(0, ids).requires_grad_()
+        weights = {name: parameter.detach() for name, parameter in norm.named_parameters()}
+        weights = {name: value.to(grads.dtype) for name, value in weights.items()}
+        outputs = torch.func.functional_call(norm, weights, (inputs,))
+    return torch.autograd.grad(outputs, inputs, grads)[0]

@@ -26,6 +26,7 @@ def run_errors(config: RunConfig, layout: ParallelLayout) -> list[str]:
         *_recompute_errors(config.model, layout),
         *_schedule_errors(config),
         *_optimizer_errors(config),
+        *_table_errors(config),
         *_checkpoint_errors(config),
     ]
 
@@ -106,4 +107,12 @@ def _optimizer_errors(config: RunConfig) -> Iterator[str]:
             f"model.bf16 with vq.codebook_update={vq.codebook_update} needs "
             "optimizer.use_distributed_optimizer=true: codes stay fp32, and Megatron's plain "
             "mixed-precision optimizer cannot save bf16 and fp32 parameters of one group"
+        )
+
+
+def _table_errors(config: RunConfig) -> Iterator[str]:
+    if config.vq.table_per_step and config.optimizer.overlap_grad_reduce:
+        yield (
+            "vq.table_per_step brings its gradient to the experts after the last microbatch, but "
+            "optimizer.overlap_grad_reduce sends their gradients away during it; set one to false"
         )

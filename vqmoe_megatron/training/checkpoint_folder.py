@@ -27,6 +27,8 @@ FREE_SETTINGS = (
     "optimizer.overlap_grad_reduce",
     "optimizer.overlap_param_gather",
     "optimizer.use_distributed_optimizer",
+    "vq.execution",
+    "vq.table_per_step",
 )
 FREE_PREFIXES = ("model.recompute_",)
 # What checkpoint.remap can change.

@@ -35,7 +35,7 @@ from vqmoe_megatron.training.checkpoint_remap_rules import check_remap
 from vqmoe_megatron.vq.codebook import Codebook
 
 CODE_MAP = "code_map.expert_of_row"
-CODE_PARTS = (".codebook.",)  # of the names of tensors with an axis of codes
+CODE_PARTS = (".codebook.", ".code_inputs.")  # of the names of tensors with an axis of codes
 EXPERT_PARTS = (".router.", ".experts.")  # and of experts
 
 Place = tuple[Any, ...]  # keys from the root of a nested state dict to a leaf

@@ -37,9 +37,17 @@ SHAPING_SETTINGS = (
     "vq.combine",
     "vq.norm",
     "vq.codebook_update",
+    "vq.code_input",
+    "vq.code_dim",
 )
 # They decide only how tensors start or how a step is computed; what is taken over has started.
-WITHOUT_EFFECT = ("model.init_method_std", "vq.combine_bias", "vq.init", "vq.execution")
+WITHOUT_EFFECT = (
+    "model.init_method_std",
+    "vq.combine_bias",
+    "vq.init",
+    "vq.execution",
+    "vq.table_per_step",
+)
 RECOMPUTE_PREFIX = "model.recompute_"
 
 

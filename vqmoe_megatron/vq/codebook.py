@@ -1,8 +1,9 @@
 """The codebook: quantise tokens, record what the step saw, apply the step's update.
 
-T tokens, H hidden size, C code slices, K codes per slice, D = H / C.
+T tokens, H hidden size, C code slices, K codes per slice, D = H / C (``vq.code_dim`` for low_dim).
 
-1. ``prepare`` brings tokens into the codebook's space (normalised for cosine).
+1. ``prepare`` brings tokens into the codebook's space (normalised for cosine, projected for
+   low_dim).
 2. ``search`` finds the nearest codes, int64 [T, C]; ``lookup`` reads their vectors, [T, H].
 3. ``record`` adds a microbatch to the step's accumulators. It is called from the backward pass, so
    evaluation never reaches it and recomputed forwards are counted once.
@@ -17,7 +18,12 @@ from collections.abc import Callable
 import torch
 
 from vqmoe_megatron.config import VQConfig
-from vqmoe_megatron.vq.codebook_init import data_codes, kmeans_codes, uniform_codes
+from vqmoe_megatron.vq.codebook_init import (
+    data_codes,
+    kmeans_codes,
+    orthonormal_rows,
+    uniform_codes,
+)
 from vqmoe_megatron.vq.codebook_update import (
     CodebookState,
     StepStatistics,
@@ -26,7 +32,9 @@ from vqmoe_megatron.vq.codebook_update import (
     revive_dead_codes,
     update_usage,
 )
+from vqmoe_megatron.vq.losses import look_up_codes
 from vqmoe_megatron.vq.search import nearest_code
+from vqmoe_megatron.vq.segment_sum import segment_sum
 
 NUM_PROBES = 256  # tokens kept from step to step to measure how many change their code
 
@@ -42,6 +50,7 @@ class Codebook(torch.nn.Module):
     """
 
     usage: torch.Tensor  # fp32 [C, K], EMA of the fraction of tokens per code
+    projection: torch.Tensor  # fp32 [D, H], fixed, with orthonormal rows; only for low_dim
     ema_sum: torch.Tensor  # fp32 [C, K, D], only for codebook_update=ema
     initialized: torch.Tensor  # bool scalar; uniform codes count as initialised
     num_steps: torch.Tensor  # int64 scalar, steps applied; seeds revival
@@ -59,13 +68,15 @@ class Codebook(torch.nn.Module):
         self.seed = seed
         self.num_slices = vq.num_code_slices
         self.num_codes = vq.num_codes
-        self.width = hidden_size // vq.num_code_slices
+        self.width = vq.code_dim or hidden_size // vq.num_code_slices
         shape = (self.num_slices, self.num_codes, self.width)
         trained = vq.codebook_update in ("gradient", "reanchor") and not vq.freeze_codebook
         codes = uniform_codes(*shape, seed=seed)
         self.codes = torch.nn.Parameter(codes, requires_grad=trained)
         uniform = torch.full(shape[:2], 1.0 / self.num_codes)
         self.register_buffer("usage", uniform)
+        if vq.quantizer == "low_dim":
+            self.register_buffer("projection", orthonormal_rows(self.width, hidden_size, seed))
         if self.keeps_sums:
             self.register_buffer("ema_sum", codes / self.num_codes)
         self.register_buffer("initialized", torch.tensor(vq.init == "uniform"))
@@ -96,10 +107,14 @@ class Codebook(torch.nn.Module):
 
     # 1. into the codebook's space
     def prepare(self, x: torch.Tensor) -> torch.Tensor:
-        """``[T, H]`` tokens in the space where distances are taken, same dtype.
+        """``[T, H]`` tokens in the space where distances are taken.
 
         cosine: each token is scaled to length sqrt(H), so that its elements stay of order one.
+        low_dim: each token is projected, fp32 (fp64) ``[T, D]``; fixed random projections keep
+        distances, cannot collapse, and cost D / H of the search (as in arXiv 2202.01855).
         """
+        if self.vq.quantizer == "low_dim":
+            return x.to(self.projection.dtype) @ self.projection.t()
         if self.vq.quantizer != "cosine":
             return x
         return torch.nn.functional.normalize(x, dim=-1) * x.shape[-1] ** 0.5
@@ -110,6 +125,21 @@ class Codebook(torch.nn.Module):
             return self.codes
         return torch.nn.functional.normalize(self.codes, dim=-1) * self.width**0.5
 
+    def lift(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors of the codebook's space ``[..., H]`` (low_dim: ``[..., D]``) -> hidden vectors.
+
+        The shortest vector whose projection it is: P^T v.
+        """
+        if self.vq.quantizer != "low_dim":
+            return vectors
+        return vectors.to(self.projection.dtype) @ self.projection
+
+    def lower(self, grads: torch.Tensor) -> torch.Tensor:
+        """Gradients of lifted vectors ``[..., H]`` -> of the vectors; the transpose of lift."""
+        if self.vq.quantizer != "low_dim":
+            return grads
+        return grads.to(self.projection.dtype) @ self.projection.t()
+
     # 2. search and lookup
     def search(self, prepared: torch.Tensor) -> torch.Tensor:
         """Prepared tokens ``[T, H]`` -> code ids int64 ``[T, C]``; no gradient."""
@@ -117,17 +147,14 @@ class Codebook(torch.nn.Module):
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """Code ids ``[T, C]`` -> their vectors ``[T, H]``, differentiable to ``codes``."""
-        vectors = self.code_vectors()
-        parts = [vectors[c].index_select(0, ids[:, c]) for c in range(self.num_slices)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return look_up_codes(self.code_vectors(), ids)
 
-    def forward(self, prepared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prepared tokens ``[T, H]`` -> code ids ``[T, C]`` and their vectors ``[T, H]``.
+    def forward(self, prepared: torch.Tensor) -> torch.Tensor:
+        """Prepared tokens ``[T, H]`` -> code ids int64 ``[T, C]``.
 
         Called as a module, so that Megatron's overlapped gather of ``codes`` has finished.
         """
-        ids = self.search(prepared)
-        return ids, self.lookup(ids)
+        return self.search(prepared)
 
     # 3. what the step saw
     @torch.no_grad()
@@ -146,9 +173,9 @@ class Codebook(torch.nn.Module):
         # One per token, but NaN for a token with a NaN or Inf: apply_step then sees a broken step.
         ones = 1.0 + 0.0 * tokens.sum(dim=(1, 2))
         for c in range(self.num_slices):
-            self.step_count[c].index_add_(0, ids[:, c], ones)
+            self.step_count[c] += segment_sum(ones.unsqueeze(1), ids[:, c], self.num_codes)[:, 0]
             if self.keeps_sums:
-                self.step_total[c].index_add_(0, ids[:, c], tokens[:, c])
+                self.step_total[c] += segment_sum(tokens[:, c], ids[:, c], self.num_codes)
         if self.step_candidates is None and candidate_rows is not None:
             self.step_candidates = tokens.index_select(0, candidate_rows)
 
@@ -234,6 +261,8 @@ class Codebook(torch.nn.Module):
             self.codes.data.copy_(codes)
             if self.keeps_sums:
                 self.ema_sum.copy_(codes / self.num_codes)
+            if self.vq.quantizer == "low_dim":
+                self.projection.copy_(orthonormal_rows(*self.projection.shape, seed))
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
         super()._load_from_state_dict(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Initial code vectors: uniform, chosen from data, or k-means of data.
+"""Initial code vectors: uniform, chosen from data, or k-means of data; and random projections.
 
 M sample tokens, C code slices, K codes per slice, D slice width. Everything here is deterministic
 in ``seed`` and runs on the CPU in fp32, so that one rank can compute it and broadcast the result.
@@ -18,6 +18,14 @@ def uniform_codes(num_slices: int, num_codes: int, width: int, seed: int) -> tor
     """Draw fp32 ``[C, K, D]`` codes from U(-1, 1), the scale of one normalised hidden element."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(num_slices, num_codes, width, generator=generator).mul_(2.0).sub_(1.0)
+
+
+def orthonormal_rows(num_rows: int, width: int, seed: int) -> torch.Tensor:
+    """Draw fp32 ``[num_rows, width]`` with orthonormal rows, uniformly among those."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(width, num_rows, generator=generator, dtype=torch.float64)
+    orthonormal, triangle = torch.linalg.qr(drawn)
+    return (orthonormal * triangle.diagonal().sign()).t().float().contiguous()
 
 
 def data_codes(sample: torch.Tensor, num_codes: int, seed: int) -> torch.Tensor:

@@ -9,7 +9,8 @@ benchmarks pass this gate before they time anything. For one token x:
 
 1. code of slice c: argmin_k |x_c - v_ck|^2, ties to the lowest index;
 2. expert of code (c, k): ``expert_of_row[c * K + k]``, by default (c * K + k) mod N;
-3. expert input u_c: the code with a straight-through gradient, a blend, or the token;
+3. expert input u_c: the code or its learned vector with a straight-through gradient, a blend, or
+   the token;
 4. y_d = norm(sum_c f_e(norm(u_c)) / sqrt(C));
 5. y_c = sum over the k selected experts of p_e f_e(x), the same experts;
 6. y = p_0 y_c + p_1 y_d, p = softmax(W x + b), or y_c + sigmoid(w x + b) y_d;
@@ -18,7 +19,7 @@ benchmarks pass this gate before they time anything. For one token x:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,7 @@ def vqmoe_oracle(
     gated: bool = False,
     normalization: str = "LayerNorm",
     norm_eps: float = 1e-5,
+    replicas: Sequence[int] | None = None,
 ) -> OracleResult:
     """Evaluate the layer token by token.
 
@@ -62,6 +64,8 @@ def vqmoe_oracle(
             ``experts.weight1 [N, F or 2F, H]``, ``experts.bias1``, ``experts.weight2 [N, H, F]``,
             ``experts.bias2``, ``assigner.codebook.codes [C, K, D]``,
             ``assigner.code_map.expert_of_row`` int64 ``[C * K]`` (absent: the mod rule),
+            ``assigner.codebook.projection [D, H]`` (quantizer: low_dim),
+            ``code_inputs.vectors [C, K, H]`` (code_input: learned),
             ``gate.linear.weight``, ``gate.linear.bias``, ``input_norm.weight``,
             ``output_norm.weight`` and their biases. Absent biases are zero. Gradients flow into
             those that require them.
@@ -73,6 +77,8 @@ def vqmoe_oracle(
         gated: the first half of fc1 is activated and multiplies the second half.
         normalization: LayerNorm or RMSNorm.
         norm_eps: of the norms.
+        replicas: the data-parallel replica that holds each of the T tokens, which
+            straight_through=group pools its means over; None: one holds all.
 
     Returns:
         The result, in the dtype of ``x`` (the router's softmax is fp32, as Megatron's). The balance
@@ -82,17 +88,26 @@ def vqmoe_oracle(
     """
     experts = _Experts(parameters, activation, gated)
     norms = _Norms(parameters, vq, normalization, norm_eps)
-    prepared = [_prepare(token, vq) for token in x]
+    prepared = [_prepare(token, parameters, vq) for token in x]
+    pools = _Pools(prepared, parameters, vq, replicas or [0] * len(prepared))
     outputs, quantized, all_codes, all_experts = [], [], [], []
-    for token, ready in zip(x, prepared, strict=True):
+    for t, (token, ready) in enumerate(zip(x, prepared, strict=True)):
         y_continuous = y_discrete = None
         if vq.path != "discrete":
             y_continuous = _continuous(token, parameters, experts, topk, pre_softmax)
         if vq.path != "continuous":
             codes, vectors = _nearest(ready, _code_vectors(parameters, vq))
             owners = [_owner(c, k, parameters, vq, num_experts) for c, k in enumerate(codes)]
-            source = token if vq.expert_input == "token" else ready
-            y_discrete = _discrete(source, vectors, owners, vq, experts, norms)
+            is_raw = vq.expert_input == "token" or vq.quantizer == "low_dim"
+            source = token if is_raw else ready
+            rows = [c * vq.num_codes + k for c, k in enumerate(codes)]
+            if vq.expert_input == "code":
+                passing = [pools.passing(t, c) for c in range(len(codes))]
+                inputs = _code_inputs(vectors, rows, passing, parameters, vq)
+            else:
+                lifted = _lifted(torch.cat(vectors).detach(), parameters)
+                inputs = [_mixed_input(source, lifted, vq)] * len(codes)
+            y_discrete = _discrete(_lifted(ready, parameters), inputs, owners, vq, experts, norms)
             quantized.append(torch.cat(vectors))
             all_codes.append(codes)
             all_experts.append(owners)
@@ -176,9 +191,20 @@ class _Norms:
         return v if bias is None else v + bias
 
 
-def _prepare(token: torch.Tensor, vq: VQConfig) -> torch.Tensor:
-    """The token [H] in the space where distances are taken: of length sqrt(H) for cosine codes."""
+def _prepare(
+    token: torch.Tensor, parameters: Mapping[str, torch.Tensor], vq: VQConfig
+) -> torch.Tensor:
+    """The token [H] in the space where distances are taken: of length sqrt(H) for cosine codes,
+    projected to [D] for low_dim."""
+    if vq.quantizer == "low_dim":
+        return parameters["assigner.codebook.projection"] @ token
     return _scaled(token) if vq.quantizer == "cosine" else token
+
+
+def _lifted(v: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A vector of that space as a hidden vector [H]."""
+    projection = parameters.get("assigner.codebook.projection")
+    return v if projection is None else projection.t() @ v
 
 
 def _code_vectors(parameters: Mapping[str, torch.Tensor], vq: VQConfig) -> torch.Tensor:
@@ -236,33 +262,84 @@ def _continuous(
     return torch.stack(parts).sum(dim=0)
 
 
+class _Pools:
+    """What of a token passes its gradient to the expert input of a code row: value zero."""
+
+    def __init__(
+        self,
+        prepared: list[torch.Tensor],
+        parameters: Mapping[str, torch.Tensor],
+        vq: VQConfig,
+        replicas: Sequence[int],
+    ) -> None:
+        self.mode = vq.straight_through
+        self.zeros = [ready - ready.detach() for ready in prepared]  # gradient one, value zero
+        self.cell_of: list[list[tuple[int, int, int]]] = []  # of token and slice
+        self.members: dict[tuple[int, int, int], list[int]] = {}
+        if vq.path == "continuous" or self.mode != "group":
+            return
+        for t, ready in enumerate(prepared):
+            codes, _ = _nearest(ready, _code_vectors(parameters, vq))
+            self.cell_of.append([(replicas[t], c, k) for c, k in enumerate(codes)])
+            for cell in self.cell_of[t]:
+                self.members.setdefault(cell, []).append(t)
+
+    def passing(self, token: int, code_slice: int) -> torch.Tensor:
+        """Zero [H], whose gradient goes to the token, the mean of its cell, or nowhere."""
+        if self.mode == "token":
+            return self.zeros[token]
+        if self.mode != "group":
+            return self.zeros[token].detach()
+        members = self.members[self.cell_of[token][code_slice]]
+        # Each member passes to every member's token 1 / n of its gradient.
+        return torch.stack([self.zeros[t] for t in members]).mean(dim=0)
+
+
+def _code_inputs(
+    vectors: list[torch.Tensor],
+    rows: list[int],
+    passing: list[torch.Tensor],
+    parameters: Mapping[str, torch.Tensor],
+    vq: VQConfig,
+) -> list[torch.Tensor]:
+    """One token's C code rows [H]: its code vectors in their places, or learned vectors."""
+    if vq.code_input == "learned":
+        learned = parameters["code_inputs.vectors"].flatten(0, 1)
+        return [
+            learned[row] + _lifted(zero, parameters)
+            for row, zero in zip(rows, passing, strict=True)
+        ]
+    v = torch.cat(vectors).detach()  # the task never moves the codebook
+    width = v.numel() // len(rows)
+    inputs = []
+    for c, zero in enumerate(passing):
+        place = torch.zeros_like(v)
+        place[c * width : (c + 1) * width] = 1.0
+        inputs.append(_lifted((v + zero) * place, parameters))
+    return inputs
+
+
+def _mixed_input(token: torch.Tensor, v: torch.Tensor, vq: VQConfig) -> torch.Tensor:
+    """An expert input [H] that holds something of the token."""
+    rate = vq.contribution_rate
+    if vq.expert_input == "blend":
+        return (1 - rate) * token + rate * (v - token).detach()
+    if vq.expert_input == "blend_convex":
+        return (1 - rate) * token + rate * (token + (v - token).detach())
+    return token
+
+
 def _discrete(
     token: torch.Tensor,
-    vectors: list[torch.Tensor],
+    inputs: list[torch.Tensor],
     owners: list[int],
     vq: VQConfig,
     experts: _Experts,
     norms: _Norms,
 ) -> torch.Tensor:
-    """One token [H] (prepared, unless it is the expert input), its C code vectors [D] -> [H]."""
-    v = torch.cat(vectors).detach()  # the task never moves the codebook
-    rate = vq.contribution_rate
-    straight_through = token + (v - token).detach()
-    if vq.expert_input == "code":
-        u = straight_through if vq.straight_through == "token" else v
-    elif vq.expert_input == "blend":
-        u = (1 - rate) * token + rate * (v - token).detach()
-    elif vq.expert_input == "blend_convex":
-        u = (1 - rate) * token + rate * straight_through
-    else:
-        u = token
+    """One token [H] (prepared and lifted), its C expert inputs [H] -> [H]."""
     y = torch.zeros_like(token)
-    width = token.numel() // len(owners)
-    for c, expert in enumerate(owners):
-        row = u
-        if vq.expert_input == "code":  # slice c in its own place, zeros elsewhere
-            row = torch.zeros_like(u)
-            row[c * width : (c + 1) * width] = u[c * width : (c + 1) * width]
+    for row, expert in zip(inputs, owners, strict=True):
         y = y + experts(expert, norms.before(row)) / len(owners) ** 0.5
     y = norms.after(y)
     if vq.expert_input == "code" and vq.straight_through == "identity":

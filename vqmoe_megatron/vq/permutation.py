@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vqmoe_megatron.vq.segment_sum import count_ids
+
 
 @dataclass(frozen=True)
 class PermutationPlan:
@@ -49,6 +51,32 @@ def plan_permutation(
     if code_ids is not None:
         key = (expert_ids << 31) + code_ids
     order = torch.argsort(key, stable=True)
-    return PermutationPlan(
-        order=order, tokens_per_expert=torch.bincount(expert_ids, minlength=num_experts)
-    )
+    return PermutationPlan(order=order, tokens_per_expert=count_ids(expert_ids, num_experts))
+
+
+def append_residents(
+    plan: PermutationPlan, residents_per_expert: torch.Tensor, num_residents: int
+) -> PermutationPlan:
+    """Extend a plan by S rows that lie behind the R planned ones, already sorted by expert.
+
+    Args:
+        plan: of R rows over N experts.
+        residents_per_expert: integer ``[N]``, summing to S.
+        num_residents: S.
+
+    Returns:
+        The plan of all R + S rows; an expert's residents come behind its other rows.
+
+    O(R + S), no sort. No communication, no host synchronisation.
+    """
+    device, num_rows = plan.order.device, plan.order.numel()
+    experts = torch.arange(residents_per_expert.numel(), device=device)
+    resident_expert = experts.repeat_interleave(residents_per_expert, output_size=num_residents)
+    row_expert = experts.repeat_interleave(plan.tokens_per_expert, output_size=num_rows)
+    rows_so_far = plan.tokens_per_expert.cumsum(0)
+    residents_before = residents_per_expert.cumsum(0) - residents_per_expert
+    order = torch.empty(num_rows + num_residents, dtype=torch.int64, device=device)
+    order[torch.arange(num_rows, device=device) + residents_before[row_expert]] = plan.order
+    behind = torch.arange(num_residents, device=device)
+    order[behind + rows_so_far[resident_expert]] = num_rows + behind
+    return PermutationPlan(order, plan.tokens_per_expert + residents_per_expert)

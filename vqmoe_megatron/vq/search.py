@@ -6,12 +6,14 @@ argmin_k |x - v_k|^2 = argmin_k (|v_k|^2 - 2 <x, v_k>); the token's own norm doe
 sides are first shifted by the most central code: representations share a large common part, which
 would eat the digits that tell close codes apart; shifting by a code, not by the mean, keeps exact
 ties exact. The product is taken tile by tile, so no more than a tile of the [T, K] distances ever
-exists.
+exists. On CUDA a Triton kernel does the same without any (search_triton.py).
 """
 
 from __future__ import annotations
 
 import torch
+
+from vqmoe_megatron.vq.kernel_choice import use_kernel
 
 TILE_ELEMENTS = 1 << 21  # distances in one tile: 8 MiB of fp32, inside a last-level cache
 MAX_TILE_CODES = 4096  # codes in one tile, so that a tile keeps at least 512 tokens
@@ -39,6 +41,10 @@ def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
             f"x {list(x.shape)} and codebook {list(codebook.shape)} do not fit: need x [T, H] and "
             "codebook [K, H] or [C, K, H / C]"
         )
+    if use_kernel(x, codebook):
+        from vqmoe_megatron.vq.search_triton import nearest_code_triton
+
+        return nearest_code_triton(x, codebook)
     num_slices, _, slice_width = codebook.shape
     ids = torch.empty(x.shape[0], num_slices, dtype=torch.int64, device=x.device)
     with torch.no_grad():

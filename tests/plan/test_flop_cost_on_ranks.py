@@ -1,0 +1,101 @@
+"""The formulas against the layer itself: torch counts its matrix products, in both passes.
+
+In fp64, where every expert's product is a plain one that the counter knows.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from tiny_layer import FFN, HIDDEN, NUM_EXPERTS, build_layer, draw_parameters
+from torch.utils.flop_counter import FlopCounterMode
+
+from vqmoe_megatron.config import VQConfig
+from vqmoe_megatron.plan.flop_cost import flop_cost
+from vqmoe_megatron.plan.layer_shape import LayerShape
+
+pytestmark = pytest.mark.distributed
+
+TOPK = 2
+BASE = {"init": "uniform", "num_codes": 10, "dead_code_threshold": 0.0}  # N does not divide K
+KINDS = (
+    {},
+    {"num_code_slices": 4, "quantizer": "product"},
+    {"code_input": "learned"},
+    {"execution": "code_space", "table_per_step": True},
+)
+CASES = [{"path": "continuous"}, {"expert_input": "blend"}] + [
+    {"path": path, "execution": execution, "norm": norm, "straight_through": mode, **kind}
+    for path, execution, norm, mode, kind in product(
+        ("dual", "discrete"),
+        ("tokens", "code_space"),
+        ("none", "separate"),
+        ("none", "identity", "token", "group"),
+        KINDS,
+    )
+    if execution == kind.get("execution", execution)
+]
+
+
+class OneModule:
+    """Everything belongs to the whole model: following modules would put hooks on autograd, which
+    forbids the gradients that the layer takes inside its backward pass."""
+
+    parents = {"Global"}
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def count_all(cases: list[dict], gated: bool) -> list[list[int]]:
+    """In a rank: (forward, backward) operations of every case."""
+    return [count(VQConfig(**case), gated) for case in cases]
+
+
+def count(vq: VQConfig, gated: bool) -> list[int]:
+    parameters = draw_parameters(vq, gated=gated)
+    layer = build_layer(vq, parameters, moe_router_topk=TOPK, gated_linear_unit=gated)
+    x = torch.randn(5, 2, HIDDEN, dtype=torch.float64, requires_grad=True)
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = OneModule()
+    with counter:
+        output, _ = layer(x)
+        forward = counter.get_total_flops()
+        output.square().sum().backward()
+        if layer.step_table is not None:
+            layer.step_table.backward()
+    return [forward, counter.get_total_flops() - forward]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_product_of_the_layer_is_predicted(ranks, gated: bool) -> None:  # noqa: ANN001
+    cases = [{**BASE, **case} for case in CASES]
+    (found,) = ranks(1).run(count_all, cases, gated)
+    for case, (forward, backward) in zip(cases, found, strict=True):
+        vq = VQConfig(**case)
+        cost = flop_cost(
+            LayerShape(
+                num_local_tokens=10,
+                hidden_size=HIDDEN,
+                moe_ffn_hidden_size=FFN,
+                num_moe_experts=NUM_EXPERTS,
+                moe_router_topk=TOPK,
+                num_codes=vq.num_codes,
+                num_code_slices=vq.num_code_slices,
+                gated_linear_unit=gated,
+                bytes_per_element=8,
+                path=vq.path,
+                execution="code_space" if vq.in_code_space else "tokens",
+                straight_through=vq.straight_through,
+                expert_input=vq.expert_input,
+                code_input=vq.code_input,
+                norm=vq.norm,
+                table_per_step=vq.table_per_step,
+            )
+        )
+        assert (cost.forward_flops, cost.backward_flops) == (forward, backward), case

@@ -1,0 +1,385 @@
+"""Sent bytes against a world of lists: every rank's rows are moved one by one and counted.
+
+P expert-parallel ranks, E expert-tensor ranks; rank (p, e). The world counts what each collective
+carries away from a rank, under the conventions of wire_cost.py, and moves real items, so that a
+wrong destination or a wrong padding shows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from dataclasses import replace
+from fractions import Fraction
+from itertools import product
+
+import pytest
+
+from vqmoe_megatron.plan.layer_shape import LayerShape
+from vqmoe_megatron.plan.ownership import owner_of_code, owner_rank
+from vqmoe_megatron.plan.wire_cost import RowTraffic, wire_cost
+
+Rank = tuple[int, int]  # (p, e)
+LAYER = LayerShape(num_local_tokens=10, hidden_size=12, moe_ffn_hidden_size=8, num_moe_experts=8)
+
+
+class World:
+    """P * E ranks that exchange lists of items of a known size; ``sent`` is what each one sent."""
+
+    def __init__(self, num_ranks: int, num_shards: int) -> None:
+        self.num_ranks, self.num_shards = num_ranks, num_shards
+        self.ranks: list[Rank] = list(product(range(num_ranks), range(num_shards)))
+        self.sent: dict[tuple[Rank, bool], Fraction] = defaultdict(Fraction)
+        self.is_backward = False
+
+    def _send(self, source: Rank, item_bytes: Fraction | int, num_items: int) -> None:
+        self.sent[source, self.is_backward] += Fraction(item_bytes) * num_items
+
+    def all_to_all(self, boxes: dict[Rank, list[list]], item_bytes: int) -> dict[Rank, list[list]]:
+        """boxes[p, e][q]: items for rank (q, e); returned by source."""
+        for (p, e), lists in boxes.items():
+            for q, items in enumerate(lists):
+                if q != p:
+                    self._send((p, e), item_bytes, len(items))
+        return {(p, e): [boxes[q, e][p] for q in range(self.num_ranks)] for p, e in self.ranks}
+
+    def gather_shards(self, blocks: dict[Rank, list], item_bytes: int) -> dict[Rank, list]:
+        """Each shard's block, padded to the largest of its group, to the E - 1 others."""
+        for p, e in self.ranks:
+            largest = max(len(blocks[p, other]) for other in range(self.num_shards))
+            self._send((p, e), item_bytes, largest * (self.num_shards - 1))
+        return {
+            (p, e): [item for other in range(self.num_shards) for item in blocks[p, other]]
+            for p, e in self.ranks
+        }
+
+    def scatter_shards(
+        self, blocks: dict[Rank, list], sizes: dict[Rank, int], item_bytes: int
+    ) -> dict[Rank, list]:
+        """Each shard's part of every other one's block, padded to the largest; own items stay."""
+        kept: dict[Rank, list] = {}
+        for p, e in self.ranks:
+            of_group = [sizes[p, other] for other in range(self.num_shards)]
+            self._send((p, e), item_bytes, max(of_group) * (self.num_shards - 1))
+            first = sum(of_group[:e])
+            kept[p, e] = blocks[p, e][first : first + of_group[e]]
+        return kept
+
+    def ring_all_reduce(self, num_bytes: int, group_size: int) -> None:
+        """A ring: group_size - 1 hops to sum and as many to share, a chunk of 1 / size each."""
+        for rank in self.ranks:
+            for _hop in range(2 * (group_size - 1)):
+                self._send(rank, Fraction(num_bytes, group_size), 1)
+
+    def exchange_counts(self, num_slots: int) -> None:
+        own = num_slots // self.num_ranks
+        arrived = self.all_to_all(
+            {rank: [[0] * own for _ in range(self.num_ranks)] for rank in self.ranks}, 8
+        )
+        self.gather_shards({rank: sum(lists, []) for rank, lists in arrived.items()}, 8)
+
+    def to_owners(self, boxes: dict[Rank, list[list]], item_bytes: int) -> tuple[dict, dict, dict]:
+        """Rows to all shards of their owner: gathered rows, their split, sizes per rank."""
+        arrived = self.all_to_all(boxes, item_bytes)
+        split = {rank: [len(items) for items in lists] for rank, lists in arrived.items()}
+        flat = {rank: sum(lists, []) for rank, lists in arrived.items()}
+        sizes = {rank: len(items) for rank, items in flat.items()}
+        return self.gather_shards(flat, item_bytes), split, sizes
+
+    def from_owners(self, rows: dict, split: dict, sizes: dict, item_bytes: int) -> dict:
+        """The way back of :meth:`to_owners`."""
+        kept = self.scatter_shards(rows, sizes, item_bytes)
+        boxes = {}
+        for rank, items in kept.items():
+            rest = iter(items)
+            boxes[rank] = [[next(rest) for _ in range(size)] for size in split[rank]]
+        return self.all_to_all(boxes, item_bytes)
+
+
+def boxes_by_owner(world: World, owners: dict[Rank, list[int]]) -> dict[Rank, list[list]]:
+    """Name every row (rank, index) and put it into the box of its owner."""
+    boxes: dict[Rank, list[list]] = {
+        rank: [[] for _ in range(world.num_ranks)] for rank in world.ranks
+    }
+    for rank, of_rows in owners.items():
+        for index, owner in enumerate(of_rows):
+            boxes[rank][owner].append((rank, index))
+    return boxes
+
+
+def traffic_of(world: World, owners: dict[Rank, list[int]], rank: Rank) -> RowTraffic:
+    p, e = rank
+    received = {
+        (q, shard): sum(owners[source, shard].count(q) for source in range(world.num_ranks))
+        for q, shard in world.ranks
+    }
+    return RowTraffic(
+        num_rows_sent=len(owners[rank]) - owners[rank].count(p),
+        num_rows_received=received[p, e] - owners[rank].count(p),
+        largest_gathered_rows=max(received[p, shard] for shard in range(world.num_shards)),
+    )
+
+
+def check(world: World, layer: LayerShape, owners: dict, back_owners: dict | None = None) -> None:
+    for rank in world.ranks:
+        cost = wire_cost(
+            layer,
+            traffic_of(world, owners, rank) if owners else None,
+            traffic_of(world, back_owners, rank) if back_owners else None,
+        )
+        assert cost.forward_bytes == world.sent[rank, False]
+        assert cost.backward_bytes == world.sent[rank, True]
+        assert cost.microbatch_bytes == world.sent[rank, False] + world.sent[rank, True]
+
+
+def draw_owners(world: World, num_rows: int, seed: int, skew: float = 3.0) -> dict[Rank, list[int]]:
+    """Experts of every rank's rows, drawn unevenly; each rank's rows by owner."""
+    generator = random.Random(seed)
+    experts = range(LAYER.num_moe_experts)
+    weights = [1.0 / (1 + e) ** skew for e in experts]
+    return {
+        rank: [
+            owner_rank(e, LAYER.num_moe_experts, world.num_ranks)
+            for e in generator.choices(experts, weights, k=num_rows)
+        ]
+        for rank in world.ranks
+    }
+
+
+def run_dispatch(world: World, layer: LayerShape, owners: dict, has_input_gradient: bool) -> None:
+    row_bytes = layer.hidden_size * layer.bytes_per_element
+    boxes = boxes_by_owner(world, owners)
+    world.is_backward = False
+    world.exchange_counts(layer.num_moe_experts)
+    for is_backward in (False, True):
+        world.is_backward = is_backward
+        rows, split, sizes = world.to_owners(boxes, row_bytes)
+        if is_backward and not has_input_gradient:
+            continue
+        assert world.from_owners(rows, split, sizes, row_bytes) == boxes  # all rows came home
+
+
+@pytest.mark.parametrize(("ranks", "shards"), list(product((1, 2, 4, 8), (1, 2, 4))))
+@pytest.mark.parametrize("seed", [0, 1])
+def test_token_dispatch_of_uneven_rows(ranks: int, shards: int, seed: int) -> None:
+    layer = replace(
+        LAYER, moe_router_topk=2, bytes_per_element=2, expert_model_parallel_size=ranks,
+        expert_tensor_parallel_size=shards,
+    )  # fmt: skip
+    world = World(ranks, shards)
+    owners = draw_owners(world, layer.num_dispatched_rows, seed)
+    run_dispatch(world, layer, owners, has_input_gradient=True)
+    check(world, layer, owners)
+
+
+def test_rows_without_gradient_bring_none_back() -> None:
+    layer = replace(
+        LAYER, path="discrete", norm="none", straight_through="identity",
+        expert_model_parallel_size=4, expert_tensor_parallel_size=2,
+    )  # fmt: skip
+    world = World(4, 2)
+    owners = draw_owners(world, layer.num_dispatched_rows, seed=2)
+    run_dispatch(world, layer, owners, has_input_gradient=False)
+    check(world, layer, owners)
+
+
+def test_idle_owners_still_exchange_counts() -> None:
+    layer = replace(LAYER, expert_model_parallel_size=4, path="continuous")
+    world = World(4, 1)
+    owners = {rank: [0] * 10 for rank in world.ranks}  # all rows to rank 0
+    run_dispatch(world, layer, owners, has_input_gradient=True)
+    check(world, layer, owners)
+    # rank 3 sends 3 blocks of 2 counts, its 10 rows, and nothing back; then 10 rows of gradients
+    cost = wire_cost(layer, traffic_of(world, owners, (3, 0)))
+    assert (cost.forward_bytes, cost.backward_bytes) == (3 * 2 * 8 + 10 * 48, 10 * 48)
+
+
+def run_table(world: World, layer: LayerShape) -> None:
+    """Walk over the slots of every rank: summed over shards, to all; the sums per code back."""
+    owned = [0] * world.num_ranks
+    for row in range(layer.num_code_slices * layer.num_codes):
+        owned[owner_of_code(row, layer.num_moe_experts, world.num_ranks)] += 1
+    num_slots, width = max(owned), layer.hidden_size
+    block_bytes = num_slots * width * layer.bytes_per_element
+    world.is_backward = False
+    world.ring_all_reduce(block_bytes, world.num_shards)
+    for is_backward, element_bytes in ((False, layer.bytes_per_element), (True, 4)):
+        world.is_backward = is_backward
+        for p, e in world.ranks:
+            for other in range(world.num_ranks):
+                for _slot in range(num_slots):
+                    world._send((p, e), width * element_bytes if other != p else 0, 1)
+    world.ring_all_reduce(block_bytes, world.num_shards)
+
+
+def run_token_gradients(world: World, layer: LayerShape, owners: dict) -> None:
+    world.is_backward = True
+    world.exchange_counts(world.num_ranks * layer.num_slots)
+    boxes = boxes_by_owner(world, owners)
+    b = layer.bytes_per_element
+    rows, split, sizes = world.to_owners(boxes, layer.hidden_size * b)
+    width = layer.hidden_size
+    if layer.code_input == "codebook":
+        width = len(range(0, layer.hidden_size, layer.num_code_slices))
+    assert world.from_owners(rows, split, sizes, width * b) == boxes
+
+
+@pytest.mark.parametrize(("ranks", "shards"), list(product((1, 2, 4), (1, 2, 4))))
+@pytest.mark.parametrize("path", ["dual", "discrete"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"straight_through": "none", "num_codes": 13},
+        {"straight_through": "identity", "num_codes": 13, "bytes_per_element": 2},
+        {"straight_through": "token", "num_codes": 5, "num_code_slices": 3},
+        {"straight_through": "token", "num_codes": 5, "num_code_slices": 3,
+         "code_input": "learned", "bytes_per_element": 2},
+    ],
+)  # fmt: skip
+def test_code_space(ranks: int, shards: int, path: str, changes: dict) -> None:
+    layer = replace(
+        LAYER, execution="code_space", path=path, expert_model_parallel_size=ranks,
+        expert_tensor_parallel_size=shards, **changes,
+    )  # fmt: skip
+    world = World(ranks, shards)
+    owners, back_owners = {}, {}
+    if path == "dual":
+        owners = draw_owners(world, layer.num_continuous_rows, seed=3)
+        run_dispatch(world, layer, owners, has_input_gradient=True)
+    run_table(world, layer)
+    if layer.straight_through == "token":
+        back_owners = draw_owners(world, layer.num_discrete_rows, seed=4)
+        run_token_gradients(world, layer, back_owners)
+    check(world, layer, owners, back_owners)
+
+
+@pytest.mark.parametrize(("ranks", "shards", "tensor"), list(product((1, 2, 4), (1, 2), (1, 2))))
+def test_group_gradients(ranks: int, shards: int, tensor: int) -> None:
+    layer = replace(
+        LAYER, execution="code_space", path="discrete", straight_through="group", num_codes=13,
+        num_code_slices=3, expert_model_parallel_size=ranks, expert_tensor_parallel_size=shards,
+        tensor_model_parallel_size=tensor, bytes_per_element=2,
+    )  # fmt: skip
+    world = World(ranks, shards)
+    run_table(world, layer)
+    world.is_backward = True
+    num_slots = layer.num_slots
+    world.ring_all_reduce(ranks * num_slots * 13 * 4, tensor)  # 12 columns and the count
+    boxes = {
+        rank: [[(rank, q, slot) for slot in range(num_slots)] for q in range(ranks)]
+        for rank in world.ranks
+    }
+    world.exchange_counts(ranks * num_slots)
+    b = layer.bytes_per_element  # the means are rounded to the rows' type
+    rows, split, sizes = world.to_owners(boxes, 12 * b)
+    assert world.from_owners(rows, split, sizes, 4 * b) == boxes  # 12 / 3 columns come back
+    check(world, layer, {})
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_group_gradients_by_tokens(tensor: int) -> None:
+    layer = replace(
+        LAYER, straight_through="group", num_codes=13, num_code_slices=3,
+        expert_model_parallel_size=2, tensor_model_parallel_size=tensor, bytes_per_element=2,
+    )  # fmt: skip
+    world = World(2, 1)
+    owners = draw_owners(world, layer.num_dispatched_rows, seed=5)
+    run_dispatch(world, layer, owners, has_input_gradient=True)
+    for _slice in range(3):
+        world.ring_all_reduce(13 * 13 * 4, tensor)  # 13 codes; 12 columns and the count
+    check(world, layer, owners)
+    blend = replace(layer, expert_input="blend")  # has its own gradient
+    assert "tp" not in {term.group for term in wire_cost(blend).terms}
+
+
+def test_terms_name_their_collectives() -> None:
+    layer = replace(
+        LAYER, execution="code_space", straight_through="token", num_codes=16,
+        expert_model_parallel_size=2, expert_tensor_parallel_size=2,
+    )  # fmt: skip
+    terms = wire_cost(layer).terms
+    assert [(t.part, "bwd" if t.is_backward else "fwd", t.collective, t.group) for t in terms] == [
+        ("counts", "fwd", "all_to_all", "ep"),
+        ("counts", "fwd", "all_gather", "expt_tp"),
+        ("rows", "fwd", "all_to_all", "ep"),
+        ("rows", "fwd", "all_gather", "expt_tp"),
+        ("rows", "fwd", "reduce_scatter", "expt_tp"),
+        ("rows", "fwd", "all_to_all", "ep"),
+        ("rows", "bwd", "all_to_all", "ep"),
+        ("rows", "bwd", "all_gather", "expt_tp"),
+        ("rows", "bwd", "reduce_scatter", "expt_tp"),
+        ("rows", "bwd", "all_to_all", "ep"),
+        ("table", "fwd", "all_reduce", "expt_tp"),
+        ("table", "fwd", "all_gather", "ep"),
+        ("table", "bwd", "reduce_scatter", "ep"),
+        ("table", "bwd", "all_reduce", "expt_tp"),
+        ("straight_through", "bwd", "all_to_all", "ep"),
+        ("straight_through", "bwd", "all_gather", "expt_tp"),
+        ("straight_through", "bwd", "all_to_all", "ep"),
+        ("straight_through", "bwd", "all_gather", "expt_tp"),
+        ("straight_through", "bwd", "reduce_scatter", "expt_tp"),
+        ("straight_through", "bwd", "all_to_all", "ep"),
+    ]
+
+
+def test_hand_computed_tokens() -> None:
+    # 10 tokens, one row of each path: 20 rows of 48 bytes, half of them away, 8 counts of 8 bytes
+    cost = wire_cost(replace(LAYER, expert_model_parallel_size=2))
+    assert cost.forward_bytes == 4 * 8 + 10 * 48 + 10 * 48 == 992
+    assert cost.backward_bytes == 960
+    assert all(type(term.sent_bytes) is int for term in cost.terms)
+
+
+def test_hand_computed_code_space() -> None:
+    # 16 codes on 4 ranks: 4 slots of 12 fp64 elements, sums as wide
+    layer = replace(
+        LAYER, execution="code_space", path="discrete", straight_through="none", num_codes=16,
+        expert_model_parallel_size=4, bytes_per_element=8,
+    )  # fmt: skip
+    cost = wire_cost(layer)
+    assert (cost.forward_bytes, cost.backward_bytes) == (3 * 4 * 96, 3 * 4 * 96)
+
+
+def test_one_rank_sends_nothing() -> None:
+    for execution, straight_through in product(("tokens", "code_space"), ("token", "group")):
+        layer = replace(LAYER, execution=execution, straight_through=straight_through)
+        assert wire_cost(layer).terms == ()
+        assert wire_cost(layer).microbatch_bytes == 0
+
+
+def test_amounts_are_exact() -> None:
+    # 10 rows over 4 ranks: 7.5 leave; 4 shards reduce 8 * 12 fp16 elements by 3 / 2 of their bytes
+    layer = replace(LAYER, path="continuous", expert_model_parallel_size=4)
+    rows = [t.sent_bytes for t in wire_cost(layer).terms if t.part == "rows"]
+    assert rows == [360] * 4 and all(type(amount) is int for amount in rows)
+    assert RowTraffic.balanced(10, 4) == RowTraffic(Fraction(15, 2), Fraction(15, 2), 10)
+    shards = replace(
+        LAYER, execution="code_space", path="discrete", straight_through="none", num_codes=1,
+        hidden_size=5, moe_ffn_hidden_size=9, expert_tensor_parallel_size=3, bytes_per_element=2,
+    )  # fmt: skip
+    assert wire_cost(shards).forward_bytes == Fraction(40, 3)
+
+
+def test_a_table_per_step_is_exchanged_once() -> None:
+    layer = replace(
+        LAYER, execution="code_space", straight_through="token", num_codes=16,
+        expert_model_parallel_size=4, expert_tensor_parallel_size=2, table_per_step=True,
+    )  # fmt: skip
+    once, every = wire_cost(layer), wire_cost(replace(layer, table_per_step=False))
+    assert every.step_bytes(8) == 8 * every.microbatch_bytes
+    assert once.microbatch_bytes == once.step_bytes(1) == every.step_bytes(1)
+    # 4 slots * 12 elements * 4 bytes: gathered and reduced over 4 ranks, all-reduced over 2 shards
+    assert every.step_bytes(8) - once.step_bytes(8) == 7 * (2 * 3 + 2 * 1) * 192
+
+
+def test_code_space_beats_tokens_where_tokens_outnumber_codes() -> None:
+    base = LayerShape(
+        num_local_tokens=4096, hidden_size=1024, moe_ffn_hidden_size=2048, num_moe_experts=16,
+        num_codes=64, expert_model_parallel_size=4, path="discrete", straight_through="none",
+        bytes_per_element=2,
+    )  # fmt: skip
+    for element_bytes in (2, 4):
+        tokens = replace(base, bytes_per_element=element_bytes)
+        code_space = wire_cost(replace(tokens, execution="code_space"))
+        assert 40 * code_space.microbatch_bytes <= wire_cost(tokens).microbatch_bytes
+        assert 40 * code_space.forward_bytes <= wire_cost(tokens).forward_bytes

@@ -1,0 +1,145 @@
+"""What is benchmarked: the sizes of one layer, and the grid of them that a command line names.
+
+T tokens, H hidden size, F expert hidden size, N experts, K codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+ROUTINGS = ("balanced", "zipf", "one-hot")
+PASSES = ("forward", "forward_backward")
+NORMS = ("none", "separate", "shared")
+DTYPES = ("float32", "bfloat16")
+MIN_REPEATS = 3  # fewer have no deciles
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """One layer and its tokens.
+
+    Raises:
+        ValueError: for a size that is not positive, an unknown choice, or fewer codes than experts.
+    """
+
+    num_experts: int = 16  # N
+    num_codes: int = 64  # K
+    num_tokens: int = 4096  # T
+    hidden_size: int = 256  # H
+    ffn_hidden_size: int = 1024  # F
+    routing: str = "balanced"
+    norm: str = "none"  # of the discrete path, in all arms that have one
+    dtype: str = "float32"
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "num_codes", "num_tokens", "hidden_size", "ffn_hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, legal in (("routing", ROUTINGS), ("norm", NORMS), ("dtype", DTYPES)):
+            check_choice(name, getattr(self, name), legal)
+        if self.num_codes < self.num_experts:
+            raise ValueError(
+                f"num_codes={self.num_codes} < num_experts={self.num_experts}: the discrete arms "
+                f"would leave {self.num_experts - self.num_codes} experts without any code"
+            )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields of a result row that say what was measured."""
+        return {
+            "num_experts": self.num_experts,
+            "num_codes": self.num_codes,
+            "num_tokens": self.num_tokens,
+            "hidden_size": self.hidden_size,
+            "ffn_hidden_size": self.ffn_hidden_size,
+            "routing": self.routing,
+            "norm": self.norm,
+            "dtype": self.dtype,
+        }
+
+
+def layer_cases(
+    num_experts: Sequence[int],
+    num_codes: Sequence[int | None],
+    routings: Sequence[str],
+    **common: Any,
+) -> tuple[list[LayerCase], list[str]]:
+    """Return every combination once, and what was left out with its reason.
+
+    Args:
+        num_experts: values of N.
+        num_codes: values of K; None stands for K = N.
+        routings: names.
+        common: the other fields of :class:`LayerCase`.
+
+    Raises:
+        ValueError: when no legal combination is left, or for an illegal value.
+    """
+    cases: list[LayerCase] = []
+    left_out: list[str] = []
+    for routing, experts, codes in product(routings, num_experts, num_codes):
+        if codes is not None and 1 <= codes < experts:
+            left_out.append(f"num_codes={codes} < num_experts={experts}")
+            continue
+        case = LayerCase(experts, experts if codes is None else codes, routing=routing, **common)
+        if case not in cases:
+            cases.append(case)
+    if not cases:
+        raise ValueError(f"nothing is left to measure: {', '.join(left_out)}")
+    return cases, list(dict.fromkeys(left_out))
+
+
+def parse_numbers(text: str, option: str) -> list[int]:
+    """Return the positive integers of a comma-separated list.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"{option} {text!r}: give comma-separated integers, such as 16,64"
+        ) from None
+    for number in numbers:
+        if number < 1:
+            raise ValueError(f"{option} {text!r}: {number} must be at least 1")
+    return numbers
+
+
+def parse_codes(text: str) -> list[int | None]:
+    """Return the values of --num-codes; ``N`` becomes None, as many codes as experts."""
+    parts = text.split(",")
+    numbers = ",".join(part for part in parts if part != "N")
+    found = iter(parse_numbers(numbers, "--num-codes") if numbers else [])
+    return [None if part == "N" else next(found) for part in parts]
+
+
+def parse_choices(text: str, option: str, legal: Sequence[str]) -> list[str]:
+    """Return the names of a comma-separated list.
+
+    Raises:
+        ValueError: listing the legal names.
+    """
+    names = text.split(",")
+    for name in names:
+        check_choice(option, name, legal)
+    return names
+
+
+def check_choice(name: str, value: str, legal: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``legal``."""
+    if value not in legal:
+        raise ValueError(f"{name} {value!r}: choose from {', '.join(legal)}")
+
+
+def check_repeats(num_repeats: int, num_warmup: int) -> None:
+    """Raise ``ValueError`` for fewer repeats than a decile needs, or a negative warm-up."""
+    if num_repeats < MIN_REPEATS:
+        raise ValueError(f"--repeats {num_repeats}: at least {MIN_REPEATS} are needed for deciles")
+    if num_warmup < 0:
+        raise ValueError(f"--warmup {num_warmup} must be at least 0")

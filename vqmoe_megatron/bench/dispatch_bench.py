@@ -1,0 +1,130 @@
+"""``vqmoe bench dispatch``: from hidden states to rows sorted by expert, without any expert.
+
+T tokens, H hidden size, K codes, N experts. At one rank, so no communication is in it. Arms:
+
+    A       Megatron: route (router GEMM, softmax, top-1, [T, N] map), then dispatch_preprocess
+            (counts from the map, permutation)
+    A-plan  Megatron's dispatch_preprocess alone, on a map made before
+    C       ours: nearest-code search, code map, plan (sort, counts), permutation
+    C-plan  ours: plan and permutation alone, on experts found before
+
+A and C do the whole way of one token to its expert; with K = N both compare it with as many
+vectors. Megatron's half and ours both call the layers' own functions. Before anything is timed,
+both must bring the same tokens to the same experts in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+from vqmoe_megatron.bench.arm_table import ARMS, FORWARD
+from vqmoe_megatron.bench.arms import build_arm
+from vqmoe_megatron.bench.cases import LayerCase
+from vqmoe_megatron.bench.failures import GateFailed
+from vqmoe_megatron.bench.gate import check_routing
+from vqmoe_megatron.bench.routing import routed_tokens
+from vqmoe_megatron.bench.timing import Action, time_in_turns
+from vqmoe_megatron.bench.weights import draw_weights
+from vqmoe_megatron.moe.dispatch import dispatch
+from vqmoe_megatron.moe.layer import VQMoELayer
+from vqmoe_megatron.vq.permutation import plan_permutation
+
+TEXTS = {
+    "A": "Megatron: route, counts, permutation",
+    "A-plan": "Megatron: counts, permutation",
+    "C": "ours: search, plan, permutation",
+    "C-plan": "ours: plan, permutation",
+}
+
+
+def measure_dispatch(
+    case: LayerCase, num_repeats: int, num_warmup: int, say: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """Gate and time the four arms; one row each.
+
+    Raises:
+        GateFailed: when the sorted rows or their counts differ.
+
+    Needs the process groups of one rank. No communication.
+    """
+    tokens = routed_tokens(case)
+    check_routing(case, tokens)
+    weights = draw_weights(case, tokens.router_weight)
+    arms = {letter: build_arm(ARMS[letter], case, tokens, weights) for letter in ("A", "C")}
+    for arm in arms.values():
+        arm.enter(FORWARD)
+    x = tokens.x.to(torch.cuda.current_device()).unsqueeze(1)  # [T, 1, H]
+    actions = _actions(arms["A"].module, arms["C"].module, x)
+    _check(actions)
+    say(f"N={case.num_experts} K={case.num_codes} {case.routing}: both sort the same rows")
+    runs = {name: Action(run) for name, run in actions.items()}
+    rows = []
+    for name, times in time_in_turns(runs, num_repeats, num_warmup).items():
+        rows.append(
+            {
+                "arm": name,
+                "text": TEXTS[name],
+                **case.identity,
+                "expert_model_parallel_size": 1,
+                "pass": FORWARD,
+                "num_repeats": num_repeats,
+                "median_ms": times.median_ms,
+                "p10_ms": times.p10_ms,
+                "p90_ms": times.p90_ms,
+                "wire_bytes": None,
+                "saved_bytes": None,
+            }
+        )
+    return rows
+
+
+Sorted = tuple[torch.Tensor, torch.Tensor]  # rows [T, H] by expert, rows per expert [N]
+
+
+def _actions(
+    megatron: MoELayer, ours: VQMoELayer, x: torch.Tensor
+) -> dict[str, Callable[[], Sorted]]:
+    flat = x.flatten(0, 1)
+    with torch.no_grad():
+        probs, routing_map = megatron.route(x)
+        experts = ours.assigner(flat).experts.flatten()
+
+    @torch.no_grad()
+    def megatron_plan() -> Sorted:
+        rows, _ = megatron.token_dispatcher.dispatch_preprocess(x, routing_map, probs)
+        return rows, megatron.token_dispatcher.tokens_per_expert
+
+    @torch.no_grad()
+    def megatron_all() -> Sorted:
+        found_probs, found_map = megatron.route(x)
+        rows, _ = megatron.token_dispatcher.dispatch_preprocess(x, found_map, found_probs)
+        return rows, megatron.token_dispatcher.tokens_per_expert
+
+    @torch.no_grad()
+    def our_plan() -> Sorted:
+        plan = plan_permutation(experts, ours.config.num_moe_experts)
+        rows, receipt = dispatch(flat, plan, ours.ep_group, ours.expt_tp_group)
+        return rows, receipt.tokens_per_local_expert
+
+    @torch.no_grad()
+    def our_all() -> Sorted:
+        found = ours.assigner(flat).experts.flatten()
+        plan = plan_permutation(found, ours.config.num_moe_experts)
+        rows, receipt = dispatch(flat, plan, ours.ep_group, ours.expt_tp_group)
+        return rows, receipt.tokens_per_local_expert
+
+    return {"A": megatron_all, "A-plan": megatron_plan, "C": our_all, "C-plan": our_plan}
+
+
+def _check(actions: dict[str, Callable[[], Sorted]]) -> None:
+    expected_rows, expected_counts = actions["A"]()
+    for name, run in actions.items():
+        rows, counts = run()
+        if not torch.equal(counts.to(expected_counts), expected_counts):
+            raise GateFailed(f"{name} and A send different numbers of rows to the experts")
+        if not torch.equal(rows, expected_rows):
+            raise GateFailed(f"{name} and A sort the rows differently")

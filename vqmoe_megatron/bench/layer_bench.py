@@ -1,0 +1,106 @@
+"""``vqmoe bench layer``: whole layers, forward and with their backward pass, against each other.
+
+T tokens, H hidden size. One process and one rank, arms in turns, the same expert weights and tokens
+in all of them, the equality gate first.
+
+forward: evaluation mode, no autograd graph. forward_backward: training mode; a step of one
+microbatch (of 8 for G8 and G2, times are per microbatch) with its VQ losses and statistics.
+Gradients and statistics are dropped between steps, unmeasured: what a training loop does once per
+step (reducing gradients, the optimizer, moving the codebook) belongs to no arm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from vqmoe_megatron.bench.arm_table import FORWARD, choose_arms
+from vqmoe_megatron.bench.arms import Arm, build_arms
+from vqmoe_megatron.bench.cases import LayerCase
+from vqmoe_megatron.bench.gate import check_arms, check_routing
+from vqmoe_megatron.bench.routing import routed_tokens
+from vqmoe_megatron.bench.timing import Action, time_in_turns
+from vqmoe_megatron.bench.weights import draw_weights
+
+GRADIENT_SEED = 99  # of the gradient that every output gets
+
+
+def measure_layers(
+    case: LayerCase,
+    passes: Sequence[str],
+    letters: Sequence[str],
+    num_repeats: int,
+    num_warmup: int,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Gate and time the arms of one case; one row per arm and pass.
+
+    Args:
+        case: sizes and routing.
+        passes: forward, forward_backward.
+        letters: of the arms; none: all.
+        num_repeats: timed rounds.
+        num_warmup: untimed rounds before them.
+        say: gets one line per pass about the gate.
+
+    Raises:
+        GateFailed: when arms disagree; nothing was timed then.
+        ValueError: for unknown arms, or settings that an arm cannot take.
+
+    Needs the process groups of one rank. No communication.
+    """
+    tokens = routed_tokens(case)
+    check_routing(case, tokens)
+    weights = draw_weights(case, tokens.router_weight)
+    x = tokens.x.to(torch.cuda.current_device()).unsqueeze(1)  # [T, 1, H]
+    generator = torch.Generator().manual_seed(GRADIENT_SEED)
+    grad = torch.randn(x.shape, generator=generator).to(x)
+    rows: list[dict[str, Any]] = []
+    for pass_name in passes:
+        specs = choose_arms(letters, pass_name, case.hidden_size)
+        if not specs:
+            say(f"{pass_name}: none of these arms does it")
+            continue
+        arms = build_arms(specs, case, tokens, weights)
+        for arm in arms.values():
+            arm.enter(pass_name)
+        difference = check_arms(arms, case, weights, x, grad, pass_name)
+        say(
+            f"N={case.num_experts} K={case.num_codes} T={case.num_tokens} {case.routing} "
+            f"{pass_name}: {len(arms)} arms agree to {difference:.1e}"
+        )
+        leaf = x.clone().requires_grad_()
+        actions = {name: _action(arm, x, leaf, grad, pass_name) for name, arm in arms.items()}
+        for letter, times in time_in_turns(actions, num_repeats, num_warmup).items():
+            rows.append(
+                {
+                    "arm": letter,
+                    "text": specs[letter].title,
+                    **case.identity,
+                    "expert_model_parallel_size": 1,
+                    "pass": pass_name,
+                    "num_microbatches": specs[letter].num_microbatches,
+                    "num_repeats": num_repeats,
+                    "median_ms": times.median_ms,
+                    "p10_ms": times.p10_ms,
+                    "p90_ms": times.p90_ms,
+                    "wire_bytes": None,
+                    "saved_bytes": None,
+                }
+            )
+    return rows
+
+
+def _action(
+    arm: Arm, x: torch.Tensor, leaf: torch.Tensor, grad: torch.Tensor, pass_name: str
+) -> Action:
+    if pass_name == FORWARD:
+        return Action(lambda: arm.forward(x))
+
+    def forget() -> None:
+        arm.forget()
+        leaf.grad = None
+
+    return Action(lambda: arm.step(leaf, grad), forget, arm.spec.num_microbatches)

@@ -1,0 +1,80 @@
+"""Timing several actions against each other: in turns, so that whatever the machine does meets all.
+
+A round runs every action once; the next round starts with the next action, so that none always
+follows the same one. The garbage collector rests while an action runs.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+def _nothing() -> None:
+    """Needs no preparation."""
+
+
+@dataclass(frozen=True)
+class Action:
+    """What is timed, and what is done before each time without being timed."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], None] = _nothing
+    num_parts: int = 1  # the time is divided by it
+
+
+@dataclass(frozen=True)
+class Times:
+    """Over the repeats, in milliseconds."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+
+
+def time_in_turns(
+    actions: Mapping[str, Action], num_repeats: int, num_warmup: int
+) -> dict[str, Times]:
+    """Return the times of every action over ``num_repeats`` rounds after ``num_warmup`` untimed.
+
+    On CUDA the device is waited for before and after each. No communication of its own.
+    """
+    names = list(actions)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    for turn in range(num_warmup + num_repeats):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            time_ms = _time_once_ms(actions[name])
+            if turn >= num_warmup:
+                found[name].append(time_ms)
+    return {name: _summary(times_ms) for name, times_ms in found.items()}
+
+
+def _time_once_ms(action: Action) -> float:
+    action.prepare()
+    gc.disable()
+    try:
+        _wait_for_device()
+        started = time.perf_counter()
+        action.run()
+        _wait_for_device()
+        seconds = time.perf_counter() - started
+    finally:
+        gc.enable()
+    return 1e3 * seconds / action.num_parts
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _summary(times_ms: list[float]) -> Times:
+    deciles = statistics.quantiles(times_ms, n=10, method="inclusive")
+    return Times(statistics.median(times_ms), deciles[0], deciles[-1])

@@ -1,0 +1,68 @@
+"""One layer's discrete path as a table: every code row through its expert, once.
+
+H hidden size, C code slices, K codes per slice, D = H / C (for low_dim
+the codebook's own). Row ids are ``slice * K + code``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vqmoe_megatron.moe.layer import VQMoELayer
+from vqmoe_megatron.vq.table_layer import TableSettings
+
+
+@torch.no_grad()
+def layer_table(layer: VQMoELayer, iteration: int) -> tuple[dict[str, torch.Tensor], TableSettings]:
+    """Return the tensors and settings that a :class:`TableLayer` is made of, on the CPU.
+
+    Args:
+        layer: in code space, in evaluation, its codebook initialised.
+        iteration: of the checkpoint it comes from.
+
+    Tensors are fp32 (fp64 for an fp64 layer); the experts run in their own dtype.
+
+    Communicates as ``CodeSpace.evaluate``: over the expert-tensor and expert-parallel groups.
+
+    Raises:
+        ValueError: when the codebook has not seen any data yet.
+    """
+    space, codebook = layer.code_space, layer.assigner.codebook
+    if codebook.needs_data_init:
+        raise ValueError(
+            f"layer {layer.layer_number}: its codes are not initialised, which the first training "
+            "step does; export a checkpoint of iteration 1 or later"
+        )
+    dtype = next(layer.experts.parameters()).dtype
+    values = space.evaluate(dtype).values  # [slots, H], in the order of the experts' ranks
+    tensors = {
+        "codes": codebook.code_vectors(),
+        "table": values.index_select(0, space.rows.slot_of_row),
+    }
+    if layer.vq.quantizer == "low_dim":
+        tensors["projection"] = codebook.projection
+    norm, place = space.output_norm, "none"
+    if norm is not None:
+        place = "in_table" if space.table_norm is not None else "after_sum"
+    if place == "after_sum":
+        tensors |= {f"output_norm.{name}": part for name, part in norm.named_parameters()}
+    if layer.gate is not None:
+        tensors |= {f"gate.{name}": part for name, part in layer.gate.linear.named_parameters()}
+    settings = TableSettings(
+        quantizer=layer.vq.quantizer,
+        path=layer.vq.path,
+        combine=layer.vq.combine if layer.gate is not None else "none",
+        num_code_slices=layer.vq.num_code_slices,
+        normalization=layer.config.normalization if norm is not None else "none",
+        normalization_eps=float(norm.eps) if norm is not None else 0.0,
+        output_norm=place,
+        layer_number=layer.layer_number,
+        iteration=iteration,
+        computed_in=str(dtype).removeprefix("torch."),
+    )
+    return {name: _exported(tensor) for name, tensor in tensors.items()}, settings
+
+
+def _exported(tensor: torch.Tensor) -> torch.Tensor:
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return tensor.detach().to("cpu", dtype).contiguous()
