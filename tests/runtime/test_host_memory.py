@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import torch
 
 from vqmoe_megatron.runtime.host_memory import release_free_memory
@@ -21,3 +24,29 @@ def test_freed_small_blocks_return_to_the_system() -> None:
     assert release_free_memory()
     assert resident_bytes() < before - 100_000_000
     assert all(float(block.sum()) == 16_000 for block in kept)
+
+
+KEEPING = """
+import resource, torch
+from vqmoe_megatron.runtime.host_memory import keep_free_memory
+
+def num_page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = torch.ones(16_000_000)  # 64 MB, which glibc would map and unmap each time
+    del block
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+num_page_faults()
+by_default = num_page_faults()
+assert keep_free_memory()
+for _ in range(8):  # until the heap has room for it in one piece
+    num_page_faults()
+print(by_default, num_page_faults())
+"""
+
+
+def test_kept_memory_is_not_faulted_in_again() -> None:
+    done = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    by_default, kept = map(int, done.stdout.split())
+    assert kept < 20 < by_default

@@ -9,6 +9,7 @@ import torch
 
 from vqmoe_megatron.config import ParallelConfig, RunConfig
 from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.runtime.host_memory import keep_free_memory
 from vqmoe_megatron.runtime.world import (
     RankVariables,
     build_process_groups,
@@ -25,6 +26,8 @@ SEED = 1234  # of Megatron's generators, which nothing that is measured draws fr
 def one_rank_world() -> Iterator[str]:
     """Be a world of one rank; yields ``"cuda"`` or ``"cpu"``.
 
+    On the CPU the process keeps the memory it frees from now on, for all arms alike.
+
     Raises:
         ValueError: when a launcher started several ranks.
     """
@@ -39,6 +42,8 @@ def one_rank_world() -> Iterator[str]:
         from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat
 
         install_cpu_compat()
+        if not keep_free_memory():
+            print("this C library cannot keep freed memory: page faults are part of the times")
     join_world(RankVariables(0, 1, 0, "benchmark"), device)
     lay_out({})
     try:

@@ -19,6 +19,7 @@ class LayerNorm(torch.nn.LayerNorm):
     """In the dtype of its input: fp32 rows of a table meet bf16 weights."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``[..., H]`` -> ``[..., H]``, same dtype. No communication."""
         weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
         return torch.nn.functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
@@ -27,6 +28,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """Likewise."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., H]`` -> ``[..., H]``, same dtype. No communication."""
         weight = self.weight.to(x.dtype)
         return torch.nn.functional.rms_norm(x, self.normalized_shape, weight, self.eps)
 

@@ -1,4 +1,4 @@
-"""Hand memory that the C library keeps for itself back to the system.
+"""Hand memory that the C library keeps for itself back to the system; or let it keep all.
 
 On the CPU, token counts per expert change with every microbatch, so tensors of ever new sizes leave
 holes in glibc's heap: measured 3 MB a step at two ranks, with no tensor leaked. Trimming the heap
@@ -19,3 +19,20 @@ def release_free_memory() -> bool:
         return False
     trim(0)
     return True
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+INT_MAX = 2**31 - 1
+
+
+def keep_free_memory() -> bool:
+    """Let the C library keep all it was given, as CUDA's caching allocator does; tell if it does.
+
+    By default it returns every block above 32 MiB and asks for it anew, and touching the new pages
+    of a 64 MiB gradient takes longer than computing it. For benchmarks; a long run would grow.
+    """
+    name = ctypes.util.find_library("c")
+    mallopt = getattr(ctypes.CDLL(name), "mallopt", None) if name else None
+    if mallopt is None:
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, INT_MAX))
