@@ -65,12 +65,12 @@ def test_ties_go_to_the_lowest_index() -> None:
     assert nearest_code(x, codebook).tolist() == [1, 1, 0]
 
 
-@pytest.mark.parametrize(("tile_elements", "tile_codes"), [(1, 1), (7, 3), (64, 5), (1000, 16)])
+@pytest.mark.parametrize(("tile_tokens", "tile_codes"), [(1, 1), (2, 3), (13, 5), (64, 40)])
 def test_tiles_change_nothing_even_with_ties_between_them(
-    monkeypatch: pytest.MonkeyPatch, tile_elements: int, tile_codes: int
+    monkeypatch: pytest.MonkeyPatch, tile_tokens: int, tile_codes: int
 ) -> None:
-    monkeypatch.setattr(search, "TILE_ELEMENTS", tile_elements)
-    monkeypatch.setattr(search, "MAX_TILE_CODES", tile_codes)
+    monkeypatch.setattr(search, "TILE_TOKENS", tile_tokens)
+    monkeypatch.setattr(search, "TILE_CODES", tile_codes)
     x = integers(50, 4, limit=1)
     codebook = integers(11, 4, seed=1, limit=1).repeat(3, 1)  # every code three times
     found = nearest_code(x, codebook)
@@ -79,9 +79,9 @@ def test_tiles_change_nothing_even_with_ties_between_them(
 
 
 def test_more_codes_than_a_tile_holds() -> None:
-    num_codes = search.MAX_TILE_CODES + 100
+    num_codes = search.TILE_CODES + 100
     codebook = torch.arange(num_codes, dtype=torch.float64).unsqueeze(1) * 4
-    wanted = torch.tensor([0, 1, search.MAX_TILE_CODES - 1, search.MAX_TILE_CODES, num_codes - 1])
+    wanted = torch.tensor([0, 1, search.TILE_CODES - 1, search.TILE_CODES, num_codes - 1])
     assert torch.equal(nearest_code(codebook[wanted] + 1, codebook), wanted)
 
 
@@ -94,8 +94,8 @@ def test_product_codes_are_one_search_per_slice() -> None:
 
 
 def test_no_tensor_grows_to_tokens_times_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "TILE_ELEMENTS", 1 << 12)
-    monkeypatch.setattr(search, "MAX_TILE_CODES", 128)
+    monkeypatch.setattr(search, "TILE_TOKENS", 1 << 5)
+    monkeypatch.setattr(search, "TILE_CODES", 1 << 7)
     x, codebook = torch.randn(2048, 4), torch.randn(1024, 4)
     with LargestTensor() as largest:
         nearest_code(x, codebook)

@@ -15,8 +15,9 @@ import torch
 
 from vqmoe_megatron.vq.kernel_choice import use_kernel
 
-TILE_ELEMENTS = 1 << 21  # distances in one tile: 8 MiB of fp32, inside a last-level cache
-MAX_TILE_CODES = 4096  # codes in one tile, so that a tile keeps at least 512 tokens
+TILE_TOKENS = 512
+TILE_CODES = 256  # 512 KiB of fp32 distances: read back from a core's own cache
+CUDA_TILE_TOKENS, CUDA_TILE_CODES = 1 << 14, 1 << 12  # few launches where the kernel cannot run
 
 
 def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -62,26 +63,26 @@ def _nearest_in_slice(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     nearest_to_mean = (codes - codes.mean(dim=0)).square().sum(dim=1).argmin()
     centre = codes.index_select(0, nearest_to_mean.unsqueeze(0))  # [1, D]
     codes = codes - centre
-    half_norms = codes.square().sum(dim=1).mul_(0.5)  # [K]
-    tile_codes = min(codes.shape[0], MAX_TILE_CODES)
-    tile_tokens = max(1, TILE_ELEMENTS // tile_codes)
-    found = []
-    for rows in x.split(tile_tokens):
+    half_norms = codes.square().sum(dim=1).mul_(0.5).unsqueeze(0)  # [1, K]
+    tile_tokens = CUDA_TILE_TOKENS if x.is_cuda else TILE_TOKENS
+    tile_codes = CUDA_TILE_CODES if x.is_cuda else TILE_CODES
+    tiles = list(zip(codes.split(tile_codes), half_norms.split(tile_codes, dim=1), strict=True))
+    found = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
+    for rows, found_rows in zip(x.split(tile_tokens), found.split(tile_tokens), strict=True):
         rows = rows.to(dtype) - centre
-        best = best_ids = None
-        for first in range(0, codes.shape[0], tile_codes):
-            tile = codes[first : first + tile_codes]
-            distances = torch.addmm(
-                half_norms[first : first + tile_codes].unsqueeze(0), rows, tile.t(), alpha=-1.0
-            )
-            values, indices = distances.min(dim=1)
-            if best is None:
-                best, best_ids = values, indices
-            else:
-                closer = values < best
-                best = torch.where(closer, values, best)
-                best_ids = torch.where(closer, indices + first, best_ids)
-        found.append(best_ids)
-    if not found:
-        return torch.empty(0, dtype=torch.int64, device=x.device)
-    return torch.cat(found)
+        if len(tiles) == 1:
+            torch.argmin(_distances(rows, *tiles[0]), dim=1, out=found_rows)
+            continue
+        best, best_ids = _distances(rows, *tiles[0]).min(dim=1)
+        for number, tile in enumerate(tiles[1:], start=1):
+            values, indices = _distances(rows, *tile).min(dim=1)
+            closer = values < best
+            best = torch.where(closer, values, best)
+            best_ids = torch.where(closer, indices + number * tile_codes, best_ids)
+        found_rows.copy_(best_ids)
+    return found
+
+
+def _distances(rows: torch.Tensor, codes: torch.Tensor, half_norms: torch.Tensor) -> torch.Tensor:
+    """rows [T, D], codes [K, D], half_norms [1, K] -> |v|^2 / 2 - <x, v>, [T, K]."""
+    return torch.addmm(half_norms, rows, codes.t(), alpha=-1.0)
