@@ -96,12 +96,12 @@ def dispatch(
         if residents is not None:
             rows = torch.cat([rows, residents.rows])
             plan = append_residents(plan, residents.rows_per_local_expert, num_residents)
-        permuted = _Permute.apply(rows, plan.order, plan.inverse())
+        permuted = _Permute.apply(rows, plan.order, plan.inverse)
         return permuted, DispatchReceipt(
             plan, plan.tokens_per_expert, None, [], [], [], num_residents
         )
 
-    permuted = _Permute.apply(rows, plan.order, plan.inverse())
+    permuted = _Permute.apply(rows, plan.order, plan.inverse)
     sent = plan.tokens_per_expert.view(num_sources, -1)  # [P, n]
     counts = _exchange_counts(sent, ep_group, expt_tp_group)  # [E, P, n]
     received = counts[expt_tp_group.rank()]  # [P, n]
@@ -126,7 +126,7 @@ def dispatch(
             blocks.reshape(-1), output_size=arrived.shape[0]
         )
         regroup = plan_permutation(local_expert, blocks.shape[1])
-        arrived = _Permute.apply(arrived, regroup.order, regroup.inverse())
+        arrived = _Permute.apply(arrived, regroup.order, regroup.inverse)
     receipt = DispatchReceipt(
         plan,
         blocks.sum(dim=0),
@@ -172,16 +172,16 @@ def combine(
     reduce-scatter (none at E = 1), over ``ep_group`` one all-to-all (none at P = 1).
     """
     if not receipt.input_splits and not receipt.gathered_sizes:
-        rows = _Permute.apply(rows, receipt.plan.inverse(), receipt.plan.order)
+        rows = _Permute.apply(rows, receipt.plan.inverse, receipt.plan.order)
         return _split_residents(rows, receipt.num_residents)
     if receipt.regroup is not None:
-        rows = _Permute.apply(rows, receipt.regroup.inverse(), receipt.regroup.order)
+        rows = _Permute.apply(rows, receipt.regroup.inverse, receipt.regroup.order)
     rows, residents = _split_residents(rows, receipt.num_residents)
     if receipt.gathered_sizes:
         rows = reduce_scatter_rows(rows, receipt.gathered_sizes, expt_tp_group)
     if receipt.input_splits:
         rows = all_to_all(ep_group, rows, receipt.input_splits, receipt.output_splits)
-    return _Permute.apply(rows, receipt.plan.inverse(), receipt.plan.order), residents
+    return _Permute.apply(rows, receipt.plan.inverse, receipt.plan.order), residents
 
 
 def _split_residents(rows: torch.Tensor, num_residents: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ contiguous, and how many rows each expert gets. Both are integer vectors of leng
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +24,11 @@ class PermutationPlan:
     order: torch.Tensor  # int64 [R]
     tokens_per_expert: torch.Tensor  # int64 [N]
 
+    @functools.cached_property
     def inverse(self) -> torch.Tensor:
-        """Return int64 ``[R]``: the sorted position of each source row."""
-        inverse = torch.empty_like(self.order)
-        inverse[self.order] = torch.arange(self.order.numel(), device=self.order.device)
-        return inverse
+        """int64 ``[R]``: the sorted position of each source row."""
+        positions = torch.arange(self.order.numel(), device=self.order.device)
+        return torch.empty_like(self.order).scatter_(0, self.order, positions)
 
 
 def plan_permutation(
