@@ -58,6 +58,22 @@ def test_unknown_choice_lists_the_legal_ones(name: str) -> None:
         (VQConfig, {"num_code_slices": 2}, "num_code_slices=2 needs vq.quantizer=product"),
         (
             VQConfig,
+            {"execution": "code_space", "path": "continuous"},
+            "vq.path=continuous has no codes for vq.execution=code_space",
+        ),
+        (
+            VQConfig,
+            {"straight_through": "none", "expert_input": "blend"},
+            "vq.straight_through=none is for vq.expert_input=code",
+        ),
+        (
+            VQConfig,
+            {"code_dim": 8},
+            "vq.code_dim=8 with vq.quantizer=euclidean: low_dim needs",
+        ),
+        (VQConfig, {"quantizer": "low_dim"}, "vq.code_dim=None with vq.quantizer=low_dim"),
+        (
+            VQConfig,
             {"execution": "code_space", "expert_input": "blend"},
             "with vq.expert_input=blend every token has its own expert input",
         ),
@@ -206,7 +222,6 @@ def test_a_map_built_from_data_needs_an_initialisation_that_sees_data(code_map: 
         ({"expert_input": "blend_convex"}, False),
         ({"expert_input": "token"}, False),
         ({"path": "continuous"}, False),
-        ({"path": "continuous", "execution": "code_space"}, False),
     ],
 )
 def test_code_space_is_taken_where_it_is_exact(settings: dict, in_code_space: bool) -> None:

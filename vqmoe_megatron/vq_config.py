@@ -103,6 +103,19 @@ class VQConfig:
                 f"vq.code_input=learned with vq.expert_input={self.expert_input}: learned vectors "
                 "stand in the place of codes; use expert_input=code, or code_input=codebook"
             )
+        if self.path == "continuous" and (
+            self.execution == "code_space" or self.code_input == "learned"
+        ):
+            raise ValueError(
+                f"vq.path=continuous has no codes for vq.execution={self.execution}, vq.code_input="
+                f"{self.code_input}; use path=dual or discrete, or leave both at their defaults"
+            )
+        if self.expert_input != "code" and self.straight_through != "token":
+            raise ValueError(
+                f"vq.straight_through={self.straight_through} is for vq.expert_input=code; with "
+                f"{self.expert_input} the token is part of the expert input and gets its own "
+                "gradient; leave straight_through at token"
+            )
         if self.execution == "code_space" and self.expert_input != "code":
             raise ValueError(
                 "vq.execution=code_space cannot work here: with vq.expert_input="

@@ -270,3 +270,55 @@ def test_a_table_kept_in_evaluation_does_not_outlive_the_weights_it_was_built_of
     assert torch.equal(found["once before"], found["each before"])
     assert not torch.allclose(found["each after"], found["each before"])
     assert torch.equal(found["once after"], found["each after"])
+
+
+def refused_misuse() -> list[str]:
+    """In a rank: what a loop without CodebookSync, and an evaluation within a step, are told."""
+    told = []
+    layer = layer_of({"path": "discrete", "table_per_step": True})
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(microbatch(0))[0].sum().backward()
+    with pytest.raises(ValueError, match="between two microbatches of one step") as refused:
+        layer.eval()
+    told.append(str(refused.value))
+    layer.train()  # the same mode again loses nothing
+    assert layer.step_table._leaf.values.grad.any()
+    layer.assigner.codebook.codes.grad = None
+    layer.input_norm.weight.grad = torch.ones_like(layer.input_norm.weight)
+    optimizer.step()
+    with pytest.raises(ValueError, match="needs CodebookSync") as refused:
+        layer(microbatch(1))
+    told.append(str(refused.value))
+    return told
+
+
+@pytest.mark.distributed
+def test_a_table_whose_gradient_would_be_lost_is_an_error(ranks) -> None:  # noqa: ANN001
+    (told,) = ranks(1).run(refused_misuse)
+    assert all("CodebookSync" in text for text in told)
+
+
+def inference_first() -> bool:
+    layer = layer_of({"path": "discrete", "code_input": "learned"})
+    with torch.inference_mode():
+        layer(microbatch(0))
+    layer(microbatch(0))[0].sum().backward()
+    return bool(layer.code_inputs.vectors.grad.any())
+
+
+@pytest.mark.distributed
+def test_training_may_follow_inference_mode(ranks) -> None:  # noqa: ANN001
+    assert ranks(1).run(inference_first) == [True]
+
+
+def weights_moved_in_evaluation() -> bool:
+    layer = layer_of({"path": "discrete", "table_per_step": True}).eval()
+    with torch.no_grad():
+        before = layer(microbatch(0))[0]
+        layer.experts.weight2.mul_(2.0)
+        return torch.equal(before, layer(microbatch(0))[0])
+
+
+@pytest.mark.distributed
+def test_an_evaluation_sees_weights_that_moved(ranks) -> None:  # noqa: ANN001
+    assert ranks(1).run(weights_moved_in_evaluation) == [False]

@@ -84,9 +84,10 @@ class CodeSpace:
         version = (code_map.expert_of_row.data_ptr(), code_map.expert_of_row._version)
         if self._rows is None or version != self._rows_version:
             group = self.groups[0]
-            self._rows = place_code_rows(
-                code_map.expert_of_row, code_map.num_experts, group.size(), group.rank()
-            )
+            with torch.inference_mode(False):  # kept, and saved for backward passes later
+                self._rows = place_code_rows(
+                    code_map.expert_of_row, code_map.num_experts, group.size(), group.rank()
+                )
             self._rows_version = version
         return self._rows
 

@@ -100,7 +100,12 @@ class VQMoELayer(MoELayer):
                 self.vq, self.experts, self.assigner, self.code_inputs, norms, pg_collection
             )
         if self.vq.table_per_step:
-            self.step_table = StepTable(self.code_space.evaluate)
+            self.step_table = StepTable(self.code_space.evaluate, self._table_weights)
+
+    def _table_weights(self) -> list[torch.Tensor]:
+        parts = (self.experts, self.input_norm, self.output_norm, self.code_inputs)
+        weights = [p for part in parts if part is not None for p in part.parameters()]
+        return [*weights, self.assigner.codebook.codes]
 
     @property
     def _discrete_output_norm(self) -> torch.nn.Module | None:
@@ -114,9 +119,15 @@ class VQMoELayer(MoELayer):
                 part.set_layer_number(layer_number)
 
     def train(self, mode: bool = True) -> VQMoELayer:
-        """Switch between training and evaluation; a kept table is forgotten."""
-        if self.step_table is not None:
-            self.step_table.clear()
+        """Switch between training and evaluation; a kept table is forgotten.
+
+        Raises:
+            ValueError: in the middle of a step with one table, whose gradient would be lost.
+        """
+        if self.step_table is not None and mode != self.training:
+            self.step_table.leave()
+        elif self.step_table is not None and not mode:
+            self.step_table.clear()  # evaluation announced again: the weights may be others
         return super().train(mode)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
@@ -158,7 +169,10 @@ class VQMoELayer(MoELayer):
             rows.append(x.unsqueeze(1).expand(-1, selected.shape[1], -1))
             experts.append(selected)
         if self.assigner is not None:  # 2. discrete path
+            had_codes = not self.assigner.codebook.needs_data_init
             assignment = self.assigner(x)
+            if self.step_table is not None and not had_codes:
+                self.step_table.clear()  # of the codes before data came
             if self.code_space is None:
                 sent = discrete_rows(
                     x, assignment, self.assigner.codebook, self.code_inputs, self.vq, self.tp_group

@@ -113,6 +113,7 @@ def _optimizer_errors(config: RunConfig) -> Iterator[str]:
 def _table_errors(config: RunConfig) -> Iterator[str]:
     if config.vq.table_per_step and config.optimizer.overlap_grad_reduce:
         yield (
-            "vq.table_per_step brings its gradient to the experts after the last microbatch, but "
-            "optimizer.overlap_grad_reduce sends their gradients away during it; set one to false"
+            "vq.table_per_step completes the experts' gradients after the last microbatch, so "
+            "optimizer.overlap_grad_reduce has nothing to overlap with, and when it sends them "
+            "rests on how Megatron counts; set one to false"
         )

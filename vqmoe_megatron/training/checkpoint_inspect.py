@@ -57,6 +57,7 @@ GROUP_OF_NAME = {
     "optimizer state": ("optimizer.",),
     "random state": ("random_state.",),
     "codebooks: codes": (".codebook.codes",),
+    "codebooks: learned inputs": (".code_inputs.",),
     "codebooks: EMA sums": (".codebook.ema_sum",),
     "codebooks: usage": (".codebook.usage",),
     "codebooks: map and counters": (".codebook.", ".code_map."),
@@ -69,6 +70,7 @@ SHOWN_ORDER = (
     "dense layers",
     "experts",
     "codebooks: codes",
+    "codebooks: learned inputs",
     "codebooks: EMA sums",
     "codebooks: usage",
     "codebooks: map and counters",
@@ -77,7 +79,13 @@ SHOWN_ORDER = (
     "random state",
     "other",
 )
-PARAMETER_GROUPS = ("dense layers", "experts", "codebooks: codes", "embeddings and output")
+PARAMETER_GROUPS = (
+    "dense layers",
+    "experts",
+    "codebooks: codes",
+    "codebooks: learned inputs",
+    "embeddings and output",
+)
 BUFFER_NAMES = ("router.expert_bias",)  # Megatron's, in a group of parameters
 
 

@@ -19,7 +19,7 @@ class _QuantizationError(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, vectors: torch.Tensor, ids: torch.Tensor):  # noqa: ANN001, ANN205
         ctx.save_for_backward(x, vectors, ids)
         error = _difference(x, vectors, ids).flatten()
-        value = torch.dot(error, error) / error.numel()
+        value = torch.dot(error, error) / max(error.numel(), 1)
         return value, value.clone()
 
     @staticmethod
@@ -27,7 +27,7 @@ class _QuantizationError(torch.autograd.Function):
         x, vectors, ids = ctx.saved_tensors
         dx = dv = None
         error = _difference(x, vectors, ids)
-        factor = 2.0 / error.numel()
+        factor = 2.0 / max(error.numel(), 1)
         if ctx.needs_input_grad[1]:
             parts = error.unflatten(1, (vectors.shape[0], -1)).unbind(1)
             sums = [segment_sum(part, ids[:, c], vectors.shape[1]) for c, part in enumerate(parts)]
