@@ -120,6 +120,9 @@ def test_search_break_even_is_experts_plus_expert_width() -> None:
     gated = replace(LARGE, gated_linear_unit=True, num_code_slices=4)
     assert search_break_even_num_codes(gated) == 64 + 3 * 1024
     assert search_break_even_num_codes(replace(LARGE, path="continuous")) is None
+    # a quarter of the columns: four times as many codes, less the projection's H of them
+    low_dim = replace(LARGE, code_dim=LARGE.hidden_size // 4)
+    assert search_break_even_num_codes(low_dim) == 4 * (64 + 2 * 1024) - LARGE.hidden_size
 
 
 def test_compare_lays_both_executions_side_by_side() -> None:

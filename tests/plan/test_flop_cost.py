@@ -112,6 +112,28 @@ def test_hand_computed_search_router_and_gate() -> None:
     assert (continuous.search_flops, continuous.gate_forward_flops) == (0, 0)
 
 
+def test_hand_computed_low_dim() -> None:
+    # 12 tokens of 6 columns, 5 codes of 2; one row through the projection takes 2 * 2 * 6
+    layer = replace(LAYER, num_codes=5, code_dim=2, expert_tensor_parallel_size=2)
+    tokens = flop_cost(layer)
+    assert tokens.search_flops == 12 * (2 * 2 * 5 + 24)
+    assert tokens.lift_flops == 12 * 24
+    assert tokens.projection_backward_flops == (12 + 12) * 24  # down, and on to the tokens
+    in_code_space = replace(layer, execution="code_space", table_per_step=True)
+    code_space = flop_cost(in_code_space)
+    assert code_space.lift_flops == 5 * 24
+    assert code_space.projection_backward_flops == (2 * 12 + 12) * 24  # both shards' rows
+    group = flop_cost(replace(in_code_space, straight_through="group"))
+    assert group.projection_backward_flops == (2 * 5 + 12) * 24
+    learned = flop_cost(replace(in_code_space, code_input="learned"))
+    assert (learned.lift_flops, learned.projection_backward_flops) == (0, (12 + 12) * 24)
+    none = flop_cost(replace(layer, straight_through="none"))
+    assert none.projection_backward_flops == 12 * 24  # of the commitment loss
+    every = flop_cost(replace(in_code_space, table_per_step=False))
+    rows = every.code_rows_forward_flops + every.code_rows_backward_flops
+    assert every.step_flops(4) - code_space.step_flops(4) == 3 * (rows + 5 * 24)
+
+
 def test_passes_sum_to_a_step() -> None:
     layer = replace(LAYER, execution="code_space", num_codes=8, table_per_step=True)
     once, every = flop_cost(layer), flop_cost(replace(layer, table_per_step=False))

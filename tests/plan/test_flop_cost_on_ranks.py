@@ -20,13 +20,23 @@ pytestmark = pytest.mark.distributed
 
 TOPK = 2
 BASE = {"init": "uniform", "num_codes": 10, "dead_code_threshold": 0.0}  # N does not divide K
+LOW_DIM = {"quantizer": "low_dim", "code_dim": 3}
 KINDS = (
     {},
     {"num_code_slices": 4, "quantizer": "product"},
     {"code_input": "learned"},
+    LOW_DIM,
+    {"code_input": "learned", **LOW_DIM},
     {"execution": "code_space", "table_per_step": True},
+    {"execution": "code_space", "table_per_step": True, **LOW_DIM},
 )
-CASES = [{"path": "continuous"}, {"expert_input": "blend"}] + [
+CASES = [
+    {"path": "continuous"},
+    {"expert_input": "blend"},
+    {"path": "continuous", **LOW_DIM},
+    {"expert_input": "blend", **LOW_DIM},
+    {"expert_input": "token", **LOW_DIM},
+] + [
     {"path": path, "execution": execution, "norm": norm, "straight_through": mode, **kind}
     for path, execution, norm, mode, kind in product(
         ("dual", "discrete"),
@@ -87,6 +97,7 @@ def test_every_product_of_the_layer_is_predicted(ranks, gated: bool) -> None:  #
                 moe_router_topk=TOPK,
                 num_codes=vq.num_codes,
                 num_code_slices=vq.num_code_slices,
+                code_dim=vq.code_dim,
                 gated_linear_unit=gated,
                 bytes_per_element=8,
                 path=vq.path,

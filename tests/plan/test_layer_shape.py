@@ -73,6 +73,18 @@ def test_widths() -> None:
     ]
 
 
+def test_low_dim_codes_go_back_narrow_and_in_full_precision() -> None:
+    layer = replace(LAYER, code_dim=5, bytes_per_element=2)
+    assert (layer.code_width, layer.straight_through_width) == (5, 5)
+    assert layer.straight_through_bytes_per_element == 4
+    assert replace(layer, bytes_per_element=8).straight_through_bytes_per_element == 8
+    learned = replace(layer, code_input="learned")  # travels whole, is lowered at home
+    assert (learned.code_width, learned.straight_through_width) == (5, 12)
+    assert learned.straight_through_bytes_per_element == 2
+    sliced = replace(LAYER, num_code_slices=3, bytes_per_element=2)
+    assert (sliced.code_width, sliced.straight_through_bytes_per_element) == (4, 2)
+
+
 def test_only_a_discrete_path_of_bare_codes_has_rows_without_gradient() -> None:
     bare = replace(LAYER, path="discrete", norm="none", straight_through="none")
     assert not bare.dispatched_rows_need_gradient and not bare.code_rows_need_gradient
@@ -118,6 +130,11 @@ def test_a_recipe_becomes_a_layer() -> None:
     )  # fmt: skip
 
 
+def test_a_recipe_of_low_dim_becomes_a_layer() -> None:
+    config = replace(RunConfig(), vq=VQConfig(quantizer="low_dim", code_dim=32))
+    assert LayerShape.from_config(config, ParallelLayout.from_config(config, 1)).code_dim == 32
+
+
 @pytest.mark.parametrize(
     ("vq", "execution"),
     [
@@ -148,6 +165,9 @@ def test_auto_is_resolved_as_the_layer_does(vq: VQConfig, execution: str) -> Non
             "moe_ffn_hidden_size % expert_tensor_parallel_size != 0: 8 % 3 = 2",
         ),
         ({"num_code_slices": 5}, "hidden_size % num_code_slices != 0: 12 % 5 = 2"),
+        ({"code_dim": 0}, "code_dim=0 must be at least 1"),
+        ({"code_dim": 13}, "code_dim <= hidden_size fails: 13 > 12"),
+        ({"code_dim": 4, "num_code_slices": 3}, "low_dim gives one code per token"),
         ({"code_map": "balanced", "num_codes": 6}, "6 % 4 = 2"),
         ({"execution": "code_space", "path": "continuous"}, "needs a discrete path"),
         ({"execution": "code_space", "expert_input": "blend"}, "needs expert_input=code"),

@@ -101,6 +101,20 @@ def test_parameters_are_those_of_a_layer(
         )
 
 
+@pytest.mark.parametrize("code_input", ["codebook", "learned"])
+def test_low_dim_codes_are_narrow_and_its_projection_is_no_parameter(code_input: str) -> None:
+    vq = VQConfig(num_codes=10, quantizer="low_dim", code_dim=3, code_input=code_input)
+    sizes = {name: tensor.numel() for name, tensor in draw_parameters(vq).items()}
+    count = layer_parameters(
+        LayerShape(
+            num_local_tokens=1, hidden_size=HIDDEN, moe_ffn_hidden_size=FFN,
+            num_moe_experts=NUM_EXPERTS, num_codes=10, code_dim=3, code_input=code_input,
+        )
+    )  # fmt: skip
+    assert count.codebook == sizes["assigner.codebook.codes"] == 10 * 3
+    assert count.total == sum(sizes.values()) - sizes["assigner.codebook.projection"]
+
+
 def test_active_parameters() -> None:
     # an expert: 6 * 20 + 20 + 20 * 6 + 6 = 266; router 4 * 7; gate 2 * 7; codes 3 * 6; norms 2 * 12
     layer = replace(LAYER, moe_router_topk=2, num_codes=3)

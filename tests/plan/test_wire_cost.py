@@ -372,6 +372,22 @@ def test_a_table_per_step_is_exchanged_once() -> None:
     assert every.step_bytes(8) - once.step_bytes(8) == 7 * (2 * 3 + 2 * 1) * 192
 
 
+def test_low_dim_gradients_travel_back_as_narrow_fp32() -> None:
+    # 2 ranks, 10 tokens: 5 rows to the other rank, 5 rows of it back
+    layer = replace(
+        LAYER, execution="code_space", path="discrete", bytes_per_element=2, code_dim=4,
+        expert_model_parallel_size=2,
+    )  # fmt: skip
+
+    def rows(layer: LayerShape) -> list:
+        terms = [t for t in wire_cost(layer).terms if t.part == "straight_through"]
+        return [t.sent_bytes for t in terms][1:]  # behind the counts
+
+    assert rows(layer) == [5 * 12 * 2, 5 * 4 * 4]
+    assert rows(replace(layer, code_input="learned")) == [5 * 12 * 2, 5 * 12 * 2]
+    assert rows(replace(layer, code_dim=None)) == [5 * 12 * 2, 5 * 12 * 2]
+
+
 def test_code_space_beats_tokens_where_tokens_outnumber_codes() -> None:
     base = LayerShape(
         num_local_tokens=4096, hidden_size=1024, moe_ffn_hidden_size=2048, num_moe_experts=16,

@@ -30,6 +30,7 @@ LAYOUTS = {
 }
 TOPK = 2
 BASE = {"init": "uniform", "num_codes": 10, "dead_code_threshold": 0.0}  # N does not divide K
+LOW_DIM = {"quantizer": "low_dim", "code_dim": 4}
 PRODUCT = {"num_code_slices": 4, "quantizer": "product"}
 CASES = {
     "continuous": {"path": "continuous"},
@@ -47,6 +48,10 @@ CASES = {
     "code_space_token_product": {"straight_through": "token", **PRODUCT},
     "code_space_token_learned": {"straight_through": "token", "code_input": "learned", **PRODUCT},
     "code_space_group": {"path": "discrete", "straight_through": "group", **PRODUCT},
+    "code_space_token_low_dim": {"straight_through": "token", **LOW_DIM},
+    "code_space_low_dim_group": {"straight_through": "group", **LOW_DIM},
+    "code_space_learned_low_dim": {"code_input": "learned", **LOW_DIM},
+    "tokens_low_dim": {"execution": "tokens", **LOW_DIM},
     "table_per_step": {"straight_through": "token", "table_per_step": True},
     "table_per_step_group": {"straight_through": "group", "table_per_step": True, "norm": "shared"},
 }
@@ -65,7 +70,9 @@ def count(vq_settings: dict, num_microbatches: int, dtype: str) -> dict:
     vq = VQConfig(**vq_settings)
     dtype = getattr(torch, dtype)
     changes = {"params_dtype": dtype, "bf16": dtype == torch.bfloat16}
-    layer = build_layer(vq, draw_parameters(vq), moe_router_topk=TOPK, **changes).to(dtype)
+    # fp32 before the cast, as in training: a codebook keeps the fp32, or fp64, that it is cast from
+    parameters = {name: tensor.float() for name, tensor in draw_parameters(vq).items()}
+    layer = build_layer(vq, parameters, moe_router_topk=TOPK, **changes).to(dtype)
     groups = {"ep": layer.ep_group, "expt_tp": layer.expt_tp_group, "tp": layer.tp_group}
     sent: list[list] = []
     is_backward = False
@@ -167,6 +174,7 @@ def shape_of(vq: VQConfig, sizes: dict[str, int], dtype: str) -> LayerShape:
         moe_router_topk=TOPK,
         num_codes=vq.num_codes,
         num_code_slices=vq.num_code_slices,
+        code_dim=vq.code_dim,
         bytes_per_element={"bfloat16": 2, "float32": 4}[dtype],
         expert_model_parallel_size=sizes.get(EP, 1),
         expert_tensor_parallel_size=sizes.get(ETP, 1),
@@ -185,7 +193,7 @@ def test_every_collective_of_the_layer_is_predicted(ranks, layout: str) -> None:
     sizes = LAYOUTS[layout]
     runs = []
     for name, changes in CASES.items():
-        dtype = "bfloat16" if name.endswith(("_product", "_group")) else "float32"
+        dtype = "bfloat16" if name.endswith(("_product", "_group", "_low_dim")) else "float32"
         num_microbatches = NUM_MICROBATCHES if changes.get("table_per_step") else 1
         runs.append([{**BASE, **changes}, num_microbatches, dtype])
     found = ranks(4).run(count_all, runs, layout=sizes)

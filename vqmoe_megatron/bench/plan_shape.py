@@ -29,6 +29,7 @@ def layer_shape(case: LayerCase, spec: ArmSpec, sizes: Mapping[str, int]) -> Lay
         moe_router_topk=spec.topk,
         num_codes=vq.num_codes,
         num_code_slices=vq.num_code_slices,
+        code_dim=vq.code_dim,
         add_bias_linear=False,
         bytes_per_element=ELEMENT_BYTES[case.dtype],
         expert_model_parallel_size=sizes.get("expert_model_parallel_size", 1),

@@ -145,7 +145,8 @@ def break_even_num_codes(layer: LayerShape, quantity: str) -> int | None:
 
 def search_break_even_num_codes(layer: LayerShape) -> int | None:
     """Return the most codes K for which finding the nearest one takes no more operations than what
-    it replaces: a router over N experts and one row through an expert, forward. About N + m F.
+    it replaces: a router over N experts and one row through an expert, forward. About N + m F;
+    for low_dim, whose D columns of H cost a projection, (N + m F) H / D - H.
 
     None for path=continuous, which searches nothing.
     """

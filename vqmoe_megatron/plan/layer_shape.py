@@ -2,7 +2,8 @@
 
 T local tokens of a microbatch, P expert-parallel ranks, E expert-tensor ranks, H hidden size, F
 expert hidden size, b bytes per element, k selected experts of the continuous path, C codes per
-token, K codes per slice, N experts, S code rows of the rank that owns most of them.
+token, K codes per slice, D = H / C columns of a code (``code_dim`` for vq.quantizer=low_dim), N
+experts, S code rows of the rank that owns most of them.
 
     rows of a token       k continuous (none in path=discrete) + C discrete (none in =continuous)
     rows of the codebook  C K, row c K + code belongs to expert (c K + code) mod N, or every expert
@@ -47,6 +48,7 @@ class LayerShape:
     moe_router_topk: int = 1
     num_codes: int = 64  # K
     num_code_slices: int = 1  # C
+    code_dim: int | None = None  # D of low_dim, whose codes lie in a projection of the tokens
     gated_linear_unit: bool = False
     add_bias_linear: bool = True
     normalization: str = "LayerNorm"
@@ -93,10 +95,22 @@ class LayerShape:
             )
         if self.expert_input != "code" and self.code_input == "learned":
             raise ValueError("code_input=learned needs expert_input=code")
+        self._check_code_dim()
         if self.execution == "code_space":
             self._check_code_space()
         elif self.table_per_step:
             raise ValueError("table_per_step needs execution=code_space: tokens build no table")
+
+    def _check_code_dim(self) -> None:
+        if self.code_dim is None:
+            return
+        if self.num_code_slices > 1:
+            raise ValueError(
+                f"code_dim={self.code_dim} with num_code_slices={self.num_code_slices}: low_dim "
+                "gives one code per token"
+            )
+        if self.code_dim > self.hidden_size:
+            raise ValueError(f"code_dim <= hidden_size fails: {self.code_dim} > {self.hidden_size}")
 
     def _check_code_space(self) -> None:
         if self.path == "continuous":
@@ -122,6 +136,7 @@ class LayerShape:
             moe_router_topk=model.moe_router_topk,
             num_codes=vq.num_codes,
             num_code_slices=vq.num_code_slices,
+            code_dim=vq.code_dim,
             gated_linear_unit=model.gated_linear_unit,
             add_bias_linear=model.add_bias_linear,
             normalization=model.normalization,
@@ -185,12 +200,23 @@ class LayerShape:
         return (2 if self.gated_linear_unit else 1) * self.moe_ffn_hidden_size
 
     @property
+    def code_width(self) -> int:
+        """D, columns of a code vector."""
+        return self.code_dim or self.hidden_size // self.num_code_slices
+
+    @property
     def straight_through_width(self) -> int:
-        """Columns of an expert input's gradient that go back to its token: the slice that the
-        code fills, or all for a learned input."""
-        if self.code_input == "learned":
-            return self.hidden_size
-        return self.hidden_size // self.num_code_slices
+        """Columns of an expert input's gradient that go back to its token in code space: those of
+        the code, or all H for a learned input."""
+        return self.hidden_size if self.code_input == "learned" else self.code_width
+
+    @property
+    def straight_through_bytes_per_element(self) -> int:
+        """Of those columns: b, but the projection's fp32 (fp64) where the owner of a low_dim code
+        has brought the gradient into the code's space."""
+        if self.code_dim is None or self.code_input == "learned":
+            return self.bytes_per_element
+        return self.sum_bytes_per_element
 
     @property
     def sum_bytes_per_element(self) -> int:

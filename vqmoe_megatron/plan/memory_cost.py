@@ -1,8 +1,8 @@
 """Saved activations of one VQMoE layer on one rank, and its parameters.
 
 T local tokens, H hidden size, F expert hidden size, c1 F the width of fc1, b bytes per element, C
-codes per token, K codes per slice, N experts, S slots per rank in code space, P expert-parallel
-and E expert-tensor ranks.
+codes per token, K codes per slice, D columns of a code, N experts, S slots per rank in code space,
+P expert-parallel and E expert-tensor ranks.
 
 An expert saves of every row its input [H], fc1's output [c1 F] and fc2's input [F]; a shard has the
 rows of E ranks and 1 / E of the width. Counted is what the two executions do not share: rows in
@@ -48,12 +48,13 @@ class SavedBytes:
 @dataclass(frozen=True)
 class LayerParameters:
     """Elements of one layer's parameters over all ranks, replicas counted once. The EMA codebook
-    counts: it is stored as a parameter, though no optimizer moves it."""
+    counts: it is stored as a parameter, though no optimizer moves it. The fixed projection of
+    low_dim does not: it is a buffer."""
 
     experts: int
     router: int
     gate: int
-    codebook: int
+    codebook: int  # C K D
     learned_inputs: int  # code_input=learned: a vector of full width per code
     norms: int
     active_experts: int  # those of the rows of one token
@@ -113,7 +114,7 @@ def layer_parameters(layer: LayerShape) -> LayerParameters:
         experts=layer.num_moe_experts * expert,
         router=has_router * layer.num_moe_experts * (hidden + has_bias),
         gate=num_gate_outputs(layer) * (hidden + 1),
-        codebook=has_codes * layer.num_codes * hidden,
+        codebook=has_codes * layer.num_code_rows * layer.code_width,
         learned_inputs=is_learned * layer.num_code_rows * hidden,
         norms=num_norms * hidden * (2 if layer.normalization == "LayerNorm" else 1),
         active_experts=rows_per_token * expert,

@@ -167,11 +167,13 @@ def _group_mean_terms(layer: LayerShape) -> Iterator[WireTerm]:
 
 def _row_gradient_terms(layer: LayerShape, traffic: RowTraffic) -> Iterator[WireTerm]:
     """Gradient rows to the owners of their codes, counted per slot; w columns of each back."""
-    part, b = "straight_through", layer.bytes_per_element
+    part = "straight_through"
+    out_bytes = layer.hidden_size * layer.bytes_per_element
+    back_bytes = layer.straight_through_width * layer.straight_through_bytes_per_element
     num_table_rows = layer.expert_model_parallel_size * layer.num_slots
     yield from _counts(layer, num_table_rows, part, True)
-    yield from _rows_out(layer, traffic, layer.hidden_size * b, part, True)
-    yield from _rows_back(layer, traffic, layer.straight_through_width * b, part, True)
+    yield from _rows_out(layer, traffic, out_bytes, part, True)
+    yield from _rows_back(layer, traffic, back_bytes, part, True)
 
 
 def _counts(layer: LayerShape, num_slots: int, part: str, is_backward: bool) -> Iterator[WireTerm]:
