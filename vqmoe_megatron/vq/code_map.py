@@ -115,6 +115,8 @@ class CodeMap(torch.nn.Module):
 
     def row_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Code ids int64 ``[T, C]`` -> row ids int64 ``[T, C]`` (``slice * K + code``)."""
+        if ids.shape[1] == 1:
+            return ids
         return ids + torch.arange(ids.shape[1], device=ids.device) * self.num_codes
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

@@ -46,14 +46,10 @@ def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
         from vqmoe_megatron.vq.search_triton import nearest_code_triton
 
         return nearest_code_triton(x, codebook)
-    num_slices, _, slice_width = codebook.shape
-    ids = torch.empty(x.shape[0], num_slices, dtype=torch.int64, device=x.device)
+    slices = zip(x.split(codebook.shape[2], dim=1), codebook.unbind(), strict=True)
     with torch.no_grad():
-        for c in range(num_slices):
-            ids[:, c] = _nearest_in_slice(
-                x[:, c * slice_width : (c + 1) * slice_width], codebook[c]
-            )
-    return ids
+        ids = [_nearest_in_slice(part, codes) for part, codes in slices]
+    return torch.stack(ids, dim=1) if len(ids) > 1 else ids[0].unsqueeze(1)
 
 
 def _nearest_in_slice(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -66,10 +62,16 @@ def _nearest_in_slice(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     half_norms = codes.square().sum(dim=1).mul_(0.5).unsqueeze(0)  # [1, K]
     tile_tokens = CUDA_TILE_TOKENS if x.is_cuda else TILE_TOKENS
     tile_codes = CUDA_TILE_CODES if x.is_cuda else TILE_CODES
-    tiles = list(zip(codes.split(tile_codes), half_norms.split(tile_codes, dim=1), strict=True))
-    found = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
+    tiles = [
+        (norms, part.t())
+        for norms, part in zip(
+            half_norms.split(tile_codes, dim=1), codes.split(tile_codes), strict=True
+        )
+    ]
+    found = codes.new_empty(x.shape[0], dtype=torch.int64)
+    shifted = codes.new_empty(min(tile_tokens, x.shape[0]), x.shape[1])
     for rows, found_rows in zip(x.split(tile_tokens), found.split(tile_tokens), strict=True):
-        rows = rows.to(dtype) - centre
+        rows = torch.sub(rows, centre, out=shifted[: rows.shape[0]])  # in fp32 also of bf16
         if len(tiles) == 1:
             torch.argmin(_distances(rows, *tiles[0]), dim=1, out=found_rows)
             continue
@@ -83,6 +85,6 @@ def _nearest_in_slice(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _distances(rows: torch.Tensor, codes: torch.Tensor, half_norms: torch.Tensor) -> torch.Tensor:
-    """rows [T, D], codes [K, D], half_norms [1, K] -> |v|^2 / 2 - <x, v>, [T, K]."""
-    return torch.addmm(half_norms, rows, codes.t(), alpha=-1.0)
+def _distances(rows: torch.Tensor, half_norms: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """rows [T, D], half_norms [1, K], codes [D, K] -> |v|^2 / 2 - <x, v>, [T, K]."""
+    return torch.addmm(half_norms, rows, codes, alpha=-1.0)

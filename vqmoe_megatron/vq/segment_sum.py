@@ -42,7 +42,8 @@ class _SumLookedUpRows(torch.autograd.Function):
         ctx.save_for_backward(ids)
         ctx.num_rows, ctx.scale = table.shape[0], scale
         if ids.shape[1] == 1:
-            return (table * scale).to(dtype).index_select(0, ids[:, 0])
+            rows = table if scale == 1.0 else table * scale
+            return (rows if rows.dtype == dtype else rows.to(dtype)).index_select(0, ids[:, 0])
         return torch.nn.functional.embedding_bag(ids, table * scale, mode="sum").to(dtype)
 
     @staticmethod
