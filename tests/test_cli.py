@@ -75,7 +75,14 @@ REFUSALS = {
         ["vq.execution=code_space", "vq.expert_input=blend"],
         ["code_space", "expert_input=blend", "own expert input"],
     ),
-    "code space with code": (["vq.execution=code_space"], ["code_space", "vq.execution=tokens"]),
+    "table without code space": (
+        ["vq.table_per_step=true", "vq.execution=tokens"],
+        ["vq.table_per_step=true", "vq.execution=tokens"],
+    ),
+    "table with overlap": (
+        ["vq.table_per_step=true", "optimizer.overlap_grad_reduce=true"],
+        ["vq.table_per_step", "optimizer.overlap_grad_reduce"],
+    ),
     "balanced map": (
         ["vq.code_map=balanced", "vq.num_codes=17"],
         ["code_map=balanced", "17 % 8 = 1"],

@@ -73,10 +73,8 @@ def test_a_multiple_of_experts_or_codes_is_the_same_discrete_function(
     folder, loss = source(*DISCRETE)
     results = start(folder, [*DISCRETE, *changed], num_ranks, layout)
     for result in results:
-        if num_ranks == 1:
-            assert result["loss"] == loss
-        else:  # ranks sum in another order
-            assert result["loss"] == pytest.approx(loss, rel=1e-6)
+        # Ranks sum in another order, and products of other numbers of rows round otherwise.
+        assert result["loss"] == pytest.approx(loss, rel=1e-6)
         assert "exactly the same function" in "\n".join(result["said"])
         assert not any(result["needs_data_init"])
 
