@@ -226,3 +226,17 @@ def test_a_map_built_from_data_needs_an_initialisation_that_sees_data(code_map: 
 )
 def test_code_space_is_taken_where_it_is_exact(settings: dict, in_code_space: bool) -> None:
     assert VQConfig(**settings).in_code_space is in_code_space
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"path": "continuous"}, "no discrete path"),
+        ({"num_codes": 8}, "code space: 8 rows, one table per microbatch"),
+        ({"num_codes": 8, "table_per_step": True}, "8 rows, one table per step"),
+        ({"execution": "tokens"}, "token dispatch (vq.execution=tokens)"),
+        ({"expert_input": "blend"}, "token dispatch (vq.expert_input=blend gives"),
+    ],
+)
+def test_a_run_can_say_how_the_discrete_path_is_evaluated(settings: dict, words: str) -> None:
+    assert words in VQConfig(**settings).execution_in_words

@@ -138,6 +138,22 @@ class VQConfig:
             self.path != "continuous" and self.execution != "tokens" and self.expert_input == "code"
         )
 
+    @property
+    def execution_in_words(self) -> str:
+        """How the discrete path is evaluated, and why; one line for the user."""
+        if self.path == "continuous":
+            return "no discrete path (vq.path=continuous)"
+        rows = self.num_code_slices * self.num_codes
+        if self.in_code_space:
+            per = "step" if self.table_per_step else "microbatch"
+            return f"discrete path in code space: {rows} rows, one table per {per}"
+        reason = (
+            "vq.execution=tokens"
+            if self.execution == "tokens"
+            else f"vq.expert_input={self.expert_input} gives every token its own expert input"
+        )
+        return f"discrete path by token dispatch ({reason})"
+
     def check_model(self, hidden_size: int, num_experts: int) -> None:
         """Raise ``ValueError`` for a combination that needs the model's sizes to be judged."""
         if hidden_size % self.num_code_slices:

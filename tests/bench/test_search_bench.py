@@ -35,6 +35,12 @@ def test_a_wrong_search_is_refused(monkeypatch) -> None:  # noqa: ANN001
         check_ids(x, codes)
 
 
-def test_a_tie_may_go_either_way() -> None:
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_a_tie_may_go_either_way_and_no_other(monkeypatch, chosen: int) -> None:  # noqa: ANN001
     codes = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [9.0, 9.0]])
-    check_ids(torch.tensor([[0.0, 0.0], [0.9, 0.0]]), codes)
+    x = torch.tensor([[0.0, 0.0], [0.9, 0.0]])  # between the first two; near the first
+    monkeypatch.setattr(search_bench, "nearest_code", lambda x, codes: torch.tensor([chosen, 0]))
+    check_ids(x, codes)
+    monkeypatch.setattr(search_bench, "nearest_code", lambda x, codes: torch.tensor([chosen, 1]))
+    with pytest.raises(GateFailed, match="search misses the nearest code of 1 of 2"):
+        check_ids(x, codes)

@@ -80,8 +80,13 @@ def test_what_does_not_change_the_mathematics_may_change(tmp_path):
     folder = write_checkpoint(tmp_path, 100)
     free = ["model.recompute_granularity=full", "optimizer.overlap_grad_reduce=true"]
     free += ["train.train_iters=300", "optimizer.lr_decay_iters=200", "train.log_interval=1"]
+    free += ["vq.execution=tokens"]
     free += ["parallel.expert_model_parallel_size=2", "optimizer.use_distributed_optimizer=true"]
+    assert RunConfig() != load_recipe(recipe, free)
     check_resumable(folder, load_recipe(recipe, free))
+    check_resumable(folder, load_recipe(recipe, ["vq.table_per_step=true"]))
+    with pytest.raises(ValueError, match="vq.straight_through"):
+        check_resumable(folder, load_recipe(recipe, [*free, "vq.straight_through=none"]))
 
 
 def test_a_checkpoint_knows_the_layout_that_wrote_it(tmp_path):

@@ -7,7 +7,8 @@ pass, measured in the same run. Rows that lose stay.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,22 @@ def write(rows: Sequence[Row], layout: Layout, origin: Row, outputs: Outputs) ->
     """Write the files that were asked for."""
     if outputs.json is not None:
         whole = {**origin, "benchmark": layout.title, "rows": list(rows)}
-        outputs.json.write_text(json.dumps(whole, indent=2) + "\n")
+        _replace(outputs.json, lambda file: file.write_text(json.dumps(whole, indent=2) + "\n"))
     if outputs.markdown is not None:
-        outputs.markdown.write_text(markdown(rows, layout, origin))
+        text = markdown(rows, layout, origin)
+        _replace(outputs.markdown, lambda file: file.write_text(text))
     if outputs.plot is not None:
-        draw(rows, layout, outputs.plot)
+        _replace(outputs.plot, lambda file: draw(rows, layout, file))
+
+
+def _replace(file: Path, fill: Callable[[Path], object]) -> None:
+    """Fill ``file`` whole or leave it as it was: an earlier result may lie there."""
+    partial = file.with_name(f".{file.stem}.partial{file.suffix}")
+    try:
+        fill(partial)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def markdown(rows: Sequence[Row], layout: Layout, origin: Row) -> str:

@@ -17,6 +17,7 @@ No token travels forward, no count is exchanged, no shape depends on the data.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ from vqmoe_megatron.moe.code_inputs import LearnedCodeInputs, code_vectors_in_pl
 from vqmoe_megatron.moe.code_rows import CodeRows, place_code_rows
 from vqmoe_megatron.moe.dispatch import combine, dispatch
 from vqmoe_megatron.moe.expert_slopes import expert_input_gradient
-from vqmoe_megatron.moe.grouped_experts import evaluate_experts
+from vqmoe_megatron.moe.grouped_experts import GroupedExperts, evaluate_experts
 from vqmoe_megatron.moe.norms import norm_input_gradient
 from vqmoe_megatron.moe.straight_through import mean_over_tokens, with_gradient_to
 from vqmoe_megatron.moe.table_combine import combine_with_table
@@ -74,6 +75,13 @@ class CodeSpace:
         self.input_norm, self.output_norm = norms
         self.groups = pg_collection.ep, pg_collection.expt_tp
         self.tp_group = pg_collection.tp
+        if vq.straight_through in ("token", "group") and not isinstance(experts, GroupedExperts):
+            warnings.warn(
+                f"vq.straight_through={vq.straight_through}: {type(experts).__name__} does not "
+                "show its activations, so its forward pass is repeated on the tokens' rows, twice "
+                "the cost of GroupedExperts",
+                stacklevel=2,
+            )
         self._rows: CodeRows | None = None
         self._rows_version: tuple[int, int] | None = None
 

@@ -110,6 +110,7 @@ def _open_report(run: CheckedRun, trainer: Trainer) -> RunReport:
             report.message(f"a run of its own, started from {run.resume_from}")
             report.tracker.set_tags({"started_from_run": known_id})
         report.message(f"{trainer.num_parameters:,} parameters on rank 0")
+        report.message(run.config.vq.execution_in_words)
     shared = [report.mlflow_run_id]
     torch.distributed.broadcast_object_list(shared, src=0)
     report.mlflow_run_id = shared[0]
