@@ -248,3 +248,21 @@ def test_what_is_kept_beside_the_values_has_no_graph(ranks, norm: str) -> None: 
         assert found["flags"] == [True, False, False, False]
         torch.testing.assert_close(found["whole"], found["parts"], rtol=1e-13, atol=1e-13)
         assert torch.equal(found["whole"], found["before"]) is (norm == "none")
+
+
+@pytest.mark.parametrize(("mode", "is_warned"), [("token", True), ("group", True), ("none", False)])
+def test_experts_that_hide_their_activations_are_warned_about(mode: str, is_warned: bool) -> None:
+    import warnings
+    from types import SimpleNamespace
+
+    from vqmoe_megatron.config import VQConfig
+    from vqmoe_megatron.moe.code_space import CodeSpace
+
+    groups = SimpleNamespace(ep=None, expt_tp=None, tp=None)
+    vq = VQConfig(num_codes=4, straight_through=mode)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        CodeSpace(vq, torch.nn.Identity(), None, None, (None, None), groups)
+    assert ["Identity does not show its activations" in str(w.message) for w in said] == (
+        [True] if is_warned else []
+    )

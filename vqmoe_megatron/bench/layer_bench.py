@@ -82,12 +82,7 @@ def measure_layers(
                     "expert_model_parallel_size": 1,
                     "pass": pass_name,
                     "num_microbatches": specs[letter].num_microbatches,
-                    "num_repeats": num_repeats,
-                    "median_ms": times.median_ms,
-                    "p10_ms": times.p10_ms,
-                    "p90_ms": times.p90_ms,
-                    "wire_bytes": None,
-                    "saved_bytes": None,
+                    **times.row_fields,
                 }
             )
     return rows

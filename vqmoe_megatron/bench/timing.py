@@ -10,7 +10,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -35,6 +35,12 @@ class Times:
     median_ms: float
     p10_ms: float
     p90_ms: float
+    num_repeats: int
+
+    @property
+    def row_fields(self) -> dict[str, float | int | None]:
+        """What a result row says of times; bytes are counted by other benchmarks."""
+        return {**asdict(self), "wire_bytes": None, "saved_bytes": None}
 
 
 def time_in_turns(
@@ -77,4 +83,4 @@ def _wait_for_device() -> None:
 
 def _summary(times_ms: list[float]) -> Times:
     deciles = statistics.quantiles(times_ms, n=10, method="inclusive")
-    return Times(statistics.median(times_ms), deciles[0], deciles[-1])
+    return Times(statistics.median(times_ms), deciles[0], deciles[-1], len(times_ms))
