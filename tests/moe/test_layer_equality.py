@@ -55,9 +55,9 @@ EXPERT_TENSOR_LAYOUTS = {
     "tp2ep2etp2": (4, {TP: 2, EP: 2, ETP: 2}),
 }
 # Gradient-trained codes, so that the codebook has a gradient to compare; wide gate, so that both
-# paths weigh in; the numbers of codes are N, 3 N, and one that N does not divide.
+# paths weigh in; the numbers of codes are N, 4 N, and one that N does not divide.
 BASE = {"codebook_update": "gradient", "init": "uniform", "dead_code_threshold": 0.0}
-NUM_CODES = (NUM_EXPERTS, 3 * NUM_EXPERTS, 2 * NUM_EXPERTS + 2)
+NUM_CODES = (NUM_EXPERTS, 4 * NUM_EXPERTS, 2 * NUM_EXPERTS + 2)
 
 MATRIX = [
     {

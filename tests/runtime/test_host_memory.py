@@ -36,12 +36,11 @@ def num_page_faults():
     del block
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-num_page_faults()
-by_default = num_page_faults()
+by_default = min(num_page_faults() for _ in range(9))
 assert keep_free_memory()
-for _ in range(8):  # until the heap has room for it in one piece
-    num_page_faults()
-print(by_default, num_page_faults())
+# The first calls grow the heap until it has room in one piece, and a small block that comes to lie
+# in that room makes it grow once more: what counts is that a call can do without new pages at all.
+print(by_default, min(num_page_faults() for _ in range(16)))
 """
 
 

@@ -69,7 +69,7 @@ def test_ties_go_to_the_lowest_index() -> None:
 def test_tiles_change_nothing_even_with_ties_between_them(
     monkeypatch: pytest.MonkeyPatch, tile_tokens: int, tile_codes: int
 ) -> None:
-    monkeypatch.setattr(search, "TILE_TOKENS", tile_tokens)
+    monkeypatch.setattr(search, "MAX_TILE_TOKENS", tile_tokens)
     monkeypatch.setattr(search, "TILE_CODES", tile_codes)
     x = integers(50, 4, limit=1)
     codebook = integers(11, 4, seed=1, limit=1).repeat(3, 1)  # every code three times
@@ -94,13 +94,21 @@ def test_product_codes_are_one_search_per_slice() -> None:
 
 
 def test_no_tensor_grows_to_tokens_times_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "TILE_TOKENS", 1 << 5)
+    monkeypatch.setattr(search, "MAX_TILE_TOKENS", 1 << 5)
     monkeypatch.setattr(search, "TILE_CODES", 1 << 7)
     x, codebook = torch.randn(2048, 4), torch.randn(1024, 4)
     with LargestTensor() as largest:
         nearest_code(x, codebook)
     inputs = max(x.numel(), codebook.numel())
     assert largest.num_elements <= max(inputs, 1 << 12) < 2048 * 1024 // 100
+
+
+@pytest.mark.parametrize("num_codes", [1, 16, 64, 255, 256, 16384])
+def test_tiles_hold_many_tokens_of_few_codes_and_stay_in_the_cache(num_codes: int) -> None:
+    tokens, codes = search._tile_sizes(torch.empty(0, 4), num_codes)
+    tile = tokens * min(codes, num_codes)
+    assert tile <= search.TILE_DISTANCES
+    assert tokens == search.MAX_TILE_TOKENS or tile > search.TILE_DISTANCES // 2
 
 
 def test_no_tokens_and_no_gradient() -> None:

@@ -15,8 +15,9 @@ import torch
 
 from vqmoe_megatron.vq.kernel_choice import use_kernel
 
-TILE_TOKENS = 512
-TILE_CODES = 256  # 512 KiB of fp32 distances: read back from a core's own cache
+TILE_CODES = 256
+TILE_DISTANCES = 1 << 17  # 512 KiB of fp32 distances: read back from a core's own cache
+MAX_TILE_TOKENS = 1 << 12
 CUDA_TILE_TOKENS, CUDA_TILE_CODES = 1 << 14, 1 << 12  # few launches where the kernel cannot run
 
 
@@ -60,8 +61,7 @@ def _nearest_in_slice(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     centre = codes.index_select(0, nearest_to_mean.unsqueeze(0))  # [1, D]
     codes = codes - centre
     half_norms = codes.square().sum(dim=1).mul_(0.5).unsqueeze(0)  # [1, K]
-    tile_tokens = CUDA_TILE_TOKENS if x.is_cuda else TILE_TOKENS
-    tile_codes = CUDA_TILE_CODES if x.is_cuda else TILE_CODES
+    tile_tokens, tile_codes = _tile_sizes(x, codes.shape[0])
     tiles = [
         (norms, part.t())
         for norms, part in zip(
@@ -83,6 +83,13 @@ def _nearest_in_slice(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
             best_ids = torch.where(closer, indices + number * tile_codes, best_ids)
         found_rows.copy_(best_ids)
     return found
+
+
+def _tile_sizes(x: torch.Tensor, num_codes: int) -> tuple[int, int]:
+    """Tokens and codes of one tile: the fewer codes there are, the more tokens."""
+    if x.is_cuda:
+        return CUDA_TILE_TOKENS, CUDA_TILE_CODES
+    return min(MAX_TILE_TOKENS, TILE_DISTANCES // min(num_codes, TILE_CODES)), TILE_CODES
 
 
 def _distances(rows: torch.Tensor, half_norms: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
