@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
-from vqmoe_megatron.moe.codebook_sync import CodebookSync
 from vqmoe_megatron.runtime.determinism import require_determinism
 from vqmoe_megatron.training.bad_batches import (
     BadBatch,
@@ -28,14 +26,13 @@ from vqmoe_megatron.training.checkpoint_remap import load_remapped
 from vqmoe_megatron.training.checkpoint_saver import CheckpointSaver, SaveFailed
 from vqmoe_megatron.training.evaluate import evaluate
 from vqmoe_megatron.training.log_window import LogWindow
-from vqmoe_megatron.training.model_builder import build_model, build_transformer_config
-from vqmoe_megatron.training.optimizer import build_optimizer
 from vqmoe_megatron.training.preflight import CheckedRun
 from vqmoe_megatron.training.random_state import seed_generators
 from vqmoe_megatron.training.replica_check import check_replicas
 from vqmoe_megatron.training.run_report import RunReport
+from vqmoe_megatron.training.step_builder import build_step
 from vqmoe_megatron.training.stop_requests import NO_REQUEST, REASONS, StopRequests
-from vqmoe_megatron.training.train_step import StepResult, TrainStep, run_microbatches
+from vqmoe_megatron.training.train_step import StepResult, run_microbatches
 
 
 @dataclass(frozen=True)
@@ -58,31 +55,10 @@ class Trainer:
         if train.deterministic:
             require_determinism()
         seed_generators(train.seed)
-        # Megatron's tracker is global and sized for the first model of a process.
-        get_moe_layer_wise_logging_tracker().clear()
-        self.codebook_sync = CodebookSync(applies_at_once=False)
-        transformer = build_transformer_config(self.config, run.layout)
-        transformer.finalize_model_grads_func = self.codebook_sync
-        self.model = build_model(self.config, transformer, run.layout)
-        self.optimizer, self.scheduler = build_optimizer(self.config, self.model)
-        transformer.grad_scale_func = self.optimizer.scale_loss
-        if self.config.optimizer.overlap_grad_reduce:
-            transformer.no_sync_func = [chunk.no_sync for chunk in self.model]
-            if len(self.model) == 1:
-                transformer.no_sync_func = transformer.no_sync_func[0]
-        self.num_microbatches = run.layout.num_microbatches(
-            train.global_batch_size, train.micro_batch_size
-        )
-        self.step = TrainStep(
-            self.model,
-            self.optimizer,
-            self.scheduler,
-            self.codebook_sync,
-            self.num_microbatches,
-            self.config.model.seq_length,
-            train.micro_batch_size,
-            train.global_batch_size,
-        )
+        parts = build_step(self.config, run.layout)
+        self.model, self.optimizer, self.scheduler = parts.model, parts.optimizer, parts.scheduler
+        self.codebook_sync, self.step = parts.codebook_sync, parts.step
+        self.num_microbatches = parts.step.num_microbatches
         self.state = TrainingState(self.model, self.optimizer, self.scheduler)
         self.saver = CheckpointSaver(run, self.state)
         self.progress = Progress(iteration=0, consumed_samples=0, skipped_iterations=0)
