@@ -60,14 +60,17 @@ def _root(
 
 @app.command()
 def prepare(
-    corpus: Annotated[str, typer.Argument(help="stdlib, text, enwik8 or text8")],
+    corpus: Annotated[
+        str, typer.Argument(help="stdlib, text, enwik8, text8, wikitext-103 or lm1b")
+    ],
     out: Annotated[Path, typer.Option(help="directory for .bin/.idx files and corpus.json")],
     input: Annotated[
-        list[Path] | None, typer.Option(help="text file(s); for enwik8 and text8 the local file")
+        list[Path] | None,
+        typer.Option(help="text file(s); for a known corpus its file, archive or folder"),
     ] = None,
     tokenizer: Annotated[str, typer.Option(help="byte, char, word or sentencepiece")] = "byte",
     vocab_size: Annotated[int | None, typer.Option(help="for word and sentencepiece")] = None,
-    download: Annotated[bool, typer.Option(help="fetch enwik8 or text8, with checksum")] = False,
+    download: Annotated[bool, typer.Option(help="fetch a known corpus, with checksum")] = False,
     overwrite: Annotated[bool, typer.Option(help="replace another corpus in --out")] = False,
 ) -> None:
     """Turn text into Megatron .bin/.idx files.

@@ -6,6 +6,7 @@
 | text | one ``--input`` | in order, 90 / 5 / 5 %, after a newline |
 | text | two or three ``--input`` | given: train, valid[, test] |
 | enwik8, text8 | ``--input`` file or zip, or ``--download`` | in order, 90M / 5M / 5M bytes |
+| wikitext-103, lm1b | see released.py | the released files |
 
 A document is a file of stdlib, or the part of a file that makes up a split. stdlib leaves out tests
 and site-packages.
@@ -25,6 +26,11 @@ from typing import Any
 from vqmoe_megatron.data.corpus import SPLITS
 from vqmoe_megatron.data.documents import Document, hash_text, open_text, text_size
 from vqmoe_megatron.data.download import download_file
+from vqmoe_megatron.data.released import (
+    RELEASED_CORPORA,
+    check_released_inputs,
+    released_source,
+)
 
 MAX_LINE_SEARCH_BYTES = 2**20  # how far to look for a newline to split after
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
@@ -65,7 +71,7 @@ KNOWN_TEXTS = {
         test_bytes=5_000_000,
     ),
 }
-LEGAL_CORPORA = ("stdlib", "text", *KNOWN_TEXTS)
+LEGAL_CORPORA = ("stdlib", "text", *KNOWN_TEXTS, *RELEASED_CORPORA)
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,9 @@ def check_corpus_request(corpus: str, inputs: list[Path], download: bool) -> Non
     """Raise ``ValueError`` for an unknown corpus or for inputs that do not fit it."""
     if corpus not in LEGAL_CORPORA:
         raise ValueError(f"corpus {corpus!r} is unknown; choose one of {', '.join(LEGAL_CORPORA)}")
-    if download and corpus not in KNOWN_TEXTS:
+    if corpus in RELEASED_CORPORA:
+        check_released_inputs(RELEASED_CORPORA[corpus], inputs, download)
+    if download and corpus not in (*KNOWN_TEXTS, *RELEASED_CORPORA):
         raise ValueError(f"corpus {corpus} has nothing to download; leave out --download")
     if corpus == "stdlib" and inputs:
         raise ValueError("corpus stdlib takes no --input; use corpus text for files of your own")
@@ -97,14 +105,20 @@ def check_corpus_request(corpus: str, inputs: list[Path], download: bool) -> Non
 
 
 def open_source(
-    corpus: str, inputs: list[Path], download_dir: Path | None, keep_characters: bool
+    corpus: str,
+    inputs: list[Path],
+    download_dir: Path | None,
+    keep_characters: bool,
+    unpack_dir: Path,
 ) -> Source:
     """Find, verify and split the text of ``corpus``.
 
     ``download_dir``: where to download to, None to stay off the network. ``keep_characters``: do
-    not split inside a UTF-8 character. Raises ``ValueError`` for missing, empty, too small or
-    altered input.
+    not split inside a UTF-8 character. ``unpack_dir``: where the files of an archive go; the source
+    reads them there. Raises ``ValueError`` for missing, empty, too small or altered input.
     """
+    if corpus in RELEASED_CORPORA:
+        return Source(*released_source(RELEASED_CORPORA[corpus], inputs, download_dir, unpack_dir))
     if corpus == "stdlib":
         return _stdlib_source(Path(sysconfig.get_path("stdlib")))
     if corpus == "text":

@@ -25,6 +25,7 @@ from vqmoe_megatron.data.corpus import CORPUS_FILE, FORMAT_VERSION, SPLITS, Corp
 from vqmoe_megatron.data.documents import document_pieces
 from vqmoe_megatron.data.indexed_writer import IndexedWriter, token_dtype
 from vqmoe_megatron.data.progress import PrepareProgress
+from vqmoe_megatron.data.released import RELEASED_CORPORA
 from vqmoe_megatron.data.tokenizers import (
     TOKENIZER_CLASSES,
     Tokenizer,
@@ -34,6 +35,7 @@ from vqmoe_megatron.data.tokenizers import (
 
 LOCK_FILE = ".prepare.lock"
 CACHE_DIR = "cache"
+UNPACK_DIR = ".unpacked"
 
 
 def prepare_corpus(
@@ -45,27 +47,29 @@ def prepare_corpus(
     download: bool = False,
     overwrite: bool = False,
 ) -> Corpus:
-    """Prepare ``corpus`` (stdlib, text, enwik8, text8) in ``out_dir`` and return it.
+    """Prepare ``corpus``, one of corpora.LEGAL_CORPORA, in ``out_dir`` and return it.
 
-    ``inputs``: see corpora.py. ``vocab_size``: cap of the word or size of the sentencepiece
-    vocabulary. A complete corpus from the same request is returned as it is; from another request
-    it is refused unless ``overwrite``. Raises ``ValueError`` for whatever a user can cause; the
-    network is used only with ``download``. Does not communicate.
+    ``inputs``: see corpora.py and released.py. ``vocab_size``: cap of the word or size of the
+    sentencepiece vocabulary. A complete corpus from the same request is returned as it is; from
+    another request it is refused unless ``overwrite``. Raises ``ValueError`` for whatever a user
+    can cause; the network is used only with ``download``. Does not communicate.
     """
     out_dir, inputs = Path(out_dir), [Path(path) for path in inputs]
     check_corpus_request(corpus, inputs, download)
     check_tokenizer_request(tokenizer, vocab_size)
+    if tokenizer == "word" and vocab_size is None and corpus in RELEASED_CORPORA:
+        vocab_size = RELEASED_CORPORA[corpus].word_vocab_size
     request = {"corpus": corpus, "tokenizer": tokenizer, "vocab_size": vocab_size}
     keep_characters = TOKENIZER_CLASSES[tokenizer].needs_utf8
     with _explained(out_dir), PrepareProgress() as progress:
         out_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(out_dir, progress):
+        with _locked(out_dir, progress), _unpack_dir(out_dir) as unpack_dir:
             existing = None if overwrite else _existing_corpus(out_dir, progress)
             if existing is not None and _is_known(corpus, inputs):
                 _check_same_request(existing, request, source=None)
             else:
                 download_dir = out_dir if download else None
-                source = open_source(corpus, inputs, download_dir, keep_characters)
+                source = open_source(corpus, inputs, download_dir, keep_characters, unpack_dir)
                 if existing is None:
                     return _write_corpus(out_dir, request, source, progress)
                 _check_same_request(existing, request, source)
@@ -75,7 +79,20 @@ def prepare_corpus(
 
 def _is_known(corpus: str, inputs: list[Path]) -> bool:
     """Whether the text needs no look: it can only be the one with the recorded digest."""
-    return corpus in KNOWN_TEXTS and not inputs
+    return corpus in RELEASED_CORPORA or (corpus in KNOWN_TEXTS and not inputs)
+
+
+@contextmanager
+def _unpack_dir(out_dir: Path) -> Iterator[Path]:
+    """A folder for an archive's files, removed with them; one that a killed run left goes first."""
+    folder = out_dir / UNPACK_DIR
+    if folder.exists():
+        shutil.rmtree(folder)
+    try:
+        yield folder
+    finally:
+        if folder.exists():
+            shutil.rmtree(folder)
 
 
 @contextmanager
