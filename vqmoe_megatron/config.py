@@ -275,6 +275,8 @@ class TrackingConfig:
     mlflow_uri: str | None = None
     experiment: str = "vqmoe"
     run_name: str | None = None
+    parent_run_id: str | None = None  # the MLflow run this one is shown under: a study's
+    system_metrics: bool = True  # CPU, memory and GPU of rank 0's node, sampled by a thread
 
     def __post_init__(self) -> None:
         if self.mlflow_uri is not None and _may_hold_password(self.mlflow_uri):
@@ -282,6 +284,11 @@ class TrackingConfig:
                 "tracking.mlflow_uri must not hold a user name or password (user:password@host), "
                 "because the run writes it to its logs, run_config.yaml and MLflow; "
                 "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+            )
+        if self.parent_run_id == "":
+            raise ValueError(
+                "tracking.parent_run_id is empty; give an MLflow run id, or null for a run of its "
+                "own"
             )
 
 

@@ -13,7 +13,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from vqmoe_megatron.tracking.mlflow_errors import first_line, is_permanent
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,8 +29,7 @@ CLIENT_ENVIRONMENT = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-# 4xx answers that a later attempt can turn into success: timeout, conflict, rate limit, cancelled.
-_RETRYABLE_HTTP_STATUS = (408, 409, 429, 499)
+Outcome = Literal["FINISHED", "FAILED", "KILLED"]  # how a run ended, in MLflow's words
 
 
 @dataclass
@@ -50,38 +51,54 @@ def default_mlflow_uri(run_dir: str | Path) -> str:
 
 @contextmanager
 def _creation_lock(uri: str) -> Iterator[None]:
-    """Serialise the first use of a SQLite file: concurrent table creation fails in MLflow."""
+    """Serialise the first use of a SQLite file: concurrent table creation fails in MLflow.
+
+    Where the file system has no locks, the database is opened without one, and that is said.
+    """
     if not uri.startswith(SQLITE_PREFIX):
         yield
         return
     database = Path(uri.removeprefix(SQLITE_PREFIX))
     database.parent.mkdir(parents=True, exist_ok=True)
     with database.with_name(f"{database.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            print(f"mlflow: {lock.name} cannot be locked ({error}); start one run first, alone")
         yield
 
 
-def open_experiment(uri: str, experiment: str) -> tuple[MlflowClient, str]:
-    """Connect, creating the SQLite database and the experiment when missing; return (client, id).
+def connect(uri: str) -> MlflowClient:
+    """Return a client of the store, creating a SQLite database when it is missing.
 
-    Safe when several processes start at once. A SQLite store keeps its artifacts in ``mlartifacts``
-    beside the file; a server decides for itself. Raises MLflow's or the operating system's errors.
+    Safe when several processes start at once. Raises MLflow's or the operating system's errors.
     """
     for name, value in CLIENT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     # One notice per outage is the tracker's; each retry of each request would be another.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     for noisy in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    with _creation_lock(uri):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def open_experiment(uri: str, experiment: str) -> tuple[MlflowClient, str]:
+    """Connect, creating the experiment when it is missing; return (client, experiment id).
+
+    Safe when several processes start at once. A SQLite store keeps its artifacts in ``mlartifacts``
+    beside the file; a server decides for itself. Raises MLflow's or the operating system's errors.
+    """
+    client = connect(uri)
+    from mlflow.exceptions import MlflowException
+
     artifacts = None
     if uri.startswith(SQLITE_PREFIX):
         folder = Path(uri.removeprefix(SQLITE_PREFIX)).resolve().parent / "mlartifacts"
         artifacts = folder.as_uri()
     with _creation_lock(uri):
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         found = client.get_experiment_by_name(experiment)
         if found is not None:
             return client, found.experiment_id
@@ -123,30 +140,3 @@ def open_run(
         )
     last_steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
     return RunHandle(client, resume_run_id, True, dict(run.data.params), last_steps)
-
-
-def is_permanent(error: Exception) -> bool:
-    """Tell whether the store refused for good, so that trying again cannot help.
-
-    Worth another attempt: no connection, a timeout, a locked database, a server's 5xx.
-    """
-    if isinstance(error, ImportError):
-        return True
-    import requests
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import OperationalError
-
-    if isinstance(error, MlflowException):
-        status = error.get_http_status_code()
-    elif isinstance(error, requests.HTTPError) and error.response is not None:
-        status = error.response.status_code
-    else:
-        transient = (OperationalError, requests.RequestException, ConnectionError, TimeoutError)
-        return not isinstance(error, transient)
-    return 400 <= status < 500 and status not in _RETRYABLE_HTTP_STATUS
-
-
-def first_line(error: Exception) -> str:
-    """Return ``Type: message`` on one line, short enough for a log."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"

@@ -24,16 +24,10 @@ from pathlib import Path
 from typing import Literal
 
 from vqmoe_megatron.tracking.metric_table import is_mlflow_name
-from vqmoe_megatron.tracking.mlflow_store import (
-    RunHandle,
-    default_mlflow_uri,
-    first_line,
-    is_permanent,
-    open_run,
-)
+from vqmoe_megatron.tracking.mlflow_errors import explained, is_permanent
+from vqmoe_megatron.tracking.mlflow_store import Outcome, RunHandle, default_mlflow_uri, open_run
 from vqmoe_megatron.tracking.run_params import MAX_PARAM_CHARACTERS, MAX_TAG_CHARACTERS, shortened
 
-Outcome = Literal["FINISHED", "FAILED", "KILLED"]
 # What a run's state in status.json is called in MLflow: a preempted run was killed, and may resume.
 OUTCOME_OF_STATE: dict[str, Outcome] = {
     "completed": "FINISHED",
@@ -96,6 +90,7 @@ class MlflowTracker:
         run_dir: str | Path,
         resume_run_id: str | None = None,
         *,
+        parent_run_id: str | None = None,
         start_deadline_s: float = 30.0,
         max_pending: int = 10_000,
         report: Callable[[str], None] = print,
@@ -106,7 +101,8 @@ class MlflowTracker:
             self.uri,
             experiment,
             run_name or self.run_dir.name,
-            {"run_dir": str(self.run_dir)},
+            {"run_dir": str(self.run_dir)}
+            | ({"mlflow.parentRunId": parent_run_id} if parent_run_id else {}),
             resume_run_id,
         )
         self._report = lambda text: report(f"mlflow: {text}")
@@ -214,7 +210,7 @@ class MlflowTracker:
                 finishing_over = num_failed_finishing == ATTEMPTS_WHILE_FINISHING
                 if permanent or num_failed == 1:
                     then = "not tried again" if permanent else "trying again in the background"
-                    self._report(f"{what} at {self.uri}: {first_line(error)}; {then}")
+                    self._report(f"{what} at {self.uri}: {explained(error, self.uri)}; {then}")
                 self._start_settled.set()
                 if permanent or finishing_over or num_failed == max_attempts:
                     return "refused" if permanent else "unreachable"

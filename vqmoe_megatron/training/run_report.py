@@ -76,6 +76,7 @@ class Rank0Report(RunReport):
                 tracking.run_name,
                 self.run_dir.path,
                 resumed_run_id,
+                parent_run_id=tracking.parent_run_id,
                 report=self.message,
             )
             self.message(f"mlflow: {self.tracker.uri} run {self.tracker.run_id}")
