@@ -1,0 +1,252 @@
+"""Bytes that one rank sends in one optimizer step: every collective of the training loop.
+
+P ranks of a group, n bytes; a group of one rank sends nothing:
+
+    all-to-all of blocks       what leaves for other ranks
+    all-gather of n bytes      (P - 1) n
+    reduce-scatter to n bytes  (P - 1) n
+    all-reduce of n bytes      2 (P - 1) / P n
+    broadcast of n bytes       (P - 1) n from its source, nothing from the others
+    send of n bytes            n
+
+In the order of the step:
+  1. the layers of all microbatches                ``layer_wire``
+  2. activations and gradients between stages      ``_pipeline_terms``
+  3. gradients over replicas, then over the tensor ranks and the two ends of the pipeline that
+     share a parameter                             ``_gradient_terms``
+  4. one all-reduce of codebook statistics         ``_statistics_terms``
+  5. loss sums, flags, the gradient norm           ``_control_terms``
+  6. parameters of the distributed optimizer       ``_parameter_terms``
+
+Not part of a step: evaluation, logging, checkpoints, the first sight of data, replica checks.
+``runtime/collective_counter.py`` counts the same on real ranks and on a fake process group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.plan.exact import exact
+from vqmoe_megatron.plan.gradient_buffers import GRADIENT_BYTES, GradientBuffer, stage_buffers
+from vqmoe_megatron.plan.layer_shape import LayerShape
+from vqmoe_megatron.plan.layer_wire import (
+    FP32_BYTES,
+    MeanTraffic,
+    all_reduced,
+    chunk_terms,
+    sequence_block_bytes,
+)
+from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.model_parameters import (
+    Parameter,
+    chunk_places,
+    is_moe_layer,
+    padded_vocab_size,
+    stage_parameters,
+)
+from vqmoe_megatron.plan.step_wire_terms import StageWire, StepTerm, StepWire
+
+LOSS_SUM_BYTES = 16  # fp64: loss, scored tokens
+FLAG_BYTES = 12  # int32: a bad step, a stop request, a save request
+TOKEN_COUNT_BYTES = 4  # int32, with calculate_per_token_loss
+MAX_CANDIDATES = 4096  # of moe/code_assigner.py: tokens per step that may replace dead codes
+# Replicated over tensor ranks that see different shards of the sequence.
+SEQUENCE_PARALLEL_PARTS = ("norms", "router", "codebooks", "learned_inputs", "gates")
+ROW_PARALLEL_BIASES = ("linear_proj.bias", "linear_fc2.bias")
+BALANCED = "rows are spread evenly over the experts' ranks"
+COUNTED = "rows go where the counted step's routing sent them"
+
+
+def step_wire(config: RunConfig, layout: ParallelLayout) -> StepWire:
+    """Return what a rank of every pipeline stage sends in one step, with balanced loads.
+
+    Args:
+        config: with ``model.vocab_size`` set.
+        layout: one that passed the check.
+
+    Raises:
+        ValueError: when the vocabulary size is not known.
+    """
+    stages = range(layout.pipeline_model_parallel_size)
+    return StepWire(
+        tuple(stage_wire(config, layout, stage) for stage in stages), _assumptions(config, None)
+    )
+
+
+def stage_wire(
+    config: RunConfig,
+    layout: ParallelLayout,
+    pipeline_rank: int,
+    traffic: MeanTraffic | None = None,
+) -> StageWire:
+    """Return what one rank of one stage sends; ``traffic`` is what it counted, None: balanced."""
+    parts = (
+        _layer_terms(config, layout, pipeline_rank, traffic),
+        _pipeline_terms(config, layout, pipeline_rank),
+        _gradient_terms(config, layout, pipeline_rank),
+        _statistics_terms(config, layout, pipeline_rank),
+        _control_terms(config, layout, pipeline_rank),
+        _parameter_terms(config, layout, pipeline_rank),
+    )
+    return StageWire(pipeline_rank, tuple(t for terms in parts for t in terms if t.sent_bytes))
+
+
+def _assumptions(config: RunConfig, traffic: MeanTraffic | None) -> tuple[str, ...]:
+    sentences = [
+        COUNTED if traffic else BALANCED,
+        "a step of training only: no evaluation, no log line, no checkpoint",
+        "an all-reduce of n bytes over P ranks sends 2 (P - 1) / P n from each",
+    ]
+    if config.optimizer.use_distributed_optimizer and not config.optimizer.overlap_param_gather:
+        sentences.append(
+            "without optimizer.overlap_param_gather every parameter is gathered twice: Megatron's "
+            "dense and expert optimizers each gather all of them"
+        )
+    return tuple(sentences)
+
+
+def _layer_terms(
+    config: RunConfig, layout: ParallelLayout, stage: int, traffic: MeanTraffic | None
+) -> Iterator[StepTerm]:
+    microbatches = _num_microbatches(config, layout)
+    merged: dict[tuple[str, str, str], list] = {}
+    for place in chunk_places(config.model, layout, stage):
+        for term in chunk_terms(config, layout, place, traffic):
+            times = 1 if term.is_once_per_step else microbatches
+            found = merged.setdefault((term.part, term.collective, term.axis), [0, 0])
+            found[0] += times
+            found[1] += times * term.sent_bytes
+    for (part, collective, axis), (calls, sent) in merged.items():
+        yield StepTerm(part, collective, axis, calls, exact(sent))
+
+
+def _pipeline_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[StepTerm]:
+    """Every chunk's output goes to the next stage, round the corner too, and its gradient back."""
+    stages = layout.pipeline_model_parallel_size
+    if stages == 1:
+        return
+    places = chunk_places(config.model, layout, stage)
+    forward = sum(not place.is_last for place in places)
+    backward = sum(not place.is_first for place in places)
+    calls = _num_microbatches(config, layout) * (forward + backward)
+    yield StepTerm("pipeline", "send", "pp", calls, calls * sequence_block_bytes(config, layout))
+
+
+def _gradient_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[StepTerm]:
+    chunks = stage_parameters(config, layout, stage)
+    for buckets in _bucket_groups(config, layout, stage):
+        ranks, axis = buckets.num_ranks, buckets.axis
+        num_bytes = GRADIENT_BYTES * buckets.num_elements
+        if config.optimizer.use_distributed_optimizer:
+            sent = exact(Fraction((ranks - 1) * num_bytes, ranks))
+            yield StepTerm("gradients", "reduce_scatter", axis, 1, sent)
+        else:
+            yield StepTerm("gradients", "all_reduce", axis, 1, all_reduced(num_bytes, ranks))
+    tensor_ranks = layout.tensor_model_parallel_size
+    if layout.sequence_parallel:
+        shared = sum(
+            p.num_elements for chunk in chunks for p in chunk if p.is_trained and _sees_a_shard(p)
+        )
+        sent_over_tp = all_reduced(GRADIENT_BYTES * shared, tensor_ranks)
+        yield StepTerm("shared gradients", "all_reduce", "tp", 1, sent_over_tp)
+    stages = layout.pipeline_model_parallel_size
+    is_tied = not config.model.untie_embeddings_and_output_weights
+    if is_tied and stages > 1 and stage in (0, stages - 1):
+        rows = padded_vocab_size(config.model) // tensor_ranks
+        num_bytes = GRADIENT_BYTES * rows * config.model.hidden_size
+        sent_by_ends = all_reduced(num_bytes, 2)
+        yield StepTerm("tied embeddings", "all_reduce", "embedding", 1, sent_by_ends)
+
+
+def _sees_a_shard(parameter: Parameter) -> bool:
+    is_bias = parameter.name.endswith(ROW_PARALLEL_BIASES)
+    return is_bias or parameter.part in SEQUENCE_PARALLEL_PARTS
+
+
+def _statistics_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[StepTerm]:
+    """CodebookSync: per MoE layer expert loads [N] and gate sums [2]; with a codebook also losses
+    [3], usage [C, K], the moving sums' tokens [C, K, D] and M candidates [M, C, D]; all fp32."""
+    model, vq = config.model, config.vq
+    shape = LayerShape.from_config(config, layout)
+    num_layers = sum(
+        is_moe_layer(model, number)
+        for place in chunk_places(model, layout, stage)
+        for number in place.layers
+    )
+    elements = model.num_moe_experts + 2
+    if vq.path != "continuous":
+        width = vq.num_code_slices * shape.code_width
+        elements += 3 + shape.num_code_rows + min(vq.num_codes, MAX_CANDIDATES) * width
+        if vq.codebook_update == "ema":
+            elements += shape.num_code_rows * shape.code_width
+    ranks = layout.tensor_model_parallel_size * layout.data_parallel_size
+    sent = all_reduced(FP32_BYTES * num_layers * elements, ranks)
+    yield StepTerm("codebook statistics", "all_reduce", "tp_dp", 1, sent)
+
+
+def _control_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[StepTerm]:
+    stages, replicas = layout.pipeline_model_parallel_size, layout.data_parallel_size
+    is_last = stage == stages - 1
+    if is_last:
+        sums = all_reduced(LOSS_SUM_BYTES, replicas)
+        yield StepTerm("loss", "all_reduce", "dp", 1, sums)
+        yield StepTerm("loss", "broadcast", "pp", 1, (stages - 1) * LOSS_SUM_BYTES)
+    if config.model.calculate_per_token_loss:
+        if is_last:
+            yield StepTerm("token count", "broadcast", "pp", 1, (stages - 1) * TOKEN_COUNT_BYTES)
+        counts = all_reduced(TOKEN_COUNT_BYTES, replicas)
+        yield StepTerm("token count", "all_reduce", "dp", 1, counts)
+    flags = all_reduced(FLAG_BYTES, layout.world_size)
+    yield StepTerm("flags", "all_reduce", "world", 1, flags)
+    groups = {"tp_pp": layout.dense_ranks, "expt_tp_ep_pp": layout.expert_ranks}
+    if config.optimizer.use_distributed_optimizer:
+        groups = {"world": layout.world_size}
+    for axis, ranks in groups.items():
+        yield StepTerm("gradient norm", "all_reduce", axis, 1, all_reduced(FP32_BYTES, ranks))
+
+
+def _parameter_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[StepTerm]:
+    """Each chained optimizer, dense and expert, gathers all parameters, unless the next forward
+    pass gathers what it comes to."""
+    if not config.optimizer.use_distributed_optimizer:
+        return
+    times = 1 if config.optimizer.overlap_param_gather else 2
+    for buckets in _bucket_groups(config, layout, stage):
+        ranks = buckets.num_ranks
+        sent = exact(Fraction(times * (ranks - 1) * buckets.num_parameter_bytes, ranks))
+        yield StepTerm("parameters", "all_gather", buckets.axis, times, sent)
+
+
+@dataclass(frozen=True)
+class _BucketGroup:
+    """Buckets that one call reduces or gathers, padding included."""
+
+    axis: str
+    num_ranks: int
+    num_elements: int
+    num_parameter_bytes: int
+
+
+def _bucket_groups(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[_BucketGroup]:
+    """Each bucket by itself; those of an interleaved chunk behind the first all together."""
+    joined: dict[tuple, list[tuple[GradientBuffer, int]]] = {}
+    for number, buffer in enumerate(stage_buffers(config, layout, stage)):
+        for index, (start, end) in enumerate(buffer.buckets):
+            alone = (number, index) if buffer.chunk == 0 else None
+            key = buffer.chunk, buffer.is_expert, alone
+            joined.setdefault(key, []).append((buffer, end - start))
+    for (_, is_expert, _), buckets in joined.items():
+        yield _BucketGroup(
+            axis="expt_dp" if is_expert else "dp",
+            num_ranks=buckets[0][0].num_ranks,
+            num_elements=sum(size for _, size in buckets),
+            num_parameter_bytes=sum(b.bytes_per_element * size for b, size in buckets),
+        )
+
+
+def _num_microbatches(config: RunConfig, layout: ParallelLayout) -> int:
+    train = config.train
+    return layout.num_microbatches(train.global_batch_size, train.micro_batch_size)
