@@ -1,0 +1,120 @@
+"""A real model on real ranks, measured: its parameters, what it keeps, what a forward pass saves.
+
+The plan's formulas are compared with these figures. Functions here run in the ranks; the recipe is
+``recipes/parity.yaml`` with the overrides given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.recipe import load_recipe
+
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "parity.yaml"
+SMALL = [
+    "model.vocab_size=300", "model.seq_length=16", "model.hidden_size=48",
+    "model.num_attention_heads=4", "model.moe_ffn_hidden_size=64", "train.global_batch_size=8",
+]  # fmt: skip
+
+
+def recipe(overrides: Iterable[str]) -> RunConfig:
+    """The tiny recipe with ``overrides`` behind the small sizes."""
+    return load_recipe(RECIPE, [*SMALL, *overrides])
+
+
+def measure_state(overrides: list[str]) -> dict[str, Any]:
+    """Train one step on random tokens; return this rank's place, parameters and bytes kept."""
+    from megatron.core import parallel_state
+
+    from vqmoe_megatron.plan.layout import check_layout
+    from vqmoe_megatron.training.step_builder import build_step
+
+    config = recipe(overrides)
+    layout = check_layout(config, torch.distributed.get_world_size(), "cpu")
+    parts = build_step(config, layout)
+    for chunk in parts.model:
+        chunk.train()
+    parts.step([_batches(config) for _ in parts.model], 0, False)
+    chunks = [_unwrapped(chunk) for chunk in parts.model]
+    weights = _storages(p for chunk in chunks for p in chunk.parameters())
+    buffers = [b for chunk in parts.model for b in chunk.buffers + chunk.expert_parallel_buffers]
+    kept: dict[str, dict[int, int]] = {"main_parameters": {}, "moments": {}}
+    for part in getattr(parts.optimizer, "chained_optimizers", [parts.optimizer]):
+        adam = part.optimizer
+        for group in adam.param_groups:
+            kept["main_parameters"] |= _storages(group["params"])
+            for parameter in group["params"]:
+                state = adam.state[parameter]
+                kept["moments"] |= _storages([state["exp_avg"], state["exp_avg_sq"]])
+    main = {place: n for place, n in kept["main_parameters"].items() if place not in weights}
+    return {
+        "pipeline": parallel_state.get_pipeline_model_parallel_rank(),
+        "data": parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        "expert_data": parallel_state.get_expert_data_parallel_rank(),
+        "parameters": [
+            [(n, tuple(p.shape), p.element_size()) for n, p in chunk.named_parameters()]
+            for chunk in chunks
+        ],
+        "buffer_elements": [buffer.numel for buffer in buffers],
+        "weights": sum(weights.values()),
+        "gradients": sum(_storages(buffer.grad_data for buffer in buffers).values()),
+        "main_parameters": sum(main.values()),
+        "moments": sum(kept["moments"].values()),
+        "statistics": sum(_storages(_statistics(chunks)).values()),
+    }
+
+
+def _statistics(chunks: list[torch.nn.Module]) -> Iterator[torch.Tensor]:
+    for chunk in chunks:
+        yield from chunk.buffers()
+        for module in chunk.modules():
+            if getattr(module, "probe_ids", None) is not None:
+                yield module.probe_ids
+
+
+def _unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _batches(config: RunConfig) -> Iterator[dict[str, torch.Tensor]]:
+    size = (config.train.micro_batch_size, config.model.seq_length)
+    while True:
+        tokens = torch.randint(config.model.vocab_size, size)
+        positions = torch.arange(size[1]).expand(size).contiguous()
+        yield {"tokens": tokens, "labels": tokens, "position_ids": positions,
+               "loss_mask": torch.ones(size)}  # fmt: skip
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes of every distinct storage that is not empty."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}
+
+
+def measure_activations(overrides: list[str]) -> int:
+    """Bytes that one microbatch's forward pass keeps on this rank (one model chunk)."""
+    from vqmoe_megatron.bench.saved_tensors import saved_bytes
+    from vqmoe_megatron.plan.layout import check_layout
+    from vqmoe_megatron.training.step_builder import build_step
+
+    config = recipe(overrides)
+    layout = check_layout(config, torch.distributed.get_world_size(), "cpu")
+    (chunk,) = build_step(config, layout).model
+    chunk.train()
+    batch = next(_batches(config))
+    excluded = [*chunk.parameters(), *chunk.module.buffers(), *batch.values()]
+
+    def forward() -> torch.Tensor:
+        losses = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return losses.float().sum()
+
+    forward()  # the codebook takes its first codes from the data
+    excluded += [*chunk.module.buffers()]
+    return saved_bytes(forward, excluded)[0]

@@ -1,0 +1,224 @@
+"""What one microbatch keeps of its forward pass on one rank, layer by layer: an estimate.
+
+b micro batch, S sequence length, T local tokens (b S / TP), t = b S, H hidden size, A heads and G
+query groups of d columns, D dense and F expert width, V padded vocabulary, e bytes per element,
+R rows that travel, k selected experts, C codes per token, s slots of code space.
+
+    attention   norm input and output, context, residual, its norm: about 5 T H e; q, k, v; local
+                kernels also keep the scores [b, A, S, S], fused ones a number per row
+    dense MLP   fc1 output and activation: 2 t D e, gated 5 t D e
+    MoE         rows in experts and the code table (``memory_cost``), rows that came back, both
+                paths' outputs, router scores in fp32, ids
+    head        final norm, softmax of the logits in fp32 [t, V / TP]
+
+``kernels``: ``local`` is Megatron's own modules, ``fused`` Transformer Engine's flash attention and
+norms. The local sums are compared with tensors really saved (tests/plan/test_activation_memory.py:
+within 3 percent); the fused ones were never measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.plan.layer_shape import LayerShape
+from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.memory_cost import saved_bytes
+from vqmoe_megatron.plan.model_parameters import (
+    ChunkPlace,
+    dense_ffn_size,
+    head_sizes,
+    is_moe_layer,
+    padded_vocab_size,
+)
+
+KERNELS = ("local", "fused")
+ID_BYTES = 8
+SOFTMAX_BYTES = 4  # attention_softmax_in_fp32, and the loss in fp32
+RANDOM_STATE_BYTES = 4 * 5056  # what one recomputed call keeps to replay dropout
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Kept by one microbatch on one rank."""
+
+    layer_input: int  # [T, H], all that a fully recomputed unit of layers keeps
+    attention: int  # with the layer's two norms; core_scores included
+    core_scores: int  # the part that recompute_modules=core_attn drops
+    dense_mlp: int
+    moe: int
+    embedding: int  # of the first stage
+    head: int  # of the last stage
+    code_tables: int  # of one layer and contained in moe: code rows and table of code outputs
+
+    def layer(self, is_moe: bool) -> int:
+        """One transformer layer, nothing recomputed."""
+        return self.attention + (self.moe if is_moe else self.dense_mlp)
+
+
+def activation_bytes(config: RunConfig, layout: ParallelLayout, kernels: str) -> ActivationBytes:
+    """Return what one microbatch keeps, by part.
+
+    Raises:
+        ValueError: for unknown kernels, or an unknown vocabulary size.
+    """
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels={kernels!r}: choose one of {', '.join(KERNELS)}")
+    model = config.model
+    layer = LayerShape.from_config(config, layout)
+    element = layer.bytes_per_element
+    hidden_bytes = layer.num_local_tokens * model.hidden_size * element
+    dropout_bytes = 0
+    if model.hidden_dropout > 0:
+        dropout_bytes = hidden_bytes if kernels == "local" else hidden_bytes // element
+    code_tables = 0
+    if layer.execution == "code_space":
+        kept = saved_bytes(layer)
+        code_tables = kept.code_rows_bytes + kept.table_bytes
+    scores = _scores(config, layout, kernels)
+    norm = _norm(config, layer, kernels)
+    tokens = config.train.micro_batch_size * model.seq_length
+    vocab = padded_vocab_size(model) // layout.tensor_model_parallel_size
+    logits = tokens * vocab * SOFTMAX_BYTES + tokens * (ID_BYTES + 1)
+    return ActivationBytes(
+        layer_input=hidden_bytes,
+        attention=2 * norm + 2 * dropout_bytes + scores + _projections(config, layout, layer),
+        core_scores=scores,
+        dense_mlp=_dense_mlp(config, layout, element),
+        moe=_moe(config, layer),
+        embedding=dropout_bytes,
+        head=norm + logits,
+        code_tables=code_tables,
+    )
+
+
+def chunk_activation_bytes(config: RunConfig, place: ChunkPlace, kept: ActivationBytes) -> int:
+    """Return what a chunk keeps of one microbatch between its passes, recompute considered."""
+    model = config.model
+    layers = [kept.layer(is_moe_layer(model, number)) for number in place.layers]
+    ends = (kept.embedding if place.is_first else 0) + (kept.head if place.is_last else 0)
+    if model.recompute_granularity == "full":
+        unit = model.recompute_num_layers or 1
+        of_unit = kept.layer_input + RANDOM_STATE_BYTES
+        if model.recompute_method == "block":  # the first layers of each chunk, one by one
+            return ends + unit * of_unit + sum(layers[unit:])
+        return ends + -(-len(layers) // unit) * of_unit
+    if model.recompute_granularity == "selective":
+        dropped = recomputed_parts(config, kept)
+        for index, number in enumerate(place.layers):
+            names = {"core_attn", "moe" if is_moe_layer(model, number) else "mlp"}
+            of_layer = [dropped[name] for name in names if name in dropped]
+            layers[index] -= sum(of_layer) - len(of_layer) * RANDOM_STATE_BYTES
+    return ends + sum(layers)
+
+
+def recomputed_parts(config: RunConfig, kept: ActivationBytes) -> dict[str, int]:
+    """Bytes of one layer that selective recompute drops, by module."""
+    modules = config.model.recompute_modules
+    parts = {"core_attn": kept.core_scores, "mlp": kept.dense_mlp, "moe": kept.moe}
+    chosen = ["core_attn"] if modules is None else modules  # Megatron's default
+    return {name: parts[name] for name in chosen if name in parts}
+
+
+def recompute_peak_bytes(config: RunConfig, place: ChunkPlace, kept: ActivationBytes) -> int:
+    """What the backward pass makes anew at one time: a unit of layers, or the largest module."""
+    model = config.model
+    if model.recompute_granularity == "full":
+        unit = model.recompute_num_layers or 1
+        layers = [kept.layer(is_moe_layer(model, number)) for number in place.layers]
+        if model.recompute_method == "block":
+            return max(layers[:unit], default=0)
+        return max(sum(layers[i : i + unit]) for i in range(0, len(layers), unit))
+    if model.recompute_granularity == "selective":
+        return max(recomputed_parts(config, kept).values(), default=0)
+    return 0
+
+
+def _norm(config: RunConfig, layer: LayerShape, kernels: str) -> int:
+    """Input and output of one norm and its statistics. torch's RMSNorm keeps its input and the
+    normalised rows in fp32."""
+    elements = layer.num_local_tokens * layer.hidden_size
+    element, tokens = layer.bytes_per_element, layer.num_local_tokens
+    if config.model.normalization == "RMSNorm" and kernels == "local":
+        return elements * (2 * 4 + element) + tokens * 4
+    return 2 * elements * element + 2 * tokens * element
+
+
+def _heads_bytes(config: RunConfig, layout: ParallelLayout, num_heads: int) -> int:
+    """[t, num_heads d / TP] in the model's dtype."""
+    tokens = config.train.micro_batch_size * config.model.seq_length
+    element = 2 if config.model.bf16 else 4
+    columns = head_sizes(config.model)[2]
+    return tokens * num_heads * columns * element // layout.tensor_model_parallel_size
+
+
+def _projections(config: RunConfig, layout: ParallelLayout, layer: LayerShape) -> int:
+    """q, k, v and the context; the residual is the next norm's input. Without query groups v lies
+    in the output of the projection, and so do q and k without rope."""
+    model = config.model
+    heads, groups, columns = head_sizes(model)
+    is_rope = model.position_embedding_type == "rope"
+    context = _heads_bytes(config, layout, heads)
+    angles = 4 * model.seq_length * columns * layer.bytes_per_element if is_rope else 0
+    if groups != heads:  # k and v are repeated for every head
+        return context + 3 * _heads_bytes(config, layout, heads) + angles
+    mixed = _heads_bytes(config, layout, 3 * heads)
+    turned = 2 * _heads_bytes(config, layout, heads) if is_rope else 0
+    return context + mixed + turned + angles
+
+
+def _scores(config: RunConfig, layout: ParallelLayout, kernels: str) -> int:
+    model, batch = config.model, config.train.micro_batch_size
+    heads = model.num_attention_heads // layout.tensor_model_parallel_size
+    rows = batch * heads * model.seq_length
+    if kernels == "fused":
+        return rows * SOFTMAX_BYTES  # log of the sum of each row
+    element = 2 if model.bf16 else 4
+    per_score = SOFTMAX_BYTES + (element if model.bf16 else 0)
+    if model.attention_dropout > 0:
+        per_score += 2 * element  # mask and result
+    return rows * model.seq_length * per_score + model.seq_length**2  # and the causal mask
+
+
+def _dense_mlp(config: RunConfig, layout: ParallelLayout, element: int) -> int:
+    model = config.model
+    width = dense_ffn_size(model) // layout.tensor_model_parallel_size
+    tokens = config.train.micro_batch_size * model.seq_length
+    return (5 if model.gated_linear_unit else 2) * tokens * width * element
+
+
+def _moe(config: RunConfig, layer: LayerShape) -> int:
+    """Everything behind the layer's norm; the input itself is that norm's output."""
+    tokens, hidden, element = layer.num_local_tokens, layer.hidden_size, layer.bytes_per_element
+    rows = layer.num_dispatched_rows
+    kept = saved_bytes(layer)
+    total = kept.saved_bytes
+    in_code_space = layer.execution == "code_space"
+    slots = layer.num_slots if in_code_space else 0
+    if config.model.gated_linear_unit:  # the activated half, beside fc1's output and the product
+        inner = layer.moe_ffn_hidden_size * element
+        total += (rows + slots // layer.expert_tensor_parallel_size) * inner
+    if rows:
+        total += (rows + (slots if layer.path == "dual" else 0)) * hidden * element  # came back
+        total += 4 * ID_BYTES * (rows + slots)  # order, places
+    if layer.path != "discrete":
+        total += 3 * tokens * layer.num_moe_experts * 4  # router scores, fp32
+        total += tokens * layer.moe_router_topk * (2 * ID_BYTES + 2 * 4)
+    if layer.path == "continuous":
+        return total
+    total += tokens * layer.num_code_slices * (2 * ID_BYTES) + tokens * ID_BYTES
+    if layer.code_dim is not None:
+        total += tokens * layer.code_dim * 4  # projected tokens
+    if layer.path == "dual":
+        total += tokens * hidden * element  # the continuous output
+        total += tokens * (layer.moe_router_topk + layer.num_code_slices) * ID_BYTES
+    num_norms = {"none": 0, "shared": 2, "separate": 2}[layer.norm]
+    if in_code_space and layer.num_code_slices > 1:  # summed before the output norm
+        total += tokens * (hidden * element + 5 * layer.num_code_slices * ID_BYTES)
+    if in_code_space:
+        return total + num_norms * slots * hidden * layer.sum_bytes_per_element
+    if num_norms and layer.has_code_inputs:
+        total += layer.num_discrete_rows * hidden * element  # before the norm
+    if layer.path == "dual":
+        total += tokens * hidden * element  # the discrete output
+    return total + (tokens * hidden * element if num_norms else 0)

@@ -1,0 +1,247 @@
+"""Every parameter of a run by name: what a rank of each pipeline stage holds, in Megatron's order.
+
+H hidden size, A attention heads, G query groups, d columns of a head, F expert and D dense hidden
+size, c1 = 2 for gated MLPs else 1, V padded vocabulary, S sequence length, N experts, C code
+slices, K codes, w columns of a code; TP, EP and ETP cut what the comments say.
+
+The order is that of ``named_parameters`` of the real model with Megatron-core's own modules. The
+distributed optimizer pads and cuts its buffers in this order, so bytes follow from it exactly.
+With Transformer Engine the same elements come in another order, which moves padding only.
+All ranks of a pipeline stage hold equally many elements, whatever their TP and EP place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from vqmoe_megatron.config import ModelConfig, RunConfig
+from vqmoe_megatron.plan.flop_cost import num_gate_outputs
+from vqmoe_megatron.plan.layer_shape import LayerShape
+from vqmoe_megatron.plan.layout import ParallelLayout
+
+PARTS = (
+    "embeddings",
+    "attention",
+    "norms",
+    "dense_mlp",
+    "router",
+    "experts",
+    "codebooks",
+    "learned_inputs",
+    "gates",
+    "output_layer",
+)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor on one rank."""
+
+    name: str  # as in the model chunk, without the prefixes of wrappers
+    part: str  # one of PARTS
+    shape: tuple[int, ...]  # of this rank's shard
+    bytes_per_element: int
+    is_expert: bool = False  # reduced over expert-data-parallel ranks, and so in other buffers
+    is_trained: bool = True  # False: no gradient, the optimizer does not know it
+    is_shared_embedding: bool = False  # tied over pipeline stages: in a bucket of its own
+
+    @property
+    def num_elements(self) -> int:
+        """Product of the shape."""
+        return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensor itself."""
+        return self.num_elements * self.bytes_per_element
+
+
+@dataclass(frozen=True)
+class ChunkPlace:
+    """One model chunk: a pipeline stage, or one of its interleaved parts."""
+
+    pipeline_rank: int
+    virtual_rank: int
+    layers: range  # 0-based numbers over the whole model
+    is_first: bool  # holds the embedding
+    is_last: bool  # holds the final norm and the output layer
+
+
+def unsharded() -> ParallelLayout:
+    """Return the layout of one rank, which holds the whole model."""
+    return ParallelLayout(1, 1, 1, None, 1, 1, 1, False)
+
+
+def padded_vocab_size(model: ModelConfig) -> int:
+    """V, rows of the embedding: ``vocab_size`` rounded up to ``make_vocab_size_divisible_by``.
+
+    Raises:
+        ValueError: when the vocabulary size is not known.
+    """
+    if model.vocab_size is None:
+        raise ValueError(
+            "model.vocab_size is not set: the corpus in data.path gives it, or set it, for "
+            "instance model.vocab_size=32000"
+        )
+    multiple = model.make_vocab_size_divisible_by
+    return -(-model.vocab_size // multiple) * multiple
+
+
+def is_moe_layer(model: ModelConfig, number: int) -> bool:
+    """Whether the 0-based layer ``number`` holds experts; the first always does."""
+    return number % model.moe_layer_freq == 0
+
+
+def chunk_places(
+    model: ModelConfig, layout: ParallelLayout, pipeline_rank: int
+) -> list[ChunkPlace]:
+    """Return the chunks of one pipeline stage, in the order of its virtual ranks."""
+    stages = layout.pipeline_model_parallel_size
+    num_chunks = layout.virtual_pipeline_model_parallel_size or 1
+    per_chunk = model.num_layers // (stages * num_chunks)
+    places = []
+    for virtual_rank in range(num_chunks):
+        first = (virtual_rank * stages + pipeline_rank) * per_chunk
+        places.append(
+            ChunkPlace(
+                pipeline_rank=pipeline_rank,
+                virtual_rank=virtual_rank,
+                layers=range(first, first + per_chunk),
+                is_first=pipeline_rank == 0 and virtual_rank == 0,
+                is_last=pipeline_rank == stages - 1 and virtual_rank == num_chunks - 1,
+            )
+        )
+    return places
+
+
+def stage_parameters(
+    config: RunConfig, layout: ParallelLayout, pipeline_rank: int
+) -> list[list[Parameter]]:
+    """Return the parameters of each chunk of a stage, as one rank of it holds them.
+
+    Raises:
+        ValueError: when the vocabulary size is not known.
+    """
+    places = chunk_places(config.model, layout, pipeline_rank)
+    return [list(_chunk(config, layout, place)) for place in places]
+
+
+def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iterator[Parameter]:
+    model, tensor_ranks = config.model, layout.tensor_model_parallel_size
+    element = 2 if model.bf16 else 4
+    table = (padded_vocab_size(model) // tensor_ranks, model.hidden_size)  # V / TP
+    is_tied = not model.untie_embeddings_and_output_weights
+    is_tied_over_stages = is_tied and layout.pipeline_model_parallel_size > 1
+    if place.is_first:
+        name = "embedding.word_embeddings.weight"
+        yield Parameter(name, "embeddings", table, element, is_shared_embedding=is_tied_over_stages)
+        if model.position_embedding_type == "learned_absolute":
+            shape = (model.seq_length, model.hidden_size)
+            yield Parameter("embedding.position_embeddings.weight", "embeddings", shape, element)
+    layer = LayerShape.from_config(config, layout)
+    for index, number in enumerate(place.layers):
+        prefix = f"decoder.layers.{index}."
+        yield from _attention(model, tensor_ranks, element, prefix)
+        yield from _norm(model, element, f"{prefix}pre_mlp_layernorm")
+        if is_moe_layer(model, number):
+            yield from _moe(config, layer, element, f"{prefix}mlp.")
+        else:
+            yield from _dense_mlp(model, tensor_ranks, element, f"{prefix}mlp.")
+    if place.is_last:
+        yield from _norm(model, element, "decoder.final_layernorm")
+        if not is_tied or is_tied_over_stages:
+            yield Parameter(
+                "output_layer.weight",
+                "output_layer",
+                table,
+                element,
+                is_shared_embedding=is_tied_over_stages,
+            )
+
+
+def _norm(model: ModelConfig, element: int, name: str) -> Iterator[Parameter]:
+    for tensor in ("weight", "bias")[: 2 if model.normalization == "LayerNorm" else 1]:
+        yield Parameter(f"{name}.{tensor}", "norms", (model.hidden_size,), element)
+
+
+def head_sizes(model: ModelConfig) -> tuple[int, int, int]:
+    """A heads, G query groups, and the columns d of a head."""
+    heads = model.num_attention_heads
+    return heads, model.num_query_groups or heads, model.kv_channels or model.hidden_size // heads
+
+
+def _attention(
+    model: ModelConfig, tensor_ranks: int, element: int, prefix: str
+) -> Iterator[Parameter]:
+    """proj [H, A d / TP], qkv [(A + 2 G) d / TP, H]."""
+    heads, groups, columns = head_sizes(model)
+    hidden, has_bias = model.hidden_size, model.add_bias_linear
+    yield from _norm(model, element, f"{prefix}input_layernorm")
+    name = f"{prefix}self_attention."
+    shape = (hidden, heads * columns // tensor_ranks)
+    yield Parameter(f"{name}linear_proj.weight", "attention", shape, element)
+    if has_bias:
+        yield Parameter(f"{name}linear_proj.bias", "attention", (hidden,), element)
+    width = (heads + 2 * groups) * columns // tensor_ranks
+    yield Parameter(f"{name}linear_qkv.weight", "attention", (width, hidden), element)
+    if has_bias or model.add_qkv_bias:
+        yield Parameter(f"{name}linear_qkv.bias", "attention", (width,), element)
+
+
+def dense_ffn_size(model: ModelConfig) -> int:
+    """D of the layers without experts; Megatron's default is 4 H."""
+    return model.ffn_hidden_size or 4 * model.hidden_size
+
+
+def _dense_mlp(
+    model: ModelConfig, tensor_ranks: int, element: int, prefix: str
+) -> Iterator[Parameter]:
+    """fc1 [c1 D / TP, H], fc2 [H, D / TP]."""
+    width, hidden = dense_ffn_size(model) // tensor_ranks, model.hidden_size
+    halves = 2 if model.gated_linear_unit else 1
+    for name, shape in (
+        ("linear_fc1", (halves * width, hidden)),
+        ("linear_fc2", (hidden, width)),
+    ):
+        yield Parameter(f"{prefix}{name}.weight", "dense_mlp", shape, element)
+        if model.add_bias_linear:
+            yield Parameter(f"{prefix}{name}.bias", "dense_mlp", shape[:1], element)
+
+
+def _moe(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> Iterator[Parameter]:
+    """Router [N, H], experts [N / EP, ...] cut over ETP, codes [C, K, w] in fp32."""
+    model, vq, hidden = config.model, config.vq, layer.hidden_size
+    if layer.path != "discrete":
+        shape = (layer.num_moe_experts, hidden)
+        yield Parameter(f"{prefix}router.weight", "router", shape, element)
+        if model.add_bias_linear:
+            yield Parameter(f"{prefix}router.bias", "router", shape[:1], element)
+    experts = layer.num_moe_experts // layer.expert_model_parallel_size
+    inner = layer.moe_ffn_hidden_size // layer.expert_tensor_parallel_size
+    outer = layer.fc1_width // layer.expert_tensor_parallel_size
+    shapes: list[tuple[str, tuple[int, ...]]] = [
+        ("weight1", (experts, outer, hidden)),
+        ("weight2", (experts, hidden, inner)),
+    ]
+    if model.add_bias_linear:
+        shapes += [("bias1", (experts, outer)), ("bias2", (experts, hidden))]
+    for name, tensor in shapes:
+        yield Parameter(f"{prefix}experts.{name}", "experts", tensor, element, is_expert=True)
+    if layer.path == "continuous":
+        return
+    codes = (layer.num_code_slices, layer.num_codes)
+    is_trained = vq.codebook_update in ("gradient", "reanchor") and not vq.freeze_codebook
+    name = f"{prefix}assigner.codebook.codes"
+    yield Parameter(name, "codebooks", (*codes, layer.code_width), 4, is_trained=is_trained)
+    if layer.code_input == "learned":
+        shape_of_inputs = (*codes, hidden)
+        yield Parameter(f"{prefix}code_inputs.vectors", "learned_inputs", shape_of_inputs, element)
+    if layer.norm != "none":
+        yield from _norm(model, element, f"{prefix}input_norm")
+    if layer.norm == "separate":
+        yield from _norm(model, element, f"{prefix}output_norm")
+    if outputs := num_gate_outputs(layer):
+        yield Parameter(f"{prefix}gate.linear.weight", "gates", (outputs, hidden), element)
+        yield Parameter(f"{prefix}gate.linear.bias", "gates", (outputs,), element)

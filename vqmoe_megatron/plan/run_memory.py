@@ -1,0 +1,136 @@
+"""Memory of the rank that needs most on each pipeline stage, and what is left out.
+
+Weights, gradients, optimizer and statistics are exact (``state_memory``); activations, tables and
+buffers are estimates from saved tensors (``activation_memory``), of equally loaded experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.plan.activation_memory import (
+    activation_bytes,
+    chunk_activation_bytes,
+    recompute_peak_bytes,
+)
+from vqmoe_megatron.plan.layer_shape import LayerShape
+from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.memory_cost import saved_bytes
+from vqmoe_megatron.plan.model_parameters import (
+    chunk_places,
+    is_moe_layer,
+    padded_vocab_size,
+    stage_parameters,
+)
+from vqmoe_megatron.plan.pipeline_schedule import peak_in_flight
+from vqmoe_megatron.plan.state_memory import StateBytes, state_bytes
+
+EXCLUDED = (
+    "fragmentation and caching of the allocator",
+    "buffers of NCCL or gloo",
+    "the CUDA context, cuBLAS and compiled kernels",
+    "uneven expert load: rows are counted as if experts were equally loaded",
+    "data loader, tokenizer and the Python process",
+    "a checkpoint being written (async_save on the CPU forks the process)",
+    "evaluation, which keeps nothing for a backward pass",
+)
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Of the fullest rank of one pipeline stage."""
+
+    pipeline_rank: int
+    state: StateBytes
+    activations: int  # of all microbatches in flight, without code tables
+    code_tables: int  # code rows and tables of code outputs, of all microbatches in flight
+    recomputed: int  # made anew at one time in the backward pass
+    dispatch_buffers: int  # rows on their way, of one layer at a time
+    workspace: int  # logits and their gradient, or the largest weight gradient
+
+    @property
+    def transient(self) -> int:
+        """What is alive within a pass only; not all at once, so the largest counts."""
+        return max(self.recomputed + self.dispatch_buffers, self.workspace)
+
+    @property
+    def peak(self) -> int:
+        """State, everything in flight, and the largest transient."""
+        return self.state.total + self.activations + self.code_tables + self.transient
+
+    def by_part(self) -> dict[str, int]:
+        """Bytes by part, in the order of the report."""
+        return {
+            "weights": self.state.weights,
+            "gradients": self.state.gradients,
+            "optimizer": self.state.optimizer,
+            "codebook_statistics": self.state.statistics,
+            "activations": self.activations,
+            "code_tables": self.code_tables,
+            "dispatch_buffers": self.dispatch_buffers,
+            "recomputed": self.recomputed,
+            "workspace": self.workspace,
+            "peak": self.peak,
+        }
+
+
+def stage_memory(
+    config: RunConfig, layout: ParallelLayout, pipeline_rank: int, kernels: str = "local"
+) -> StageMemory:
+    """Return the memory of a stage's first data-parallel rank, which has the fullest shards.
+
+    Raises:
+        ValueError: for unknown kernels, or an unknown vocabulary size.
+    """
+    model, train = config.model, config.train
+    places = chunk_places(model, layout, pipeline_rank)
+    kept = activation_bytes(config, layout, kernels)
+    num_microbatches = layout.num_microbatches(train.global_batch_size, train.micro_batch_size)
+    schedule = (layout.pipeline_model_parallel_size, pipeline_rank, num_microbatches)
+    chunks = [chunk_activation_bytes(config, place, kept) for place in places]
+    tables = [_kept_tables(config, kept.code_tables, place.layers) for place in places]
+    in_flight = peak_in_flight(chunks, *schedule)
+    tables_in_flight = peak_in_flight(tables, *schedule)
+    element = 2 if model.bf16 else 4
+    parameters = [p for chunk in stage_parameters(config, layout, pipeline_rank) for p in chunk]
+    workspace = max(p.num_bytes for p in parameters if p.is_trained)
+    if places[-1].is_last:
+        tokens = train.micro_batch_size * model.seq_length
+        vocab = padded_vocab_size(model) // layout.tensor_model_parallel_size
+        workspace = max(workspace, tokens * vocab * (4 + element))
+    has_experts = any(is_moe_layer(model, n) for place in places for n in place.layers)
+    return StageMemory(
+        pipeline_rank=pipeline_rank,
+        state=state_bytes(config, layout, pipeline_rank),
+        activations=in_flight - tables_in_flight,
+        code_tables=tables_in_flight,
+        recomputed=max(recompute_peak_bytes(config, place, kept) for place in places),
+        dispatch_buffers=_dispatch_bytes(config, layout) if has_experts else 0,
+        workspace=workspace,
+    )
+
+
+def _kept_tables(config: RunConfig, table_bytes: int, layers: range) -> int:
+    """Tables that a chunk keeps between its passes; recomputed layers keep none."""
+    model = config.model
+    modules = model.recompute_modules or []
+    if model.recompute_granularity == "selective" and "moe" in modules:
+        return 0
+    numbers = list(layers)
+    if model.recompute_granularity == "full":
+        is_block = model.recompute_method == "block"
+        numbers = numbers[model.recompute_num_layers or 1 :] if is_block else []
+    return table_bytes * sum(is_moe_layer(model, number) for number in numbers)
+
+
+def _dispatch_bytes(config: RunConfig, layout: ParallelLayout) -> int:
+    """Rows sent and rows arrived of one layer, out and back, and what code space makes anew in its
+    backward pass."""
+    layer = LayerShape.from_config(config, layout)
+    row_bytes = layer.hidden_size * layer.bytes_per_element
+    shards = layer.expert_tensor_parallel_size
+    return (
+        2 * (1 + shards) * layer.num_dispatched_rows * row_bytes
+        + saved_bytes(layer).transient_bytes
+    )
