@@ -20,8 +20,11 @@ from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.layout import minimum_world_size
 from vqmoe_megatron.recipe import load_recipe
 from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
+from vqmoe_megatron.studies.commands import study_app
+from vqmoe_megatron.tracking.sync_commands import mlflow_sync
 from vqmoe_megatron.training.checkpoint_commands import checkpoint_app
 from vqmoe_megatron.training.export_commands import export
+from vqmoe_megatron.training.preflight_commands import preflight
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
@@ -46,7 +49,10 @@ app = typer.Typer(
 )
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(bench_app, name="bench")
+app.add_typer(study_app, name="study")
 app.command()(export)
+app.command("mlflow-sync")(mlflow_sync)
+app.command()(preflight)
 
 
 @app.callback(invoke_without_command=True)

@@ -19,7 +19,7 @@ import datetime
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
@@ -40,7 +40,14 @@ class StoppedWhileWaiting(Exception):
 
 
 class RendezvousFailed(RuntimeError):
-    """The ranks did not meet; the message says who is missing and what to check."""
+    """The ranks did not meet; the message says who is missing and what to check.
+
+    ``missing`` holds the numbers of the ranks that did not come, where this rank knows them.
+    """
+
+    def __init__(self, message: str, missing: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.missing = frozenset(missing)
 
 
 def never_stop() -> bool:
@@ -127,12 +134,12 @@ def meet(
         _see_off(store, world_size)
     if verdict.startswith(STOP):
         raise StoppedWhileWaiting(verdict.removeprefix(STOP))
-    raise RendezvousFailed(verdict.removeprefix(FAIL))
+    raise RendezvousFailed(verdict.removeprefix(FAIL), wait.missing)
 
 
 @dataclass
 class _Wait:
-    """Who waits, where, and until when."""
+    """Who waits, where, and until when; on the rank that gave up, whom it missed."""
 
     place: MeetingPlace
     rank: int
@@ -140,6 +147,7 @@ class _Wait:
     should_stop: Callable[[], bool]
     seconds: float
     started: float = field(default_factory=time.monotonic)
+    missing: set[int] = field(default_factory=set)
 
     def is_over(self) -> bool:
         return time.monotonic() - self.started >= self.seconds
@@ -240,7 +248,8 @@ def _present(store: Store, world_size: int) -> set[int]:
 
 def _missing(wait: _Wait, store: Store) -> str:
     present = _present(store, wait.world_size)
-    missing = rank_names(set(range(wait.world_size)) - present)
+    wait.missing = set(range(wait.world_size)) - present
+    missing = rank_names(wait.missing)
     host = f" (rank 0 runs on {socket.gethostname()})" if wait.rank == 0 else ""
     return (
         f"{len(present)} of {wait.world_size} ranks met at {wait.place}{host} within "

@@ -1,0 +1,43 @@
+# shellcheck shell=bash
+# A training job under Slurm, from the batch script's first line to its requeue. Sourced by
+# slurm/pretrain.sbatch and slurm/study.sbatch, which say what is trained:
+#
+#   start_job ROOT                     site, environment, world, meeting place, log folder
+#   ask_vqmoe COMMAND...               one process; sets answer, here the run directory
+#   train RUN_DIR COMMAND...           slurm_attempt.sh: preflight, guard, ranks, decision
+#
+# Logs: logs/slurm/<job>.out (this script) and logs/slurm/<job>/attempt_<restart>/ (the steps).
+# shellcheck disable=SC2034,SC2154  # the files of a job share their variables
+
+start_job() {
+    local root=$1 file
+    for file in slurm_world slurm_step container requeue_guard slurm_attempt; do
+        # shellcheck source=/dev/null
+        source "$root/launchers/$file.sh"
+    done
+    restart=${SLURM_RESTART_COUNT:-0}
+    echo "$(date '+%F %T') job $(job_name), attempt $restart, nodes $SLURM_JOB_NODELIST"
+    load_site "$root"
+    find_world
+    find_meeting_place
+    local mounts=()
+    read -r -a mounts <<<"$VQMOE_MOUNTS"
+    compose_container "$VQMOE_CONTAINER" "$VQMOE_IMAGE" "$gpus_per_node" "$root" "$PWD" "${mounts[@]}"
+    local python=${PYTHON:-}
+    if [[ -z "$python" && "$VQMOE_CONTAINER" == none && -x "$root/.venv/bin/python" ]]; then
+        python=$root/.venv/bin/python
+    fi
+    vqmoe=("${python:-python3}" -m vqmoe_megatron.cli)
+    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+    rank=("${container_srun_args[@]}" "${container_command[@]}" "$root/launchers/rank.sh")
+    logs=logs/slurm/$(job_name)/attempt_$restart
+    mkdir -p "$logs"
+    echo "$world_size ranks by $VQMOE_LAUNCHER meet at $MASTER_ADDR:$MASTER_PORT; logs in $logs"
+}
+
+# ask_vqmoe COMMAND...: one process, before anything starts; sets answer to its last line. A refusal
+# ends the job with its message.
+ask_vqmoe() {
+    answer=$(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${rank[@]}" "${vqmoe[@]}" "$@" | tail -n1)
+    num_steps=$((num_steps + 1))
+}

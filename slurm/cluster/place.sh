@@ -1,0 +1,42 @@
+# shellcheck shell=bash
+# Where the virtual cluster lives and how its daemons are found. Sourced by up.sh and down.sh.
+# shellcheck disable=SC2034  # what is set here is used there
+
+cluster_dir=${VQMOE_CLUSTER_DIR:-${TMPDIR:-/tmp}/vqmoe_slurm_cluster}
+conf=$cluster_dir/slurm.conf
+munge_socket=$cluster_dir/munge.socket
+
+refuse() {
+    echo "$(basename "$0"): $*" >&2
+    exit 2
+}
+
+# Slurm's daemons as root can start a task of any user; munged and slurmd refuse less than that.
+require_root() {
+    [[ $(id -u) -eq 0 ]] || refuse "must be run as root: slurmd starts other people's processes"
+}
+
+require_commands() {
+    local missing=() command
+    for command in "$@"; do
+        command -v "$command" >/dev/null || missing+=("$command")
+    done
+    [[ ${#missing[@]} -eq 0 ]] ||
+        refuse "not installed: ${missing[*]}. On Debian: slurm/cluster/install.sh"
+}
+
+# is_alive PID_FILE NAME: the daemon of that file runs, and the process is no stranger's.
+is_alive() {
+    local pid
+    [[ -s "$1" ]] && pid=$(<"$1") && [[ "$(cat "/proc/$pid/comm" 2>/dev/null)" == "$2" ]]
+}
+
+# wait_until SECONDS COMMAND...: true as soon as the command is, false when time is over.
+wait_until() {
+    local deadline=$((SECONDS + $1))
+    shift
+    until "$@"; do
+        ((SECONDS < deadline)) || return 1
+        sleep 0.2
+    done
+}

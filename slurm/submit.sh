@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# sbatch, after the checks that Slurm leaves out: nothing is submitted that must fail at once.
+set -euo pipefail
+
+usage() {
+    cat <<'HELP'
+usage: slurm/submit.sh [sbatch options] slurm/pretrain.sbatch|slurm/study.sbatch ARGUMENT...
+
+Makes logs/slurm in the current folder (without it a job fails and says nothing), refuses a recipe
+that is not there and tasks per node that are not the GPUs per node, then calls sbatch with the same
+arguments.
+
+example
+  slurm/submit.sh -N 4 --gpus-per-node=8 --ntasks-per-node=8 slurm/pretrain.sbatch \
+      recipes/quickstart.yaml parallel.expert_model_parallel_size=8
+HELP
+}
+
+refuse() {
+    echo "submit.sh: $*; nothing was submitted" >&2
+    exit 2
+}
+
+if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
+    usage
+    exit 0
+fi
+
+tasks="" gpus="" script="" file="" previous=""
+for argument in "$@"; do
+    if [[ -n "$script" ]]; then
+        file=$argument
+        break
+    fi
+    [[ "$previous" != --*-per-node && "$previous" != --gres ]] || argument=$previous=$argument
+    case "$argument" in
+        --ntasks-per-node=*) tasks=${argument#*=} ;;
+        --gpus-per-node=*) gpus=${argument##*[=:]} ;;
+        --gres=gpu*) gpus=${argument##*[=:]} ;;
+        *.sbatch) script=$argument ;;
+    esac
+    previous=$argument
+done
+
+[[ -n "$script" ]] || { usage >&2 && exit 2; }
+[[ -f "$script" ]] || refuse "no job script at '$script' (from $PWD)"
+[[ -z "$file" || -f "$file" ]] || refuse "no file '$file' (from $PWD)"
+[[ "$script" == *mlflow.sbatch || -n "$file" ]] || refuse "$(basename "$script") needs a file"
+if [[ "$gpus" =~ ^[0-9]+$ && "${VQMOE_LAUNCHER:-srun}" == srun && "$gpus" != "${tasks:-1}" ]]; then
+    refuse "tasks per node = GPUs per node fails: ${tasks:-1} != $gpus; --ntasks-per-node=$gpus," \
+        "or VQMOE_LAUNCHER=torchrun with one task per node"
+fi
+command -v sbatch >/dev/null || refuse "no sbatch here; slurm/cluster/up.sh starts a Slurm to try"
+mkdir -p logs/slurm
+exec sbatch "$@"
