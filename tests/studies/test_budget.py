@@ -1,0 +1,48 @@
+"""Equal tokens and equal FLOPs, computed and not just stated."""
+
+from __future__ import annotations
+
+import pytest
+
+from vqmoe_megatron.studies.budget import flops_per_token
+from vqmoe_megatron.studies.planned_run import StudyPlanner
+from vqmoe_megatron.studies.study_file import read_study_file
+
+
+def planned(path):
+    return StudyPlanner(read_study_file(path)).plan_all()
+
+
+def test_equal_tokens_shortens_runs_of_larger_steps(write_study) -> None:
+    grid = {"train.global_batch_size": [4, 8, 2], "model.seq_length": [16, 32]}
+    runs = planned(write_study(grid=grid))
+    assert {run.num_tokens for run in runs} == {8 * 4 * 16}
+    assert [run.config.train.train_iters for run in runs] == [8, 4, 4, 2, 16, 8]
+
+
+def test_as_written_takes_lengths_from_the_grid(write_study) -> None:
+    grid = {"train.train_iters": [6, 12]}
+    runs = planned(write_study(grid=grid, study={"rule": "as_written"}))
+    assert [run.config.train.train_iters for run in runs] == [6, 12]
+
+
+def test_equal_flops_gives_every_run_the_same_operations(write_study) -> None:
+    shapes = {"small": [], "wide": ["model.moe_ffn_hidden_size=256"], "two": ["model.num_layers=4"]}
+    path = write_study(
+        study={"rule": "equal_flops"}, more=["train.train_iters=4000"], grid={"shape": shapes}
+    )
+    runs = planned(path)
+    flops = [run.num_tokens * flops_per_token(run.config, run.num_ranks) for run in runs]
+    iterations = [run.config.train.train_iters for run in runs]
+    assert iterations[0] == 4000 and iterations[1] < 3600 and iterations[2] < 3600
+    assert max(flops) / min(flops) - 1 < 1e-3  # half a step of a few thousand
+
+
+def test_equal_flops_needs_a_legal_budget(write_study) -> None:
+    path = write_study(
+        study={"rule": "equal_flops"},
+        more=["parallel.expert_model_parallel_size=3"],
+        grid={"layout": {"ep1": ["parallel.expert_model_parallel_size=1"]}},
+    )
+    with pytest.raises(ValueError, match="takes its budget from the recipe with `set` alone"):
+        planned(path)

@@ -1,0 +1,86 @@
+"""Points become checked runs; every problem of every point is told before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.studies.planned_run import StudyPlanner
+from vqmoe_megatron.studies.study_file import read_study_file
+
+
+def planned(path):
+    return {run.name: run for run in StudyPlanner(read_study_file(path)).plan_all()}
+
+
+def test_the_overrides_lead_from_the_recipe_to_the_configuration(write_study) -> None:
+    path = write_study(more=["tracking.mlflow=true"])
+    recipe = read_study_file(path).recipe
+    runs = planned(path)
+    assert len(runs) == 4
+    for run in runs.values():
+        assert load_recipe(Path(recipe), list(run.overrides)) == run.config
+    run = runs["experts8-smoe"]
+    assert run.config.model.num_moe_experts == 8
+    assert run.config.vq.path == "continuous" and run.num_ranks == 1
+    assert run.run_dir.name == run.name and run.run_dir.parent.name == "runs"
+    assert run.config.tracking.mlflow_uri.endswith("/study/mlflow.db")
+
+
+def test_products_follow_the_point(write_study) -> None:
+    runs = planned(write_study())
+    assert runs["experts4-vq"].config.vq.num_codes == 8
+    assert runs["experts8-vq"].config.vq.num_codes == 16
+    grid = {"experts": [4], "codes": [3, "4 * model.num_moe_experts"]}
+    runs = planned(write_study(grid=grid))
+    assert runs["experts4-codes3"].config.vq.num_codes == 3
+    assert runs["experts4-codes4xmodel.num_moe_experts"].config.vq.num_codes == 16
+    runs = planned(write_study(grid={"seed": [1]}))
+    assert runs["seed1"].config.vq.num_codes == 2 * 8  # the recipe's 8 experts
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("vq.num_codes=4 * expert", "'expert' is no setting"),
+        ("vq.num_codes=4 * data.path", "is not a whole number"),
+        ("vq.num_codes=experts * 4", "vq.num_codes: expected int"),
+    ],
+)
+def test_bad_products_are_refused(text, says, write_study) -> None:
+    with pytest.raises(ValueError, match=says):
+        planned(write_study(more=[text], grid={"seed": [1]}))
+
+
+def test_ranks_are_the_fewest_the_layout_fits_on_or_as_written(write_study) -> None:
+    layouts = {"one": [], "ep2": ["parallel.expert_model_parallel_size=2"]}
+    runs = planned(write_study(grid={"layout": layouts}))
+    assert [run.num_ranks for run in runs.values()] == [1, 2]
+    runs = planned(write_study(grid={"ranks": [1, 2, 4]}))
+    found = {name: run.num_ranks for name, run in runs.items()}
+    assert found == {"ranks1": 1, "ranks2": 2, "ranks4": 4}
+    runs = planned(write_study(study={"num_ranks": 2}))
+    assert {run.num_ranks for run in runs.values()} == {2}
+
+
+def test_all_problems_of_all_points_are_told_together(write_study) -> None:
+    layouts = {"ok": [], "ep3": ["parallel.expert_model_parallel_size=3"]}
+    path = write_study(
+        grid={"experts": [4, 8], "layout": layouts, "router": {"typo": ["vq.pth=dual"], "vq": []}}
+    )
+    with pytest.raises(ValueError) as refused:
+        planned(path)
+    said = str(refused.value)
+    assert "experts4-ok-typo, experts4-ep3-typo, experts8-ok-typo and 1 more: " in said
+    assert "did you mean vq.path" in said
+    assert "num_moe_experts % EP != 0: 4 % 3 = 1" in said
+    assert "num_moe_experts % EP != 0: 8 % 3 = 2" in said
+
+
+def test_a_problem_of_all_runs_is_told_once(write_study) -> None:
+    with pytest.raises(ValueError) as refused:
+        planned(write_study(more=["vq.num_code=3"]))
+    assert str(refused.value).count("vq.num_codes") == 1
+    assert "all 4 runs" in str(refused.value)

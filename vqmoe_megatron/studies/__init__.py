@@ -1,0 +1,1 @@
+"""Scaling studies: grids of runs described in one file, run, submitted, watched and reported."""

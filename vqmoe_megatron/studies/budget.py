@@ -1,0 +1,72 @@
+"""How long every run of a study trains, so that runs may be compared.
+
+    as_written    train.train_iters of the recipe, or of the grid
+    equal_tokens  the tokens that the recipe with ``set`` alone would train on
+    equal_flops   the floating-point operations that the recipe with ``set`` alone would take
+
+The budget depends on no point of the grid, so it stays when the grid is extended. Iterations are
+whole: a run's tokens or operations differ from the budget by at most half a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.data.corpus import load_corpus
+from vqmoe_megatron.plan.layout import check_layout, minimum_world_size
+from vqmoe_megatron.plan.run_plan import plan_run
+
+
+def tokens_per_step(config: RunConfig) -> int:
+    """Training tokens of one optimizer step, all ranks together."""
+    return config.train.global_batch_size * config.model.seq_length
+
+
+def rule_train_iters(rule: str, budget: RunConfig, config: RunConfig, num_ranks: int) -> int:
+    """Return the iterations of ``config`` under ``equal_tokens`` or ``equal_flops``; at least 1.
+
+    ``budget`` is the configuration whose length sets the budget, ``num_ranks`` that of ``config``.
+
+    Raises:
+        ValueError: under equal_flops for a layout that cannot run, or an unknown vocabulary.
+    """
+    share = tokens_per_step(budget) / tokens_per_step(config)
+    if rule == "equal_flops":
+        check_layout(config, num_ranks)
+        share *= _budget_flops_per_token(budget) / flops_per_token(config, num_ranks)
+    return max(1, round(budget.train.train_iters * share))
+
+
+def flops_per_token(config: RunConfig, num_ranks: int) -> float:
+    """Return the operations of one training token, forward and backward, over all ranks.
+
+    Raises:
+        ValueError: when neither recipe nor corpus tells the vocabulary.
+    """
+    return plan_run(with_vocabulary(config), num_ranks).flops_per_token
+
+
+def with_vocabulary(config: RunConfig) -> RunConfig:
+    """Return ``config`` with ``model.vocab_size`` filled in from its corpus.
+
+    Raises:
+        ValueError: when it is unset and the corpus is not there.
+    """
+    if config.model.vocab_size is not None:
+        return config
+    vocab_size = load_corpus(Path(config.data.path)).vocab_size
+    return replace(config, model=replace(config.model, vocab_size=vocab_size))
+
+
+def _budget_flops_per_token(budget: RunConfig) -> float:
+    num_ranks = minimum_world_size(budget)
+    try:
+        check_layout(budget, num_ranks)
+    except ValueError as error:
+        raise ValueError(
+            "equal_flops takes its budget from the recipe with `set` alone, which must be a legal "
+            f"run: {error}"
+        ) from error
+    return flops_per_token(budget, num_ranks)

@@ -1,0 +1,246 @@
+"""``vqmoe study``: describe a grid of runs in one file, run it here or on Slurm, watch it."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vqmoe_megatron.studies.report_command import report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vqmoe_megatron.studies.run_state import RunState
+    from vqmoe_megatron.studies.study import Study
+
+WATCH_SECONDS = 2.0
+
+study_app = typer.Typer(no_args_is_help=True, help="Run, submit, watch and report scaling studies.")
+study_app.command()(report)
+
+StudyPath = Annotated[
+    Path,
+    typer.Argument(metavar="STUDY", help="YAML study, e.g. recipes/studies/stdlib_experts.yaml"),
+]
+Index = Annotated[int, typer.Option(min=0, help="index of the run, as vqmoe study list shows it")]
+
+
+@study_app.callback()
+def _study() -> None:
+    """Run, submit, watch and report scaling studies."""
+
+
+@study_app.command("list")
+def list_runs(study: StudyPath) -> None:
+    """Check a study and list its runs: point, ranks, steps, tokens, parameters.
+
+    Example: vqmoe study list recipes/studies/stdlib_experts.yaml
+    """
+    from vqmoe_megatron.studies.run_list import print_runs
+    from vqmoe_megatron.studies.study import load_study
+    from vqmoe_megatron.studies.study_table import study_console
+
+    print_runs(load_study(study), study_console())
+
+
+@study_app.command()
+def run(
+    study: StudyPath,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at the same time")] = 1,
+    only: Annotated[
+        list[str] | None, typer.Option(help="name or index of a run; may be given several times")
+    ] = None,
+) -> None:
+    """Run what is unfinished of a study on this machine, one process per run.
+
+    Started again, it skips finished runs and resumes the others. Exit codes: 0 all finished,
+    1 a run failed, 75 stopped on request.
+
+    Example: vqmoe study run recipes/studies/stdlib_experts.yaml --jobs 2
+    """
+    from vqmoe_megatron.studies.local_display import LocalDisplay
+    from vqmoe_megatron.studies.local_study import LocalStudy
+    from vqmoe_megatron.studies.mlflow_parent import end_study_parent, open_study_parent
+    from vqmoe_megatron.studies.study import load_study
+    from vqmoe_megatron.studies.study_table import counts, study_console
+    from vqmoe_megatron.studies.study_task import check_no_world
+
+    check_no_world()
+    loaded = load_study(study)
+    chosen = loaded.select(only or [])
+    loaded.check_corpora()
+    loaded.start()
+    console = study_console()
+    display = LocalDisplay(console)
+    open_study_parent(loaded, display.say)
+    local = LocalStudy(loaded, chosen, jobs, display)
+    code = local.run()
+    outcome = {0: "FINISHED", 75: "KILLED"}.get(code, "FAILED")
+    end_study_parent(loaded.folder, outcome, display.say)
+    display.say(counts(list(local.states.values())))
+    raise typer.Exit(code)
+
+
+@study_app.command()
+def task(study: StudyPath, index: Index) -> None:
+    """Train one run of a study: in srun's or torchrun's world, or on local ranks of its own.
+
+    Same exit codes as vqmoe pretrain. Made for vqmoe study run and slurm/study.sbatch.
+
+    Example: vqmoe study task recipes/studies/stdlib_experts.yaml --index 3
+    """
+    from vqmoe_megatron.studies.study_task import run_task
+
+    run_task(study, index)
+
+
+@study_app.command("path")
+def run_path(study: StudyPath, index: Index) -> None:
+    """Print the directory of one run.
+
+    Example: vqmoe study path recipes/studies/stdlib_experts.yaml --index 3
+    """
+    from vqmoe_megatron.studies.study import load_study_run
+
+    print(load_study_run(study, index).runs[index].run_dir)
+
+
+@study_app.command()
+def submit(
+    study: StudyPath,
+    sbatch_options: Annotated[
+        list[str] | None, typer.Argument(help="after --: options for sbatch, they win over ours")
+    ] = None,
+    max_parallel: Annotated[int, typer.Option(min=1, help="array tasks at the same time")] = 4,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the script and the command; submit nothing")
+    ] = False,
+) -> None:
+    """Submit the runs that are neither finished nor queued as a Slurm array.
+
+    Started again after nodes were lost or tasks killed, it submits what is left.
+
+    Example: vqmoe study submit STUDY.yaml --max-parallel 8 -- --partition=gpu --time=4:00:00
+    """
+    from vqmoe_megatron.studies.mlflow_parent import open_study_parent
+    from vqmoe_megatron.studies.slurm_array import (
+        arrays_of,
+        check_sbatch,
+        sbatch_command,
+        sbatch_script,
+        submit_arrays,
+    )
+    from vqmoe_megatron.studies.study import load_study
+    from vqmoe_megatron.studies.study_table import counts
+
+    loaded = load_study(study)
+    loaded.check_started()
+    options = sbatch_options or []
+    script = sbatch_script()
+    if not dry_run:
+        check_sbatch()
+        loaded.check_corpora()
+    states = _states(loaded, must_know_queue=not dry_run)
+    print(counts(list(states.values())))
+    queued = [state.slurm for state in states.values() if state.slurm]
+    if queued:
+        print(f"already in Slurm's queue, not submitted again: {', '.join(queued)}")
+    left = [
+        index
+        for index, state in states.items()
+        if state.state not in ("finished", "running", "queued") and not state.slurm
+    ]
+    if not left:
+        print("nothing to submit")
+        return
+    arrays = arrays_of(loaded, left)
+    if dry_run:
+        for number, array in enumerate(arrays):
+            after = "JOB_ID_OF_THE_ARRAY_BEFORE" if number else None
+            command = sbatch_command(loaded, array, script, max_parallel, options, after)
+            print(shlex.join(command))
+        print(f"--- {script}\n{script.read_text(encoding='utf-8')}---\ndry run: nothing submitted")
+        return
+    loaded.start()
+    open_study_parent(loaded, print)
+    submit_arrays(loaded, arrays, script, max_parallel, options, print)
+
+
+@study_app.command()
+def status(
+    study: StudyPath,
+    watch: Annotated[bool, typer.Option("--watch", help="until all runs have ended")] = False,
+) -> None:
+    """Show how the runs of a study are doing, from their directories and Slurm's queue.
+
+    Example: vqmoe study status recipes/studies/stdlib_experts.yaml --watch
+    """
+    from vqmoe_megatron.studies.study import load_study
+    from vqmoe_megatron.studies.study_table import counts, study_console
+
+    loaded, console = load_study(study), study_console()
+    states = _states(loaded)
+    if watch:
+        states = _watch(loaded, console, states)
+    else:
+        console.print(_table(console, loaded, states))
+    console.print(counts(list(states.values())))
+
+
+def _watch(study: Study, console: Console, states: dict[int, RunState]) -> dict[int, RunState]:
+    """Show the table again and again until no run is active; in a log, what changed."""
+    from rich.live import Live
+
+    from vqmoe_megatron.studies.study_table import counts
+
+    if console.is_terminal and not console.is_dumb_terminal:
+        with Live(_table(console, study, states), console=console, auto_refresh=False) as live:
+            while _is_active(states):
+                time.sleep(WATCH_SECONDS)
+                states = _states(study)
+                live.update(_table(console, study, states), refresh=True)
+        return states
+    shown = ""
+    while True:
+        if (now := counts(list(states.values()))) != shown:
+            console.print(now)
+            shown = now
+        if not _is_active(states):
+            return states
+        time.sleep(WATCH_SECONDS)
+        states = _states(study)
+
+
+def _is_active(states: dict[int, RunState]) -> bool:
+    return any(state.state in ("running", "queued") for state in states.values())
+
+
+def _table(console: Console, study: Study, states: dict[int, RunState]) -> Table:
+    from vqmoe_megatron.studies.study_table import state_table
+
+    return state_table(
+        console, {study.runs[index].name: (index, state) for index, state in states.items()}
+    )
+
+
+def _states(study: Study, must_know_queue: bool = False) -> dict[int, RunState]:
+    """The state of every run; without a queue to ask, by directories alone, said once a call."""
+    from vqmoe_megatron.studies.run_state import run_state
+    from vqmoe_megatron.studies.slurm_queue import QueueUnknown, queued_tasks, submitted_jobs
+
+    tasks: dict[int, str] = {}
+    try:
+        tasks = queued_tasks(study)
+    except QueueUnknown as error:
+        if must_know_queue:
+            raise ValueError(
+                f"Slurm's queue cannot be asked, so nothing was submitted: {error}"
+            ) from error
+        if submitted_jobs(study.folder):
+            print(f"without Slurm's queue: {error}")
+    return {index: run_state(run, tasks.get(index, "")) for index, run in study.runs.items()}

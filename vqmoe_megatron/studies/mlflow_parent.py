@@ -1,0 +1,62 @@
+"""The MLflow run that a study's runs are shown under; a study without MLflow has none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from vqmoe_megatron.studies.study import Study
+from vqmoe_megatron.studies.study_folder import StudyFolder, replace_text
+from vqmoe_megatron.tracking.mlflow_errors import MlflowUnavailable
+from vqmoe_megatron.tracking.mlflow_store import Outcome
+from vqmoe_megatron.tracking.parent_run import end_parent_run, open_parent_run
+
+
+def open_study_parent(study: Study, say: Callable[[str], None]) -> None:
+    """Create the MLflow store and the parent run, or find it again, and note its id.
+
+    One process does this before runs start, so that they never create a database together. A store
+    that cannot be reached is reported and the study goes on: its runs then have no parent.
+    """
+    tracking = next(iter(study.runs.values())).config.tracking
+    if not tracking.mlflow:
+        return
+    uri, experiment = tracking.mlflow_uri, tracking.experiment
+    tags = {"vqmoe.study": study.file.name, "vqmoe.study_dir": str(study.folder.path.resolve())}
+    try:
+        run_id = open_parent_run(uri, experiment, study.file.name, tags)
+    except MlflowUnavailable as error:
+        say(f"no MLflow parent run, the study goes on without: {error}")
+        return
+    known = {"uri": uri, "experiment": experiment, "run_id": run_id}
+    replace_text(study.folder.mlflow_parent, json.dumps(known, indent=1) + "\n")
+    say(f"mlflow: {uri} parent run {run_id}")
+
+
+def end_study_parent(folder: StudyFolder, outcome: Outcome, say: Callable[[str], None]) -> None:
+    """Set the parent run's final status; a store that cannot be reached is reported."""
+    known = _known_parent(folder)
+    if known is None:
+        return
+    try:
+        end_parent_run(known["uri"], known["run_id"], outcome)
+    except MlflowUnavailable as error:
+        say(f"the MLflow parent run may still show as RUNNING: {error}")
+
+
+def parent_override(folder: StudyFolder) -> list[str]:
+    """Return the override that puts a run under the parent; none without a parent."""
+    known = _known_parent(folder)
+    return [] if known is None else [f"tracking.parent_run_id={known['run_id']}"]
+
+
+def _known_parent(folder: StudyFolder) -> dict[str, str] | None:
+    try:
+        known = json.loads(folder.mlflow_parent.read_text(encoding="utf-8"))
+        return {name: str(known[name]) for name in ("uri", "run_id")}
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{folder.mlflow_parent} is damaged ({error}); remove it to have it made again"
+        ) from error

@@ -1,0 +1,148 @@
+"""One point of a study's grid becomes one checked training run.
+
+1. Products such as ``vq.num_codes=4 * experts`` become numbers.
+2. The recipe is loaded with the study's overrides and the point's.
+3. The study's rule sets ``train.train_iters`` (see budget.py), the study the directories.
+4. The layout is checked for the run's number of ranks.
+
+The result's ``overrides`` lead from the recipe to its ``config``: ``vqmoe pretrain RECIPE
+OVERRIDES`` is the same run by hand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.plan.layout import check_layout, minimum_world_size
+from vqmoe_megatron.recipe import LEGAL_TYPES, flatten_config, load_recipe
+from vqmoe_megatron.studies.axes import AXIS_KEYS, RANKS_KEY, Point
+from vqmoe_megatron.studies.budget import rule_train_iters, tokens_per_step
+from vqmoe_megatron.studies.study_file import StudyFile, key_of, listed
+
+PRODUCT = re.compile(r"\s*(\d+)\s*\*\s*([A-Za-z_.]+)\s*")
+PROBLEM_NAMES = 3  # runs that are named with a problem they share
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of a study that has passed every check that needs neither ranks nor a corpus."""
+
+    name: str
+    point: Mapping[str, int | float | str | bool]
+    overrides: tuple[str, ...]
+    num_ranks: int
+    config: RunConfig
+
+    @property
+    def run_dir(self) -> Path:
+        """An ordinary run directory."""
+        return Path(self.config.train.output_dir)
+
+    @property
+    def num_tokens(self) -> int:
+        """Training tokens of the whole run."""
+        return self.config.train.train_iters * tokens_per_step(self.config)
+
+
+class StudyPlanner:
+    """Plans the points of one study file; what they share is loaded once."""
+
+    def __init__(self, file: StudyFile) -> None:
+        self.file = file
+
+    @cached_property
+    def _recipe_values(self) -> dict[str, object]:
+        return dict(flatten_config(load_recipe(self.file.recipe, [])))
+
+    @cached_property
+    def _budget_config(self) -> RunConfig:
+        """The recipe with ``set`` alone, whose length is everybody's budget."""
+        return load_recipe(self.file.recipe, self._without_products(self.file.settings))
+
+    def plan(self, point: Point) -> PlannedRun:
+        """Return the run of one point.
+
+        Raises:
+            ValueError: for whatever the recipe, the rule or the layout refuses.
+        """
+        texts = (*self.file.settings, *point.overrides)
+        num_ranks = self.file.num_ranks
+        for text in texts:
+            if key_of(text) == RANKS_KEY:
+                num_ranks = _positive(text)
+        overrides = self._without_products(t for t in texts if key_of(t) != RANKS_KEY)
+        overrides.append(f"train.output_dir={self.file.output_dir / 'runs' / point.name}")
+        config = load_recipe(self.file.recipe, overrides)
+        if config.tracking.mlflow and config.tracking.mlflow_uri is None:
+            uri = f"sqlite:///{self.file.output_dir / 'mlflow.db'}"
+            overrides.append(f"tracking.mlflow_uri={uri}")
+            config = replace(config, tracking=replace(config.tracking, mlflow_uri=uri))
+        num_ranks = num_ranks or minimum_world_size(config)
+        if self.file.rule != "as_written":
+            iterations = rule_train_iters(self.file.rule, self._budget_config, config, num_ranks)
+            overrides.append(f"train.train_iters={iterations}")
+            config = replace(config, train=replace(config.train, train_iters=iterations))
+        check_layout(config, num_ranks)
+        return PlannedRun(point.name, point.values, tuple(overrides), num_ranks, config)
+
+    def plan_all(self) -> list[PlannedRun]:
+        """Return every run, in the grid's order.
+
+        Raises:
+            ValueError: every problem of every point, in one message.
+        """
+        runs: list[PlannedRun] = []
+        concerned: dict[str, list[str]] = {}  # problem -> names of runs
+        for point in self.file.points:
+            try:
+                runs.append(self.plan(point))
+            except ValueError as error:
+                concerned.setdefault(str(error), []).append(point.name)
+        if concerned:
+            problems = [
+                f"{_some(names, len(self.file.points))}: {problem}"
+                for problem, names in concerned.items()
+            ]
+            raise ValueError(listed(self.file.path, problems))
+        return runs
+
+    def _without_products(self, overrides: Iterable[str]) -> list[str]:
+        """Compute ``number * setting``; a setting's last override counts, else the recipe's."""
+        texts = list(overrides)
+        raw = {key_of(text): text.partition("=")[2] for text in texts}
+        found: list[str] = []
+        for text in texts:
+            match = PRODUCT.fullmatch(text.partition("=")[2])
+            if match is None or LEGAL_TYPES.get(key_of(text)) is str:
+                found.append(text)
+                continue
+            name = AXIS_KEYS.get(match[2], match[2])
+            if name not in LEGAL_TYPES:
+                raise ValueError(
+                    f"{text}: {match[2]!r} is no setting; write a recipe key such as "
+                    f"model.num_moe_experts, or one of {', '.join(AXIS_KEYS)}"
+                )
+            factor = raw.get(name, str(self._recipe_values[name]))
+            if not factor.strip().isdigit():
+                raise ValueError(f"{text}: {name}={factor} is not a whole number")
+            found.append(f"{key_of(text)}={int(match[1]) * int(factor)}")
+        return found
+
+
+def _positive(text: str) -> int:
+    value = text.partition("=")[2].strip()
+    if not value.isdigit() or int(value) < 1:
+        raise ValueError(f"{text} must be a whole number of at least 1")
+    return int(value)
+
+
+def _some(names: list[str], num_all: int) -> str:
+    if len(names) == num_all and num_all > 1:
+        return f"all {num_all} runs"
+    more = f" and {len(names) - PROBLEM_NAMES} more" if len(names) > PROBLEM_NAMES else ""
+    return ", ".join(names[:PROBLEM_NAMES]) + more

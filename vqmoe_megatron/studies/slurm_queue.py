@@ -1,0 +1,72 @@
+"""What Slurm's queue holds of a study: the tasks of its arrays, by run index."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+
+from vqmoe_megatron.studies.study import Study
+from vqmoe_megatron.studies.study_folder import StudyFolder
+
+SQUEUE_FORMAT = "%F|%K|%T|%j"  # array job id, array index, state, job name
+SQUEUE_SECONDS = 60
+
+
+class QueueUnknown(Exception):
+    """Slurm cannot be asked; the message says why."""
+
+
+def job_name(study: Study) -> str:
+    """Return the name of the study's arrays: its own, and a mark of its directory."""
+    place = str(study.folder.path.resolve()).encode()
+    return f"{study.file.name}-{hashlib.sha256(place).hexdigest()[:6]}"
+
+
+def queued_tasks(study: Study) -> dict[int, str]:
+    """Return ``{run index: "1234_5 PENDING"}`` of tasks that Slurm holds: waiting, running, ending.
+
+    Found by job name and by the recorded job ids, whichever the user changed.
+
+    Raises:
+        QueueUnknown: no squeue here, or it fails.
+    """
+    if shutil.which("squeue") is None:
+        raise QueueUnknown("there is no squeue on PATH")
+    command = ["squeue", "--me", "--noheader", "--array", f"--format={SQUEUE_FORMAT}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise QueueUnknown(f"squeue: {error}") from error
+    if done.returncode:
+        raise QueueUnknown(_last_line(done.stderr) or f"squeue ended with {done.returncode}")
+    ours, name = set(submitted_jobs(study.folder)), job_name(study)
+    tasks: dict[int, str] = {}
+    for line in done.stdout.splitlines():
+        job_id, _, rest = line.partition("|")
+        index, _, rest = rest.partition("|")
+        state, _, job = rest.partition("|")
+        if (job_id not in ours and job != name) or not index.isdigit():
+            continue
+        if not tasks.get(int(index), "").endswith(" RUNNING"):
+            tasks[int(index)] = f"{job_id}_{index} {state}"
+    return tasks
+
+
+def submitted_jobs(folder: StudyFolder) -> list[str]:
+    """Return the job ids of the arrays submitted so far, oldest first."""
+    try:
+        return [str(row["job_id"]) for row in json.loads(folder.slurm_jobs.read_text("utf-8"))]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{folder.slurm_jobs} is damaged ({error}); without it queued tasks may not be found: "
+            "look at squeue, then remove it"
+        ) from error
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
