@@ -1,0 +1,154 @@
+"""Which layouts of a world are best for a recipe: all legal ones, ranked by predicted step time.
+
+Tried: every TP, PP, VPP, EP and ETP that tile the world, with and without the distributed
+optimizer, and micro batches of 1, 2, 4, 8, 16 and the recipe's own. TP and ETP stay within a node,
+VPP is none, 2 or 4. Dropped, each with its reason: what a rule of the layout forbids, and what does
+not fit the device's memory. Not tried: what does not tile the world, and a distributed optimizer
+without replicas to share it. Everything else, the global batch too, stays the recipe's.
+
+Candidates are judged by the first and the last pipeline stage; the best are then planned whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.plan.hardware import Hardware
+from vqmoe_megatron.plan.layout import ParallelLayout, layout_errors
+from vqmoe_megatron.plan.run_memory import stage_memory
+from vqmoe_megatron.plan.run_plan import RunPlan, plan_run, predict
+
+VIRTUAL_SIZES = (None, 2, 4)
+MOST_MICRO_BATCH = 16
+MEMORY_REASON = "more memory than the device has"
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The layouts that can run, best first, and why the others cannot."""
+
+    best: tuple[RunPlan, ...]
+    num_tried: int
+    num_fitting: int
+    dropped: dict[str, int]  # candidates by reason; one that breaks several counts for its first
+    smallest_peak_bytes: int | None  # of those that do not fit
+
+
+def search_layouts(
+    config: RunConfig, world_size: int, hardware: Hardware, num_best: int = 10
+) -> SearchResult:
+    """Try the layouts of ``world_size`` ranks.
+
+    Raises:
+        ValueError: for an unknown vocabulary size, or fewer than one rank.
+    """
+    if world_size < 1:
+        raise ValueError(f"world_size={world_size} must be at least 1")
+    dropped: Counter[str] = Counter()
+    fitting: list[tuple[float, int, RunConfig]] = []  # seconds, order of trial
+    num_tried, smallest = 0, None
+    too_full: tuple[ParallelLayout, bool] | None = None
+    device = "cpu" if hardware.name == "CPU" else "cuda"
+    for candidate in _candidates(config, world_size, hardware):
+        num_tried += 1
+        if errors := layout_errors(candidate, world_size, device):
+            dropped[_reason(errors[0])] += 1
+            continue
+        layout = ParallelLayout.from_config(candidate, world_size)
+        place = (layout, candidate.optimizer.use_distributed_optimizer)
+        if place == too_full:  # micro batches come in ascending order
+            dropped[MEMORY_REASON] += 1
+            continue
+        ends = sorted({0, layout.pipeline_model_parallel_size - 1})
+        memory = tuple(stage_memory(candidate, layout, end, hardware.kernels) for end in ends)
+        peak = max(stage.peak for stage in memory)
+        if peak > hardware.memory_bytes:
+            dropped[MEMORY_REASON] += 1
+            too_full = place
+            smallest = peak if smallest is None else min(smallest, peak)
+            continue
+        seconds = predict(candidate, layout, memory, hardware).total_seconds
+        fitting.append((seconds, num_tried, candidate))
+    fitting.sort(key=lambda entry: entry[:2])
+    return SearchResult(
+        best=tuple(plan_run(entry[2], world_size, hardware) for entry in fitting[:num_best]),
+        num_tried=num_tried,
+        num_fitting=len(fitting),
+        dropped=dict(dropped.most_common()),
+        smallest_peak_bytes=smallest,
+    )
+
+
+def _candidates(config: RunConfig, world_size: int, hardware: Hardware) -> Iterator[RunConfig]:
+    """Recipes with every layout that tiles the world."""
+    near = [size for size in _divisors(world_size) if size <= hardware.devices_per_node]
+    for tensor, stages in product(near, _divisors(world_size)):
+        if world_size % (tensor * stages) or stages > config.model.num_layers:
+            continue
+        replicas = world_size // (tensor * stages)
+        per_stage = world_size // stages
+        for shards, experts in product(near, _divisors(per_stage)):
+            if per_stage % (shards * experts) or experts > config.model.num_moe_experts:
+                continue
+            shared_by = max(replicas, per_stage // (shards * experts))
+            for virtual, is_distributed, micro in product(
+                VIRTUAL_SIZES if stages > 1 else VIRTUAL_SIZES[:1],
+                (False, True) if shared_by > 1 else (False,),
+                _micro_batches(config, replicas),
+            ):
+                yield _with_layout(
+                    config, (tensor, stages, virtual, experts, shards), is_distributed, micro
+                )
+
+
+def _with_layout(
+    config: RunConfig,
+    sizes: tuple[int, int, int | None, int, int],
+    is_distributed: bool,
+    micro_batch_size: int,
+) -> RunConfig:
+    tensor, stages, virtual, experts, shards = sizes
+    overlaps = config.optimizer.overlap_param_gather and is_distributed
+    return replace(
+        config,
+        parallel=replace(
+            config.parallel,
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=stages,
+            virtual_pipeline_model_parallel_size=virtual,
+            expert_model_parallel_size=experts,
+            expert_tensor_parallel_size=shards,
+            sequence_parallel=None,
+        ),
+        optimizer=replace(
+            config.optimizer,
+            use_distributed_optimizer=is_distributed,
+            overlap_param_gather=overlaps,
+        ),
+        train=replace(config.train, micro_batch_size=micro_batch_size),
+    )
+
+
+def _micro_batches(config: RunConfig, replicas: int) -> list[int]:
+    """Powers of two that leave every replica a microbatch, and the recipe's own."""
+    most = min(MOST_MICRO_BATCH, max(1, config.train.global_batch_size // replicas))
+    powers = {2**power for power in range(most.bit_length())}
+    return sorted(powers | {config.train.micro_batch_size})
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _reason(error: str) -> str:
+    """The rule without its numbers: ``num_layers % (PP * VPP)`` of an equation, else the head of
+    the sentence."""
+    equation = re.match(r"(.*?) != 0:", error)
+    if equation:
+        return re.sub(r" = [\d *]+\)", ")", equation.group(1))
+    return re.sub(r" *= *\d+", "", error.split(":")[0].split(";")[0])
