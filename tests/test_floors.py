@@ -45,7 +45,8 @@ SIDEWAYS = {
     "moe": {"runtime"},
     "analysis": {"data", "tracking"},  # metric names live in tracking's one table
     "training": {"analysis", "data", "tracking"},
-    "studies": {"analysis", "data", "tracking", "training"},
+    # bench: a report states its machine and commit as every measured result does
+    "studies": {"analysis", "bench", "data", "tracking", "training"},
 }
 # Third-party packages by floor; from floor 3 up anything goes.
 THIRD_PARTY = {

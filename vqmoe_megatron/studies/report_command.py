@@ -22,7 +22,7 @@ def report(
 ) -> None:
     """Write runs.csv, report.md and a self-contained index.html; works while the study runs.
 
-    Example: vqmoe study report recipes/studies/experts_tiny.yaml
+    Example: vqmoe study report recipes/studies/stdlib_experts.yaml
     """
     from vqmoe_megatron.studies.report.write import write_report
 

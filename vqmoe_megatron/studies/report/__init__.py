@@ -1,0 +1,1 @@
+"""The report of a study: one table of its runs, plots, a fitted scaling law, a page to read."""
