@@ -12,7 +12,7 @@ from rich.text import Text
 
 from vqmoe_megatron.studies.planned_run import PlannedRun
 from vqmoe_megatron.studies.run_state import RunState, run_state
-from vqmoe_megatron.studies.study_table import counts, metric_text, state_table
+from vqmoe_megatron.studies.study_table import counts, metric_text, num_runs, state_table
 from vqmoe_megatron.tracking.console import format_duration
 
 
@@ -76,7 +76,7 @@ class LocalDisplay:
         """A stop signal came: say so once."""
         if not self._told_stop:
             self._told_stop = True
-            self.say(f"{signal_name}: {num_active} running runs save and end; nothing is started")
+            self.say(f"{signal_name}: {num_runs(num_active)} to save and end; nothing else starts")
 
     def counts(self, states: Sequence[RunState], num_active: int) -> None:
         """Remember the line under the live table."""

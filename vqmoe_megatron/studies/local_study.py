@@ -23,6 +23,7 @@ from vqmoe_megatron.studies.local_display import LocalDisplay
 from vqmoe_megatron.studies.planned_run import PlannedRun
 from vqmoe_megatron.studies.run_state import RunState, run_state
 from vqmoe_megatron.studies.study import Study
+from vqmoe_megatron.studies.study_table import num_runs
 from vqmoe_megatron.studies.study_task import STARTER_VARIABLE
 
 POLL_SECONDS = 0.2
@@ -67,7 +68,7 @@ class LocalStudy:
             elif not state.is_finished:
                 waiting.append(index)
         self.display.say(
-            f"{len(self._chosen)} runs, {len(waiting)} to run, {self.num_jobs} at a time; "
+            f"{num_runs(len(self._chosen))}, {len(waiting)} unfinished, {self.num_jobs} at a time; "
             f"logs in {self.study.folder.logs}"
         )
         with self._forwarded_signals(), self.display:

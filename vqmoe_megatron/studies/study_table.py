@@ -83,4 +83,9 @@ def counts(states: Sequence[RunState]) -> str:
     """Return ``24 runs: 20 finished, 2 failed, 2 waiting``."""
     number = Counter(state.state for state in states)
     listed = ", ".join(f"{number[name]} {name}" for name in STATES if number[name])
-    return f"{len(states)} run{'s' if len(states) != 1 else ''}: {listed}"
+    return f"{num_runs(len(states))}: {listed}"
+
+
+def num_runs(number: int) -> str:
+    """Return ``1 run`` or ``3 runs``."""
+    return f"{number} run{'s' if number != 1 else ''}"
