@@ -83,7 +83,10 @@ class CollectiveCounter(TorchDispatchMode):
         collective, position, measure = rule
         group = ProcessGroup.unbox(args[position])
         if num_bytes := measure(args, group.rank(), group.size()):
-            key = collective, self.axes.get(group.group_name, OTHER)
+            # Between two stages only, though Megatron uses the world's group as a second channel
+            # where both directions run at once.
+            axis = "pp" if collective == "send" else self.axes.get(group.group_name, OTHER)
+            key = collective, axis
             self._calls[key] += 1
             self._bytes[key] = self._bytes.get(key, Fraction(0)) + num_bytes
 
@@ -118,7 +121,7 @@ def process_group_axes() -> dict[str, str]:
         "expt_tp_ep": (state.get_expert_tensor_and_model_parallel_group(),),
         "expt_tp_ep_pp": (state.get_expert_tensor_model_pipeline_parallel_group(),),
         "embedding": (state.get_embedding_group(check_initialized=False),),
-        "optimizer": (state.get_intra_distributed_optimizer_instance_group(),),
+        "world": (state.get_intra_distributed_optimizer_instance_group(),),  # of one instance
     }.items():
         for group in groups:
             if group is not None and group != torch.distributed.GroupMember.NON_GROUP_MEMBER:

@@ -1,0 +1,86 @@
+"""A whole optimizer step on real gloo ranks sends exactly what the formulas say, call by call."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from counted_ranks import SIZES, count_and_plan
+
+ZERO = ["optimizer.use_distributed_optimizer=true"]
+OVERLAP = [*ZERO, "optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
+MANY_LAYERS = ["model.num_layers=4"]
+CASES = {
+    # name: (ranks, layout, overrides)
+    "one rank": (1, {}, []),
+    "DP2": (2, {}, []),
+    "DP2, distributed optimizer": (2, {}, ZERO),
+    "EP2": (2, {"ep": 2}, []),
+    "TP2": (2, {"tp": 2}, []),
+    "ETP2": (2, {"etp": 2}, []),
+    "PP2": (2, {"pp": 2}, []),
+    "PP2, interleaved": (2, {"pp": 2, "vpp": 2}, MANY_LAYERS),
+    "PP2, tied embeddings, per-token loss": (
+        2,
+        {"pp": 2},
+        [
+            *OVERLAP,
+            "model.untie_embeddings_and_output_weights=false",
+            "model.calculate_per_token_loss=true",
+        ],
+    ),
+    "EP2, rows by token dispatch, everything recomputed": (
+        2,
+        {"ep": 2},
+        [
+            "vq.execution=tokens",
+            "model.recompute_granularity=full",
+            "model.recompute_method=uniform",
+            "model.recompute_num_layers=1",
+        ],
+    ),
+    "TP2 x EP2, bf16, trained codes, distributed optimizer": (
+        4,
+        {"tp": 2, "ep": 2},
+        [*ZERO, "model.bf16=true", "vq.codebook_update=gradient", "vq.code_input=learned"],
+    ),
+    "TP2 x ETP2 x EP2, a dense layer, learned positions, global balance loss": (
+        4,
+        {"tp": 2, "etp": 2, "ep": 2},
+        [
+            "model.moe_layer_freq=2",
+            "model.position_embedding_type=learned_absolute",
+            "model.moe_router_load_balancing_type=global_aux_loss",
+        ],
+    ),
+    "TP2 x PP2 x EP2, interleaved, all overlapped, recompute of experts": (
+        4,
+        {"tp": 2, "pp": 2, "vpp": 2, "ep": 2},
+        [
+            *MANY_LAYERS,
+            *OVERLAP,
+            "model.recompute_granularity=selective",
+            "model.recompute_modules=[moe]",
+        ],
+    ),
+    "EP4, discrete only, product codes": (
+        4,
+        {"ep": 4},
+        ["vq.path=discrete", "vq.quantizer=product", "vq.num_code_slices=2"],
+    ),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_sends_what_the_formulas_say(ranks, name: str) -> None:  # noqa: ANN001
+    num_ranks, sizes, overrides = CASES[name]
+    layout = {SIZES[short]: size for short, size in sizes.items()}
+    of_ranks = ranks(num_ranks).run(count_and_plan, sizes, overrides, layout=layout)
+    for found in of_ranks:
+        assert found["balanced"] == found["balanced plan"]
+        assert found["routed"] == found["routed plan"]
+        assert math.isfinite(found["balanced loss"])
+        assert math.isfinite(found["routed loss"])
+    if num_ranks > 1:
+        assert all(found["balanced"] for found in of_ranks)

@@ -1,0 +1,221 @@
+"""A training step of a world of any size, simulated here and compared with the plan.
+
+No torch in this process: each call starts one that simulates the chosen ranks one after the other.
+Every tensor is fake, so memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.plan.exact import Exact, exact
+from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
+from vqmoe_megatron.plan.step_wire import step_wire
+from vqmoe_megatron.plan.step_wire_terms import StepWire
+from vqmoe_megatron.recipe import save_recipe
+
+JOB_FILE, CONFIG_FILE, RESULT_FILE = "job.json", "run_config.yaml", "result.json"
+MAX_RANKS = 4096
+MICROBATCHES_PER_STAGE = 2  # simulated: enough for a pipeline to fill, run steadily and drain
+TIMEOUT_SECONDS = 1800
+SHOWN_LINES = 20
+
+ByCollective = dict[tuple[str, str], tuple[int, Exact]]  # (collective, axis) -> calls, bytes
+
+
+class SimulationFailed(RuntimeError):
+    """The simulating process ended badly; the message holds the end of its output."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One collective over one axis, of one rank: (calls, bytes) as planned and as counted."""
+
+    collective: str
+    axis: str
+    planned: tuple[int, Exact]
+    counted: tuple[int, Exact]
+
+    @property
+    def is_equal(self) -> bool:
+        """In calls and to the byte."""
+        return self.planned == self.counted
+
+
+@dataclass(frozen=True)
+class SimulatedRank:
+    """What one rank would send."""
+
+    rank: int
+    pipeline_rank: int
+    num_parameters: int  # on this rank
+    counted: ByCollective
+    seconds: float
+
+    @property
+    def sent_bytes(self) -> Exact:
+        """Of the whole step."""
+        return exact(sum((Fraction(sent) for _, sent in self.counted.values()), Fraction(0)))
+
+
+@dataclass(frozen=True)
+class SimulatedStep:
+    """Some ranks of a world, and the plan of the same step."""
+
+    world_size: int
+    num_microbatches: int  # simulated
+    num_microbatches_of_run: int
+    ranks: tuple[SimulatedRank, ...]
+    planned: StepWire  # of the simulated microbatches
+    seconds: float  # of the simulating process, its imports included
+    cpu_seconds: float  # the same, as processor time: it does not depend on who else computes
+    peak_memory_bytes: int  # of that process
+    notes: tuple[str, ...]  # what the figures rest on
+
+    def comparison(self, rank: SimulatedRank) -> list[Comparison]:
+        """Plan against simulation of one rank, collective by collective."""
+        return compare(self.planned.stages[rank.pipeline_rank].by_collective, rank.counted)
+
+    @property
+    def matches(self) -> bool:
+        """Whether plan and simulation agree in every call and byte of every simulated rank."""
+        return all(c.is_equal for rank in self.ranks for c in self.comparison(rank))
+
+
+def compare(planned: ByCollective, counted: ByCollective) -> list[Comparison]:
+    """Lay two tables side by side; what is missing in one is (0, 0) there."""
+    return [
+        Comparison(*key, planned.get(key, (0, 0)), counted.get(key, (0, 0)))
+        for key in sorted({*planned, *counted})
+    ]
+
+
+def simulate_step(
+    config: RunConfig,
+    world_size: int,
+    ranks: Sequence[int] | None = None,
+    all_microbatches: bool = False,
+) -> SimulatedStep:
+    """Build the real model on a fake process group, take one step, count what it would send.
+
+    Starts one process and waits for it; nothing global changes here, and nothing is sent.
+
+    Args:
+        config: with ``model.vocab_size`` set.
+        world_size: at most 4,096.
+        ranks: which to simulate; None: the first rank of every pipeline stage whose plan differs
+            from those in front of it (in a long pipeline the first, one inner and the last stage).
+        all_microbatches: simulate all of a step, not two per pipeline stage. Bytes per microbatch
+            are the same; time is not.
+
+    Raises:
+        ValueError: for a layout, a world size or a rank that is not legal.
+        SimulationFailed: when the process ends badly.
+    """
+    if not 1 <= world_size <= MAX_RANKS:
+        raise ValueError(f"1 <= world_size <= {MAX_RANKS} fails: {world_size}")
+    layout = check_layout(config, world_size, "cpu")
+    num_of_run = _num_microbatches(config, layout)
+    simulated = config if all_microbatches else _shortened(config, layout)
+    planned = step_wire(simulated, layout)
+    chosen = list(_distinct_stages(planned, layout) if ranks is None else ranks)
+    for rank in chosen:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"0 <= rank < world_size fails: {rank} of {world_size}")
+    result = _run_process(simulated, world_size, chosen)
+    return SimulatedStep(
+        world_size=world_size,
+        num_microbatches=_num_microbatches(simulated, layout),
+        num_microbatches_of_run=num_of_run,
+        ranks=tuple(_simulated_rank(found) for found in result["ranks"]),
+        planned=planned,
+        seconds=result["seconds"],
+        cpu_seconds=result["cpu_seconds"],
+        peak_memory_bytes=result["peak_memory_bytes"],
+        notes=_notes(_num_microbatches(simulated, layout), num_of_run),
+    )
+
+
+def _num_microbatches(config: RunConfig, layout: ParallelLayout) -> int:
+    train = config.train
+    return layout.num_microbatches(train.global_batch_size, train.micro_batch_size)
+
+
+def _shortened(config: RunConfig, layout: ParallelLayout) -> RunConfig:
+    train = config.train
+    most = MICROBATCHES_PER_STAGE * layout.pipeline_model_parallel_size
+    if _num_microbatches(config, layout) <= most:
+        return config
+    batch = most * train.micro_batch_size * layout.data_parallel_size
+    return replace(config, train=replace(train, global_batch_size=batch))
+
+
+def _distinct_stages(planned: StepWire, layout: ParallelLayout) -> list[int]:
+    per_stage = layout.world_size // layout.pipeline_model_parallel_size
+    first = {stage.terms: stage.pipeline_rank for stage in reversed(planned.stages)}
+    return sorted(stage * per_stage for stage in first.values())
+
+
+def _notes(num_simulated: int, num_of_run: int) -> tuple[str, ...]:
+    notes = [
+        "rows are spread evenly over the experts' ranks: without data there is no other routing",
+        "all tensors are fake: shapes and calls are real, values are not",
+    ]
+    if num_simulated < num_of_run:
+        notes.append(f"{num_simulated} of {num_of_run} microbatches; the others send the same")
+    return tuple(notes)
+
+
+def _run_process(config: RunConfig, world_size: int, ranks: list[int]) -> dict:
+    with tempfile.TemporaryDirectory(prefix="vqmoe_simulate_") as temporary:
+        folder = Path(temporary)
+        (folder / JOB_FILE).write_text(json.dumps({"world_size": world_size, "ranks": ranks}))
+        save_recipe(config, folder / CONFIG_FILE)
+        command = [sys.executable, "-m", "vqmoe_megatron.simulate.simulated_rank", str(folder)]
+        output = folder / "output.txt"
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        with output.open("w") as stream:
+            try:
+                ended = subprocess.run(  # noqa: S603 (our own interpreter and module)
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    timeout=TIMEOUT_SECONDS,
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+                )
+            except subprocess.TimeoutExpired:
+                raise SimulationFailed(
+                    f"the simulation of {len(ranks)} of {world_size} ranks took more than "
+                    f"{TIMEOUT_SECONDS} s"
+                ) from None
+        if ended.returncode != 0:
+            lines = output.read_text(errors="replace").splitlines()[-SHOWN_LINES:]
+            raise SimulationFailed(
+                f"the simulation of {len(ranks)} of {world_size} ranks ended with "
+                f"{ended.returncode}:\n" + "\n".join(lines)
+            )
+        return json.loads((folder / RESULT_FILE).read_text())
+
+
+def _simulated_rank(found: dict) -> SimulatedRank:
+    return SimulatedRank(
+        rank=found["rank"],
+        pipeline_rank=found["pipeline_rank"],
+        num_parameters=found["num_parameters"],
+        counted={
+            (collective, axis): (calls, exact(Fraction(numerator, denominator)))
+            for collective, axis, calls, numerator, denominator in found["counted"]
+        },
+        seconds=found["seconds"],
+    )
