@@ -17,7 +17,14 @@ from vqmoe_megatron.training.checkpoint_folder import (
 
 CHECKPOINT_FILES = ("metadata.json", ".metadata", "common.pt")
 # What depends on the clock and the machine; everything else is compared.
-UNEQUAL_METRICS = {"tokens_per_second", "step_time_ms", "overhead_share", "memory/peak_rss_bytes"}
+UNEQUAL_METRICS = {
+    "timestamp_ms",
+    "tokens_per_second",
+    "step_time_ms",
+    "overhead_share",
+    "memory/peak_rss_bytes",
+}
+UNEQUAL_PREFIX = "system/"
 # Of two steps in one process: the first one after a resume has no step before it.
 STEP_TO_STEP_METRIC = "assignment_change_rate"
 
@@ -100,7 +107,9 @@ def curve_problems(killed: list[dict], whole: list[dict]) -> list[str]:
         differing = [
             f"{name} {ours.get(name)!r} != {theirs.get(name)!r}"
             for name in sorted({*ours, *theirs} - UNEQUAL_METRICS)
-            if ours.get(name) != theirs.get(name) and not name.endswith(STEP_TO_STEP_METRIC)
+            if ours.get(name) != theirs.get(name)
+            and not name.endswith(STEP_TO_STEP_METRIC)
+            and not name.startswith(UNEQUAL_PREFIX)
         ]
         if differing:
             problems.append(f"iteration {ours['iteration']:.0f}: {', '.join(differing[:4])}")

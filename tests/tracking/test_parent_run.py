@@ -4,6 +4,7 @@ import pytest
 from mlflow import MlflowClient
 
 from vqmoe_megatron.tracking.mlflow_errors import MlflowUnavailable
+from vqmoe_megatron.tracking.mlflow_record import open_record
 from vqmoe_megatron.tracking.mlflow_store import default_mlflow_uri
 from vqmoe_megatron.tracking.mlflow_tracker import MlflowTracker
 from vqmoe_megatron.tracking.parent_run import (
@@ -21,7 +22,9 @@ def test_a_parent_is_found_again_and_holds_children_and_files(tmp_path):
     assert open_parent_run(uri, "exp", "sixty-four", {**tags, "rule": "flops"}) != parent
     assert open_parent_run(uri, "exp", "other", tags) != parent
 
-    child = MlflowTracker(None, "exp", None, tmp_path / "runs" / "child", parent_run_id=parent)
+    child_dir = tmp_path / "runs" / "child"
+    record = open_record(child_dir, print)
+    child = MlflowTracker(None, "exp", None, child_dir, record, parent_run_id=parent)
     child.finish("FINISHED")
     (tmp_path / "report" / "plots").mkdir(parents=True)
     (tmp_path / "report" / "index.html").write_text("<p>")

@@ -34,12 +34,15 @@ _TOKEN_MEAN = "mean over the iteration's target tokens: microbatches, then DP; l
 _LAYER_MEAN = "per layer over all tokens of the iteration (microbatches, DP), then mean over layers"
 _LAYER_SUM = "per layer over all tokens of the iteration (microbatches, DP), then sum over layers"
 _RANK_0 = "mean over the steps since the last log, rank 0"
+_NODE_0 = "mean over samples since the last log; rank 0's node only"
 _SAME = "identical on every rank"
 
 # fmt: off
 METRIC_TABLE: dict[str, Metric] = {
     "iteration": Metric(
         "optimizer steps attempted so far, this one included", "iterations", _SAME),
+    "timestamp_ms": Metric(
+        "when the record was made, since 1970-01-01 UTC", "ms", "rank 0"),
     "consumed_tokens": Metric(
         "training tokens read since iteration 0", "tokens", "sum over microbatches and DP"),
     "consumed_samples": Metric(
@@ -92,6 +95,16 @@ METRIC_TABLE: dict[str, Metric] = {
         "auxiliary load-balancing loss, before its coefficient", "1", _LAYER_MEAN, per_layer=True),
     "memory/peak_rss_bytes": Metric(
         "largest resident set of any rank's process so far", "bytes", "max over ranks"),
+    "system/cpu_utilization_percentage": Metric(
+        "busy share of all processors of rank 0's node", "%", _NODE_0),
+    "system/memory_used_bytes": Metric(
+        "memory of rank 0's node that cannot be had without swapping", "bytes", _NODE_0),
+    "system/gpu_utilization_percentage": Metric(
+        "share of time with a kernel running, mean over the node's GPUs", "%", _NODE_0),
+    "system/gpu_memory_used_bytes": Metric(
+        "memory in use on the fullest of the node's GPUs", "bytes", _NODE_0),
+    "system/gpu_power_watts": Metric(
+        "power drawn by all of the node's GPUs", "W", _NODE_0),
 }
 # fmt: on
 

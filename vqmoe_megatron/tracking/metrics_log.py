@@ -61,11 +61,18 @@ def read_metrics(path: str | Path) -> list[dict[str, int | float]]:
     records = []
     for number, line in enumerate(_complete_lines(path.read_bytes()), start=1):
         try:
-            record = json.loads(line)
-            records.append({name: _decode_number(value) for name, value in record.items()})
+            records.append(decode_record(line))
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number} is not a metrics record: {error}") from error
     return records
+
+
+def decode_record(line: bytes) -> dict[str, int | float]:
+    """Return the record of one line.
+
+    Raises ``ValueError``, ``AttributeError``, ``KeyError`` or ``TypeError`` for another line.
+    """
+    return {name: _decode_number(value) for name, value in json.loads(line).items()}
 
 
 def _decode_number(value: object) -> int | float:

@@ -1,7 +1,7 @@
 """Reaching an MLflow store safely: its default place, creation under a lock, the run to write to.
 
 Everything here may take seconds or raise; only :mod:`mlflow_tracker`'s background thread and
-commands that submit work call it. ``mlflow`` is imported on first use (about 2 s).
+commands call it. ``mlflow`` is imported on first use (about 2 s).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,15 @@ CLIENT_ENVIRONMENT = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+RUN_KEY_TAG = "vqmoe.run_key"
+PARENT_TAG = "mlflow.parentRunId"  # MLflow's own name
 Outcome = Literal["FINISHED", "FAILED", "KILLED"]  # how a run ended, in MLflow's words
+# What a run's state in status.json is called in MLflow: a preempted run was killed, and may resume.
+OUTCOME_OF_STATE: dict[str, Outcome] = {
+    "completed": "FINISHED",
+    "failed": "FAILED",
+    "requeue": "KILLED",
+}
 
 
 @dataclass
@@ -38,10 +46,31 @@ class RunHandle:
 
     client: MlflowClient
     run_id: str
-    resumed: bool = False
+    is_new: bool = True
+    status: str = "RUNNING"
     known_params: dict[str, str] = field(default_factory=dict)
+    known_tags: dict[str, str] = field(default_factory=dict)
     last_steps: dict[str, int] = field(default_factory=dict)  # metric name -> last logged step
     notice: str = ""
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """Which run to open, and what it is called and tagged with when it has to be made."""
+
+    experiment: str
+    run_name: str
+    run_dir: Path
+    run_key: str  # of mlflow.json
+    known_run_id: str | None = None  # the run to go on with
+    parent_run_id: str | None = None
+    start_time_ms: int | None = None  # None: now
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Tags of a new run."""
+        tags = {"run_dir": str(self.run_dir), RUN_KEY_TAG: self.run_key}
+        return tags | ({PARENT_TAG: self.parent_run_id} if self.parent_run_id else {})
 
 
 def default_mlflow_uri(run_dir: str | Path) -> str:
@@ -111,32 +140,52 @@ def open_experiment(uri: str, experiment: str) -> tuple[MlflowClient, str]:
             return client, found.experiment_id
 
 
-def open_run(
-    uri: str, experiment: str, run_name: str, tags: Mapping[str, str], resume_run_id: str | None
-) -> RunHandle:
-    """Open the run to write to: the one to resume, or a new one.
+def open_run(uri: str, request: RunRequest, goes_on: bool = True) -> RunHandle:
+    """Open the run to write to: the known one, one made earlier for this run key, or a new one.
 
-    An unknown ``resume_run_id`` gives a new run tagged ``resumed_from_unknown_run`` with that id.
+    A ``known_run_id`` that the store does not have, or has deleted, gives a new run tagged
+    ``resumed_from_unknown_run`` with that id. ``goes_on`` sets the run RUNNING again.
+    Raises MLflow's or the operating system's errors.
     """
-    client, experiment_id = open_experiment(uri, experiment)
-    if resume_run_id is None:
-        run = client.create_run(experiment_id, run_name=run_name, tags=dict(tags))
-        return RunHandle(client, run.info.run_id)
+    client, experiment_id = open_experiment(uri, request.experiment)
     from mlflow.exceptions import MlflowException
 
-    try:
-        run = client.get_run(resume_run_id)
-        client.update_run(resume_run_id, status="RUNNING")
-    except MlflowException as error:
-        if not is_permanent(error):
-            raise
-        tags = {**tags, "resumed_from_unknown_run": resume_run_id}
-        run = client.create_run(experiment_id, run_name=run_name, tags=tags)
-        return RunHandle(
-            client,
-            run.info.run_id,
-            notice=f"run {resume_run_id} cannot be resumed ({first_line(error)}); "
-            f"started {run.info.run_id}, tagged with the old id",
-        )
+    known_id, tags, notice = request.known_run_id, request.tags, ""
+    if known_id is not None:
+        try:
+            return _go_on(client, known_id, goes_on)
+        except MlflowException as error:
+            if not is_permanent(error):
+                raise
+            tags["resumed_from_unknown_run"] = known_id
+            notice = f"run {known_id} cannot be resumed ({first_line(error)})"
+    found = client.search_runs([experiment_id], f"tags.`{RUN_KEY_TAG}` = '{request.run_key}'")
+    if found:
+        return _go_on(client, found[0].info.run_id, goes_on)
+    run = client.create_run(
+        experiment_id, start_time=request.start_time_ms, run_name=request.run_name, tags=tags
+    )
+    if notice:
+        notice += f"; started {run.info.run_id}, tagged with the old id"
+    return RunHandle(client, run.info.run_id, known_tags=tags, notice=notice)
+
+
+def _go_on(client: MlflowClient, run_id: str, goes_on: bool) -> RunHandle:
+    if goes_on:
+        client.update_run(run_id, status="RUNNING")
+    run = client.get_run(run_id)
+    if run.info.lifecycle_stage != "active":
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+
+        raise MlflowException("it was deleted", error_code=INVALID_PARAMETER_VALUE)
     last_steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
-    return RunHandle(client, resume_run_id, True, dict(run.data.params), last_steps)
+    return RunHandle(
+        client,
+        run_id,
+        is_new=False,
+        status=run.info.status,
+        known_params=dict(run.data.params),
+        known_tags=dict(run.data.tags),
+        last_steps=last_steps,
+    )

@@ -1,12 +1,14 @@
 """Shipping a run to MLflow from one background thread, never at the cost of a training step.
 
-1. The training thread puts small work items on a bounded queue and returns at once; when the queue
-   is full the item is dropped and counted (``metrics.jsonl`` holds every metric anyway).
-2. The thread opens the run, then sends the items in order. A store that is down is tried again with
-   growing pauses, so an outage delays metrics but leaves no hole; metric timestamps are taken when
-   logged, so sending one twice stores it once. What the store refuses for good is reported.
-3. ``finish`` drains the queue, sets the run's status, and gives up at its deadline with an account
-   of what was not sent.
+1. Metrics are in ``metrics.jsonl`` before this file hears of them. The thread reads what is new
+   there and sends it in order, so an outage of any length costs no memory and leaves no hole.
+   Params, tags and files wait in a short queue; one too many is dropped and counted.
+2. A store that is down is tried again with growing pauses. A point carries the time of its record,
+   so sending it twice stores it once.
+3. A resumed run sends what the store lacks: points after the last step it has, by metric. Steps
+   that were sent and are trained again keep their first values there; a tag says which.
+4. ``finish`` sends what is left, sets the run's status, and gives up at its deadline with an
+   account of what was not sent. ``vqmoe mlflow-sync`` sends that later.
 
 No method raises into training or communicates with other ranks; only rank 0 builds a tracker.
 """
@@ -17,69 +19,64 @@ import functools
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from vqmoe_megatron.tracking.metric_table import is_mlflow_name
-from vqmoe_megatron.tracking.mlflow_errors import explained, is_permanent
-from vqmoe_megatron.tracking.mlflow_store import Outcome, RunHandle, default_mlflow_uri, open_run
+from vqmoe_megatron.tracking.metrics_tail import MetricsTail
+from vqmoe_megatron.tracking.mlflow_errors import first_line
+from vqmoe_megatron.tracking.mlflow_record import MlflowRecord
+from vqmoe_megatron.tracking.mlflow_store import (
+    Outcome,
+    RunHandle,
+    RunRequest,
+    default_mlflow_uri,
+    open_run,
+)
+from vqmoe_megatron.tracking.mlflow_writer import (
+    metric_batches,
+    send_metrics,
+    send_params,
+    send_tags,
+)
 from vqmoe_megatron.tracking.run_params import MAX_PARAM_CHARACTERS, MAX_TAG_CHARACTERS, shortened
+from vqmoe_megatron.tracking.store_retry import LONGEST_PAUSE_S, StoreRetry
 
-# What a run's state in status.json is called in MLflow: a preempted run was killed, and may resume.
-OUTCOME_OF_STATE: dict[str, Outcome] = {
-    "completed": "FINISHED",
-    "failed": "FAILED",
-    "requeue": "KILLED",
-}
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
 
-MAX_ITEMS_PER_REQUEST = 100  # MLflow's limit for params and tags in one batch
-MAX_METRICS_PER_REQUEST = 1000  # MLflow's limit for one batch
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-ATTEMPTS_WHILE_FINISHING = 3
-ARTIFACT_ATTEMPTS = 3  # a broken artifact store must not hold up the metrics behind the file
+ARTIFACT_ATTEMPTS = 3  # a broken artifact store must not hold up the metrics
+MAX_PENDING_ITEMS = 1000  # params, tags and files; a run has a handful per checkpoint
+RECORDS_PER_READ = 100
 IDLE_POLL_S = 0.2
-
-
-class NoTracker:
-    """Tracking switched off, or a rank other than 0: MlflowTracker's calls, doing nothing."""
-
-    run_id: str | None = None
-
-    def log_params(self, params: Mapping[str, object]) -> None:
-        """Do nothing."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Do nothing."""
-
-    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Do nothing."""
-
-    def set_tags(self, tags: Mapping[str, object]) -> None:
-        """Do nothing."""
-
-    def finish(self, status: Outcome, deadline_s: float = 20.0) -> None:
-        """Do nothing."""
 
 
 @dataclass(frozen=True)
 class _Item:
     """One call of the training thread, waiting to be sent."""
 
-    kind: Literal["params", "metrics", "tags", "artifact"]
-    values: dict[str, object]
-    step: int = 0
-    timestamp_ms: int = 0
+    kind: Literal["params", "tags", "artifact"]
+    values: dict[str, str | None]
 
 
 class MlflowTracker:
     """Ships params, metrics, tags and files of one run; see the file's head for the guarantees.
 
-    ``uri=None`` means :func:`default_mlflow_uri`. The constructor waits up to ``start_deadline_s``
-    for the run to exist, so that ``run_id`` is known; past it training goes on and the thread keeps
-    trying. ``report`` receives notices (the console's ``message``, or ``print``).
+    Args:
+        uri: of the store; None means :func:`default_mlflow_uri`.
+        experiment: created when missing.
+        run_name: of a new run; None means the run directory's name.
+        run_dir: holds ``metrics.jsonl``.
+        record: the directory's ``mlflow.json``.
+        resume_run_id: the checkpoint's run, for directories whose record names none.
+        start_iteration: where this attempt starts.
+        parent_run_id: the run a new run is shown under.
+        start_deadline_s: how long to wait for the run to exist, so that ``run_id`` is known; past
+            it training goes on and the thread keeps trying.
+        max_pending: bound of the queue of params, tags and files.
+        report: receives notices (the console's ``message``, or ``print``).
     """
 
     def __init__(
@@ -88,31 +85,39 @@ class MlflowTracker:
         experiment: str,
         run_name: str | None,
         run_dir: str | Path,
-        resume_run_id: str | None = None,
+        record: MlflowRecord,
         *,
+        resume_run_id: str | None = None,
+        start_iteration: int = 0,
         parent_run_id: str | None = None,
         start_deadline_s: float = 30.0,
-        max_pending: int = 10_000,
+        max_pending: int = MAX_PENDING_ITEMS,
         report: Callable[[str], None] = print,
     ) -> None:
         self.run_dir = Path(run_dir).resolve()
         self.uri = uri or default_mlflow_uri(run_dir)
-        self._open = lambda: open_run(
-            self.uri,
+        self.record = record
+        self._request = RunRequest(
             experiment,
             run_name or self.run_dir.name,
-            {"run_dir": str(self.run_dir)}
-            | ({"mlflow.parentRunId": parent_run_id} if parent_run_id else {}),
-            resume_run_id,
+            self.run_dir,
+            record.run_key,
+            record.known_run(self.uri) or resume_run_id,
+            parent_run_id,
         )
+        self._start_iteration = start_iteration
         self._report = lambda text: report(f"mlflow: {text}")
+        self._tail = MetricsTail(self.run_dir, self._report)
+        self._batches: deque[list[Metric]] = deque()  # read from the log, not sent yet
+        self._sent_until = -1  # iteration; everything in the log up to it was handed over
         self._queue: queue.Queue[_Item] = queue.Queue(max_pending)
         self._handle: RunHandle | None = None
         self._start_settled = threading.Event()  # the run exists, or the first attempt failed
+        self._wake = threading.Event()
         self._finishing = threading.Event()
         self._outcome: Outcome = "FINISHED"
-        self._num_logged = 0
         self._lost: Counter[str] = Counter()  # reason -> number of items
+        self._retry = StoreRetry(self.uri, self._finishing, self._start_settled, self._report)
         self._thread = threading.Thread(target=self._work, name="mlflow-shipping", daemon=True)
         self._thread.start()
         if not self._start_settled.wait(start_deadline_s):
@@ -129,40 +134,64 @@ class MlflowTracker:
         """Record parameters; on a resumed run a changed value becomes the tag ``resume/<key>``."""
         self._put(_Item("params", shortened(params, MAX_PARAM_CHARACTERS, self._report)))
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record numbers at iteration ``step``; steps a resumed run already holds are skipped."""
-        self._put(_Item("metrics", dict(metrics), step, time.time_ns() // 1_000_000))
+    def metrics_logged(self) -> None:
+        """Say that ``metrics.jsonl`` has another record."""
+        self._wake.set()
+
+    def rolled_back(self, iteration: int) -> None:
+        """Say that ``metrics.jsonl`` was cut after ``iteration``, to be trained again.
+
+        The new values are sent, too: those of the discarded steps were of another trajectory.
+        """
+        self._tail.rewind(iteration)
+        self._sent_until = min(self._sent_until, iteration)
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Upload one file into ``folder`` of the run's artifacts; it must stay until it is sent."""
         self._put(_Item("artifact", {"path": str(path), "folder": folder}))
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
-        """Set tags, replacing earlier values."""
-        self._put(_Item("tags", shortened(tags, MAX_TAG_CHARACTERS, self._report)))
+        """Set tags, replacing earlier values; ``mlflow.json`` keeps them for a later sync."""
+        texts = shortened(tags, MAX_TAG_CHARACTERS, self._report)
+        self.record.note_tags(texts)
+        self._put(_Item("tags", texts))
 
     def finish(self, status: Outcome, deadline_s: float = 20.0) -> None:
-        """Send what is queued, set the run's status, return by the deadline whatever happens."""
+        """Send what is left, set the run's status, return by the deadline whatever happens."""
         if self._finishing.is_set():
             return
         self._outcome = status
         self._finishing.set()
+        self._wake.set()
         self._thread.join(deadline_s)
         if self._thread.is_alive():
             self._report(
                 f"gave up after {deadline_s:g} s; {self.uri} may still show the run as RUNNING"
             )
         if self._queue.unfinished_tasks:
-            self._lost["not sent"] += self._queue.unfinished_tasks
+            self._lost["params, tags or files not sent"] += self._queue.unfinished_tasks
+        num_records = self._num_unsent_records()
+        if num_records:
+            self._lost["logged iterations not sent"] += num_records
         if self._lost:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in self._lost.items())
             self._report(
-                f"{sum(self._lost.values())} of {self._num_logged} items did not reach {self.uri} "
-                f"({reasons}); {self.run_dir / 'metrics.jsonl'} holds every metric"
+                f"not everything reached {self.uri} ({reasons}); metrics.jsonl holds every metric, "
+                f"and `vqmoe mlflow-sync {self.run_dir}` sends what is missing"
             )
 
+    def _num_unsent_records(self) -> int:
+        """Records of the log that were not handed over, counted by a reader of its own."""
+        tail = MetricsTail(self.run_dir, lambda text: None)
+        num_unsent = 0
+        try:
+            while records := tail.read(RECORDS_PER_READ):
+                num_unsent += sum(record["iteration"] > self._sent_until for record in records)
+        except OSError as error:
+            self._report(f"{tail.path} cannot be read: {error}")
+        return num_unsent
+
     def _put(self, item: _Item) -> None:
-        self._num_logged += 1
         if self._finishing.is_set():
             self._lost["logged after finish"] += 1
             return
@@ -170,119 +199,102 @@ class MlflowTracker:
             self._queue.put_nowait(item)
         except queue.Full:
             self._lost["queue full"] += 1
+        self._wake.set()
 
     # Everything below runs on the background thread only.
 
     def _work(self) -> None:
-        if self._retry("cannot open a run", self._open_run) != "done":
-            return
-        while not (self._finishing.is_set() and self._queue.empty()):
+        try:
+            if self._retry.run("cannot open a run", self._open_run) != "done":
+                return
+            while True:
+                is_last_round = self._finishing.is_set()  # before looking: nothing comes after it
+                if not (self._ship_items() and self._ship_metrics()):
+                    return  # the store is down and the run is over: leave the rest unsent
+                if is_last_round:
+                    break
+                self._wake.wait(IDLE_POLL_S)
+                self._wake.clear()
+            self._retry.run("cannot set the run's status", self._terminate)
+        except Exception as error:  # a mistake in here must not look like a run without news
+            self._report(f"shipping ends here, training goes on: {first_line(error)}")
+        finally:
+            self._start_settled.set()
+
+    def _ship_items(self) -> bool:
+        """Send what is queued; False when the store is down and the run is over."""
+        while True:
             try:
-                item = self._queue.get(timeout=IDLE_POLL_S)
+                item = self._queue.get_nowait()
             except queue.Empty:
-                continue
+                return True
             max_attempts = ARTIFACT_ATTEMPTS if item.kind == "artifact" else None
-            send = functools.partial(self._send, item)
-            result = self._retry(f"cannot send {item.kind}", send, max_attempts)
+            send = functools.partial(self._send_item, item)
+            result = self._retry.run(f"cannot send {item.kind}", send, max_attempts)
             if result == "unreachable" and self._finishing.is_set():
-                return  # the store is down and the run is over: leave the rest unsent
+                return False
             if result != "done":
                 self._lost[f"{item.kind} {result}"] += 1
             self._queue.task_done()
-        self._retry("cannot set the run's status", self._terminate)
 
-    def _retry(
-        self, what: str, action: Callable[[], None], max_attempts: int | None = None
-    ) -> Literal["done", "refused", "unreachable"]:
-        """Run ``action`` until it succeeds, is refused for good, or its attempts are used up.
-
-        ``max_attempts=None`` tries for as long as training runs; once it is finishing, the attempts
-        still allowed are :data:`ATTEMPTS_WHILE_FINISHING`.
-        """
-        pause_s, num_failed, num_failed_finishing = FIRST_PAUSE_S, 0, 0
+    def _ship_metrics(self) -> bool:
+        """Send what is new in the log; False when the store is down and the run is over."""
+        last = self._handle.last_steps
         while True:
             try:
-                action()
-            except Exception as error:  # tracking must never end training: reported and counted
-                num_failed += 1
-                num_failed_finishing += self._finishing.is_set()
-                permanent = is_permanent(error)
-                finishing_over = num_failed_finishing == ATTEMPTS_WHILE_FINISHING
-                if permanent or num_failed == 1:
-                    then = "not tried again" if permanent else "trying again in the background"
-                    self._report(f"{what} at {self.uri}: {explained(error, self.uri)}; {then}")
-                self._start_settled.set()
-                if permanent or finishing_over or num_failed == max_attempts:
-                    return "refused" if permanent else "unreachable"
-                self._pause(pause_s)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            else:
-                if num_failed:
-                    self._report(f"{self.uri} answers again")
-                return "done"
-
-    def _pause(self, pause_s: float) -> None:
-        """Wait, ended early by the start of finishing, and only briefly once it has begun."""
-        if self._finishing.is_set():
-            time.sleep(FIRST_PAUSE_S)
-        else:
-            self._finishing.wait(pause_s)
+                records = self._tail.read(RECORDS_PER_READ)
+            except OSError as error:
+                if not self._finishing.is_set():
+                    self._report(f"{self._tail.path} cannot be read: {error}; trying again")
+                    self._finishing.wait(LONGEST_PAUSE_S)
+                return True
+            if not records:
+                return True
+            now_ms = time.time_ns() // 1_000_000
+            self._batches.extend(
+                metric_batches(records, lambda name, step: step <= last.get(name, -1), now_ms)
+            )
+            while self._batches:
+                send = functools.partial(send_metrics, self._handle, self._batches[0])
+                result = self._retry.run("cannot send metrics", send)
+                if result == "unreachable":
+                    return False
+                if result == "refused":
+                    self._lost["metrics refused"] += len(self._batches[0])
+                self._batches.popleft()
+                if not self._queue.empty() and not self._ship_items():  # tags of a catching-up run
+                    return False
+            self._sent_until = max(self._sent_until, int(records[-1]["iteration"]))
 
     def _open_run(self) -> None:
-        handle = self._open()
+        handle = open_run(self.uri, self._request)
+        self.record.note_run(self.uri, handle.run_id)
         self._handle = handle
         if handle.notice:
             self._report(handle.notice)
+        self._tag_repeated_steps(max(handle.last_steps.values(), default=-1))
         self._start_settled.set()
 
-    def _send(self, item: _Item) -> None:
-        if item.kind == "metrics":
-            self._send_metrics(item)
-        elif item.kind == "params":
-            self._send_params(item.values)
-        elif item.kind == "tags":
-            self._send_tags(item.values)
-        else:
-            self._handle.client.log_artifact(
-                self._handle.run_id, item.values["path"], item.values["folder"]
+    def _tag_repeated_steps(self, last_step: int) -> None:
+        """Say which iterations the store has and this attempt trains again."""
+        if last_step > self._start_iteration:
+            self.set_tags(
+                {
+                    f"attempt/{self.record.num_attempts:02d}/repeats": (
+                        f"iterations {self._start_iteration + 1} to {last_step} are trained again; "
+                        "MLflow keeps their first values, metrics.jsonl the last"
+                    )
+                }
             )
 
-    def _send_metrics(self, item: _Item) -> None:
-        from mlflow.entities import Metric
-
-        last = self._handle.last_steps
-        metrics = []
-        for name, value in item.values.items():
-            if not is_mlflow_name(name):
-                self._report(
-                    f"metric name {name!r} is not legal in MLflow; left out at step {item.step}"
-                )
-            elif item.step > last.get(name, -1):
-                metrics.append(Metric(name, float(value), item.timestamp_ms, item.step))
-        for start in range(0, len(metrics), MAX_METRICS_PER_REQUEST):
-            batch = metrics[start : start + MAX_METRICS_PER_REQUEST]
-            self._handle.client.log_batch(self._handle.run_id, metrics=batch)
-
-    def _send_params(self, params: Mapping[str, str]) -> None:
-        from mlflow.entities import Param
-
-        known = self._handle.known_params
-        changed = {f"resume/{k}": text for k, text in params.items() if known.get(k, text) != text}
-        fresh = [Param(name, text) for name, text in params.items() if name not in known]
-        for start in range(0, len(fresh), MAX_ITEMS_PER_REQUEST):
-            batch = fresh[start : start + MAX_ITEMS_PER_REQUEST]
-            self._handle.client.log_batch(self._handle.run_id, params=batch)
-        self._handle.known_params = {**params, **known}
-        if changed:
-            self._send_tags(changed)
-
-    def _send_tags(self, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        pairs = [RunTag(name, text) for name, text in tags.items()]
-        for start in range(0, len(pairs), MAX_ITEMS_PER_REQUEST):
-            batch = pairs[start : start + MAX_ITEMS_PER_REQUEST]
-            self._handle.client.log_batch(self._handle.run_id, tags=batch)
+    def _send_item(self, item: _Item) -> None:
+        if item.kind == "params":
+            send_params(self._handle, item.values)
+        elif item.kind == "tags":
+            send_tags(self._handle, item.values)
+        else:
+            values = item.values
+            self._handle.client.log_artifact(self._handle.run_id, values["path"], values["folder"])
 
     def _terminate(self) -> None:
         self._handle.client.set_terminated(self._handle.run_id, self._outcome)

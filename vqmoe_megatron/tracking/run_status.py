@@ -5,12 +5,14 @@ Written atomically (temporary file, fsync, rename), so a reader sees the old or 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 STATUS_FILE = "status.json"
+LOCK_FILE = ".lock"  # held by rank 0 of a run for its life
 STATES = ("running", "completed", "requeue", "failed")
 
 
@@ -70,3 +72,22 @@ def read_status(run_dir: str | Path) -> RunStatus | None:
         return RunStatus(**json.loads(text))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a run status ({error}); remove it to go on") from error
+
+
+def is_alive(run_dir: str | Path) -> bool:
+    """Tell whether a process is running in the directory now, whatever its status says.
+
+    A run that was killed leaves the state ``running`` behind, but no lock. Do not call it from the
+    process that holds the lock. Where locks cannot be read, the state is believed.
+    """
+    try:
+        with (Path(run_dir) / LOCK_FILE).open("r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        status = read_status(run_dir)
+        return status is not None and status.state == "running"
+    return False

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from vqmoe_megatron.tracking.run_status import read_status, write_status
+from vqmoe_megatron.tracking.run_status import LOCK_FILE, read_status, write_status
 
-LOCK_FILE = ".lock"
 LOCK_WAIT_SECONDS = 30.0
 
 

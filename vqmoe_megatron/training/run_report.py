@@ -6,19 +6,25 @@ Other ranks hold a report that does nothing, so the loop needs no rank tests.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from vqmoe_megatron.analysis.plots import draw_run_plots
-from vqmoe_megatron.recipe import flatten_config, save_recipe
+from vqmoe_megatron.recipe import flatten_config, load_recipe, save_recipe
+from vqmoe_megatron.tracking.attempt_tags import attempt_tags
 from vqmoe_megatron.tracking.console import RunConsole
 from vqmoe_megatron.tracking.metrics_log import MetricsLog
-from vqmoe_megatron.tracking.mlflow_tracker import OUTCOME_OF_STATE, MlflowTracker, NoTracker
+from vqmoe_megatron.tracking.mlflow_record import open_record
+from vqmoe_megatron.tracking.mlflow_store import OUTCOME_OF_STATE
+from vqmoe_megatron.tracking.mlflow_tracker import MlflowTracker
+from vqmoe_megatron.tracking.no_tracker import NoTracker
 from vqmoe_megatron.tracking.run_status import write_status
+from vqmoe_megatron.tracking.system_metrics import SystemMetrics
 from vqmoe_megatron.training.preflight import CheckedRun
 
-# Which launcher facts become tags of the attempt.
-ATTEMPT_VARIABLES = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
+# A run that starts anew with other settings than these in the same directory is another run.
+FREE_SECTIONS = ("tracking.", "checkpoint.", "parallel.")
 
 
 class RunReport:
@@ -58,6 +64,7 @@ class Rank0Report(RunReport):
     def __init__(self, run: CheckedRun, start_iteration: int, resumed_run_id: str | None) -> None:
         self.run_dir = run.run_dir
         self._iteration = start_iteration
+        is_same_run = _is_same_run(run)  # before the recipe is written
         save_recipe(run.config, self.run_dir.config)
         bytes_per_token = run.corpus.split("train").bytes_per_token
         self.console = RunConsole(run.config.train.train_iters, start_iteration, bytes_per_token)
@@ -68,25 +75,43 @@ class Rank0Report(RunReport):
         else:
             self.metrics_log.truncate_after(-1)
         tracking = run.config.tracking
+        self.system_metrics = SystemMetrics(self.message) if tracking.system_metrics else None
         self.tracker: MlflowTracker | NoTracker = NoTracker()
         if tracking.mlflow:
-            self.tracker = MlflowTracker(
-                tracking.mlflow_uri,
-                tracking.experiment,
-                tracking.run_name,
-                self.run_dir.path,
-                resumed_run_id,
-                parent_run_id=tracking.parent_run_id,
-                report=self.message,
-            )
-            self.message(f"mlflow: {self.tracker.uri} run {self.tracker.run_id}")
-        self.tracker.log_params(flatten_config(run.config))
-        self.tracker.log_artifact(self.run_dir.config)
-        self.tracker.set_tags(
-            {name: os.environ[name] for name in ATTEMPT_VARIABLES if name in os.environ}
-        )
+            self.tracker = self._open_tracker(run, resumed_run_id, is_same_run)
         self.mlflow_run_id = self.tracker.run_id
         self._write_status("running", "training")
+
+    def _open_tracker(
+        self, run: CheckedRun, resumed_run_id: str | None, is_same_run: bool
+    ) -> MlflowTracker:
+        """Open this directory's MLflow run, or a new one when another run starts in it.
+
+        An attempt killed before its first save is the same run; one that reached its end is not.
+        """
+        tracking = run.config.tracking
+        record = open_record(self.run_dir.path, self.message)
+        is_resumed = run.resume_from is not None and run.is_own
+        if not is_resumed and (record.is_completed or not is_same_run):
+            record.forget()
+        attempt = record.begin_attempt()
+        tracker = MlflowTracker(
+            tracking.mlflow_uri,
+            tracking.experiment,
+            tracking.run_name,
+            self.run_dir.path,
+            record,
+            resume_run_id=resumed_run_id,
+            start_iteration=self._iteration,
+            parent_run_id=tracking.parent_run_id,
+            report=self.message,
+        )
+        self.message(f"mlflow: {tracker.uri} run {tracker.run_id}")
+        tracker.log_params(flatten_config(run.config))
+        tracker.log_artifact(self.run_dir.config)
+        facts = {"from_iteration": self._iteration, "world_size": run.layout.world_size}
+        tracker.set_tags(attempt_tags(attempt, facts, os.environ))
+        return tracker
 
     def message(self, text: str) -> None:
         """Print a line above the progress display."""
@@ -103,25 +128,32 @@ class Rank0Report(RunReport):
         """Cut metrics.jsonl back. MLflow keeps both values of a step; a tag says which steps."""
         self.message(text)
         self.metrics_log.truncate_after(iteration)
+        self.tracker.rolled_back(iteration)
         self.tracker.set_tags({f"rollback/{self._iteration}": text})
         self._iteration = iteration
         self._write_status("running", text)
 
     def log(self, record: Mapping[str, float]) -> None:
-        """Append to metrics.jsonl, show on the console, queue for MLflow."""
+        """Append to metrics.jsonl, show on the console, wake the thread that ships the log."""
         self._iteration = int(record["iteration"])
+        record = {**record, "timestamp_ms": time.time_ns() // 1_000_000}
+        if self.system_metrics is not None:
+            record |= self.system_metrics.take()
         self.metrics_log.append(record)
         self.console.update(record)
-        values = {name: value for name, value in record.items() if name != "iteration"}
-        self.tracker.log_metrics(values, self._iteration)
+        self.tracker.metrics_logged()
 
     def finish(self, state: str, iteration: int, reason: str) -> None:
         """Draw plots, close tracking truthfully, write the final status last."""
         self.console.close()
+        if self.system_metrics is not None:
+            self.system_metrics.close()
         self.metrics_log.close()
         if state != "failed":
             for plot in draw_run_plots(self.run_dir.path):
                 self.tracker.log_artifact(plot, "plots")
+        if state == "completed" and isinstance(self.tracker, MlflowTracker):
+            self.tracker.record.note_completed()
         self.tracker.finish(OUTCOME_OF_STATE[state])
         self._iteration = iteration
         self._write_status(state, reason)
@@ -136,3 +168,20 @@ class Rank0Report(RunReport):
             if state != "running":  # the last word must be written
                 raise
             self.message(f"status.json could not be written: {error}; training goes on")
+
+
+def _is_same_run(run: CheckedRun) -> bool:
+    """Tell whether the attempt in this directory that never saved was this run, by its recipe.
+
+    Then its MLflow run is gone on with. Where and how it runs does not matter.
+    """
+    if not run.run_dir.config.exists():
+        return False
+    try:
+        earlier = flatten_config(load_recipe(run.run_dir.config, []))
+    except ValueError:  # of a release with other keys
+        return False
+    ours = flatten_config(run.config)
+    return all(
+        earlier[name] == value for name, value in ours.items() if not name.startswith(FREE_SECTIONS)
+    )
