@@ -13,19 +13,18 @@ job_is_ours() {
 }
 
 check_ranks() {
-    local tasks=$((num_nodes * tasks_per_node)) code=0
-    VQMOE_KEEP_SIGNALS=1 run_step --ntasks="$tasks" --ntasks-per-node="$tasks_per_node" --wait=60 \
+    local code=0
+    VQMOE_KEEP_SIGNALS=1 run_step "${tasks[@]}" --wait=60 \
         --output="$logs/preflight.log" "${rank[@]}" "${vqmoe[@]}" preflight --run-dir "$1" || code=$?
     cat "$logs/preflight.log"
     return "$code"
 }
 
 run_ranks() {
-    local tasks=$((num_nodes * tasks_per_node)) torchrun=()
-    local options=(--ntasks="$tasks" --ntasks-per-node="$tasks_per_node" --output="$logs/rank_%t.log")
+    local torchrun=() options=("${tasks[@]}" --output="$logs/rank_%t.log")
     if [[ "$VQMOE_LAUNCHER" == torchrun ]]; then
-        torchrun=("${vqmoe[0]}" -m torch.distributed.run --nnodes="$num_nodes"
-            --nproc-per-node="$ranks_per_node" --master-addr="$MASTER_ADDR"
+        torchrun=("${vqmoe[0]}" -m torch.distributed.run --nnodes="$num_tasks"
+            --nproc-per-node="$ranks_per_task" --master-addr="$MASTER_ADDR"
             --master-port="$MASTER_PORT" --rdzv-id="$(job_name)" --max-restarts=0
             --signals-to-handle="SIGTERM,SIGINT,SIGUSR1" --shutdown-timeout=600 --no-python
             "${rank[-1]}")

@@ -31,31 +31,39 @@ load_site() {
     source "$1/slurm/env.sh"
 }
 
-# Sets num_nodes, tasks_per_node, gpus_per_node, ranks_per_node and world_size.
+# Sets num_tasks, gpus_per_node, ranks_per_task and world_size, and tasks, srun's options for them.
 find_world() {
-    num_nodes=$SLURM_JOB_NUM_NODES
+    local num_nodes=$SLURM_JOB_NUM_NODES tasks_per_node=${SLURM_NTASKS_PER_NODE:-}
     gpus_per_node=${SLURM_GPUS_ON_NODE:-0}
-    local ntasks=${SLURM_NTASKS:-$num_nodes}
-    tasks_per_node=${SLURM_NTASKS_PER_NODE:-$((ntasks / num_nodes))}
-    ((tasks_per_node * num_nodes == ntasks)) || [[ -z "${SLURM_NTASKS:-}" ]] || refuse \
-        "tasks = nodes * tasks per node fails: $ntasks != $num_nodes * $tasks_per_node;" \
-        "give sbatch --ntasks-per-node instead of --ntasks"
+    ranks_per_task=1
+    if [[ -z "$tasks_per_node" && -n "${SLURM_NTASKS:-}" ]]; then
+        # "2(x4)", or "3,1" where --ntasks filled what was free
+        [[ "$SLURM_TASKS_PER_NODE" =~ ^([0-9]+)(\(x[0-9]+\))?$ ]] &&
+            tasks_per_node=${BASH_REMATCH[1]} || tasks_per_node=uneven
+    fi
+    tasks_per_node=${tasks_per_node:-1}
+    if [[ "$tasks_per_node" == uneven ]]; then
+        num_tasks=$SLURM_NTASKS
+        tasks=(--ntasks="$num_tasks")
+    else
+        num_tasks=$((num_nodes * tasks_per_node))
+        tasks=(--ntasks="$num_tasks" --ntasks-per-node="$tasks_per_node")
+    fi
     case "$VQMOE_LAUNCHER" in
         srun)
-            ranks_per_node=$tasks_per_node
-            ((gpus_per_node == 0 || tasks_per_node == gpus_per_node)) || refuse \
+            ((gpus_per_node == 0)) || [[ "$tasks_per_node" == "$gpus_per_node" ]] || refuse \
                 "tasks per node = GPUs per node fails: $tasks_per_node != $gpus_per_node;" \
                 "sbatch --ntasks-per-node=$gpus_per_node, or VQMOE_LAUNCHER=torchrun with 1"
             ;;
         torchrun)
-            ranks_per_node=${VQMOE_RANKS_PER_NODE:-$((gpus_per_node ? gpus_per_node : 1))}
-            ((tasks_per_node == 1)) || refuse \
+            ranks_per_task=${VQMOE_RANKS_PER_NODE:-$((gpus_per_node ? gpus_per_node : 1))}
+            [[ "$tasks_per_node" == 1 ]] || refuse \
                 "VQMOE_LAUNCHER=torchrun starts the ranks of a node from one task:" \
                 "tasks per node = 1 fails: $tasks_per_node; sbatch --ntasks-per-node=1"
             ;;
         *) refuse "VQMOE_LAUNCHER=$VQMOE_LAUNCHER is not one of srun, torchrun" ;;
     esac
-    world_size=$((num_nodes * ranks_per_node))
+    world_size=$((num_tasks * ranks_per_task))
 }
 
 # Sets and exports MASTER_ADDR, MASTER_PORT and VQMOE_NODES. Call it outside containers: there is

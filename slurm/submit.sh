@@ -44,8 +44,10 @@ done
 
 [[ -n "$script" ]] || { usage >&2 && exit 2; }
 [[ -f "$script" ]] || refuse "no job script at '$script' (from $PWD)"
-[[ -z "$file" || -f "$file" ]] || refuse "no file '$file' (from $PWD)"
-[[ "$script" == *mlflow.sbatch || -n "$file" ]] || refuse "$(basename "$script") needs a file"
+if [[ "$script" != *mlflow.sbatch ]]; then # its argument is a folder to be made
+    [[ -n "$file" ]] || refuse "$(basename "$script") needs a YAML file"
+    [[ -f "$file" ]] || refuse "no file '$file' (from $PWD)"
+fi
 if [[ "$gpus" =~ ^[0-9]+$ && "${VQMOE_LAUNCHER:-srun}" == srun && "$gpus" != "${tasks:-1}" ]]; then
     refuse "tasks per node = GPUs per node fails: ${tasks:-1} != $gpus; --ntasks-per-node=$gpus," \
         "or VQMOE_LAUNCHER=torchrun with one task per node"

@@ -29,7 +29,7 @@ fi
 require_root
 
 # has_variable PID TEXT: the process was started with an environment line that begins so.
-has_variable() { tr '\0' '\n' <"/proc/$1/environ" 2>/dev/null | grep -q "^$2"; }
+has_variable() { { tr '\0' '\n' <"/proc/$1/environ" | grep "^$2" >/dev/null; } 2>/dev/null; }
 
 # Processes of this cluster's jobs carry both variables; a shell that only uses it has but one.
 job_processes() {

@@ -51,7 +51,8 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=5,bf_interval=5,sched_min_interval=500000
 
 $( ((gpus)) && echo "GresTypes=gpu")
-NodeName=n[1-$num_nodes] NodeAddr=127.0.0.1 NodeHostname=$host Port=[$((port + 1))-$((port + num_nodes))] CPUs=$cpus RealMemory=4000 $gres
+NodeName=n[1-$num_nodes] NodeAddr=127.0.0.1 NodeHostname=$host \
+ Port=[$((port + 1))-$((port + num_nodes))] CPUs=$cpus RealMemory=4000 $gres
 PartitionName=virtual Nodes=n[1-$num_nodes] Default=YES MaxTime=INFINITE State=UP
 CONF
 }

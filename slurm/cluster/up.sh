@@ -7,8 +7,9 @@ usage() {
 usage: slurm/cluster/up.sh [N]
 
 Starts N virtual nodes n1 .. nN (default 4). Started again, it starts what does not run, for
-instance a slurmd that was killed. The last line of its output is the line to use:
+instance a slurmd that was killed. The last line of its output is the line to use.
 
+example
   eval "$(slurm/cluster/up.sh 4 | tail -n1)"
   sinfo
   sbatch -N 4 slurm/pretrain.sbatch recipes/quickstart.yaml parallel.expert_model_parallel_size=4
@@ -48,8 +49,11 @@ if is_alive "$cluster_dir/slurmctld.pid" slurmctld; then
         refuse "$cluster_dir holds a running cluster of another shape; slurm/cluster/down.sh first"
 fi
 echo "$wanted" >"$conf"
+for ((gpu = 0; gpu < ${VQMOE_NODE_GPUS:-0}; gpu++)); do # Slurm looks whether a device is there
+    : >"$cluster_dir/gpu$gpu"
+done
 ((${VQMOE_NODE_GPUS:-0} == 0)) ||
-    echo "NodeName=n[1-$num_nodes] Name=gpu Count=$VQMOE_NODE_GPUS" >"$cluster_dir/gres.conf"
+    echo "Name=gpu File=$cluster_dir/gpu[0-$((VQMOE_NODE_GPUS - 1))]" >"$cluster_dir/gres.conf"
 
 if ! is_alive "$cluster_dir/munged.pid" munged; then
     [[ -s "$cluster_dir/munge.key" ]] ||
@@ -68,8 +72,10 @@ for ((node = 1; node <= num_nodes; node++)); do
         refuse "slurmd of n$node did not start; see $cluster_dir/log/slurmd_n$node.log"
 done
 
-all_are_up() { [[ $(sinfo -h -N -t idle,alloc,mix,comp -o %N 2>/dev/null | sort -u | wc -l) -eq $num_nodes ]]; }
+all_are_up() {
+    (($(sinfo -h -N -t idle,alloc,mix,comp -o %N 2>/dev/null | sort -u | wc -l) == num_nodes))
+}
 wait_until 60 all_are_up ||
-    refuse "not all nodes came up within 60 s: $(sinfo -h -N -o '%N %T' | tr '\n' ' '); see $cluster_dir/log"
+    refuse "nodes did not come up: $(sinfo -h -N -o '%N %T' | tr '\n' ' '); see $cluster_dir/log"
 echo "$num_nodes virtual nodes are up; state and logs in $cluster_dir" >&2
 echo "export SLURM_CONF=$conf"

@@ -71,13 +71,13 @@ def node_name(environ: Mapping[str, str] = os.environ) -> str:
     return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def collect_facts(rank: int, run_dir: Path, token: Path) -> NodeFacts:
+def collect_facts(rank: int, run_dir: Path, sees_token: bool) -> NodeFacts:
     """Look at this node. A run directory that is not there has no room: 0 bytes.
 
     Args:
         rank: of this process.
         run_dir: where the run will write, on a file system shared by all nodes.
-        token: the file in ``run_dir`` that rank 0 has just made.
+        sees_token: whether the file that rank 0 has just made is in ``run_dir``.
     """
     try:
         room = os.statvfs(run_dir)
@@ -99,7 +99,7 @@ def collect_facts(rank: int, run_dir: Path, token: Path) -> NodeFacts:
         num_devices=torch.cuda.device_count(),
         free_bytes=free_bytes,
         free_inodes=free_inodes,
-        sees_token=token.exists(),
+        sees_token=sees_token,
     )
 
 

@@ -69,10 +69,11 @@ def check_world(
     if rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         token.write_text("made by vqmoe preflight\n")
-        store.set("token", str(token))
+        store.set("token", token.name)
     try:
-        token = Path(_read(store, "token", wait_seconds) or token)
-        store.set(f"facts/{rank}", collect_facts(rank, run_dir, token).to_json())
+        name = _read(store, "token", FACTS_SECONDS)
+        sees_token = name is not None and (run_dir / name).exists()
+        store.set(f"facts/{rank}", collect_facts(rank, run_dir, sees_token).to_json())
         _collectives_in_thread(store, variables, device)
         if rank == 0:
             report = _judge(store, world_size, run_dir)

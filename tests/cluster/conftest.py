@@ -1,0 +1,62 @@
+"""A running virtual cluster, a small real corpus, and this folder on the path for ``slurm_job``.
+
+These tests submit real jobs. Without the cluster of ``slurm/cluster/up.sh`` they skip: another
+cluster is somebody's, and not to be filled with tests.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+HOW = 'make test-cluster, or eval "$(slurm/cluster/up.sh 4 | tail -n1)"'
+NUM_NODES = 4
+
+
+@pytest.fixture(scope="session")
+def cluster() -> None:
+    """Skip unless SLURM_CONF names a virtual cluster of four nodes that answers."""
+    if shutil.which("sbatch") is None:
+        pytest.skip(f"Slurm is not installed: {HOW}")
+    if "SLURM_CONF" not in os.environ:
+        pytest.skip(f"no virtual cluster is up: {HOW}")
+    answer = subprocess.run(["sinfo", "-h", "-N", "-o", "%N"], capture_output=True, text=True)
+    if "ClusterName=virtual" not in Path(os.environ["SLURM_CONF"]).read_text(encoding="utf-8"):
+        pytest.skip(f"SLURM_CONF={os.environ['SLURM_CONF']} is not a virtual cluster: {HOW}")
+    assert answer.returncode == 0, f"slurmctld does not answer: {answer.stderr}"
+    assert len(set(answer.stdout.split())) >= NUM_NODES, f"too few nodes: {answer.stdout}"
+
+
+@pytest.fixture(scope="session")
+def job_folder(cluster, tmp_path_factory) -> Path:
+    """Where jobs are submitted and leave their logs and runs."""
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="session")
+def job_corpus(cluster, tmp_path_factory) -> Path:
+    """About 160 kB of the interpreter's own library as a byte corpus."""
+    from vqmoe_megatron.data.prepare import prepare_corpus
+
+    out = tmp_path_factory.mktemp("cluster") / "corpus"
+    source = Path(sysconfig.get_path("stdlib")) / "argparse.py"
+    prepare_corpus("text", out, [source, source.with_name("typing.py")], "byte", None, False, False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def empty_store(cluster, tmp_path_factory) -> Path:
+    """An MLflow database without runs, to be copied: making one takes seconds."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "empty.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path

@@ -1,0 +1,75 @@
+"""``slurm/submit.sh`` refuses before sbatch is called, and hands the rest over untouched."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from shell_run import ROOT, fake_command
+
+SUBMIT = str(ROOT / "slurm" / "submit.sh")
+PRETRAIN = str(ROOT / "slurm" / "pretrain.sbatch")
+STUDY = str(ROOT / "slurm" / "study.sbatch")
+
+
+@pytest.fixture
+def submit(tmp_path):
+    """Call it in a folder with a recipe; sbatch only writes down its arguments."""
+    fake_command(tmp_path, "sbatch", f'printf "%s\\n" "$@" >{tmp_path}/submitted')
+    (tmp_path / "r.yaml").write_text("")
+
+    def run(*arguments: str, **environment: str):
+        return subprocess.run(
+            [SUBMIT, *arguments],
+            cwd=tmp_path,
+            env={"PATH": f"{tmp_path}:/usr/bin:/bin", **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-N", "4", PRETRAIN, "r.yaml", "vq.num_codes=8"],
+        ["--gpus-per-node=8", "--ntasks-per-node", "8", PRETRAIN, "r.yaml"],
+        ["--gres=gpu:h100:8", "--ntasks-per-node=8", PRETRAIN, "r.yaml"],
+        ["--array=0-3%2", STUDY, "r.yaml"],
+        [str(ROOT / "slurm" / "mlflow.sbatch"), "runs/mlflow"],
+    ],
+)
+def test_arguments_reach_sbatch_and_the_log_folder_is_there(submit, tmp_path, arguments) -> None:
+    done = submit(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "submitted").read_text().splitlines() == arguments
+    assert (tmp_path / "logs" / "slurm").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-N4", PRETRAIN, "missing.yaml"], "no file 'missing.yaml'"),
+        (["-N4", PRETRAIN], "pretrain.sbatch needs a YAML file"),
+        (["-N4", "other.sbatch", "r.yaml"], "no job script at 'other.sbatch'"),
+        (["--gpus-per-node=8", PRETRAIN, "r.yaml"], "tasks per node = GPUs per node fails: 1 != 8"),
+        (
+            ["--gpus-per-node", "h100:8", "--ntasks-per-node=4", PRETRAIN, "r.yaml"],
+            "tasks per node = GPUs per node fails: 4 != 8",
+        ),
+        (["--gres=gpu:2", PRETRAIN, "r.yaml"], "tasks per node = GPUs per node fails: 1 != 2"),
+    ],
+)
+def test_nothing_is_submitted(submit, tmp_path, arguments, message) -> None:
+    done = submit(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and "nothing was submitted" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "submitted").exists()
+
+
+def test_torchrun_wants_one_task_per_node(submit, tmp_path) -> None:
+    done = submit("--gpus-per-node=8", PRETRAIN, "r.yaml", VQMOE_LAUNCHER="torchrun")
+    assert done.returncode == 0, done.stderr
