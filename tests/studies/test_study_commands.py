@@ -28,18 +28,18 @@ def test_the_list_shows_points_ranks_steps_tokens_and_parameters(write_study, vq
     assert code == 0
     header, *rows = shown.splitlines()
     assert header.split() == (
-        ["index", "run", "experts", "router", "ranks", "steps", "tokens", "parameters", "active"]
+        "index run experts router ranks steps tokens flops parameters active".split()
     )
     first = rows[0].split()
     assert first[:7] == ["0", "experts4-smoe", "4", "smoe", "1", "8", "512"]
-    parameters = {row.split()[1]: int(row.split()[7].replace(",", "")) for row in rows[:4]}
+    parameters = {row.split()[1]: int(row.split()[8].replace(",", "")) for row in rows[:4]}
     assert parameters["experts8-smoe"] > parameters["experts4-smoe"] > 10_000
     assert rows[-1].startswith("4 runs, rule equal_tokens")
 
 
-def test_the_list_says_why_parameters_are_unknown(write_study, vqmoe) -> None:
+def test_the_list_says_why_sizes_are_unknown(write_study, vqmoe) -> None:
     code, shown = vqmoe("study", "list", write_study(more=["data.path=not/there"]))
-    assert code == 0 and "parameters are not known: " in shown and "not/there" in shown
+    assert code == 0 and "sizes are not known: " in shown and "not/there" in shown
 
 
 def test_status_shows_every_run(write_study, vqmoe, monkeypatch) -> None:

@@ -127,7 +127,7 @@ def submit(
 
     Example: vqmoe study submit STUDY.yaml --max-parallel 8 -- --partition=gpu --time=4:00:00
     """
-    from vqmoe_megatron.studies.mlflow_parent import open_study_parent
+    from vqmoe_megatron.studies.mlflow_parent import end_study_parent, open_study_parent
     from vqmoe_megatron.studies.slurm_array import (
         arrays_of,
         check_sbatch,
@@ -157,6 +157,8 @@ def submit(
     ]
     if not left:
         print("nothing to submit")
+        if not dry_run and all(state.is_finished for state in states.values()):
+            end_study_parent(loaded.folder, "FINISHED", print)
         return
     arrays = arrays_of(loaded, left)
     if dry_run:

@@ -11,16 +11,20 @@ from vqmoe_megatron.studies.study_table import plain_table
 
 
 def print_runs(study: Study, console: Console) -> None:
-    """Print one row per run; without its corpus a model's parameters are unknown, and said so."""
+    """Print one row per run: ``flops`` of the whole run, ``active`` parameters of a token.
+
+    Without its corpus a model's vocabulary, and so its size, is unknown; that is said.
+    """
     axes = [axis.name for axis in study.file.axes]
-    numbers = ("index", "ranks", "steps", "tokens", "parameters", "active")
+    numbers = ("index", "ranks", "steps", "tokens", "flops", "parameters", "active")
     table = plain_table(console, "index", "run", *axes, *numbers[1:], numbers=numbers)
     unknown = ""
     for index, run in study.runs.items():
-        counted = ["", ""]
+        counted = ["", "", ""]
         try:
-            parameters = plan_run(with_vocabulary(run.config), run.num_ranks).parameters
-            counted = [f"{parameters.total:,}", f"{parameters.active:,}"]
+            plan = plan_run(with_vocabulary(run.config), run.num_ranks)
+            flops = f"{run.num_tokens * plan.flops_per_token:.3e}"
+            counted = [flops, f"{plan.parameters.total:,}", f"{plan.parameters.active:,}"]
         except ValueError as error:
             unknown = str(error)
         point = [str(run.point[axis]) for axis in axes]
@@ -29,5 +33,5 @@ def print_runs(study: Study, console: Console) -> None:
         table.add_row(*row, *counted)
     console.print(table)
     if unknown:
-        console.print(f"parameters are not known: {unknown}")
+        console.print(f"sizes are not known: {unknown}")
     console.print(f"{len(study.runs)} runs, rule {study.file.rule}; directory {study.folder.path}")
