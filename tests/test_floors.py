@@ -34,6 +34,9 @@ FLOORS = {
     "tracking": 3,
     "analysis": 3,
     "studies": 3,
+    "simulate": 3,
+    "plan_tables": 3,
+    "plan_commands": 3,
     "cli": 4,
 }
 # Folders of one floor that may import another of the same floor; must stay without cycles.
@@ -45,6 +48,11 @@ SIDEWAYS = {
     "moe": {"runtime"},
     "analysis": {"data", "tracking"},  # metric names live in tracking's one table
     "training": {"analysis", "data", "tracking"},
+    # simulate: the step that is counted is the trainer's own
+    "simulate": {"training"},
+    # the command: a corpus tells its vocabulary, a simulated step is laid beside the plan
+    "plan_tables": {"simulate"},
+    "plan_commands": {"data", "plan_tables", "simulate"},
     # bench: a report states its machine and commit as every measured result does
     "studies": {"analysis", "bench", "data", "tracking", "training"},
 }

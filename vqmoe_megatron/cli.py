@@ -18,6 +18,7 @@ from vqmoe_megatron import __version__
 from vqmoe_megatron.bench.commands import bench_app
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.layout import minimum_world_size
+from vqmoe_megatron.plan_commands import plan
 from vqmoe_megatron.recipe import load_recipe
 from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
 from vqmoe_megatron.studies.commands import study_app
@@ -51,6 +52,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(bench_app, name="bench")
 app.add_typer(study_app, name="study")
 app.command()(export)
+app.command()(plan)
 app.command("mlflow-sync")(mlflow_sync)
 app.command()(preflight)
 
