@@ -205,8 +205,8 @@ def _curves(series: Sequence[Series], seeds: str) -> Section:
         "loss_flops.png",
         draw_loss_curves(series, by_flops=True),
         f"The same losses against training operations. {common} Operations are the plan's "
-        "per-token figure times tokens, matrix products only; they are not counted by hardware, "
-        "and say nothing about time.",
+        "per-token figure times tokens, matrix products only. Not measured: operations are not "
+        "counted by hardware, and say nothing about time.",
     )
     return Section(
         "Loss against tokens and operations", [*said_tokens, *said_flops], tokens + flops

@@ -164,25 +164,22 @@ def _power_law(sizes: np.ndarray, values: np.ndarray, draws: int) -> tuple[Power
 
 def _solve(sizes: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Least squares for every row of ``values`` [D, n]: floor, coefficient, exponent [D, 3]."""
-    best = np.full((len(values), 3), np.nan)
-    smallest = np.full(len(values), np.inf)
-    means = values.mean(axis=1)
-    centred = values - means[:, None]
-    for exponent in EXPONENTS:
-        powers = sizes**-exponent
-        away = powers - powers.mean()
-        coefficient = centred @ away / (away @ away)
-        floor = means - coefficient * powers.mean()
-        is_below = floor < 0  # refit without a floor
-        coefficient = np.where(is_below, values @ powers / (powers @ powers), coefficient)
-        floor = np.where(is_below, 0.0, floor)
-        misses = values - floor[:, None] - coefficient[:, None] * powers
-        squares = (misses**2).sum(axis=1)
-        is_better = squares < smallest
-        smallest[is_better] = squares[is_better]
-        found = np.stack([floor, coefficient, np.full_like(floor, exponent)], axis=1)
-        best[is_better] = found[is_better]
-    return best
+    powers = sizes[None] ** -EXPONENTS[:, None]  # [B, n]
+    means = values.mean(axis=1, keepdims=True)  # [D, 1]
+    centred, away = values - means, powers - powers.mean(axis=1, keepdims=True)
+    products, norms = centred @ away.T, (away**2).sum(axis=1)  # [D, B], [B]
+    coefficients = products / norms
+    floors = means - coefficients * powers.mean(axis=1)
+    explained = products**2 / norms - (centred**2).sum(axis=1, keepdims=True)  # minus what is left
+    # A negative floor is refitted as none: one parameter, not centred.
+    products, norms = values @ powers.T, (powers**2).sum(axis=1)
+    is_below = floors < 0
+    coefficients = np.where(is_below, products / norms, coefficients)
+    left = products**2 / norms - (values**2).sum(axis=1, keepdims=True)
+    best = np.where(is_below, left, explained).argmax(axis=1)
+    rows = np.arange(len(values))
+    floors = np.maximum(floors[rows, best], 0.0)
+    return np.stack([floors, coefficients[rows, best], EXPONENTS[best]], axis=1)
 
 
 def _doubling_law(sizes: np.ndarray, values: np.ndarray) -> tuple[DoublingLaw | None, str]:

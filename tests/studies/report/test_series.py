@@ -1,0 +1,79 @@
+"""Which runs belong together, and that only finished ones are averaged."""
+
+from dataclasses import replace
+
+import pytest
+from written_study import NUM_STEPS, config_of, loss_at, write_study
+
+from vqmoe_megatron.studies.report.run_table import RunRow, read_study
+from vqmoe_megatron.studies.report.series import (
+    figure_of,
+    mean_curves,
+    split_series,
+    unfinished_curves,
+)
+
+
+def row_at(path, point, **settings) -> RunRow:
+    config = config_of(path, point["experts"], "vq", point.get("seed", 1))
+    return RunRow(str(point), point, 1, state="finished", config=replace(config, **settings))
+
+
+def test_router_names_the_series_and_seeds_make_the_mean(tmp_path):
+    states = {"experts8-vq-ranks1-seed2": ("failed", 8)}
+    study = read_study(write_study(tmp_path / "s", sizes=(4, 8), states=states), "CPU")
+    smoe, vq = split_series(study.rows)
+    assert (smoe.label, vq.label) == ("smoe", "vq")
+    means = vq.means("final_val_loss")
+    losses = [loss_at(4, "vq", seed, NUM_STEPS) for seed in (1, 2)]
+    assert means[4].mean == pytest.approx(sum(losses) / 2, rel=1e-12)
+    assert (means[4].num_seeds, means[8].num_seeds) == (2, 1)
+    assert means[8].mean == loss_at(8, "vq", 1, NUM_STEPS)
+    assert [row.name for row, _, _ in unfinished_curves(vq)] == ["experts8-vq-ranks1-seed2"]
+
+
+def test_axes_that_follow_the_experts_name_no_series(tmp_path):
+    rows = [
+        row_at(tmp_path, {"experts": experts, "codes": "4 * experts", "width": width})
+        for experts in (4, 8)
+        for width in (16, 32)
+    ]
+    rows += [row_at(tmp_path, {"experts": 16, "codes": "64", "width": 16})]
+    assert [one.label for one in split_series(rows)] == ["width 16", "width 32"]
+
+
+def test_two_naming_axes_make_one_name(tmp_path):
+    rows = [
+        row_at(tmp_path, {"experts": 4, "router": router, "codes": codes, "seed": 1})
+        for router in ("a", "b")
+        for codes in (16, 32)
+    ]
+    labels = [one.label for one in split_series(rows)]
+    assert labels == ["a, codes 16", "a, codes 32", "b, codes 16", "b, codes 32"]
+
+
+def test_runs_that_differ_in_seed_alone_are_one_series(tmp_path):
+    rows = [row_at(tmp_path, {"experts": 4, "seed": seed}) for seed in (1, 2)]
+    (one,) = split_series(rows)
+    assert one.label == "all runs" and len(one.rows) == 2
+
+
+def test_curves_are_means_at_common_evaluations(tmp_path):
+    study = read_study(write_study(tmp_path / "s", sizes=(4, 8), routers=("vq",)), "CPU")
+    study.rows[0].records = [r for r in study.rows[0].records if r["iteration"] != 8]
+    (series,) = split_series(study.rows)
+    four, eight = mean_curves(series)
+    tokens = 8 * 32  # of a step
+    assert four.num_tokens == [tokens * i for i in range(4, NUM_STEPS + 1, 4) if i != 8]
+    assert eight.num_tokens[1] == 8 * tokens
+    expected = (loss_at(4, "vq", 1, 12) + loss_at(4, "vq", 2, 12)) / 2
+    assert four.means[1].mean == pytest.approx(expected, rel=1e-12)
+    # four and eight experts share their spread where both are evaluated
+    assert (four.means[1].num_degrees_of_freedom, eight.means[1].num_degrees_of_freedom) == (2, 1)
+
+
+def test_figures_that_are_not_finite_are_left_out(tmp_path):
+    row = row_at(tmp_path, {"experts": 4})
+    row.final_val_loss = float("nan")
+    assert figure_of(row, "final_val_loss") is None
+    assert split_series([row])[0].means("final_val_loss") == {}

@@ -1,0 +1,142 @@
+"""A whole report: self-contained, complete, rewritten in place, and logged to the parent run."""
+
+import csv
+import json
+import re
+
+import pytest
+from mlflow import MlflowClient
+from test_page import Reader
+from written_study import write_study as written_study
+
+from vqmoe_megatron.studies.report.content import PLOT_NAMES
+from vqmoe_megatron.studies.report.write import write_report
+from vqmoe_megatron.tracking.metrics_log import read_metrics
+from vqmoe_megatron.tracking.parent_run import open_parent_run
+
+STATES = {
+    "experts32-vq-ranks1-seed2": ("pending", 0),
+    "experts16-vq-ranks1-seed1": ("failed", 9),
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("report") / "study"
+    written_study(directory, sizes=(4, 8, 16, 32), states=STATES)
+    return write_report(directory, hardware="cpu")
+
+
+def test_every_file_is_there_and_nothing_half_written(written):
+    names = {file.name for file in written.folder.iterdir()}
+    assert names == {*PLOT_NAMES, "runs.csv", "report.md", "index.html"}
+
+
+def test_the_page_needs_nothing_but_itself(written):
+    reader = Reader(written.page.read_text())
+    assert reader.open == []
+    assert {tag for tag, _ in reader.tags}.isdisjoint({"script", "link", "iframe", "object"})
+    links = [a[name] for _, a in reader.tags for name in ("src", "href", "srcset") if name in a]
+    assert len(links) == len(PLOT_NAMES)
+    assert all(link.startswith("data:image/png;base64,iVBOR") for link in links)
+    assert "http:" not in written.page.read_text() and "https:" not in written.page.read_text()
+    assert not re.search(r"url\(|@import", written.page.read_text())
+
+
+def test_the_page_says_what_it_is_about(written):
+    text = Reader(written.page.read_text()).text
+    assert "equal tokens: every run reads" in text and "14 finished, 2 not" in text
+    assert "n = 1 to 2" in text and text.count("Not measured:") == len(PLOT_NAMES)
+    assert re.search(r"By commit([0-9a-f]{12}|unknown)", text) and "GiB, GPU:" in text
+
+
+def test_unfinished_runs_are_shown_and_not_counted(written):
+    text, report = written.page.read_text(), (written.folder / "report.md").read_text()
+    for name, (state, iteration) in STATES.items():
+        shown = "waiting" if state == "pending" else state
+        assert f"| {name} | {shown} | {iteration} | 40 |" in report
+        assert text.count(name) == 2  # among the unfinished, and among all runs
+    assert "1 failed, 1 waiting: these enter no mean" in report
+    assert re.search(r"\| vq \| 16 \| 1 \|", report) and re.search(r"\| vq \| 8 \| 2 \|", report)
+
+
+def test_the_fit_stands_in_the_table_with_its_intervals(written):
+    report = (written.folder / "report.md").read_text()
+    number = r"-?\d[\d.e+-]*"
+    fitted = rf"{number} \[{number}, {number}\]"
+    assert re.search(
+        rf"\| smoe \| power law \| L_inf = {fitted}, a = {fitted}, b = {fitted}", report
+    )
+    assert re.search(rf"\| vq \| log2 line \| c = {fitted}, d = {fitted}", report)
+
+
+def test_plots_have_no_other_plot_of_an_earlier_report(tmp_path):
+    directory = written_study(tmp_path / "s", sizes=(4,), seeds=(1,), routers=("vq",))
+    (directory / "report").mkdir()
+    stale = directory / "report" / "routing.png"
+    stale.write_bytes(b"old")
+    log = directory / "runs" / "experts4-vq-ranks1-seed1" / "metrics.jsonl"
+    log.write_text('{"iteration": 40, "consumed_tokens": 10240, "val/loss": 1.5}\n')
+    report = (write_report(directory).folder / "report.md").read_text()
+    assert (
+        not stale.exists() and "No plot routing.png: no finished run has routing metrics" in report
+    )
+    assert "not determined: three parameters need at least 4" in report
+
+
+def test_a_study_without_any_result_is_reported_all_the_same(tmp_path):
+    states = {f"experts4-vq-ranks1-seed{seed}": ("pending", 0) for seed in (1, 2)}
+    directory = written_study(tmp_path / "s", sizes=(4,), routers=("vq",), states=states)
+    report = (write_report(directory).folder / "report.md").read_text()
+    assert "0 finished, 2 not" in report
+    assert "No plot loss_experts.png: no finished run has a validation loss" in report
+
+
+def test_the_parent_run_gets_the_report(tmp_path):
+    directory = written_study(tmp_path / "s", sizes=(4,), seeds=(1,), routers=("vq",))
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run_id = open_parent_run(uri, "vqmoe", "study", {"vqmoe.study_dir": str(directory)})
+    parent = directory / "mlflow_parent.json"
+    parent.write_text(json.dumps({"uri": uri, "run_id": run_id}))
+    said = []
+    folder = write_report(directory, say=said.append).folder
+    assert said == []
+    logged = {file.path for file in MlflowClient(uri).list_artifacts(run_id)}
+    assert logged == {file.name for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("content", ['{"uri": "nowhere://x", "run_id": "1"}', "{", "[]"])
+def test_tracking_that_fails_is_said_and_the_report_is_there(tmp_path, content):
+    directory = written_study(tmp_path / "s", sizes=(4,), seeds=(1,), routers=("vq",))
+    (directory / "mlflow_parent.json").write_text(content)
+    said = []
+    assert write_report(directory, say=said.append).page.is_file()
+    (line,) = said
+    assert line.startswith("mlflow: the report was not logged to the parent run: ")
+
+
+def test_wrong_input_is_one_sentence(tmp_path):
+    directory = written_study(tmp_path / "s", sizes=(4,), seeds=(1,), routers=("vq",))
+    with pytest.raises(ValueError, match="hardware 'X9' is not known"):
+        write_report(directory, hardware="X9")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written to .*choose another with --out"):
+        write_report(directory, tmp_path / "file" / "report")
+
+
+def test_a_really_trained_run_is_reported_with_its_own_figures(write_study, vqmoe, tmp_path):
+    """The formats that training writes are the ones that the report reads."""
+    changes = {"more": ["train.eval_iters=1", "tracking.mlflow=false"]}
+    file = write_study(**changes, grid={"experts": [4], "seed": [1, 2]})
+    code, shown = vqmoe("study", "run", file, "--only", "0")
+    assert code == 0, shown
+    code, shown = vqmoe("study", "report", file)
+    assert code == 0 and "1 of 2 runs finished" in shown and "waiting" in shown
+    study = tmp_path / "study"
+    with (study / "report" / "runs.csv").open() as lines:
+        trained, waiting = list(csv.DictReader(lines))
+    records = read_metrics(study / "runs" / trained["name"])
+    assert float(trained["final_val_loss"]) == records[-1]["val/loss"]
+    assert int(trained["num_tokens"]) == 8 * 4 * 16  # steps, batch, sequence
+    assert trained["state"] == "finished" and waiting["state"] == "waiting"
+    assert trained["num_parameters_total"] == waiting["num_parameters_total"] != ""
