@@ -24,7 +24,6 @@ UNEQUAL_METRICS = {
     "overhead_share",
     "memory/peak_rss_bytes",
 }
-UNEQUAL_PREFIX = "system/"
 # Of two steps in one process: the first one after a resume has no step before it.
 STEP_TO_STEP_METRIC = "assignment_change_rate"
 
@@ -107,9 +106,7 @@ def curve_problems(killed: list[dict], whole: list[dict]) -> list[str]:
         differing = [
             f"{name} {ours.get(name)!r} != {theirs.get(name)!r}"
             for name in sorted({*ours, *theirs} - UNEQUAL_METRICS)
-            if ours.get(name) != theirs.get(name)
-            and not name.endswith(STEP_TO_STEP_METRIC)
-            and not name.startswith(UNEQUAL_PREFIX)
+            if ours.get(name) != theirs.get(name) and not name.endswith(STEP_TO_STEP_METRIC)
         ]
         if differing:
             problems.append(f"iteration {ours['iteration']:.0f}: {', '.join(differing[:4])}")

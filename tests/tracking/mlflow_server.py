@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-SERVER_START_S = 60
+SERVER_START_S = 150
 
 
 class MlflowServer:

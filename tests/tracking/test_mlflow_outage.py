@@ -19,6 +19,7 @@ from vqmoe_megatron.tracking.run_status import read_status
 
 # Steps trained twice have these from the first time; all other values are equal to the last bit.
 ON_THE_CLOCK = ("tokens_per_second", "step_time_ms", "overhead_share", "memory/", "system/")
+PATIENCE_S = 300  # a quiet machine needs a tenth of it
 NOISE_RATIO = 1.5  # medians of a few dozen 10 ms steps, on a machine that does other work
 
 
@@ -41,9 +42,10 @@ def server_points(client, run_id):
 
 
 def logged_points(run_dir):
+    records = read_metrics(run_dir) + read_metrics(run_dir / "system_metrics.jsonl")
     return {
         (name, record["iteration"]): float(value)
-        for record in read_metrics(run_dir)
+        for record in records
         for name, value in record.items()
         if name not in ("iteration", "timestamp_ms")
     }
@@ -71,13 +73,13 @@ def test_one_run_without_hole_or_duplicate_through_refusal_outage_and_kill(corpu
     run_dir, log, server = tmp_path / "run", tmp_path / "log", MlflowServer(tmp_path)
     command = ["pretrain", str(PARITY), *TINY, "train.log_interval=1", "train.train_iters=100000"]
     command += [f"data.path={corpus}", f"train.output_dir={run_dir}", "tracking.mlflow=true"]
-    command += [f"tracking.mlflow_uri={server.uri}", "checkpoint.save_interval=100"]
+    command += [f"tracking.mlflow_uri={server.uri}", "checkpoint.save_interval=30"]
     process = None
     try:
         # 1. The server knows itself by another name and answers 403: one notice, with the remedy.
         server.start(allowed_hosts="tracking.example:*")
         process = start_vqmoe(*command, log=log)
-        wait_until(lambda: last_iteration(run_dir) >= 20, process, log)
+        wait_until(lambda: last_iteration(run_dir) >= 20, process, log, PATIENCE_S)
         notices = [line for line in log.read_text().splitlines() if "403" in line]
         assert len(notices) == 1, notices
         assert f"--allowed-hosts 127.0.0.1:{server.port}" in notices[0]
@@ -86,7 +88,7 @@ def test_one_run_without_hole_or_duplicate_through_refusal_outage_and_kill(corpu
         # 2. Mended, it gets everything, from the first step on, while training goes on.
         server.start()
         reached = last_iteration(run_dir)
-        wait_until(lambda: last_step_there(server.uri) > reached, process, log)
+        wait_until(lambda: last_step_there(server.uri) > reached, process, log, PATIENCE_S)
         assert "answers again" in log.read_text()
 
         # 3. It dies; steps take what they took; the run is killed, too.
@@ -94,7 +96,10 @@ def test_one_run_without_hole_or_duplicate_through_refusal_outage_and_kill(corpu
         server.kill()
         saved = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
         wait_until(
-            lambda: saved.exists() and last_iteration(run_dir) >= max(began + 60, 110), process, log
+            lambda: saved.exists() and last_iteration(run_dir) >= began + 40,
+            process,
+            log,
+            PATIENCE_S,
         )
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -110,9 +115,9 @@ def test_one_run_without_hole_or_duplicate_through_refusal_outage_and_kill(corpu
         # 4. Server and run come back; the run goes on from its checkpoint and ends.
         server.start()
         start = int(saved.read_text())
-        end = start + 100
+        end = start + 30
         process = start_vqmoe(*command, f"train.exit_interval={end}", log=log)
-        assert process.wait(timeout=120) == 0, log.read_text()[-3000:]
+        assert process.wait(timeout=PATIENCE_S) == 0, log.read_text()[-3000:]
         assert last_iteration(run_dir) == end
 
         # 5. One run that has every point of the log, each step once.

@@ -38,6 +38,8 @@ def make_run(run_dir, state="completed", **tracking):
         for step in (10, 20, 30):
             record = {"iteration": step, "timestamp_ms": 1000 * step, "loss": 1 / step}
             log.append(record | ({"val/loss": math.inf} if step == 20 else {"grad_norm": math.nan}))
+    with MetricsLog(run_dir, "system_metrics.jsonl") as log:
+        log.append({"iteration": 20, "timestamp_ms": 20_000, "system/memory_used_bytes": 5})
     write_status(run_dir, state, 30, "because")
     (run_dir / "plots").mkdir()
     (run_dir / "plots" / "loss.png").write_bytes(b"a plot")
@@ -53,7 +55,7 @@ def test_a_run_that_never_reached_a_store_arrives_whole_and_once(runs_dir, store
     run_dir = make_run(runs_dir / "offline", parent_run_id="f" * 32, run_name="named")
     first = sync_run(run_dir, None)
     counts = (first.num_points, first.num_there, first.num_sent, first.num_differing)
-    assert counts == (6, 0, 6, 0)
+    assert counts == (7, 0, 7, 0)
     assert first.num_files_sent == 2 and first.num_params_sent > 50 and first.num_tags_sent == 2
     run = store.get_run(first.run_id)
     assert run.info.status == first.status == "FINISHED" and run.info.run_name == "named"
@@ -70,7 +72,7 @@ def test_a_run_that_never_reached_a_store_arrives_whole_and_once(runs_dir, store
     }
 
     again = sync_run(run_dir, None)
-    assert again.run_id == first.run_id and again.num_there == again.num_points == 6
+    assert again.run_id == first.run_id and again.num_there == again.num_points == 7
     assert (again.num_sent, again.num_params_sent, again.num_tags_sent) == (0, 0, 0)
     assert (again.num_files_sent, again.num_differing, again.num_only_there) == (0, 0, 0)
     (run_dir / "mlflow.json").unlink()  # the id is also in status.json of a run that had one
@@ -89,7 +91,7 @@ def test_only_holes_are_filled_and_what_differs_is_counted(runs_dir, store):
     store.log_batch(run_id, [Metric("loss", 0.25, 1, 50)])  # discarded: only the store has it
     write_status(run_dir, "failed", 40, "a reason")
     result = sync_run(run_dir, None)
-    assert (result.num_points, result.num_there, result.num_sent) == (7, 5, 2)
+    assert (result.num_points, result.num_there, result.num_sent) == (8, 6, 2)
     assert (result.num_differing, result.num_only_there) == (1, 2)  # loss of 30; loss 50, grad 30
     assert result.status == store.get_run(run_id).info.status == "FAILED"
     steps = [step for step, _ in history(store, run_id, "loss")]
@@ -131,7 +133,7 @@ def test_another_store_gets_a_whole_run_of_its_own(runs_dir, store, tmp_path):
     here = sync_run(run_dir, None)
     other = f"sqlite:///{tmp_path}/other.db"
     there = sync_run(run_dir, other)
-    assert there.run_id != here.run_id and there.num_sent == 6
+    assert there.run_id != here.run_id and there.num_sent == 7
     assert sync_run(run_dir, other).num_sent == sync_run(run_dir, None).num_sent == 0
     content = json.loads((run_dir / "mlflow.json").read_text())
     assert set(content["runs"].values()) == {here.run_id, there.run_id}
@@ -156,7 +158,7 @@ def test_the_command_prints_a_table_and_says_what_is_wrong(runs_dir, store, tmp_
     assert done.exit_code == 0, done.output
     header, row = done.stdout.splitlines()[:2]
     assert "there" in header and "only there" in header
-    assert row.split()[2:5] == ["6", "0", "6"] and row.split()[-1] == "FINISHED"
+    assert row.split()[2:5] == ["7", "0", "7"] and row.split()[-1] == "FINISHED"
 
     down = ["mlflow-sync", str(run_dir), "--uri", "http://127.0.0.1:9"]
     failed = CliRunner().invoke(app, down)

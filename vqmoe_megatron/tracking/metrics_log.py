@@ -19,6 +19,7 @@ from pathlib import Path
 from vqmoe_megatron.tracking.metric_table import check_metric_names
 
 METRICS_FILE = "metrics.jsonl"
+SYSTEM_METRICS_FILE = "system_metrics.jsonl"  # the machine's load, of the same form
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -90,13 +91,14 @@ def _complete_lines(content: bytes) -> list[bytes]:
 class MetricsLog:
     """Appends records to ``<run_dir>/metrics.jsonl``; for one process (rank 0), no communication.
 
+    ``file_name``: :data:`SYSTEM_METRICS_FILE` for the other log of a run.
     Opening repairs a file whose last line was cut by a kill, and says so.
     """
 
     _refused: bytes  # lines that the disk has not taken yet
 
-    def __init__(self, run_dir: str | Path) -> None:
-        self.path = Path(run_dir) / METRICS_FILE
+    def __init__(self, run_dir: str | Path, file_name: str = METRICS_FILE) -> None:
+        self.path = Path(run_dir) / file_name
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._refused = b""
         self._open()

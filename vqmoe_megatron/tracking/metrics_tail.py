@@ -16,14 +16,16 @@ Record = dict[str, int | float]
 
 
 class MetricsTail:
-    """The records of ``<run_dir>/metrics.jsonl`` in order, each once.
+    """The records of ``<run_dir>/metrics.jsonl``, or of another log there, in order, each once.
 
     Follows the log when it is replaced by a shorter one. ``read`` belongs to one thread,
     ``rewind`` may be called from another. Neither communicates.
     """
 
-    def __init__(self, run_dir: str | Path, report: Callable[[str], None]) -> None:
-        self.path = Path(run_dir) / METRICS_FILE
+    def __init__(
+        self, run_dir: str | Path, report: Callable[[str], None], file_name: str = METRICS_FILE
+    ) -> None:
+        self.path = Path(run_dir) / file_name
         self._report = report
         self._lock = threading.Lock()
         self._last_iteration = -1  # iterations in the log only grow

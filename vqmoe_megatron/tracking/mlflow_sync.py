@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vqmoe_megatron.config import TrackingConfig
 from vqmoe_megatron.recipe import flatten_config, load_recipe
-from vqmoe_megatron.tracking.metrics_log import METRICS_FILE, read_metrics
+from vqmoe_megatron.tracking.metrics_log import METRICS_FILE, SYSTEM_METRICS_FILE, read_metrics
 from vqmoe_megatron.tracking.mlflow_errors import MlflowUnavailable, explained
 from vqmoe_megatron.tracking.mlflow_record import open_record
 from vqmoe_megatron.tracking.mlflow_store import (
@@ -50,7 +50,7 @@ class SyncResult:
     run_dir: Path
     uri: str
     run_id: str | None
-    num_points: int = 0  # values in metrics.jsonl: metrics x logged iterations
+    num_points: int = 0  # values in the two logs: metrics x logged iterations
     num_there: int = 0  # of them, in the store before
     num_sent: int = 0
     num_differing: int = 0  # there with another value
@@ -94,6 +94,8 @@ def sync_run(run_dir: Path, uri: str | None, report: Callable[[str], None] = pri
     if is_alive(run_dir):
         return SyncResult(run_dir, uri, record.known_run(uri), is_running=True)
     records = read_metrics(run_dir) if (run_dir / METRICS_FILE).exists() else []
+    has_system = (run_dir / SYSTEM_METRICS_FILE).exists()
+    system_records = read_metrics(run_dir / SYSTEM_METRICS_FILE) if has_system else []
     path = run_dir / (METRICS_FILE if records else CONFIG_FILE)
     changed_ms = path.stat().st_mtime_ns // 1_000_000
     status_id = known.mlflow_run_id if known and uri == _own_uri(tracking, run_dir) else None
@@ -114,8 +116,10 @@ def sync_run(run_dir: Path, uri: str | None, report: Callable[[str], None] = pri
         if handle.notice:
             report(f"{run_dir}: {handle.notice}")
         history = _history(handle)
-        points = _points(records)
-        batches = metric_batches(records, lambda name, step: (name, step) in history, changed_ms)
+        points = _points(records + system_records)
+        batches = metric_batches(
+            records + system_records, lambda name, step: (name, step) in history, changed_ms
+        )
         for batch in batches:
             send_metrics(handle, batch)
         num_params = send_params(handle, params)

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from vqmoe_megatron.tracking.metrics_log import METRICS_FILE, SYSTEM_METRICS_FILE
 from vqmoe_megatron.tracking.metrics_tail import MetricsTail
 from vqmoe_megatron.tracking.mlflow_errors import first_line
 from vqmoe_megatron.tracking.mlflow_record import MlflowRecord
@@ -68,7 +69,7 @@ class MlflowTracker:
         uri: of the store; None means :func:`default_mlflow_uri`.
         experiment: created when missing.
         run_name: of a new run; None means the run directory's name.
-        run_dir: holds ``metrics.jsonl``.
+        run_dir: holds ``metrics.jsonl`` and ``system_metrics.jsonl``.
         record: the directory's ``mlflow.json``.
         resume_run_id: the checkpoint's run, for directories whose record names none.
         start_iteration: where this attempt starts.
@@ -107,7 +108,10 @@ class MlflowTracker:
         )
         self._start_iteration = start_iteration
         self._report = lambda text: report(f"mlflow: {text}")
-        self._tail = MetricsTail(self.run_dir, self._report)
+        self._tails = [
+            MetricsTail(self.run_dir, self._report, name)
+            for name in (METRICS_FILE, SYSTEM_METRICS_FILE)
+        ]
         self._batches: deque[list[Metric]] = deque()  # read from the log, not sent yet
         self._sent_until = -1  # iteration; everything in the log up to it was handed over
         self._queue: queue.Queue[_Item] = queue.Queue(max_pending)
@@ -143,7 +147,8 @@ class MlflowTracker:
 
         The new values are sent, too: those of the discarded steps were of another trajectory.
         """
-        self._tail.rewind(iteration)
+        for tail in self._tails:
+            tail.rewind(iteration)
         self._sent_until = min(self._sent_until, iteration)
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
@@ -209,7 +214,7 @@ class MlflowTracker:
                 return
             while True:
                 is_last_round = self._finishing.is_set()  # before looking: nothing comes after it
-                if not (self._ship_items() and self._ship_metrics()):
+                if not (self._ship_items() and all(map(self._ship_metrics, self._tails))):
                     return  # the store is down and the run is over: leave the rest unsent
                 if is_last_round:
                     break
@@ -237,15 +242,15 @@ class MlflowTracker:
                 self._lost[f"{item.kind} {result}"] += 1
             self._queue.task_done()
 
-    def _ship_metrics(self) -> bool:
-        """Send what is new in the log; False when the store is down and the run is over."""
+    def _ship_metrics(self, tail: MetricsTail) -> bool:
+        """Send what is new in one log; False when the store is down and the run is over."""
         last = self._handle.last_steps
         while True:
             try:
-                records = self._tail.read(RECORDS_PER_READ)
+                records = tail.read(RECORDS_PER_READ)
             except OSError as error:
                 if not self._finishing.is_set():
-                    self._report(f"{self._tail.path} cannot be read: {error}; trying again")
+                    self._report(f"{tail.path} cannot be read: {error}; trying again")
                     self._finishing.wait(LONGEST_PAUSE_S)
                 return True
             if not records:
@@ -264,7 +269,8 @@ class MlflowTracker:
                 self._batches.popleft()
                 if not self._queue.empty() and not self._ship_items():  # tags of a catching-up run
                     return False
-            self._sent_until = max(self._sent_until, int(records[-1]["iteration"]))
+            if tail is self._tails[0]:
+                self._sent_until = max(self._sent_until, int(records[-1]["iteration"]))
 
     def _open_run(self) -> None:
         handle = open_run(self.uri, self._request)

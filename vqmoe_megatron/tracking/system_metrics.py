@@ -1,9 +1,10 @@
 """CPU, memory and GPUs of rank 0's node, sampled by a thread that training never waits for.
 
 A thread of our own and not MLflow's: MLflow's sends to the server by itself, loses what it measured
-during an outage, and writes nothing to ``metrics.jsonl``. Here the means since the last log line
-become part of its record. GPUs are read through NVML; without NVIDIA's driver or the Python
-package ``nvidia-ml-py`` they are left out.
+during an outage, and keeps no file to replay. Here the means since the last log line become a
+record of ``system_metrics.jsonl``; ``metrics.jsonl`` stays free of what two equal runs do not
+share. GPUs are read through NVML; without NVIDIA's driver or the Python package ``nvidia-ml-py``
+they are left out.
 """
 
 from __future__ import annotations

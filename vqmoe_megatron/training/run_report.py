@@ -14,7 +14,7 @@ from vqmoe_megatron.analysis.plots import draw_run_plots
 from vqmoe_megatron.recipe import flatten_config, load_recipe, save_recipe
 from vqmoe_megatron.tracking.attempt_tags import attempt_tags
 from vqmoe_megatron.tracking.console import RunConsole
-from vqmoe_megatron.tracking.metrics_log import MetricsLog
+from vqmoe_megatron.tracking.metrics_log import SYSTEM_METRICS_FILE, MetricsLog
 from vqmoe_megatron.tracking.mlflow_record import open_record
 from vqmoe_megatron.tracking.mlflow_store import OUTCOME_OF_STATE
 from vqmoe_megatron.tracking.mlflow_tracker import MlflowTracker
@@ -70,10 +70,9 @@ class Rank0Report(RunReport):
         self.console = RunConsole(run.config.train.train_iters, start_iteration, bytes_per_token)
         self.console.__enter__()
         self.metrics_log = MetricsLog(self.run_dir.path)
-        if start_iteration:
-            self.metrics_log.truncate_after(start_iteration)
-        else:
-            self.metrics_log.truncate_after(-1)
+        self.system_log = MetricsLog(self.run_dir.path, SYSTEM_METRICS_FILE)
+        for log in (self.metrics_log, self.system_log):
+            log.truncate_after(start_iteration or -1)
         tracking = run.config.tracking
         self.system_metrics = SystemMetrics(self.message) if tracking.system_metrics else None
         self.tracker: MlflowTracker | NoTracker = NoTracker()
@@ -128,6 +127,7 @@ class Rank0Report(RunReport):
         """Cut metrics.jsonl back. MLflow keeps both values of a step; a tag says which steps."""
         self.message(text)
         self.metrics_log.truncate_after(iteration)
+        self.system_log.truncate_after(iteration)
         self.tracker.rolled_back(iteration)
         self.tracker.set_tags({f"rollback/{self._iteration}": text})
         self._iteration = iteration
@@ -136,10 +136,11 @@ class Rank0Report(RunReport):
     def log(self, record: Mapping[str, float]) -> None:
         """Append to metrics.jsonl, show on the console, wake the thread that ships the log."""
         self._iteration = int(record["iteration"])
-        record = {**record, "timestamp_ms": time.time_ns() // 1_000_000}
-        if self.system_metrics is not None:
-            record |= self.system_metrics.take()
-        self.metrics_log.append(record)
+        when = {"iteration": self._iteration, "timestamp_ms": time.time_ns() // 1_000_000}
+        self.metrics_log.append({**record, **when})
+        load = self.system_metrics.take() if self.system_metrics is not None else {}
+        if load:
+            self.system_log.append({**when, **load})
         self.console.update(record)
         self.tracker.metrics_logged()
 
@@ -149,6 +150,7 @@ class Rank0Report(RunReport):
         if self.system_metrics is not None:
             self.system_metrics.close()
         self.metrics_log.close()
+        self.system_log.close()
         if state != "failed":
             for plot in draw_run_plots(self.run_dir.path):
                 self.tracker.log_artifact(plot, "plots")
