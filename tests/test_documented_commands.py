@@ -1,0 +1,70 @@
+"""Commands in the documents and recipes exist: subcommand, options, scripts and recipe files."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from vqmoe_megatron import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "docs" / "operations.md",
+    ROOT / "docs" / "recipes.md",
+    *sorted((ROOT / "recipes").rglob("*.yaml")),
+]
+COMMAND = re.compile(r"(?:^|[`(\s])(vqmoe [a-z][^`\n]*)")
+SCRIPT = re.compile(r"(?<![\w/.$*-])((?:slurm|launchers|docker|recipes)/[\w/.-]+\.\w+)")
+NAMES = {path: path.relative_to(ROOT).as_posix() for path in DOCUMENTS}
+
+
+def commands(text: str) -> list[str]:
+    """Every ``vqmoe ...`` in code: indented, fenced, quoted or behind a recipe's #."""
+    text = text.replace("\\\n#", " ").replace("\\\n", " ")
+    return [found.strip() for found in COMMAND.findall(text)]
+
+
+def problem(line: str) -> str:
+    """Say what of ``vqmoe ...`` does not exist; empty when all does."""
+    words = shlex.split(re.split(r"&&|\||;| \(| #", line)[0], posix=False)[1:]
+    command = typer.main.get_command(cli.app)
+    while words and hasattr(command, "commands"):
+        if words[0] not in command.commands:
+            return f"no command {words[0]!r} in '{line}'"
+        command = command.commands[words.pop(0)]
+    options = {name for parameter in command.params for name in parameter.opts}
+    words = words[: words.index("--")] if "--" in words else words
+    given = [word.split("=")[0] for word in words if word.startswith("--")]
+    unknown = [name for name in given if name not in options | {"--help"}]
+    return f"no option {unknown[0]} in '{line}'" if unknown else ""
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES.values())
+def test_every_command_exists(path: Path) -> None:
+    found = commands(path.read_text("utf-8"))
+    assert [text for line in found if (text := problem(line))] == []
+
+
+def test_the_documents_are_read() -> None:
+    found = commands((ROOT / "docs" / "operations.md").read_text("utf-8"))
+    assert {line.split()[1] for line in found} >= {
+        *("prepare", "pretrain", "plan", "preflight", "study", "mlflow-sync", "checkpoint")
+    }
+
+
+def test_what_does_not_exist_is_seen() -> None:
+    assert "no command" in problem("vqmoe train recipes/quickstart.yaml")
+    assert "no option --worldsize" in problem("vqmoe plan recipes/quickstart.yaml --worldsize 8")
+    assert problem("vqmoe study submit STUDY.yaml --dry-run -- --time=4:00:00") == ""
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES.values())
+def test_every_named_file_exists(path: Path) -> None:
+    named = set(SCRIPT.findall(path.read_text("utf-8")))
+    missing = {name for name in named if not (ROOT / name).is_file()}
+    assert missing <= {"slurm/sites/NAME.sh", "docker/.env"}
