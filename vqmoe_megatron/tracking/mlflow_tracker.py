@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 ARTIFACT_ATTEMPTS = 3  # a broken artifact store must not hold up the metrics
 MAX_PENDING_ITEMS = 1000  # params, tags and files; a run has a handful per checkpoint
 RECORDS_PER_READ = 100
-IDLE_POLL_S = 0.2
+IDLE_POLL_S = 5.0  # a call wakes the thread; this is for logs that could not be read
 
 
 @dataclass(frozen=True)
