@@ -1,6 +1,6 @@
 # Each target does all of its own set-up in .venv, from a fresh clone.
 #
-#   make setup | pretrain | test | lint | help
+#   make setup | pretrain | test | test-cluster | lint | help
 #   make pretrain ARGS="train.train_iters=20"     ARGS reaches the command behind the target
 #   make test ARGS="-k layout"
 #
@@ -20,11 +20,11 @@ TORCH := $(shell sed -n 's/^ *\(torch==.*\)$$/\1/p' setup.cfg)
 TYPED := vqmoe_megatron/config.py vqmoe_megatron/config_checks.py vqmoe_megatron/vq_config.py vqmoe_megatron/recipe.py vqmoe_megatron/plan
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test lint
+.PHONY: help setup pretrain test test-cluster lint
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)$$/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)$$/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: $(STAMP)  ## create .venv and install the package with its development tools
 
@@ -42,8 +42,11 @@ pretrain: setup  ## prepare the stdlib corpus (once) and train recipes/quickstar
 	$(BIN)/vqmoe prepare stdlib --out data/stdlib
 	$(BIN)/vqmoe pretrain recipes/quickstart.yaml --nproc 2 $(ARGS)
 
-test: setup  ## run every test
+test: setup  ## run every test; what needs root or Debian packages skips and says so
 	$(BIN)/python -m pytest $(ARGS)
+
+test-cluster: setup  ## install Slurm and buildah (Debian, root), test jobs and the image for real
+	slurm/cluster/test.sh $(BIN)/python $(ARGS)
 
 lint: setup  ## ruff check, ruff format --check, and mypy on the torch-free files
 	$(BIN)/ruff check .

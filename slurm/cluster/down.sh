@@ -54,20 +54,26 @@ step_daemons() {
 }
 
 no_jobs() { [[ -z "$(squeue -h 2>/dev/null)" ]]; }
-no_daemon() { ! is_alive "$1" "$2"; }
+no_daemons() {
+    local pid_file name
+    for pid_file in "${daemons[@]}"; do
+        name=$(basename "$pid_file" .pid)
+        if is_alive "$pid_file" "${name%%_*}"; then return 1; fi
+    done
+}
 
 export SLURM_CONF=$conf
 if is_alive "$cluster_dir/slurmctld.pid" slurmctld; then
     squeue -h -o %A 2>/dev/null | sort -u | xargs -r scancel 2>/dev/null || true
     wait_until 15 no_jobs || echo "down.sh: some jobs do not end; killing their processes" >&2
 fi
-for pid_file in "$cluster_dir"/slurmctld.pid "$cluster_dir"/slurmd_*.pid "$cluster_dir"/munged.pid; do
-    name=$(basename "$pid_file" .pid)
-    name=${name%%_*}
-    is_alive "$pid_file" "$name" || continue
-    pid=$(<"$pid_file")
-    kill "$pid" || true
-    wait_until 15 no_daemon "$pid_file" "$name" || kill -KILL "$pid" || true
+daemons=("$cluster_dir"/slurmctld.pid "$cluster_dir"/slurmd_*.pid "$cluster_dir"/munged.pid)
+for signal in TERM KILL; do
+    for pid_file in "${daemons[@]}"; do
+        name=$(basename "$pid_file" .pid)
+        if is_alive "$pid_file" "${name%%_*}"; then kill -s "$signal" "$(<"$pid_file")" || true; fi
+    done
+    wait_until 10 no_daemons && break
 done
 mapfile -t left < <(job_processes; step_daemons)
 if ((${#left[@]})); then

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from slurm_job import NUM_ITERS, Job
 
-MEASURED = ("second", "_ms", "bytes")  # what a clock or the machine says is never the same
+# What a clock or the machine says is never the same. The change rate compares with the step before,
+# which the first step of an attempt has not seen.
+MEASURED = ("second", "_ms", "bytes", "overhead", "assignment_change_rate")
 
 
 def computed(row: dict) -> dict:

@@ -41,7 +41,11 @@ def test_job_survives_the_death_of_a_slurmd(
     store = job_folder / f"without_{node}.db"
     shutil.copy(empty_store, store)
     job = submit_pretraining(
-        job_folder, f"without_{node}", job_corpus, f"tracking.mlflow_uri=sqlite:///{store}"
+        job_folder,
+        f"without_{node}",
+        job_corpus,
+        "tracking.mlflow=true",
+        f"tracking.mlflow_uri=sqlite:///{store}",
     )
     job.wait_iteration(DISTURB_AT)
     orphan = job.rank_process(2 if node == "n3" else 0)

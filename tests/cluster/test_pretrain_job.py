@@ -80,6 +80,7 @@ def jobs(job_folder, job_corpus, empty_store):
                 job_folder,
                 name,
                 job_corpus,
+                "tracking.mlflow=true",
                 f"tracking.mlflow_uri=sqlite:///{store(name)}",
                 nodes="-N2" if name == "by_torchrun" else "-N4",
                 **{"VQMOE_PREFLIGHT": "0", **environment},
