@@ -84,3 +84,13 @@ def test_a_problem_of_all_runs_is_told_once(write_study) -> None:
         planned(write_study(more=["vq.num_code=3"]))
     assert str(refused.value).count("vq.num_codes") == 1
     assert "all 4 runs" in str(refused.value)
+
+
+def test_the_laptop_study_is_legal_and_compares_equals(monkeypatch) -> None:
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.chdir(root)
+    runs = planned(Path("recipes/studies/stdlib_experts.yaml"))
+    assert len(runs) == 6 * 2 * 2 and {run.num_ranks for run in runs.values()} == {1}
+    assert len({run.num_tokens for run in runs.values()}) == 1
+    largest = runs["experts128-vq-seed1"].config
+    assert largest.vq.num_codes == 512 and largest.vq.in_code_space
