@@ -80,6 +80,15 @@ def test_the_layout_fits_with_and_without_the_baseline(path: Path) -> None:
     assert baseline.model.moe_router_topk == rows  # as many expert rows per token
 
 
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_tiny_ones_run_on_eight_ranks_as_they_say(experts: int) -> None:
+    path = ROOT / "recipes" / "scale" / f"tiny_{experts}.yaml"
+    words = shlex.split(table.stated(path, "On eight ranks"))
+    assert words[:2] == ["--nproc", "8"]
+    layout = check_layout(load_recipe(path, words[2:]), 8, "cpu")
+    assert layout.expert_model_parallel_size == 8
+
+
 @each_recipe
 def test_the_plan_has_no_errors_and_the_stated_parameters(path: Path) -> None:
     plan = table.plan_recipe(path, [])

@@ -165,6 +165,14 @@ def test_a_complete_corpus_needs_no_input_and_no_unpacking(tmp_path, wikitext, c
         prepare_corpus("wikitext-103", tmp_path / "out", [], "word")
 
 
+def test_real_wikitext_has_transformer_xls_number_of_tokens(tmp_path, wikitext_valid):
+    """217,646: the valid split's words, of which <unk> are some, and an <eos> for each of 3,760
+    lines."""
+    corpus = prepare_corpus("text", tmp_path / "out", [wikitext_valid, wikitext_valid], "word")
+    ids = ids_of(corpus, "valid")
+    assert ids.size == 217_646 and np.count_nonzero(ids == 1) == 3760
+
+
 def test_altered_wikitext_is_refused(tmp_path, wikitext, wiki_files):
     other = write_zip(tmp_path / "other.zip", {**wiki_files, "more": b""})
     with pytest.raises(ValueError, match="other.zip is not wikitext-103-v1.zip: its sha256"):
