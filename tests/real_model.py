@@ -118,3 +118,46 @@ def measure_activations(overrides: list[str]) -> int:
     forward()  # the codebook takes its first codes from the data
     excluded += [*chunk.module.buffers()]
     return saved_bytes(forward, excluded)[0]
+
+
+class _OneModule:
+    """Everything belongs to the whole model: hooks on autograd would forbid what the layer does."""
+
+    parents = {"Global"}
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def measure_flops(overrides: list[str]) -> list[int]:
+    """Operations of one microbatch on one rank, [forward, backward], as torch counts them.
+
+    In fp64, where every expert's product is a plain one that the counter knows.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from vqmoe_megatron.plan.layout import check_layout
+    from vqmoe_megatron.training.model_builder import build_model, build_transformer_config
+
+    config = recipe([*overrides, "model.moe_router_dtype=fp64"])
+    layout = check_layout(config, torch.distributed.get_world_size(), "cpu")
+    transformer = build_transformer_config(config, layout)
+    (wrapped,) = build_model(config, transformer, layout)
+    model = _unwrapped(wrapped)
+    wrapped.grad_accs = []  # its hooks add to fp32 buffers
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    model.double()
+    batch = next(_batches(config))
+    tokens, positions = batch["tokens"], batch["position_ids"]
+    model(tokens, positions, None, labels=tokens)  # codes from the data
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _OneModule()
+    with counter:
+        loss = model(tokens, positions, None, labels=tokens).sum()
+        forward = counter.get_total_flops()
+        loss.backward()
+        return [forward, counter.get_total_flops() - forward]

@@ -6,7 +6,8 @@ VPP is none, 2 or 4. Dropped, each with its reason: what a rule of the layout fo
 not fit the device's memory. Not tried: what does not tile the world, and a distributed optimizer
 without replicas to share it. Everything else, the global batch too, stays the recipe's.
 
-Candidates are judged by the first and the last pipeline stage; the best are then planned whole.
+Candidates are judged by the first and the last pipeline stage; the best are then planned whole. One
+whose operations and bubble alone take longer than the ten best so far is not looked at further.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from itertools import product
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.hardware import Hardware
 from vqmoe_megatron.plan.layout import ParallelLayout, layout_errors
+from vqmoe_megatron.plan.run_flops import run_flops
 from vqmoe_megatron.plan.run_memory import stage_memory
 from vqmoe_megatron.plan.run_plan import RunPlan, plan_run, predict
+from vqmoe_megatron.plan.state_memory import StateBytes, state_bytes
+from vqmoe_megatron.plan.step_time import least_seconds
 
 VIRTUAL_SIZES = (None, 2, 4)
 MOST_MICRO_BATCH = 16
@@ -51,34 +55,49 @@ def search_layouts(
         raise ValueError(f"world_size={world_size} must be at least 1")
     dropped: Counter[str] = Counter()
     fitting: list[tuple[float, int, RunConfig]] = []  # seconds, order of trial
-    num_tried, smallest = 0, None
-    too_full: tuple[ParallelLayout, bool] | None = None
+    num_tried = num_fitting = 0
+    smallest: int | None = None
     device = "cpu" if hardware.name == "CPU" else "cuda"
+    place: tuple[ParallelLayout, bool] | None = None
+    is_too_full = False
+    states: dict[int, StateBytes] = {}
     for candidate in _candidates(config, world_size, hardware):
         num_tried += 1
         if errors := layout_errors(candidate, world_size, device):
             dropped[_reason(errors[0])] += 1
             continue
         layout = ParallelLayout.from_config(candidate, world_size)
-        place = (layout, candidate.optimizer.use_distributed_optimizer)
-        if place == too_full:  # micro batches come in ascending order
+        if place != (layout, candidate.optimizer.use_distributed_optimizer):
+            place = (layout, candidate.optimizer.use_distributed_optimizer)
+            ends = sorted({0, layout.pipeline_model_parallel_size - 1})
+            states = {end: state_bytes(candidate, layout, end) for end in ends}
+            is_too_full = False
+        if is_too_full:  # micro batches come in ascending order
             dropped[MEMORY_REASON] += 1
             continue
-        ends = sorted({0, layout.pipeline_model_parallel_size - 1})
-        memory = tuple(stage_memory(candidate, layout, end, hardware.kernels) for end in ends)
+        memory = tuple(
+            stage_memory(candidate, layout, end, hardware.kernels, state)
+            for end, state in states.items()
+        )
         peak = max(stage.peak for stage in memory)
         if peak > hardware.memory_bytes:
             dropped[MEMORY_REASON] += 1
-            too_full = place
+            is_too_full = True
             smallest = peak if smallest is None else min(smallest, peak)
             continue
-        seconds = predict(candidate, layout, memory, hardware).total_seconds
-        fitting.append((seconds, num_tried, candidate))
-    fitting.sort(key=lambda entry: entry[:2])
+        num_fitting += 1
+        flops = run_flops(candidate, layout)
+        if len(fitting) == num_best and fitting[-1][0] <= least_seconds(
+            candidate, layout, flops, hardware
+        ):
+            continue
+        seconds = predict(candidate, layout, memory, hardware, flops).total_seconds
+        fitting = sorted([*fitting, (seconds, num_tried, candidate)], key=lambda e: e[:2])
+        fitting = fitting[:num_best]
     return SearchResult(
-        best=tuple(plan_run(entry[2], world_size, hardware) for entry in fitting[:num_best]),
+        best=tuple(plan_run(entry[2], world_size, hardware) for entry in fitting),
         num_tried=num_tried,
-        num_fitting=len(fitting),
+        num_fitting=num_fitting,
         dropped=dict(dropped.most_common()),
         smallest_peak_bytes=smallest,
     )

@@ -21,7 +21,6 @@ from vqmoe_megatron.plan.model_parameters import (
     chunk_places,
     is_moe_layer,
     padded_vocab_size,
-    stage_parameters,
 )
 from vqmoe_megatron.plan.pipeline_schedule import peak_in_flight
 from vqmoe_megatron.plan.state_memory import StateBytes, state_bytes
@@ -76,9 +75,16 @@ class StageMemory:
 
 
 def stage_memory(
-    config: RunConfig, layout: ParallelLayout, pipeline_rank: int, kernels: str = "local"
+    config: RunConfig,
+    layout: ParallelLayout,
+    pipeline_rank: int,
+    kernels: str = "local",
+    state: StateBytes | None = None,
 ) -> StageMemory:
     """Return the memory of a stage's first data-parallel rank, which has the fullest shards.
+
+    ``state`` is what the stage keeps from step to step, if the caller knows it already; batch sizes
+    do not change it.
 
     Raises:
         ValueError: for unknown kernels, or an unknown vocabulary size.
@@ -93,8 +99,8 @@ def stage_memory(
     in_flight = peak_in_flight(chunks, *schedule)
     tables_in_flight = peak_in_flight(tables, *schedule)
     element = 2 if model.bf16 else 4
-    parameters = [p for chunk in stage_parameters(config, layout, pipeline_rank) for p in chunk]
-    workspace = max(p.num_bytes for p in parameters if p.is_trained)
+    state = state or state_bytes(config, layout, pipeline_rank)
+    workspace = state.largest_weight
     if places[-1].is_last:
         tokens = train.micro_batch_size * model.seq_length
         vocab = padded_vocab_size(model) // layout.tensor_model_parallel_size
@@ -102,7 +108,7 @@ def stage_memory(
     has_experts = any(is_moe_layer(model, n) for place in places for n in place.layers)
     return StageMemory(
         pipeline_rank=pipeline_rank,
-        state=state_bytes(config, layout, pipeline_rank),
+        state=state,
         activations=in_flight - tables_in_flight,
         code_tables=tables_in_flight,
         recomputed=max(recompute_peak_bytes(config, place, kept) for place in places),

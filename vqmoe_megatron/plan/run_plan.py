@@ -125,23 +125,28 @@ def plan_run(config: RunConfig, world_size: int, hardware: Hardware | str | None
         layout = ParallelLayout.from_config(config, world_size)
         stages = range(layout.pipeline_model_parallel_size)
         memory = tuple(stage_memory(config, layout, s, hardware.kernels) for s in stages)
+        flops = run_flops(config, layout)
         figures = Figures(
             layout=layout,
             parameters=count_parameters(config, layout),
             memory=memory,
-            flops=run_flops(config, layout),
+            flops=flops,
             wire=step_wire(config, layout),
-            step_time=predict(config, layout, memory, hardware),
+            step_time=predict(config, layout, memory, hardware, flops),
         )
     return RunPlan(config, world_size, hardware, errors, figures)
 
 
 def predict(
-    config: RunConfig, layout: ParallelLayout, memory: tuple[StageMemory, ...], hardware: Hardware
+    config: RunConfig,
+    layout: ParallelLayout,
+    memory: tuple[StageMemory, ...],
+    hardware: Hardware,
+    flops: RunFlops,
 ) -> StepTime:
     """Predict a step from the stages whose memory is given; the slowest of them paces it."""
     wires = tuple(stage_wire(config, layout, stage.pipeline_rank) for stage in memory)
-    return step_time(config, layout, run_flops(config, layout), memory, wires, hardware)
+    return step_time(config, layout, flops, memory, wires, hardware)
 
 
 def default_hardware(config: RunConfig) -> str:

@@ -37,6 +37,7 @@ class StateBytes:
     main_parameters: int
     moments: int
     statistics: int
+    largest_weight: int  # contained in weights: its gradient is a tensor of its own for a moment
 
     @property
     def optimizer(self) -> int:
@@ -63,11 +64,12 @@ def state_bytes(
     Raises:
         ValueError: when the vocabulary size is not known.
     """
-    weights = gradients = main = moments = 0
+    weights = gradients = main = moments = largest = 0
     for chunk in stage_parameters(config, layout, pipeline_rank):
         for parameter in chunk:
             is_buffered = parameter.is_trained and config.optimizer.use_distributed_optimizer
             weights += 0 if is_buffered else parameter.num_bytes
+            largest = max(largest, parameter.num_bytes if parameter.is_trained else 0)
     for buffer in stage_buffers(config, layout, pipeline_rank):
         if buffer.is_distributed:
             weights += buffer.num_elements * buffer.bytes_per_element
@@ -84,6 +86,7 @@ def state_bytes(
         main_parameters=main,
         moments=moments,
         statistics=num_layers * layer_statistics_bytes(config, layout),
+        largest_weight=largest,
     )
 
 

@@ -137,6 +137,20 @@ def step_time(
     )
 
 
+def least_seconds(
+    config: RunConfig, layout: ParallelLayout, flops: RunFlops, hardware: Hardware
+) -> float:
+    """Return what no step of this layout can be faster than: operations and their bubble."""
+    train = config.train
+    microbatches = layout.num_microbatches(train.global_batch_size, train.micro_batch_size)
+    bubble = bubble_microbatches(
+        layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size or 1
+    )
+    rate = hardware.flops_per_second(config.model.bf16)
+    ends = (flops.per_rank[0], flops.per_rank[-1])
+    return max(end.total for end in ends) / rate * float(1 + bubble / microbatches)
+
+
 def _stage_time(
     config: RunConfig,
     layout: ParallelLayout,
