@@ -123,7 +123,7 @@ STYLE = """
   --line: #3a3f46; --head: #22262b; } }
 body { margin: 0; background: var(--back); color: var(--text);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
+main { max-width: 1140px; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0.5rem 0 1rem; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 0.75rem; padding-top: 0.75rem;
   border-top: 1px solid var(--line); }
@@ -136,8 +136,8 @@ img { display: block; max-width: 100%; height: auto; background: #ffffff; border
   border: 1px solid var(--line); }
 figcaption { color: var(--soft); font-size: 0.92rem; margin-top: 0.5rem; max-width: 90ch; }
 .wide { overflow-x: auto; margin: 0.75rem 0; }
-table { border-collapse: collapse; font-size: 0.82rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.55rem; border-bottom: 1px solid var(--line); text-align: left;
+table { border-collapse: collapse; font-size: 0.8rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.25rem 0.5rem; border-bottom: 1px solid var(--line); text-align: left;
   white-space: nowrap; vertical-align: top; }
 th { background: var(--head); }
 .right { text-align: right; }

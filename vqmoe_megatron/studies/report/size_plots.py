@@ -39,7 +39,9 @@ def draw_speed(series: Sequence[Series]) -> Figure | str:
     predicted = _draw_planned(axis, series, "predicted_tokens_per_second", ", predicted")
     if not measured and not predicted:
         return "no finished run has a throughput, and none is predicted"
-    speed_axis(axis)
+    means = [mean.mean for one in series for mean in one.means("tokens_per_second").values()]
+    plans = [row.planned.predicted_tokens_per_second for one in series for row in one.rows]
+    speed_axis(axis, [*means, *filter(None, plans)])
     axis.set_ylabel("tokens per second")
     doubling_axis(axis, measured | predicted, "experts")
     legend_outside(axis)

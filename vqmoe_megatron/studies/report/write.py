@@ -59,6 +59,10 @@ def write_report(
         profile = hardware_profile(hardware).name
     study = read_study(Path(path), profile)
     folder = Path(out) if out is not None else study.path / "report"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _refused(folder, error) from error
     page = build_page(study, made_here, datetime.now(timezone.utc))
     plots = {plot.file_name: plot.png for section in page.sections for plot in section.plots}
     files = {
@@ -68,17 +72,20 @@ def write_report(
         "index.html": html_page(page).encode(),
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             _replace(folder / name, content)
         for name in set(PLOT_NAMES) - set(plots):  # of an earlier report
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"the report cannot be written to {folder}: {error.strerror}; choose another with --out"
-        ) from error
-    _log_to_parent(study.path / PARENT_FILE, folder, say)
+        raise _refused(folder, error) from error
+    log_to_parent(study.path / PARENT_FILE, folder, say)
     return WrittenReport(folder, study)
+
+
+def _refused(folder: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"the report cannot be written to {folder}: {error.strerror}; choose another with --out"
+    )
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -93,8 +100,11 @@ def _replace(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _log_to_parent(record: Path, folder: Path, say: Callable[[str], None]) -> None:
-    """Hand the report to the parent run; tracking never fails a report."""
+def log_to_parent(record: Path, folder: Path, say: Callable[[str], None]) -> None:
+    """Hand the files of ``folder`` to the parent run that ``record`` names, if there is one.
+
+    Tracking never fails a report: nothing is raised, what went wrong is said.
+    """
     if not record.is_file():
         return
     try:
