@@ -14,7 +14,7 @@ import sys
 import urllib.error
 import urllib.request
 
-TIMEOUT_S = 8
+TIMEOUT_S = 20
 
 
 def main() -> None:
