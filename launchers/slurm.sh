@@ -24,8 +24,12 @@ start_job() {
     read -r -a mounts <<<"$VQMOE_MOUNTS"
     compose_container "$VQMOE_CONTAINER" "$VQMOE_IMAGE" "$gpus_per_node" "$root" "$PWD" "${mounts[@]}"
     local python=${PYTHON:-}
-    if [[ -z "$python" && "$VQMOE_CONTAINER" == none && -x "$root/.venv/bin/python" ]]; then
+    if [[ -z "$python" && "$VQMOE_CONTAINER" == none ]]; then
         python=$root/.venv/bin/python
+        if [[ ! -x "$python" ]]; then
+            echo "no .venv in $root (make setup creates it); using $(command -v python3)"
+            python=python3
+        fi
     fi
     vqmoe=("${python:-python3}" -m vqmoe_megatron.cli)
     export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
