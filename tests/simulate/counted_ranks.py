@@ -51,7 +51,8 @@ def random_batches(config: Any, seed: int) -> Iterator[dict[str, torch.Tensor]]:
 
 def count_and_plan(layout_sizes: dict[str, int], overrides: list[str]) -> dict[str, Any]:
     """One balanced step and one with the model's routing: [collective, axis, calls, bytes] as
-    counted, and as planned. Bytes are text, because they may be fractions."""
+    counted, and as planned. Bytes are text, because they may be fractions. With the model's routing
+    without calls: one whose rows all stay at home is none."""
     from megatron.core import parallel_state
 
     from vqmoe_megatron.plan.layout import check_layout
@@ -68,12 +69,15 @@ def count_and_plan(layout_sizes: dict[str, int], overrides: list[str]) -> dict[s
             config, layout, lambda: random_batches(config, replica), 1, is_balanced
         )
         planned = stage_wire(config, layout, stage, None if is_balanced else step.traffic)
-        found[name] = as_rows(step.counted)
-        found[f"{name} plan"] = as_rows(planned.by_collective)
+        found[name] = as_rows(step.counted, is_balanced)
+        found[f"{name} plan"] = as_rows(planned.by_collective, is_balanced)
         found[f"{name} loss"] = step.loss
     return found
 
 
-def as_rows(table: dict[tuple[str, str], tuple[int, Any]]) -> list[list[Any]]:
+def as_rows(table: dict[tuple[str, str], tuple[int, Any]], with_calls: bool) -> list[list[Any]]:
     """[collective, axis, calls, bytes as text]."""
-    return [[*key, calls, str(sent)] for key, (calls, sent) in sorted(table.items())]
+    return [
+        [*key, calls if with_calls else None, str(sent)]
+        for key, (calls, sent) in sorted(table.items())
+    ]
