@@ -132,6 +132,7 @@ def _simulation_json(simulated: SimulatedStep) -> dict[str, Any]:
         "num_microbatches": simulated.num_microbatches,
         "num_microbatches_of_run": simulated.num_microbatches_of_run,
         "seconds": simulated.seconds,
+        "cpu_seconds": simulated.cpu_seconds,
         "peak_memory_bytes": simulated.peak_memory_bytes,
         "notes": list(simulated.notes),
         "ranks": [

@@ -121,8 +121,11 @@ def show_simulation(simulated: SimulatedStep, console: Console) -> None:
                 "yes" if entry.is_equal else f"NO: planned {entry.planned[0]:,} calls",
             )
         console.print(table)
-    seconds, peak = simulated.seconds, bytes_text(simulated.peak_memory_bytes)
-    console.print(f"simulated {len(simulated.ranks)} rank(s) in {seconds:.1f} s and {peak}")
+    console.print(
+        f"simulated {len(simulated.ranks)} rank(s) in {simulated.seconds:.1f} s "
+        f"({simulated.cpu_seconds:.1f} s of processor) and "
+        f"{bytes_text(simulated.peak_memory_bytes)}"
+    )
     for note in simulated.notes:
         console.print(f"note: {note}")
     if not simulated.matches:
