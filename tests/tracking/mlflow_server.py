@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,13 +17,25 @@ import pytest
 SERVER_START_S = 150
 
 
+def _free_port() -> int:
+    """A free port below those that clients are given: a client that calls a dead server again and
+    again would sooner or later get its port for its own end, call itself, and keep the server out.
+    """
+    for port in random.sample(range(15_000, 32_000), 100):
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return port
+        except OSError:
+            continue
+    raise RuntimeError("no free port between 15000 and 32000")
+
+
 class MlflowServer:
     """``mlflow server`` in its own process group; its store stays in ``folder`` over restarts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = _free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen | None = None
 
