@@ -66,6 +66,7 @@ def run(
     from vqmoe_megatron.studies.local_display import LocalDisplay
     from vqmoe_megatron.studies.local_study import LocalStudy
     from vqmoe_megatron.studies.mlflow_parent import end_study_parent, open_study_parent
+    from vqmoe_megatron.studies.run_state import run_state
     from vqmoe_megatron.studies.study import load_study
     from vqmoe_megatron.studies.study_table import counts, study_console
     from vqmoe_megatron.studies.study_task import check_no_world
@@ -80,7 +81,8 @@ def run(
     open_study_parent(loaded, display.say)
     local = LocalStudy(loaded, chosen, jobs, display)
     code = local.run()
-    outcome = {0: "FINISHED", 75: "KILLED"}.get(code, "FAILED")
+    is_done = all(run_state(one).is_finished for one in loaded.runs.values())
+    outcome = "FINISHED" if is_done else "FAILED" if code == 1 else "KILLED"  # may go on
     end_study_parent(loaded.folder, outcome, display.say)
     display.say(counts(list(local.states.values())))
     raise typer.Exit(code)
