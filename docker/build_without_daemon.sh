@@ -27,7 +27,6 @@ example
 exit codes: 0 built and trained, 2 usage or something missing, else that of the step which failed
 HELP
 }
-
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 fail() { echo "build_without_daemon.sh: $*" >&2; exit 2; }
 (( $(id -u) == 0 )) || fail "needs root (chroot, debootstrap); you are $(id -un)"
