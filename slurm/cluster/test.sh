@@ -30,7 +30,10 @@ if ! command -v apt-get >/dev/null && ! command -v slurmctld >/dev/null; then
     echo "test-cluster: SKIPPED, nothing was tested: no Slurm here, and no apt-get to install it"
     exit 0
 fi
-"$here/install.sh"
+if ! "$here/install.sh"; then
+    echo "test-cluster: SKIPPED, nothing was tested: the packages could not be installed (see above)"
+    exit 0
+fi
 
 # Short, because Slurm makes Unix sockets below it; and nobody else's.
 VQMOE_CLUSTER_DIR=$(mktemp -d /tmp/vqmoe_cluster.XXXXXX)
