@@ -12,7 +12,7 @@ def test_server_answers_at_the_address_it_wrote(job_folder) -> None:
 
     job = submit(job_folder, str(ROOT / "slurm" / "mlflow.sbatch"), "server")
     address = job_folder / "server" / "uri"
-    job.wait_until(address.exists, "serving", 300)
+    job.wait_until(address.exists, "serving")
     client = MlflowClient(tracking_uri=address.read_text().strip())
     run = client.create_run(client.create_experiment("from_a_job"))
     client.log_metric(run.info.run_id, "loss", 1.5, step=3)
