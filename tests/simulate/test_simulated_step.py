@@ -16,6 +16,7 @@ OPTIONS = [
     "model.num_layers=8",
     "model.num_moe_experts=32",
     "vq.num_codes=64",
+    "model.seq_length=64",
     "model.bf16=true",
     "optimizer.use_distributed_optimizer=true",
     "train.global_batch_size=1024",
@@ -66,7 +67,7 @@ def test_a_missing_collective_is_a_difference() -> None:
         (8192, None, "1 <= world_size <= 4096 fails: 8192"),
         (0, None, "1 <= world_size <= 4096 fails: 0"),
         (2, [2], "0 <= rank < world_size fails: 2 of 2"),
-        (3, None, "3 % .*TP"),
+        (3, None, r"world_size % .TP .*3 % 2 = 1"),
     ],
 )
 def test_illegal_worlds_are_refused(world_size, ranks, message) -> None:  # noqa: ANN001
@@ -75,9 +76,15 @@ def test_illegal_worlds_are_refused(world_size, ranks, message) -> None:  # noqa
         simulate_step(config, world_size, ranks)
 
 
+def test_rows_that_cannot_be_spread_evenly_are_refused() -> None:
+    config = small_recipe({"ep": 4}, ["model.seq_length=6", "train.global_batch_size=4"])
+    with pytest.raises(ValueError, match="6 % 4 = 2"):
+        simulate_step(config, 4)
+
+
 def test_a_failed_process_shows_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulated_step, "save_recipe", lambda config, path: path.write_text("x: 1"))
-    with pytest.raises(SimulationFailed, match="ended with 1:\n(.*\n)*.*x"):
+    with pytest.raises(SimulationFailed, match=r"(?s)ended with 1:.*x"):
         simulate_step(small_recipe({}, ["train.global_batch_size=1"]), 1)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.exact import Exact, exact
+from vqmoe_megatron.plan.layer_shape import LayerShape
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
 from vqmoe_megatron.plan.step_wire import step_wire
 from vqmoe_megatron.plan.step_wire_terms import StepWire
@@ -118,12 +119,14 @@ def simulate_step(
             are the same; time is not.
 
     Raises:
-        ValueError: for a layout, a world size or a rank that is not legal.
+        ValueError: for a layout, a world size or a rank that is not legal, and for so few tokens
+            that their rows cannot be spread evenly.
         SimulationFailed: when the process ends badly.
     """
     if not 1 <= world_size <= MAX_RANKS:
         raise ValueError(f"1 <= world_size <= {MAX_RANKS} fails: {world_size}")
     layout = check_layout(config, world_size, "cpu")
+    _check_rows(config, layout)
     num_of_run = _num_microbatches(config, layout)
     simulated = config if all_microbatches else _shortened(config, layout)
     planned = step_wire(simulated, layout)
@@ -143,6 +146,21 @@ def simulate_step(
         peak_memory_bytes=result["peak_memory_bytes"],
         notes=_notes(_num_microbatches(simulated, layout), num_of_run),
     )
+
+
+def _check_rows(config: RunConfig, layout: ParallelLayout) -> None:
+    shape = LayerShape.from_config(config, layout)
+    ranks = layout.expert_model_parallel_size
+    for what, rows in (
+        ("rows that travel forward", shape.num_dispatched_rows),
+        ("rows of codes", shape.num_discrete_rows),
+    ):
+        if rows % ranks:
+            raise ValueError(
+                f"a simulation spreads rows evenly, but {what} per microbatch and rank % EP != 0: "
+                f"{rows} % {ranks} = {rows % ranks}; choose train.micro_batch_size and "
+                "model.seq_length that divide"
+            )
 
 
 def _num_microbatches(config: RunConfig, layout: ParallelLayout) -> int:
