@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.moe.backward_hook import run_in_backward
 from vqmoe_megatron.moe.codebook_data_init import initialize_codebook
+from vqmoe_megatron.moe.step_statistics import KeepsStatistics
 from vqmoe_megatron.vq.code_map import CodeMap
 from vqmoe_megatron.vq.codebook import Codebook
 from vqmoe_megatron.vq.losses import quantization_losses
@@ -38,7 +39,7 @@ class Assignment:
     experts: torch.Tensor  # int64 [T, C]
 
 
-class CodeAssigner(torch.nn.Module):
+class CodeAssigner(KeepsStatistics):
     """One layer's codebook and code map, and how tokens meet them."""
 
     step_losses: torch.Tensor  # fp32 [3]: sum of commitment, of codebook loss, microbatches

@@ -35,13 +35,14 @@ from vqmoe_megatron.moe.discrete_input import discrete_rows
 from vqmoe_megatron.moe.dispatch import ResidentRows, combine, dispatch
 from vqmoe_megatron.moe.grouped_experts import evaluate_experts
 from vqmoe_megatron.moe.norms import ParallelNorm
+from vqmoe_megatron.moe.step_statistics import KeepsStatistics
 from vqmoe_megatron.moe.step_table import StepTable
 from vqmoe_megatron.moe.straight_through import with_gradient_to
 from vqmoe_megatron.vq.permutation import plan_permutation
 from vqmoe_megatron.vq.segment_sum import count_ids
 
 
-class VQMoELayer(MoELayer):
+class VQMoELayer(KeepsStatistics, MoELayer):
     """A Megatron MoE layer with a discrete path beside the learned router.
 
     Raises:

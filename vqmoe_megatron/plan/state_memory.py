@@ -91,17 +91,14 @@ def state_bytes(
 
 
 def layer_statistics_bytes(config: RunConfig, layout: ParallelLayout) -> int:
-    """Buffers of one VQMoE layer after its first step; every rank of the layer keeps them all.
-
-    Megatron's Float16Module casts expert load, gate sums and losses to the model's dtype.
-    """
+    """Buffers of one VQMoE layer after its first step, fp32 and int64 also in bf16 training; every
+    rank of the layer keeps them all."""
     layer, vq = LayerShape.from_config(config, layout), config.vq
-    element = 2 if config.model.bf16 else 4
-    num_bytes = (layer.num_moe_experts + 2) * element  # load per expert, gate
+    num_bytes = (layer.num_moe_experts + 2) * 4  # load per expert, gate
     if layer.path == "continuous":
         return num_bytes
     rows, width = layer.num_code_rows, layer.code_width
-    num_bytes += 3 * element  # losses
+    num_bytes += 3 * 4  # losses
     num_bytes += 2 * rows * 4 + 1 + ID_BYTES  # usage, step counts; initialised; steps
     num_bytes += rows * ID_BYTES  # code map
     if vq.codebook_update == "ema":
