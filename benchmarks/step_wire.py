@@ -47,7 +47,12 @@ TP, PP, VPP, EP, ETP = (
 )
 ZERO = ["optimizer.use_distributed_optimizer=true"]
 OVERLAP = [*ZERO, "optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
-EXPERTS_64 = ["model.num_moe_experts=64", "vq.num_codes=128", "optimizer.lr=3e-3"]
+EXPERTS_64 = [
+    "model.num_moe_experts=64",
+    "vq.num_codes=128",
+    "train.global_batch_size=16",
+    "optimizer.lr=3e-3",
+]
 # name: ranks, parallel sizes, overrides, steps of training
 LAYOUTS: dict[str, tuple[int, dict[str, int], list[str], int]] = {
     "one rank": (1, {}, [], 3),
@@ -152,7 +157,9 @@ def measured_row(name: str, corpus: Path, vocab_size: int) -> dict[str, Any]:
     num_ranks, sizes, overrides, num_steps = LAYOUTS[name]
     overrides = [
         f"model.vocab_size={vocab_size}",
+        "train.global_batch_size=4",
         f"train.train_iters={num_steps + 1}",
+        "optimizer.lr_warmup_iters=1",
         *overrides,
         *(f"parallel.{key}={size}" for key, size in sizes.items()),
     ]
@@ -261,10 +268,11 @@ def markdown(found: dict[str, Any]) -> str:
         "# Bytes of a whole optimizer step",
         "",
         "`python benchmarks/step_wire.py`: bytes that the busiest rank sends in one step of",
-        "`recipes/parity.yaml` (4 layers, fp32, global batch 16). Planned, simulated and counted",
-        "use balanced routing and are compared collective by collective, calls and bytes, on every",
-        "rank. `routed` is the largest step with the model's own routing, where the formulas are",
-        "told how many rows travelled and must give the bytes of every step of every rank.",
+        "`recipes/parity.yaml` (4 layers, fp32, global batch 4, for EP8 16). Planned, simulated",
+        "and counted use balanced routing and are compared collective by collective, calls and",
+        "bytes, on every rank. `routed` is the largest step with the model's own routing, where",
+        "the formulas are told how many rows travelled and must give the bytes of every step of",
+        "every rank.",
         f"{found['machine']['cores']} cores, load {found['load_average']:.0f} at the start, torch "
         f"{found['versions']['torch']}, megatron-core {found['versions']['megatron-core']}, commit "
         f"{found['commit'][:12]}{changed}.",

@@ -30,9 +30,9 @@ def test_512_ranks_agree_with_the_plan() -> None:
     # One rank of the first stage, of the inner ones, and of the last.
     assert [rank.rank for rank in simulated.ranks] == [0, 128, 384]
     assert [rank.pipeline_rank for rank in simulated.ranks] == [0, 1, 3]
-    assert simulated.num_microbatches == 8  # two per stage
+    assert simulated.num_microbatches == 4  # one per stage
     assert simulated.num_microbatches_of_run == 32
-    assert any("8 of 32 microbatches" in note for note in simulated.notes)
+    assert any("4 of 32 microbatches" in note for note in simulated.notes)
     axes = {axis for rank in simulated.ranks for _, axis in rank.counted}
     assert {"tp", "ep", "pp", "dp", "expt_dp", "tp_dp", "world"} <= axes
     assert simulated.peak_memory_bytes < 8 * 1024**3
@@ -92,5 +92,5 @@ def test_the_plan_is_that_of_the_simulated_microbatches() -> None:
     config = small_recipe({"pp": 2}, ["train.global_batch_size=64"])
     whole = step_wire(config, simulated_step.check_layout(config, 2, "cpu"))
     short = simulated_step._shortened(config, simulated_step.check_layout(config, 2, "cpu"))
-    assert short.train.global_batch_size == 4
+    assert short.train.global_batch_size == 2
     assert whole.sent_bytes > step_wire(short, simulated_step.check_layout(short, 2)).sent_bytes

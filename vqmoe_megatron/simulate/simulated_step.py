@@ -26,7 +26,7 @@ from vqmoe_megatron.recipe import save_recipe
 
 JOB_FILE, CONFIG_FILE, RESULT_FILE = "job.json", "run_config.yaml", "result.json"
 MAX_RANKS = 4096
-MICROBATCHES_PER_STAGE = 2  # simulated: enough for a pipeline to fill, run steadily and drain
+MICROBATCHES_PER_STAGE = 1  # simulated: a pipeline fills and drains
 TIMEOUT_SECONDS = 1800
 SHOWN_LINES = 20
 
@@ -115,7 +115,7 @@ def simulate_step(
         world_size: at most 4,096.
         ranks: which to simulate; None: the first rank of every pipeline stage whose plan differs
             from those in front of it (in a long pipeline the first, one inner and the last stage).
-        all_microbatches: simulate all of a step, not two per pipeline stage. Bytes per microbatch
+        all_microbatches: simulate all of a step, not one per pipeline stage. Bytes per microbatch
             are the same; time is not.
 
     Raises:
