@@ -19,7 +19,8 @@
 # The variables a docker container is given; the other kinds pass the whole environment on.
 DOCKER_VARIABLES='^(SLURM_|VQMOE_|MASTER_|PET_|NCCL_|GLOO_|TORCH|PYTORCH_|OMP_|CUDA_|PYTHON|MLFLOW_|TRITON_)'
 # srun sets these in each task, after the prefix was composed.
-TASK_VARIABLES=(SLURM_PROCID SLURM_LOCALID SLURM_NODEID SLURM_NTASKS SLURM_STEP_ID PET_NODE_RANK)
+TASK_VARIABLES=(SLURM_PROCID SLURM_LOCALID SLURM_NODEID SLURM_NTASKS SLURM_STEP_ID PET_NODE_RANK
+    VQMOE_KEEP_SIGNALS)
 
 container_refuse() {
     echo "container.sh: $*" >&2
@@ -63,8 +64,9 @@ compose_container() {
             ((${SLURM_JOB_NUM_NODES:-1} == 1)) || container_refuse \
                 "docker is for one node, not $SLURM_JOB_NUM_NODES; use pyxis or apptainer"
             # Host network and IPC: ranks meet on the node's address and share memory.
-            container_command=(docker run --rm --init --network host --ipc host --workdir "$PWD"
-                --user "$(id -u):$(id -g)")
+            # Signals go to the whole group: the first process, rank.sh, would keep them.
+            container_command=(docker run --rm --init --env TINI_KILL_PROCESS_GROUP=1
+                --network host --ipc host --workdir "$PWD" --user "$(id -u):$(id -g)")
             if ((num_gpus)); then container_command+=(--gpus all); fi
             for mount in "${mounts[@]}"; do container_command+=(--volume "$mount"); done
             while read -r name; do

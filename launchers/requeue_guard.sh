@@ -6,11 +6,13 @@
 #   checkpoints/latest_checkpointed_iteration.txt     where the next attempt would start
 #   slurm_attempts.tsv                                job, restart, iteration at its start
 #
-# The last file is the guard's own: an attempt that leaves no newer checkpoint behind than it found
-# would do the same again. A node that dies or an administrator's requeue never comes through
-# decide_requeue, so begin_attempt bounds those.
+# The last file is the guard's own. An attempt that ended by itself and leaves no newer checkpoint
+# behind than it found would do the same again. One that was told to stop, a node that dies, and an
+# administrator's requeue say nothing about the next: begin_attempt bounds those.
 
 ATTEMPTS_FILE=slurm_attempts.tsv
+# What a rank says when the rank at the other end of a connection is gone.
+LOST_PEER='DistBackendError|DistNetworkError|Connection (closed|reset|refused)|Broken pipe'
 
 # status_field RUN_DIR NAME: one field of status.json (one per line there), empty when absent.
 status_field() {
@@ -60,13 +62,15 @@ decide_requeue() {
     state=$(status_field "$run_dir" state)
     reason=$(status_field "$run_dir" reason)
     now=$(saved_iteration "$run_dir")
+    # A rank was killed, and another one noticed before srun ended it.
+    if [[ "$state" == failed && "$reason" =~ $LOST_PEER ]]; then state=running; fi
     if [[ "$(status_mark "$run_dir")" == "$mark" ]]; then
         echo "give-up the ranks ended before they wrote a status"
     elif [[ "$state" == completed ]]; then
         echo "done iteration $(status_field "$run_dir" iteration): $reason"
     elif [[ "$state" != requeue && "$state" != running ]]; then
         echo "give-up the run has state '$state': $reason"
-    elif ((now <= start)); then
+    elif [[ "$state" != requeue ]] && ((now <= start)); then
         echo "give-up no progress: the attempt began at iteration $start and its newest" \
             "checkpoint is of $now (state $state: $reason)"
     elif ((restart >= max_restarts)); then

@@ -22,6 +22,7 @@ start_job() {
     find_meeting_place
     local mounts=()
     read -r -a mounts <<<"$VQMOE_MOUNTS"
+    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # before the containers' variables are listed
     compose_container "$VQMOE_CONTAINER" "$VQMOE_IMAGE" "$gpus_per_node" "$root" "$PWD" "${mounts[@]}"
     local python=${PYTHON:-}
     if [[ -z "$python" && "$VQMOE_CONTAINER" == none ]]; then
@@ -32,7 +33,6 @@ start_job() {
         fi
     fi
     vqmoe=("${python:-python3}" -m vqmoe_megatron.cli)
-    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
     rank=("${container_srun_args[@]}" "${container_command[@]}" "$root/launchers/rank.sh")
     logs=logs/slurm/$(job_name)/attempt_$restart
     mkdir -p "$logs"

@@ -23,6 +23,8 @@ if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then
 fi
 # torch would start a thread per core in every rank.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+# In a container the user's own ~/.local packages, another torch perhaps, would stand before the image's.
+if [[ "${VQMOE_CONTAINER:-none}" != none ]]; then export PYTHONNOUSERSITE=1; fi
 # Rank logs are files: without it the last lines of a killed rank are lost.
 export PYTHONUNBUFFERED=1
 # A rank that dies in C++ shows its Python stack.

@@ -134,7 +134,7 @@ def pretrain(
 
     from vqmoe_megatron.runtime.forked_children import end_forks_with_parent
     from vqmoe_megatron.training.preflight import check_run
-    from vqmoe_megatron.training.run_directory import RunDirectory
+    from vqmoe_megatron.training.run_directory import RunDirectory, lock_patience_seconds
     from vqmoe_megatron.training.stop_requests import StopRequests
 
     run_dir, is_first = RunDirectory(Path(config.train.output_dir)), variables.rank == 0
@@ -142,7 +142,7 @@ def pretrain(
     end_forks_with_parent()
     if is_first:
         run_dir.create()
-    with run_dir.lock() if is_first else contextlib.nullcontext():
+    with run_dir.lock(lock_patience_seconds()) if is_first else contextlib.nullcontext():
         run = check_run(config, world_size, device, looks_for_checkpoint=is_first)
         quiet_known_messages()
         if device == "cpu":

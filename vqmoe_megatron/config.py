@@ -101,6 +101,8 @@ class ModelConfig:
             "make_vocab_size_divisible_by",
         ):
             check_at_least("model", 1, **{name: getattr(self, name)})
+        for name in ("num_query_groups", "kv_channels", "ffn_hidden_size", "vocab_size"):
+            check_at_least("model", 1, **{name: getattr(self, name)})
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size % num_attention_heads != 0: {self.hidden_size} % "

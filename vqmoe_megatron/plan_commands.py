@@ -28,7 +28,7 @@ from vqmoe_megatron.plan_tables import (
     show_simulation,
 )
 from vqmoe_megatron.recipe import load_recipe
-from vqmoe_megatron.simulate.simulated_step import SimulatedStep, simulate_step
+from vqmoe_megatron.simulate.simulated_step import SimulatedStep, SimulationFailed, simulate_step
 
 FAILED, REFUSED = 1, 2
 ASSUMED_VOCABULARY = 32_000
@@ -83,8 +83,14 @@ def plan(
         show_errors(planned, plan_console(sys.stderr))
     elif not as_json:
         show_plan(planned, assumptions, plan_console(sys.stdout))
-    if simulate and not planned.errors:
-        simulated = simulate_step(config, ranks)
+    if simulate and planned.errors:
+        print("no simulation: this layout cannot run", file=sys.stderr)
+    elif simulate:
+        try:
+            simulated = simulate_step(config, ranks)
+        except SimulationFailed as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(FAILED) from None
         described["simulation"] = _simulation_json(simulated)
         if not as_json:
             show_simulation(simulated, plan_console(sys.stdout))

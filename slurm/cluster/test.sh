@@ -37,7 +37,8 @@ fi
 
 # Short, because Slurm makes Unix sockets below it; and nobody else's.
 VQMOE_CLUSTER_DIR=$(mktemp -d /tmp/vqmoe_cluster.XXXXXX)
-export VQMOE_CLUSTER_DIR VQMOE_NODE_GPUS=2
+export VQMOE_CLUSTER_DIR VQMOE_NODE_GPUS=2 VQMOE_TEST_CLUSTER=$VQMOE_CLUSTER_DIR
+export VQMOE_CLUSTER_PORT=${VQMOE_CLUSTER_PORT:-17500} # not where a cluster of the user's listens
 end() {
     local code=$?
     "$here/down.sh" >/dev/null # the last line stays pytest's

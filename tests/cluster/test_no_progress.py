@@ -24,16 +24,23 @@ def test_attempts_that_begin_at_the_same_iteration_are_bounded(job_folder, job_c
     assert job.metrics() == []
 
 
-def test_an_attempt_without_a_newer_checkpoint_is_not_queued_again(job_folder, job_corpus) -> None:
+def test_attempts_that_are_told_to_stop_before_the_first_step_are_bounded(
+    job_folder, job_corpus
+) -> None:
     job = submit_pretraining(
-        job_folder, "stopped_early", job_corpus, "tracking.mlflow=false", VQMOE_PREFLIGHT="0"
+        job_folder,
+        "stopped_early",
+        job_corpus,
+        "tracking.mlflow=false",
+        VQMOE_PREFLIGHT="0",
+        VQMOE_MAX_IDLE_ATTEMPTS="1",
     )
     job.wait_until(lambda: "training in" in job.log, "training")
     slurm("scancel", "--batch", "--signal=USR1", job.number)
     assert job.wait_end() == "FAILED"
-    assert job.restarts == 0
-    assert "giving up: no progress: the attempt began at iteration 0" in job.log
-    assert job.status()["state"] == "requeue"
+    assert job.restarts == 1
+    assert "decision: requeue iteration 0 -> 0" in job.log
+    assert "giving up: 1 attempts of job" in job.log and "began at iteration 0" in job.log
 
 
 def test_a_cancelled_job_stays_cancelled(job_folder, job_corpus) -> None:

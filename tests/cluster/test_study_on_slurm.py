@@ -14,8 +14,8 @@ import pytest
 import yaml
 from slurm_job import END_SECONDS, ROOT, Job, slurm
 
-NUM_ITERS = 300
-KILL_AT = 5  # iterations; far from the end, and before the first save
+NUM_ITERS = 1000
+KILL_AT = 5  # iterations; far from the end, where the only unasked save is
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,6 @@ def study_file(job_folder, job_corpus) -> Path:
             "train.eval_iters=0",
             f"train.train_iters={NUM_ITERS}",
             "train.log_interval=1",
-            "checkpoint.save_interval=50",
             "tracking.mlflow=true",
         ],
         "grid": {

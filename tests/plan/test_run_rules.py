@@ -25,6 +25,15 @@ from vqmoe_megatron.recipe import load_recipe, save_recipe
         ),
         (
             [
+                "model.recompute_granularity=selective",
+                "model.recompute_modules=[mlp]",
+                "model.moe_layer_freq=2",
+            ],
+            ["model.add_bias_linear=false"],
+            "recompute_modules mlp with dense layers (moe_layer_freq = 2 > 1) that have biases",
+        ),
+        (
+            [
                 "model.moe_z_loss_coeff=0.001",
                 "model.calculate_per_token_loss=true",
                 "parallel.tensor_model_parallel_size=2",

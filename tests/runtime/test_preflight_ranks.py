@@ -67,9 +67,10 @@ def test_wrong_sums_and_a_folder_of_its_own_are_found(tmp_path) -> None:
     ended = two_ranks([tmp_path / "shared", tmp_path / "local"], ("", lie))
     assert [code for code, _ in ended] == [1, 1]
     problems = ended[0][1].splitlines()
-    assert len(problems) == 2
+    assert len(problems) == 3
     assert "not the same folder on n2" in problems[0] and problems[0].endswith("('n2',)")
-    assert problems[1] == "rank 1: all-reduce gave 4, not 3 ('n2',)"
+    assert problems[1] == "rank 1: all-reduce gave 4, not 3 ()"
+    assert problems[2] == "collectives fail on some nodes only ('n2',)"
 
 
 def test_one_rank_is_a_world(tmp_path) -> None:

@@ -31,8 +31,8 @@ def decide(run_dir: Path, start: int, restart: int = 0, mark: str = "another") -
         ("completed", 0, 60, 0, "done iteration 60: why"),
         ("completed", 60, 60, 3, "done iteration 60: why"),
         ("requeue", 0, 14, 0, "requeue iteration 0 -> 14: why"),
-        ("requeue", 14, 14, 0, "give-up no progress: the attempt began at iteration 14"),
-        ("requeue", 0, 0, 0, "give-up no progress: the attempt began at iteration 0"),
+        ("requeue", 14, 14, 0, "requeue iteration 14 -> 14: why"),  # asked to; bounded at the start
+        ("requeue", 0, 0, 0, "requeue iteration 0 -> 0: why"),
         ("requeue", 0, 14, 2, "requeue iteration 0 -> 14: why"),
         ("requeue", 0, 14, 3, "give-up restart 3 was the last that VQMOE_MAX_RESTARTS=3"),
         ("running", 10, 20, 0, "requeue the ranks were killed after iteration 10 -> 20"),
@@ -43,6 +43,13 @@ def decide(run_dir: Path, start: int, restart: int = 0, mark: str = "another") -
 def test_decision(tmp_path, state, start, saved, restart, decision) -> None:
     make_run(tmp_path, state, saved)
     assert decide(tmp_path, start, restart).startswith(decision)
+
+
+@pytest.mark.parametrize(("saved", "decision"), [(14, "requeue the ranks were"), (0, "give-up no")])
+def test_a_rank_that_lost_its_peer_was_not_the_cause(tmp_path, saved, decision) -> None:
+    why = "rank 0: RuntimeError: [../gloo/transport/tcp/pair.cc:1] Connection reset by peer"
+    make_run(tmp_path, "failed", saved, why)
+    assert decide(tmp_path, 0).startswith(decision)
 
 
 def test_a_status_that_the_attempt_did_not_write_counts_for_nothing(tmp_path) -> None:

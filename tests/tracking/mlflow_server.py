@@ -72,8 +72,11 @@ class MlflowServer:
                     return
             except OSError:
                 time.sleep(0.2)
+        has_ended = self.process.poll() is not None
         self.kill()
         log_tail = (self.folder / "server.log").read_text(errors="replace")[-500:]
+        if has_ended:
+            pytest.fail(f"the mlflow server ended by itself: {log_tail}")
         pytest.skip(f"no mlflow server on {self.uri} within {SERVER_START_S} s: {log_tail}")
 
     def kill(self) -> None:

@@ -7,7 +7,7 @@ from small_run import PARITY
 from typer.testing import CliRunner
 
 from vqmoe_megatron.cli import app
-from vqmoe_megatron.training.preflight_commands import nodes_of_ranks
+from vqmoe_megatron.runtime.node_facts import nodes_of_ranks
 
 
 def preflight(*arguments: str):

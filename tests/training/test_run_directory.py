@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
+from vqmoe_megatron.runtime.world import COLLECTIVE_TIMEOUT_MINUTES, RENDEZVOUS_SECONDS
 from vqmoe_megatron.tracking.run_status import read_status, write_status
-from vqmoe_megatron.training.run_directory import RunDirectory
+from vqmoe_megatron.training.run_directory import RunDirectory, lock_patience_seconds
 
 
 def test_a_directory_is_made_and_left_without_a_trace(tmp_path):
@@ -88,3 +89,9 @@ os._exit(0)
         finally:
             os.kill(child, signal.SIGKILL)
     assert found.strip() == "reserved"
+
+
+def test_a_requeued_attempt_waits_longer_for_the_last_ones_ranks() -> None:
+    assert lock_patience_seconds({}) == lock_patience_seconds({"SLURM_RESTART_COUNT": "0"}) == 30.0
+    requeued = lock_patience_seconds({"SLURM_RESTART_COUNT": "2"})
+    assert COLLECTIVE_TIMEOUT_MINUTES * 60 >= RENDEZVOUS_SECONDS > requeued > 500.0

@@ -9,6 +9,7 @@ from small_run import PARITY, TINY
 from vqmoe_megatron.recipe import load_recipe
 from vqmoe_megatron.tracking.metrics_log import read_metrics
 from vqmoe_megatron.tracking.mlflow_store import connect
+from vqmoe_megatron.tracking.run_status import read_status
 from vqmoe_megatron.training.preflight import check_run
 from vqmoe_megatron.training.run_report import Rank0Report
 
@@ -95,3 +96,15 @@ def test_system_metrics_can_be_switched_off(start):
     assert report.system_metrics is None
     assert (report.run_dir.path / "system_metrics.jsonl").read_text() == ""
     report.finish("requeue", 1, "signal")
+
+
+def test_a_plot_that_fails_does_not_cost_the_state(start, monkeypatch, capsys):
+    def no_space(folder):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("vqmoe_megatron.training.run_report.draw_run_plots", no_space)
+    report = start("tracking.mlflow=false")
+    report.finish("requeue", 7, "told to stop")
+    status = read_status(report.run_dir.path)
+    assert (status.state, status.iteration) == ("requeue", 7)
+    assert "plots could not be drawn: OSError: no space left on device" in capsys.readouterr().out

@@ -50,6 +50,13 @@ def _recompute_errors(model: ModelConfig, layout: ParallelLayout) -> Iterator[st
                 f"recompute_modules {', '.join(unknown)} not in this model; choose from "
                 f"{', '.join(RECOMPUTE_MODULES)}"
             )
+        if "mlp" in (modules or ()) and model.moe_layer_freq > 1 and model.add_bias_linear:
+            yield (
+                "recompute_modules mlp with dense layers (moe_layer_freq = "
+                f"{model.moe_layer_freq} > 1) that have biases: Megatron 0.16.1 hands the bias "
+                "through its checkpoint and recurses without end in the backward pass; leave mlp "
+                "out, or set add_bias_linear=false"
+            )
         return
     if modules is not None:
         yield "recompute_modules has no effect with recompute_granularity=full; unset one"

@@ -154,3 +154,17 @@ def _nodes(facts: Iterable[NodeFacts]) -> tuple[str, ...]:
 
 def _join(nodes: tuple[str, ...]) -> str:
     return ", ".join(nodes)
+
+
+def nodes_of_ranks(
+    ranks: frozenset[int], world_size: int, environ: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Return the nodes of ``ranks``, equally many on each, from VQMOE_NODES ("n1 n2"); () without.
+
+    For ranks that never came and so could not say where they are.
+    """
+    nodes = environ.get("VQMOE_NODES", "").split()
+    if not nodes or world_size % len(nodes):
+        return ()
+    ranks_per_node = world_size // len(nodes)
+    return tuple(dict.fromkeys(nodes[rank // ranks_per_node] for rank in sorted(ranks)))

@@ -20,7 +20,13 @@ from pathlib import Path
 
 import torch
 
-from vqmoe_megatron.runtime.node_facts import NodeFacts, Problem, collect_facts, compare_nodes
+from vqmoe_megatron.runtime.node_facts import (
+    NodeFacts,
+    Problem,
+    collect_facts,
+    compare_nodes,
+    nodes_of_ranks,
+)
 from vqmoe_megatron.runtime.rank_names import rank_names
 from vqmoe_megatron.runtime.rendezvous import MeetingPlace, meet
 from vqmoe_megatron.runtime.world import RankVariables
@@ -128,12 +134,12 @@ def _collectives(store: torch.distributed.Store, variables: RankVariables, devic
     )
     total = torch.full((ROWS_PER_PEER,), rank + 1, dtype=torch.int64, device=device)
     torch.distributed.all_reduce(total)
-    if not bool((total == world_size * (world_size + 1) // 2).all()):
-        return f"all-reduce gave {total[0].item()}, not {world_size * (world_size + 1) // 2}"
     peers = torch.arange(world_size, dtype=torch.int64, device=device)
     sent = (rank * world_size + peers).repeat_interleave(ROWS_PER_PEER)
     received = torch.empty_like(sent)
-    torch.distributed.all_to_all_single(received, sent)
+    torch.distributed.all_to_all_single(received, sent)  # also after a wrong sum: peers wait for it
+    if not bool((total == world_size * (world_size + 1) // 2).all()):
+        return f"all-reduce gave {total[0].item()}, not {world_size * (world_size + 1) // 2}"
     expected = (peers * world_size + rank).repeat_interleave(ROWS_PER_PEER)
     if not torch.equal(received, expected):
         wrong = (received != expected).nonzero().flatten() // ROWS_PER_PEER
@@ -144,10 +150,12 @@ def _collectives(store: torch.distributed.Store, variables: RankVariables, devic
 def _judge(store: torch.distributed.Store, world_size: int, run_dir: Path) -> PreflightReport:
     """Read what the ranks wrote; a rank that is silent is a problem of its node."""
     facts, problems = [], []
+    facts_deadline = time.monotonic() + FACTS_SECONDS
     for rank in range(world_size):
-        text = _read(store, f"facts/{rank}", FACTS_SECONDS)
+        text = _read(store, f"facts/{rank}", facts_deadline - time.monotonic())
         if text is None:
-            problems.append(Problem(f"rank {rank} met the others and then fell silent"))
+            nodes = nodes_of_ranks(frozenset({rank}), world_size, os.environ)
+            problems.append(Problem(f"rank {rank} met the others and then fell silent", nodes))
         else:
             facts.append(NodeFacts.from_json(text))
     problems += compare_nodes(facts, run_dir)
@@ -158,7 +166,11 @@ def _judge(store: torch.distributed.Store, world_size: int, run_dir: Path) -> Pr
         answer = _read(store, f"collectives/{fact.rank}", deadline - time.monotonic()) or silence
         if answer != RIGHT:
             wrong[fact.rank] = answer
-            problems.append(Problem(f"rank {fact.rank}: {answer}", (fact.node,)))
+            problems.append(Problem(f"rank {fact.rank}: {answer}"))
+    # One bad node spoils everybody's collectives: only where some are right are the others guilty.
+    guilty = {fact.node for fact in facts if fact.rank in wrong}
+    if guilty and len(facts) == world_size and guilty != {fact.node for fact in facts}:
+        problems.append(Problem("collectives fail on some nodes only", tuple(sorted(guilty))))
     return PreflightReport(not problems, tuple(facts), wrong, tuple(problems))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -74,6 +73,7 @@ def _check_recipe(recipe: Path, overrides: list[str], world_size: int, prints: b
 
 def _check_ranks(run_dir: Path, wait_seconds: float) -> NoReturn:
     """Check the world and end the process at once: a thread may hang in a collective."""
+    from vqmoe_megatron.runtime.node_facts import nodes_of_ranks
     from vqmoe_megatron.runtime.preflight_ranks import check_world
     from vqmoe_megatron.runtime.rendezvous import RendezvousFailed
     from vqmoe_megatron.runtime.world import choose_device, discover_rank
@@ -102,20 +102,6 @@ def _check_ranks(run_dir: Path, wait_seconds: float) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def nodes_of_ranks(
-    ranks: frozenset[int], world_size: int, environ: Mapping[str, str]
-) -> tuple[str, ...]:
-    """Return the nodes of ``ranks``, equally many on each, from VQMOE_NODES ("n1 n2"); () without.
-
-    For ranks that never came and so could not say where they are.
-    """
-    nodes = environ.get("VQMOE_NODES", "").split()
-    if not nodes or world_size % len(nodes):
-        return ()
-    ranks_per_node = world_size // len(nodes)
-    return tuple(dict.fromkeys(nodes[rank // ranks_per_node] for rank in sorted(ranks)))
 
 
 def _print_report(report, world_size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -12,6 +13,17 @@ from typing import TextIO
 from vqmoe_megatron.tracking.run_status import LOCK_FILE, read_status, write_status
 
 LOCK_WAIT_SECONDS = 30.0
+REQUEUED_LOCK_WAIT_SECONDS = 570.0  # less than the other ranks wait for this one
+
+
+def lock_patience_seconds(environ: Mapping[str, str] = os.environ) -> float:
+    """How long a starting attempt waits for the directory.
+
+    After a dead node Slurm starts the next attempt elsewhere, while ranks of the last one may hang
+    in a collective until it times out.
+    """
+    was_requeued = environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    return REQUEUED_LOCK_WAIT_SECONDS if was_requeued else LOCK_WAIT_SECONDS
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,14 @@ class Rank0Report(RunReport):
         self.console.update(record)
         self.tracker.metrics_logged()
 
+    def _draw_plots(self) -> None:
+        """A picture must not cost a saved run its state: the launcher decides on that."""
+        try:
+            for plot in draw_run_plots(self.run_dir.path):
+                self.tracker.log_artifact(plot, "plots")
+        except Exception as error:
+            self.message(f"plots could not be drawn: {type(error).__name__}: {error}")
+
     def finish(self, state: str, iteration: int, reason: str) -> None:
         """Draw plots, close tracking truthfully, write the final status last."""
         self.console.close()
@@ -152,8 +160,7 @@ class Rank0Report(RunReport):
         self.metrics_log.close()
         self.system_log.close()
         if state != "failed":
-            for plot in draw_run_plots(self.run_dir.path):
-                self.tracker.log_artifact(plot, "plots")
+            self._draw_plots()
         if state == "completed" and isinstance(self.tracker, MlflowTracker):
             self.tracker.record.note_completed()
         self.tracker.finish(OUTCOME_OF_STATE[state])
