@@ -58,6 +58,58 @@ def test_a_run_keeps_its_index_when_the_grid_grows(write_study) -> None:
     assert load_study_run(after.file.path, 5).runs[5] == after.runs[5]
 
 
+def test_an_index_that_left_the_grid_is_never_another_run(write_study) -> None:
+    load_study(write_study(grid={"experts": [4, 8]})).start()
+    load_study(write_study(grid={"experts": [4]})).start()
+    path = write_study(grid={"experts": [4, 16]})
+    study = load_study(path)
+    study.start()
+    assert {i: run.name for i, run in study.runs.items()} == {0: "experts4", 2: "experts16"}
+    with pytest.raises(ValueError) as refused:
+        load_study_run(path, 1)
+    said = str(refused.value)
+    assert "--index 1 was experts8, which is no longer in the grid" in said and "\n" not in said
+    back = load_study(write_study(grid={"experts": [4, 8, 16]}))
+    assert back.runs[1].name == "experts8"
+
+
+def test_indices_of_an_older_record_are_kept(write_study) -> None:
+    study = load_study(write_study(grid={"experts": [4, 8]}))
+    study.start()
+    study.folder.indices_file.unlink()  # written before there was one
+    load_study(write_study(grid={"experts": [4]})).start()
+    assert study.folder.recorded_indices() == {"experts4": 0, "experts8": 1}
+
+
+def test_numbers_given_meanwhile_are_noticed(write_study) -> None:
+    path = write_study(grid={"experts": [4, 8]})
+    late = load_study(path)
+    load_study(write_study("other.yaml", grid={"experts": [8]})).start()
+    with pytest.raises(ValueError, match="numbered by another command"):
+        late.start()
+
+
+def test_the_directory_of_another_study_is_refused(write_study) -> None:
+    first = load_study(write_study())
+    first.start()
+    copy = first.folder.study_copy.read_text()
+    second = load_study(write_study("second.yaml", study={"name": "second"}))
+    with pytest.raises(ValueError, match="holds the study 'tiny', not 'second'"):
+        second.start()
+    with pytest.raises(ValueError, match="holds the study 'tiny', not 'second'"):
+        second.folder.create(second.file, list(second.runs.values()))
+    assert first.folder.study_copy.read_text() == copy
+    first.folder.study_copy.write_text("[]")
+    with pytest.raises(ValueError, match="study.yaml is damaged"):
+        first.start()
+
+
+def test_an_empty_output_dir_is_refused(write_study) -> None:
+    for empty in ("", "  "):
+        with pytest.raises(ValueError, match="study.output_dir is empty"):
+            load_study(write_study(study={"output_dir": empty}))
+
+
 def test_new_points_are_welcome_after_the_start(write_study) -> None:
     study = load_study(write_study())
     study.start()
@@ -107,4 +159,8 @@ def test_a_damaged_record_is_named(write_study) -> None:
     study.start()
     study.folder.runs_file.write_text("[{}]")
     with pytest.raises(ValueError, match="runs.json is damaged"):
+        load_study(study.file.path)
+    study.folder.runs_file.unlink()
+    study.folder.indices_file.write_text("[1]")
+    with pytest.raises(ValueError, match="indices.json is damaged"):
         load_study(study.file.path)

@@ -48,7 +48,8 @@ class Study:
         return {index: run for index, run in self.runs.items() if index in chosen}
 
     def check_started(self) -> None:
-        """Refuse a file that would change a started run; see :func:`check_started_runs`."""
+        """Refuse a file that would change a started run, or that has another study's directory."""
+        self.folder.check_name(self.file)
         check_started_runs(self.file, self.runs.values())
 
     def check_corpora(self) -> None:
@@ -65,6 +66,13 @@ class Study:
             ValueError: see :func:`check_started_runs` and :meth:`StudyFolder.create`.
         """
         self.check_started()
+        if self.folder.indices(run.name for run in self.runs.values()) != {
+            run.name: index for index, run in self.runs.items()
+        }:
+            raise ValueError(
+                f"the runs of study {self.file.path} were numbered by another command just now; "
+                "start this one again"
+            )
         self.folder.create(self.file, list(self.runs.values()))
 
 
@@ -96,6 +104,12 @@ def load_study_run(path: Path, index: int) -> Study:
                 return Study(file, folder, {index: StudyPlanner(file).plan(point)})
             except ValueError as error:
                 raise ValueError(listed(path, [f"{point.name}: {error}"])) from error
+    for name, retired in folder.recorded_indices().items():
+        if retired == index:
+            raise ValueError(
+                f"--index {index} was {name}, which is no longer in the grid of study {path}; see "
+                f"vqmoe study list {path}"
+            )
     known = sorted(indices.values())
     raise ValueError(
         f"--index {index} is not in study {path}: it has {len(known)} runs, indices "

@@ -150,6 +150,8 @@ def _study_section(section: Any, problems: list[str]) -> dict[str, Any]:
             problems.append(f"study.{key} is missing")
     if "name" in good and not STUDY_NAME.fullmatch(good["name"]):
         problems.append(f"study.name: letters, digits and _ . - only, not {good['name']!r}")
+    if "output_dir" in good and not good["output_dir"].strip():
+        problems.append("study.output_dir is empty; name a directory, for instance runs/NAME")
     if "rule" in good and good["rule"] not in RULES:
         problems.append(f"study.rule={good['rule']!r}: choose one of {', '.join(RULES)}")
     if good.get("num_ranks", 1) < 1:

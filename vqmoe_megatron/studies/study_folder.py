@@ -3,12 +3,14 @@
     OUTPUT_DIR/study.yaml    copy of the study file; array tasks read it, so the file may be edited
     OUTPUT_DIR/recipe.yaml   copy of the recipe, which study.yaml names
     OUTPUT_DIR/runs.json     [{index, name, run_dir, point, overrides, num_ranks}]
+    OUTPUT_DIR/indices.json  {name: index} of every run there ever was
     OUTPUT_DIR/runs/NAME/    ordinary run directories
     OUTPUT_DIR/logs/         what local runs and array tasks print
     OUTPUT_DIR/mlflow_parent.json, slurm_jobs.json
 
 A run keeps the index it once got: new points of an extended grid are numbered after the old ones,
-so a task that waits in a queue still means the same run.
+so a task that waits in a queue still means the same run. An index whose point left the grid is
+never given to another.
 """
 
 from __future__ import annotations
@@ -45,6 +47,11 @@ class StudyFolder:
         return self.path / "runs.json"
 
     @property
+    def indices_file(self) -> Path:
+        """The index of every run that was ever recorded."""
+        return self.path / "indices.json"
+
+    @property
     def study_copy(self) -> Path:
         """The study file as it was when runs were last started or submitted."""
         return self.path / "study.yaml"
@@ -71,7 +78,7 @@ class StudyFolder:
 
     def indices(self, names: Iterable[str]) -> dict[str, int]:
         """Return the index of every name: the one it has, else the next free one."""
-        known = self._recorded_indices()
+        known = self.recorded_indices()
         following = max(known.values(), default=-1) + 1
         found: dict[str, int] = {}
         for name in names:
@@ -81,23 +88,56 @@ class StudyFolder:
                 found[name], following = following, following + 1
         return found
 
-    def _recorded_indices(self) -> dict[str, int]:
+    def recorded_indices(self) -> dict[str, int]:
+        """Return the index of every run ever recorded, those that left the grid among them.
+
+        Raises:
+            ValueError: for a damaged record.
+        """
+        found: dict[str, int] = {}
+        for file in (self.runs_file, self.indices_file):
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+                if file == self.runs_file:
+                    content = {row["name"]: row["index"] for row in content}
+                found |= {str(name): int(index) for name, index in content.items()}
+            except FileNotFoundError:
+                continue
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(
+                    f"{file} is damaged ({error}); remove it to have it written again"
+                ) from error
+        return found
+
+    def check_name(self, file: StudyFile) -> None:
+        """Refuse a directory that belongs to a study of another name.
+
+        Raises:
+            ValueError: naming both, or for a copy that cannot be read.
+        """
         try:
-            rows = json.loads(self.runs_file.read_text(encoding="utf-8"))
-            return {row["name"]: int(row["index"]) for row in rows}
+            content = yaml.safe_load(self.study_copy.read_text(encoding="utf-8"))
+            name = content["study"]["name"]
         except FileNotFoundError:
-            return {}
-        except (ValueError, TypeError, KeyError) as error:
+            return
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
             raise ValueError(
-                f"{self.runs_file} is damaged ({error}); remove it to have it written again"
+                f"{self.study_copy} is damaged, so it is not known whose directory this is; "
+                "remove it to have it written again"
             ) from error
+        if name != file.name:
+            raise ValueError(
+                f"study.output_dir={self.path} holds the study {name!r}, not {file.name!r}; choose "
+                "another output_dir"
+            )
 
     def create(self, file: StudyFile, runs: Sequence[PlannedRun]) -> None:
         """Write the copies and the record of runs, each atomically.
 
         Raises:
-            ValueError: when the directory cannot be written.
+            ValueError: when the directory cannot be written, or is another study's.
         """
+        self.check_name(file)
         indices = self.indices(run.name for run in runs)
         rows = [
             {
@@ -118,6 +158,8 @@ class StudyFolder:
             (self.path / "runs").mkdir(exist_ok=True)
             if file.recipe != self.recipe_copy:
                 replace_text(self.recipe_copy, file.recipe.read_text(encoding="utf-8"))
+            ever = {**self.recorded_indices(), **indices}
+            replace_text(self.indices_file, json.dumps(ever, indent=1) + "\n")
             replace_text(self.study_copy, content)
             replace_text(self.runs_file, json.dumps(rows, indent=1) + "\n")
         except OSError as error:
