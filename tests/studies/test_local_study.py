@@ -12,8 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from vqmoe_megatron.studies.run_state import run_state
+from vqmoe_megatron.studies import local_study
+from vqmoe_megatron.studies.local_display import LocalDisplay
+from vqmoe_megatron.studies.local_study import EXIT_REQUEUE, LocalStudy, run_environment
+from vqmoe_megatron.studies.planned_run import PlannedRun
+from vqmoe_megatron.studies.run_state import RunState, run_state
 from vqmoe_megatron.studies.study import load_study
+from vqmoe_megatron.studies.study_table import study_console
+from vqmoe_megatron.studies.study_task import STARTER_VARIABLE, launched_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG_ITERS = 150
@@ -44,13 +50,52 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, shown
 
 
+def test_a_run_inherits_no_world(monkeypatch) -> None:
+    world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "SLURM_STEP_ID": "0"}
+    place = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+    kept = {"PATH": "/bin", "SLURM_JOB_ID": "7"}
+    environment = run_environment({**world, **place, **kept}, 3)
+    assert environment == {**kept, "OMP_NUM_THREADS": "3", STARTER_VARIABLE: str(os.getpid())}
+    assert launched_ranks(environment) is None
+    assert run_environment({"OMP_NUM_THREADS": "1"}, 3)["OMP_NUM_THREADS"] == "1"
+
+
+def test_runs_elsewhere_are_looked_at_again_and_finished_ones_not_started(
+    write_study, monkeypatch
+) -> None:
+    """Between the first look and a run's turn others have finished, taken or given up runs."""
+    study = load_study(write_study(grid={"seed": [1, 2, 3]}))
+    states = {
+        "seed1": ["waiting", "finished"],  # another process did it meanwhile
+        "seed2": ["running", "running", "stopped"],  # given up while we were at work
+        "seed3": ["running", "running", "running"],
+    }
+
+    def next_state(run: PlannedRun) -> RunState:
+        return RunState(states[run.name].pop(0), 0, 8, "", {})
+
+    started, said = [], []
+    monkeypatch.setattr(local_study, "run_state", next_state)
+    display = LocalDisplay(study_console())
+    monkeypatch.setattr(display, "say", said.append)
+    local = LocalStudy(study, study.runs, 1, display)
+    monkeypatch.setattr(local, "_start", started.append)
+    assert local.run() == EXIT_REQUEUE  # seed3 is not finished
+    assert started == [1]
+    assert said[1:] == [
+        "seed2 is running elsewhere: looked at again at the end",
+        "seed3 is running elsewhere: looked at again at the end",
+        "seed3 is still running elsewhere: left alone",
+    ]
+
+
 @pytest.fixture
 def eventful_study(write_study):
     """One run that is refused, one long enough to be stopped in, one after it."""
     variants = {
         "broken": ["checkpoint.load=not/there"],
         "long": [],
-        "later": [],
+        "later": ["train.seed=5"],
     }
     path = write_study(
         grid={"run": variants},

@@ -79,7 +79,7 @@ def test_a_queue_that_cannot_be_asked_stops_a_submission(write_study, vqmoe, mon
     path = write_study()
     code, shown = vqmoe("study", "submit", path)
     assert code == 2 and "nothing was submitted" in shown
-    assert not load_study(path).folder.path.exists()
+    assert not load_study(path).folder.study_copy.exists()
 
 
 def test_a_finished_study_has_nothing_to_submit(write_study, vqmoe, monkeypatch) -> None:

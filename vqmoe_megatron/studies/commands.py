@@ -68,6 +68,7 @@ def run(
     from vqmoe_megatron.studies.mlflow_parent import end_study_parent, open_study_parent
     from vqmoe_megatron.studies.run_state import run_state
     from vqmoe_megatron.studies.study import load_study
+    from vqmoe_megatron.studies.study_lock import study_lock
     from vqmoe_megatron.studies.study_table import counts, study_console
     from vqmoe_megatron.studies.study_task import check_no_world
 
@@ -75,16 +76,18 @@ def run(
     loaded = load_study(study)
     chosen = loaded.select(only or [])
     loaded.check_corpora()
-    loaded.start()
-    console = study_console()
-    display = LocalDisplay(console)
-    open_study_parent(loaded, display.say)
-    local = LocalStudy(loaded, chosen, jobs, display)
-    code = local.run()
-    is_done = all(run_state(one).is_finished for one in loaded.runs.values())
-    outcome = "FINISHED" if is_done else "FAILED" if code == 1 else "KILLED"  # may go on
-    end_study_parent(loaded.folder, outcome, display.say)
-    display.say(counts(list(local.states.values())))
+    loaded.check_started()
+    with study_lock(loaded.folder.path):
+        loaded.start()
+        console = study_console()
+        display = LocalDisplay(console)
+        open_study_parent(loaded, display.say)
+        local = LocalStudy(loaded, chosen, jobs, display)
+        code = local.run()
+        is_done = all(run_state(one).is_finished for one in loaded.runs.values())
+        outcome = "FINISHED" if is_done else "FAILED" if code == 1 else "KILLED"  # may go on
+        end_study_parent(loaded.folder, outcome, display.say)
+        display.say(counts(list(local.states.values())))
     raise typer.Exit(code)
 
 
@@ -129,24 +132,31 @@ def submit(
 
     Example: vqmoe study submit STUDY.yaml --max-parallel 8 -- --partition=gpu --time=4:00:00
     """
-    from vqmoe_megatron.studies.mlflow_parent import end_study_parent, open_study_parent
-    from vqmoe_megatron.studies.slurm_array import (
-        arrays_of,
-        check_sbatch,
-        sbatch_command,
-        sbatch_script,
-        submit_arrays,
-    )
+    from vqmoe_megatron.studies.slurm_array import check_sbatch, sbatch_script
     from vqmoe_megatron.studies.study import load_study
-    from vqmoe_megatron.studies.study_table import counts
+    from vqmoe_megatron.studies.study_lock import study_lock
 
     loaded = load_study(study)
     loaded.check_started()
     options = sbatch_options or []
     script = sbatch_script()
-    if not dry_run:
-        check_sbatch()
-        loaded.check_corpora()
+    if dry_run:
+        _submit(loaded, options, script, max_parallel, dry_run)
+        return
+    check_sbatch()
+    loaded.check_corpora()
+    with study_lock(loaded.folder.path):
+        _submit(loaded, options, script, max_parallel, dry_run)
+
+
+def _submit(
+    loaded: Study, options: list[str], script: Path, max_parallel: int, dry_run: bool
+) -> None:
+    """Ask the queue and submit what it lacks; nobody else may do so in between."""
+    from vqmoe_megatron.studies.mlflow_parent import end_study_parent, open_study_parent
+    from vqmoe_megatron.studies.slurm_array import arrays_of, sbatch_command, submit_arrays
+    from vqmoe_megatron.studies.study_table import counts
+
     states = _states(loaded, must_know_queue=not dry_run)
     print(counts(list(states.values())))
     queued = [state.slurm for state in states.values() if state.slurm]
@@ -204,7 +214,7 @@ def _watch(study: Study, console: Console, states: dict[int, RunState]) -> dict[
 
     if console.is_terminal and not console.is_dumb_terminal:
         with Live(_table(console, study, states), console=console, auto_refresh=False) as live:
-            while _is_active(states):
+            while _is_active(study, states):
                 time.sleep(WATCH_SECONDS)
                 states = _states(study)
                 live.update(_table(console, study, states), refresh=True)
@@ -214,14 +224,19 @@ def _watch(study: Study, console: Console, states: dict[int, RunState]) -> dict[
         if (now := counts(list(states.values()))) != shown:
             console.print(now)
             shown = now
-        if not _is_active(states):
+        if not _is_active(study, states):
             return states
         time.sleep(WATCH_SECONDS)
         states = _states(study)
 
 
-def _is_active(states: dict[int, RunState]) -> bool:
-    return any(state.state in ("running", "queued") for state in states.values())
+def _is_active(study: Study, states: dict[int, RunState]) -> bool:
+    """Whether a run is at work, or `vqmoe study run` is between two of them."""
+    from vqmoe_megatron.studies.study_lock import is_study_locked
+
+    return is_study_locked(study.folder.path) or any(
+        state.state in ("running", "queued") for state in states.values()
+    )
 
 
 def _table(console: Console, study: Study, states: dict[int, RunState]) -> Table:

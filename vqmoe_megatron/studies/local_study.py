@@ -27,6 +27,15 @@ from vqmoe_megatron.studies.study_table import num_runs
 from vqmoe_megatron.studies.study_task import STARTER_VARIABLE
 
 POLL_SECONDS = 0.2
+# What a launcher tells its ranks; a run of a study is a world of its own.
+WORLD_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURM_STEP_ID",
+)
 EXIT_DONE, EXIT_CRASH, EXIT_USAGE, EXIT_REQUEUE = 0, 1, 2, 75
 
 
@@ -61,23 +70,33 @@ class LocalStudy:
     def run(self) -> int:
         """Run what is unfinished; return the exit code: 0 all finished, 1 one failed, 75 some are
         not finished, because of a stop request or because another process has them."""
-        waiting: list[int] = []
-        for index, state in self.states.items():
-            if state.state == "running":
-                self.display.say(f"{self._chosen[index].name} is running elsewhere: left alone")
-            elif not state.is_finished:
-                waiting.append(index)
+        waiting = [index for index, state in self.states.items() if not state.is_finished]
         self.display.say(
             f"{num_runs(len(self._chosen))}, {len(waiting)} unfinished, {self.num_jobs} at a time; "
             f"logs in {self.study.folder.logs}"
         )
         with self._forwarded_signals(), self.display:
-            while self._active or (waiting and self._stop_signal is None):
-                while waiting and len(self._active) < self.num_jobs and self._stop_signal is None:
-                    self._start(waiting.pop(0))
-                time.sleep(POLL_SECONDS)
-                self._look()
+            elsewhere = self._work_through(waiting, "running elsewhere: looked at again at the end")
+            if elsewhere and self._stop_signal is None:
+                self._work_through(elsewhere, "still running elsewhere: left alone")
         return self._exit_code()
+
+    def _work_through(self, waiting: list[int], elsewhere_text: str) -> list[int]:
+        """Run what is unfinished of ``waiting``; return the runs that another process has."""
+        elsewhere: list[int] = []
+        while self._active or (waiting and self._stop_signal is None):
+            while waiting and len(self._active) < self.num_jobs and self._stop_signal is None:
+                index = waiting.pop(0)
+                state = self.states[index] = run_state(self._chosen[index])  # it may have moved on
+                if state.state == "running":
+                    self.display.say(f"{self._chosen[index].name} is {elsewhere_text}")
+                    elsewhere.append(index)
+                elif not state.is_finished:
+                    self._start(index)
+            if self._active:
+                time.sleep(POLL_SECONDS)
+            self._look()
+        return elsewhere
 
     def _exit_code(self) -> int:
         if self._has_failed:
@@ -104,10 +123,9 @@ class LocalStudy:
 
     def _start(self, index: int) -> None:
         run, log = self._chosen[index], self.study.log_of[index]
-        environment = {**os.environ, STARTER_VARIABLE: str(os.getpid())}
         num_cores = len(os.sched_getaffinity(0))
         threads = max(1, num_cores // (self.num_jobs * run.num_ranks))
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
+        environment = run_environment(os.environ, threads)
         command = [sys.executable, "-m", "vqmoe_megatron.cli", "study", "task"]
         command += [str(self.study.folder.study_copy), "--index", str(index)]
         # Blocked, a stop signal waits: here until the run is known, and in the run, which inherits
@@ -144,6 +162,12 @@ class LocalStudy:
             seconds = time.monotonic() - started.start_seconds
             self.display.ended(started.run.name, index, self.states[index], seconds, started.log)
         self.display.counts(list(self.states.values()), len(self._active))
+
+
+def run_environment(environ: Mapping[str, str], num_threads: int) -> dict[str, str]:
+    """Return the environment of a run: ours without the world we may have been started in."""
+    kept = {name: value for name, value in environ.items() if name not in WORLD_VARIABLES}
+    return {"OMP_NUM_THREADS": str(num_threads), **kept, STARTER_VARIABLE: str(os.getpid())}
 
 
 def _ended_state(started: _Started, code: int) -> RunState:
