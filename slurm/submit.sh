@@ -26,7 +26,7 @@ if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
     exit 0
 fi
 
-tasks="" gpus="" script="" file="" previous=""
+tasks="" total="" gpus="" script="" file="" previous=""
 for argument in "$@"; do
     if [[ -n "$script" ]]; then
         file=$argument
@@ -35,6 +35,7 @@ for argument in "$@"; do
     [[ "$previous" != --*-per-node && "$previous" != --gres ]] || argument=$previous=$argument
     case "$argument" in
         --ntasks-per-node=*) tasks=${argument#*=} ;;
+        -n* | --ntasks | --ntasks=*) total=given ;; # the job itself divides and checks
         --gpus-per-node=*) gpus=${argument##*[=:]} ;;
         --gres=gpu*) gpus=${argument##*[=:]} ;;
         *.sbatch) script=$argument ;;
@@ -48,8 +49,10 @@ if [[ "$script" != *mlflow.sbatch ]]; then # its argument is a folder to be made
     [[ -n "$file" ]] || refuse "$(basename "$script") needs a YAML file"
     [[ -f "$file" ]] || refuse "no file '$file' (from $PWD)"
 fi
-if [[ "$gpus" =~ ^[0-9]+$ && "${VQMOE_LAUNCHER:-srun}" == srun && "$gpus" != "${tasks:-1}" ]]; then
-    refuse "tasks per node = GPUs per node fails: ${tasks:-1} != $gpus; --ntasks-per-node=$gpus," \
+tasks=${tasks:-${total:-1}}
+if [[ "$gpus" =~ ^[0-9]+$ && "${VQMOE_LAUNCHER:-srun}" == srun && "$tasks" != given &&
+    "$gpus" != "$tasks" ]]; then
+    refuse "tasks per node = GPUs per node fails: $tasks != $gpus; --ntasks-per-node=$gpus," \
         "or VQMOE_LAUNCHER=torchrun with one task per node"
 fi
 command -v sbatch >/dev/null || refuse "no sbatch here; slurm/cluster/up.sh starts a Slurm to try"

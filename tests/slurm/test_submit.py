@@ -37,6 +37,7 @@ def submit(tmp_path):
         ["-N", "4", PRETRAIN, "r.yaml", "vq.num_codes=8"],
         ["--gpus-per-node=8", "--ntasks-per-node", "8", PRETRAIN, "r.yaml"],
         ["--gres=gpu:h100:8", "--ntasks-per-node=8", PRETRAIN, "r.yaml"],
+        ["-N", "2", "-n", "16", "--gpus-per-node=8", PRETRAIN, "r.yaml"],
         ["--array=0-3%2", STUDY, "r.yaml"],
         [str(ROOT / "slurm" / "mlflow.sbatch"), "runs/mlflow"],
     ],

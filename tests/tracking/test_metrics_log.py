@@ -83,6 +83,18 @@ def test_damage_elsewhere_is_an_error_with_its_line(tmp_path):
             read_metrics(path)
 
 
+def test_resume_goes_on_behind_lines_that_a_power_cut_left(tmp_path, capsys):
+    with MetricsLog(tmp_path) as log:
+        log.append({"iteration": 1, "loss": 3.0})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0" * 40 + b"\n[1]\n")
+    with MetricsLog(tmp_path) as log:
+        assert log.truncate_after(1) == 2
+        log.append({"iteration": 2, "loss": 2.0})
+    assert [record["iteration"] for record in read_metrics(tmp_path)] == [1, 2]
+    assert "removed 2 lines that are no metrics records" in capsys.readouterr().out
+
+
 def test_kill_minus_9_loses_no_finished_record(tmp_path):
     writer = (
         "import sys\n"

@@ -51,6 +51,14 @@ def _encode_number(name: str, value: object) -> int | float | str:
     return "NaN" if math.isnan(number) else ("Infinity" if number > 0 else "-Infinity")
 
 
+def _iteration_of(line: bytes) -> float | None:
+    """The iteration of one line of a log; None when the line is no record."""
+    try:
+        return decode_record(line)["iteration"]
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return None
+
+
 def read_metrics(path: str | Path) -> list[dict[str, int | float]]:
     """Read ``metrics.jsonl`` (or the run directory holding it), oldest record first.
 
@@ -136,16 +144,20 @@ class MetricsLog:
     def truncate_after(self, iteration: int) -> int:
         """Remove the records beyond ``iteration`` atomically; return how many were removed.
 
-        Called on resume, so that the log follows the checkpoint and not the lost attempt.
+        Called on resume, so that the log follows the checkpoint and not the lost attempt. Lines that
+        are no records, as a node without power may leave, go too, and that is said.
         """
         refused = _complete_lines(self._refused)
         still = [line for line in refused if json.loads(line)["iteration"] <= iteration]
         self._refused = b"".join(line + b"\n" for line in still)
         lines = _complete_lines(self.path.read_bytes())
+        iterations = [_iteration_of(line) for line in lines]
+        if num_damaged := iterations.count(None):
+            print(f"{self.path}: removed {num_damaged} lines that are no metrics records")
         kept = [
             line
-            for line, record in zip(lines, read_metrics(self.path), strict=True)
-            if record["iteration"] <= iteration
+            for line, its in zip(lines, iterations, strict=True)
+            if its is not None and its <= iteration
         ]
         if len(kept) == len(lines):
             return 0
