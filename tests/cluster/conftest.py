@@ -21,8 +21,15 @@ HOW = "make test-cluster makes one of its own"
 NUM_NODES = 4
 
 
+@pytest.fixture(autouse=True, scope="session")
+def only_on_request() -> None:
+    """They take minutes, root and Debian packages, so installed tools alone do not start them."""
+    if "VQMOE_TEST_CLUSTER" not in os.environ:
+        pytest.skip("for make test-cluster, which sets VQMOE_TEST_CLUSTER")
+
+
 @pytest.fixture(scope="session")
-def cluster() -> None:
+def cluster(only_on_request) -> None:
     """Skip unless SLURM_CONF names a cluster that was made for tests: they kill its daemons."""
     if shutil.which("sbatch") is None:
         pytest.skip(f"Slurm is not installed: {HOW}")

@@ -55,7 +55,7 @@ class Image:
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory) -> Iterator[Image]:
+def image(only_on_request, tmp_path_factory) -> Iterator[Image]:
     if os.geteuid() != 0:
         pytest.skip("building an image with chroot isolation needs root")
     for tool in ("buildah", "debootstrap"):

@@ -144,8 +144,8 @@ class MetricsLog:
     def truncate_after(self, iteration: int) -> int:
         """Remove the records beyond ``iteration`` atomically; return how many were removed.
 
-        Called on resume, so that the log follows the checkpoint and not the lost attempt. Lines that
-        are no records, as a node without power may leave, go too, and that is said.
+        Called on resume, so that the log follows the checkpoint and not the lost attempt. Lines
+        that are no records, as a node without power may leave, go too, and that is said.
         """
         refused = _complete_lines(self._refused)
         still = [line for line in refused if json.loads(line)["iteration"] <= iteration]
