@@ -38,6 +38,18 @@ def test_equal_flops_gives_every_run_the_same_operations(write_study) -> None:
     assert max(flops) / min(flops) - 1 < 1e-3  # half a step of a few thousand
 
 
+def test_equal_flops_takes_its_budget_on_the_ranks_of_the_study(write_study) -> None:
+    path = write_study(
+        study={"rule": "equal_flops", "num_ranks": 2},
+        more=["train.global_batch_size=3", "train.micro_batch_size=1"],  # legal on one rank only
+        grid={"batch": {"four": ["train.global_batch_size=4"]}},
+    )
+    with pytest.raises(ValueError, match="takes its budget from the recipe with `set` alone"):
+        planned(path)
+    path = write_study(study={"rule": "equal_flops", "num_ranks": 2}, grid={"seed": [1]})
+    assert planned(path)[0].config.train.train_iters == 8
+
+
 def test_equal_flops_needs_a_legal_budget(write_study) -> None:
     path = write_study(
         study={"rule": "equal_flops"},

@@ -94,3 +94,20 @@ def test_the_laptop_study_is_legal_and_compares_equals(monkeypatch) -> None:
     assert len({run.num_tokens for run in runs.values()}) == 1
     largest = runs["experts128-vq-seed1"].config
     assert largest.vq.num_codes == 512 and largest.vq.in_code_space
+
+
+def test_points_that_are_the_same_run_are_refused(write_study) -> None:
+    variants = {
+        "one": [],
+        "two": ["tracking.experiment=other", "train.exit_interval=3"],
+        "three": ["train.seed=9"],
+    }
+    with pytest.raises(ValueError, match="one and two are the same run") as refused:
+        planned(write_study(grid={"variant": variants}))
+    assert "three" not in str(refused.value) and "\n" not in str(refused.value)
+    assert len(planned(write_study(grid={"ranks": [1, 2]}))) == 2
+
+
+def test_codes_that_do_not_matter_are_another_run(write_study) -> None:
+    grid = {"codes": [8, 16], "router": {"smoe": ["vq.path=continuous"], "vq": ["vq.path=dual"]}}
+    assert len(planned(write_study(grid=grid))) == 4

@@ -24,10 +24,17 @@ def tokens_per_step(config: RunConfig) -> int:
     return config.train.global_batch_size * config.model.seq_length
 
 
-def rule_train_iters(rule: str, budget: RunConfig, config: RunConfig, num_ranks: int) -> int:
+def rule_train_iters(
+    rule: str,
+    budget: RunConfig,
+    config: RunConfig,
+    num_ranks: int,
+    num_budget_ranks: int | None = None,
+) -> int:
     """Return the iterations of ``config`` under ``equal_tokens`` or ``equal_flops``; at least 1.
 
-    ``budget`` is the configuration whose length sets the budget, ``num_ranks`` that of ``config``.
+    ``budget`` is the configuration whose length sets the budget, ``num_ranks`` that of ``config``,
+    ``num_budget_ranks`` that of ``budget`` (None: the fewest its layout fits on).
 
     Raises:
         ValueError: under equal_flops for a layout that cannot run, or an unknown vocabulary.
@@ -35,7 +42,9 @@ def rule_train_iters(rule: str, budget: RunConfig, config: RunConfig, num_ranks:
     share = tokens_per_step(budget) / tokens_per_step(config)
     if rule == "equal_flops":
         check_layout(config, num_ranks)
-        share *= _budget_flops_per_token(budget) / flops_per_token(config, num_ranks)
+        share *= _budget_flops_per_token(budget, num_budget_ranks) / flops_per_token(
+            config, num_ranks
+        )
     return max(1, round(budget.train.train_iters * share))
 
 
@@ -60,8 +69,8 @@ def with_vocabulary(config: RunConfig) -> RunConfig:
     return replace(config, model=replace(config.model, vocab_size=vocab_size))
 
 
-def _budget_flops_per_token(budget: RunConfig) -> float:
-    num_ranks = minimum_world_size(budget)
+def _budget_flops_per_token(budget: RunConfig, num_ranks: int | None) -> float:
+    num_ranks = num_ranks or minimum_world_size(budget)
     try:
         check_layout(budget, num_ranks)
     except ValueError as error:

@@ -26,6 +26,9 @@ from vqmoe_megatron.studies.study_file import StudyFile, key_of, listed
 
 PRODUCT = re.compile(r"\s*(\d+)\s*\*\s*([A-Za-z_.]+)\s*")
 PROBLEM_NAMES = 3  # runs that are named with a problem they share
+# Where and how long one attempt runs and what it reports to; not what is trained.
+FREE_KEYS = ("train.output_dir", "train.exit_interval", "train.exit_duration_in_mins")
+FREE_SECTION = "tracking."
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,9 @@ class StudyPlanner:
             config = replace(config, tracking=replace(config.tracking, mlflow_uri=uri))
         num_ranks = num_ranks or minimum_world_size(config)
         if self.file.rule != "as_written":
-            iterations = rule_train_iters(self.file.rule, self._budget_config, config, num_ranks)
+            iterations = rule_train_iters(
+                self.file.rule, self._budget_config, config, num_ranks, self.file.num_ranks
+            )
             overrides.append(f"train.train_iters={iterations}")
             config = replace(config, train=replace(config.train, train_iters=iterations))
         check_layout(config, num_ranks)
@@ -94,7 +99,8 @@ class StudyPlanner:
         """Return every run, in the grid's order.
 
         Raises:
-            ValueError: every problem of every point, in one message.
+            ValueError: every problem of every point, or else all points that are the same run, in
+                one message.
         """
         runs: list[PlannedRun] = []
         concerned: dict[str, list[str]] = {}  # problem -> names of runs
@@ -109,7 +115,23 @@ class StudyPlanner:
                 for problem, names in concerned.items()
             ]
             raise ValueError(listed(self.file.path, problems))
+        self._check_all_differ(runs)
         return runs
+
+    def _check_all_differ(self, runs: Iterable[PlannedRun]) -> None:
+        first: dict[str, str] = {}
+        problems: list[str] = []
+        for run in runs:
+            flat = flatten_config(run.config).items()
+            trained = {key: value for key, value in flat if decides_training(key)}
+            same = first.setdefault(repr((run.num_ranks, trained)), run.name)
+            if same != run.name:
+                problems.append(
+                    f"{same} and {run.name} are the same run: their settings are equal; make them "
+                    "differ or leave one out"
+                )
+        if problems:
+            raise ValueError(listed(self.file.path, problems))
 
     def _without_products(self, overrides: Iterable[str]) -> list[str]:
         """Compute ``number * setting``; a setting's last override counts, else the recipe's."""
@@ -132,6 +154,11 @@ class StudyPlanner:
                 raise ValueError(f"{text}: {name}={factor} is not a whole number")
             found.append(f"{key_of(text)}={int(match[1]) * int(factor)}")
         return found
+
+
+def decides_training(key: str) -> bool:
+    """Tell whether a setting decides what is trained."""
+    return key not in FREE_KEYS and not key.startswith(FREE_SECTION)
 
 
 def _positive(text: str) -> int:

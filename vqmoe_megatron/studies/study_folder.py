@@ -26,12 +26,9 @@ import yaml
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.recipe import flatten_config, load_recipe
-from vqmoe_megatron.studies.planned_run import PlannedRun
+from vqmoe_megatron.studies.planned_run import PlannedRun, decides_training
 from vqmoe_megatron.studies.study_file import StudyFile
 
-# Where and how long one attempt runs and what it reports to; not what is trained.
-FREE_KEYS = ("train.output_dir", "train.exit_interval", "train.exit_duration_in_mins")
-FREE_SECTION = "tracking."
 LISTED_RUNS = 5
 
 
@@ -214,7 +211,6 @@ def changed_settings(stored: RunConfig, planned: RunConfig) -> list[str]:
         f"{key}: was {before[key]}, is now {value}"
         for key, value in after.items()
         if value != before[key]
-        and key not in FREE_KEYS
-        and not key.startswith(FREE_SECTION)
+        and decides_training(key)
         and not (key == "model.vocab_size" and value is None)  # filled in from the corpus
     ]
