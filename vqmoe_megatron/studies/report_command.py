@@ -26,8 +26,8 @@ def report(
     """
     from vqmoe_megatron.studies.report.write import write_report
 
-    console = Console()
-    written = write_report(study, out, hardware, lambda text: console.print(text, markup=False))
+    console = Console(markup=False)  # reasons hold paths and lists in brackets
+    written = write_report(study, out, hardware, console.print)
     rest = [row for row in written.study.rows if not row.is_finished]
     if rest:
         table = Table(title="runs that have not finished")

@@ -64,3 +64,9 @@ def test_markdown_links_the_plot_and_keeps_the_table():
     assert "![a plot](p.png)\n\n*what it shows*" in text
     assert "| name | loss |\n| --- | ---: |\n| a\\|b | -1.5 |\n| <i> |  |" in text
     assert text.startswith("# Study <x> & y\n\n- Rule: equal | tokens\n\n## First")
+
+
+def test_a_markdown_row_is_one_line_with_its_bars_escaped():
+    table = Table(["axis|x", "reason"], [["1", "first\nsecond | third"]], "")
+    text = markdown(Page("P", [], [Section("S", tables=[table])]))
+    assert "| axis\\|x | reason |\n| ---: | --- |\n| 1 | first second \\| third |\n" in text

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import statistics
 from pathlib import Path
 
@@ -89,6 +90,17 @@ def test_a_moved_study_is_read_where_it_is(tmp_path):
     assert len(study.finished) == 2 and all(row.final_val_loss for row in study.rows)
 
 
+def test_a_copied_study_is_planned_from_its_own_recipe(tmp_path):
+    states = {"experts4-vq-ranks1-seed1": ("pending", 0)}
+    old = write_study(tmp_path / "old", sizes=(4,), seeds=(1,), routers=("vq",), states=states)
+    new = tmp_path / "new"
+    shutil.copytree(old, new)
+    (old / "recipe.yaml").write_text("model: {num_layers: 7}\n")  # the old place lives on
+    assert read_study(new, "CPU").rows[0].config.model.num_layers == 2
+    shutil.rmtree(old)
+    assert read_study(new, "CPU").rows[0].config.model.num_layers == 2
+
+
 def test_a_study_is_also_named_by_its_file(tmp_path):
     there = write_study(tmp_path / "s", sizes=(4,), seeds=(1,))
     study = read_study(there / "study.yaml", "CPU")
@@ -121,6 +133,10 @@ def test_what_is_no_study_is_refused(tmp_path):
     file.write_text(f"study: {{name: s, output_dir: {tmp_path}/none}}\n")
     with pytest.raises(ValueError, match="has no runs yet"):
         read_study(file, "CPU")
+    for value, found in (("5", "must be a path, not 5"), ("[a]", "must be"), ("''", "must be")):
+        file.write_text(f"study: {{name: s, output_dir: {value}}}\n")
+        with pytest.raises(ValueError, match=f"study.output_dir {found}"):
+            read_study(file, "CPU")
     file.write_text("model: {}\n")
     with pytest.raises(ValueError, match="no section `study:`"):
         read_study(file, "CPU")

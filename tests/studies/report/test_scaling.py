@@ -1,10 +1,12 @@
 """Efficiency against ranks: measured from runs, predicted from the plan, not mixed up."""
 
+from dataclasses import replace
+
 import pytest
 from matplotlib.figure import Figure
 from written_study import write_study
 
-from vqmoe_megatron.studies.report.intervals import SeedMean
+from vqmoe_megatron.studies.report.intervals import SeedMean, seed_means
 from vqmoe_megatron.studies.report.run_table import read_study
 from vqmoe_megatron.studies.report.scaling import MeasuredLine, PredictedLine, scaling_lines
 from vqmoe_megatron.studies.report.scaling_plots import draw_scaling
@@ -47,7 +49,7 @@ def test_predictions_alone_are_of_the_largest_models(tmp_path):
 
 
 def test_predicted_points_are_hollow_and_dashed_measured_ones_filled_and_solid():
-    speeds = {1: SeedMean(10.0, 1, None, 0), 2: SeedMean(19.0, 1, None, 0)}
+    speeds = {1: SeedMean(10.0, 1, None, 0), 2: SeedMean(9.5, 1, None, 0)}
     measured = MeasuredLine("weak", "m", speeds)
     predicted = PredictedLine("weak", "m", {1: 1.0, 2: 0.97})
     figure = draw_scaling([measured], [predicted])
@@ -63,3 +65,50 @@ def test_predicted_points_are_hollow_and_dashed_measured_ones_filled_and_solid()
 
 def test_nothing_to_draw_is_said():
     assert "same number of ranks" in draw_scaling([], [])
+
+
+def test_other_layouts_are_other_lines_and_not_seeds(tmp_path):
+    rows = read_study(
+        write_study(tmp_path / "s", sizes=(8,), routers=("vq",), num_ranks=(1, 2)), "CPU"
+    ).rows
+    for row in rows:  # seed 1 and 2 become two layouts of one seed
+        layout = {1: "tp", 2: "ep"}[row.point.pop("seed")]
+        row.point["layout"] = layout
+        row.config = replace(row.config, train=replace(row.config.train, seed=1))
+        row.tokens_per_second = row.num_ranks * (100.0 if layout == "tp" else 50.0 / row.num_ranks)
+    measured, _ = scaling_lines(rows, "CPU")
+    efficiency = {line.label: line.efficiency[2].mean for line in measured}
+    assert efficiency == {"8 experts, tp": 1.0, "8 experts, ep": 0.5}
+    assert all(line.efficiency[2].num_seeds == 1 for line in measured)
+
+
+def test_layouts_that_follow_the_ranks_are_one_line(tmp_path):
+    rows = read_study(
+        write_study(tmp_path / "s", sizes=(8,), routers=("vq",), num_ranks=(1, 2)), "CPU"
+    ).rows
+    for row in rows:
+        row.point = {"machine": {1: "small", 2: "large"}[row.num_ranks], "seed": row.point["seed"]}
+    ((line,), _) = scaling_lines(rows, "CPU")
+    assert line.label == "8 experts" and line.efficiency[2].num_seeds == 2
+
+
+def test_the_spread_is_pooled_per_rank(tmp_path):
+    rows = read_study(
+        write_study(tmp_path / "s", sizes=(8,), routers=("vq",), num_ranks=(1, 4)), "CPU"
+    ).rows
+    speeds = {1: iter((99.0, 101.0)), 4: iter((392.0, 408.0))}  # per rank: +-1 and +-2
+    for row in rows:
+        row.tokens_per_second = next(speeds[row.num_ranks])
+    ((line,), _) = scaling_lines(rows, "CPU")
+    (expected, _) = seed_means([[99.0, 101.0], [98.0, 102.0]])
+    assert line.efficiency[1].half_width == pytest.approx(expected.half_width / 100)
+    assert line.efficiency[4].half_width == line.efficiency[1].half_width
+
+
+def test_without_a_naming_axis_the_largest_model_alone_is_predicted(tmp_path):
+    directory = write_study(tmp_path / "s", sizes=(8, 16), routers=("vq",), seeds=(1,))
+    rows = read_study(directory, "CPU").rows
+    for row in rows:
+        row.point = {"experts": row.point["experts"]}
+    _, predicted = scaling_lines(rows, "CPU")
+    assert {line.label for line in predicted} == {"16 experts"}

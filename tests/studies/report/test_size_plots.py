@@ -4,6 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 from written_study import write_study
 
+from vqmoe_megatron.studies.report.plot_style import speed_axis
 from vqmoe_megatron.studies.report.run_table import read_study
 from vqmoe_megatron.studies.report.series import split_series
 from vqmoe_megatron.studies.report.size_plots import draw_routing, draw_speed, draw_wire
@@ -52,3 +53,13 @@ def test_routing_has_a_panel_per_metric(series):
     names = [axis.get_ylabel().split(" (")[0] for axis in draw_routing(series).axes]
     assert names == ["load imbalance", "code perplexity", "dead codes"]
     assert draw_routing([]) == "no finished run has routing metrics"
+
+
+def test_a_speed_of_zero_is_drawn_on_a_plain_axis():
+    axis = Figure().subplots()
+    speed_axis(axis, [0.0, 5.0, 100.0])
+    assert axis.get_yscale() == "linear" and axis.get_ylim()[0] == 0
+    speed_axis(axis, [])
+    assert axis.get_yscale() == "linear"
+    speed_axis(axis, [5.0, 100.0])
+    assert axis.get_yscale() == "log"

@@ -7,12 +7,17 @@ import re
 import pytest
 from mlflow import MlflowClient
 from test_page import Reader
+from typer.testing import CliRunner
 from written_study import write_study as written_study
 
-from vqmoe_megatron.studies.report.content import PLOT_NAMES
+from vqmoe_megatron import cli
+from vqmoe_megatron.studies.report.content import PLOT_NAMES, _mean_table
+from vqmoe_megatron.studies.report.run_table import read_study
+from vqmoe_megatron.studies.report.series import split_series
 from vqmoe_megatron.studies.report.write import log_to_parent, write_report
 from vqmoe_megatron.tracking.metrics_log import read_metrics
 from vqmoe_megatron.tracking.parent_run import open_parent_run
+from vqmoe_megatron.tracking.run_status import write_status
 
 STATES = {
     "experts32-vq-ranks1-seed2": ("pending", 0),
@@ -138,3 +143,26 @@ def test_a_really_trained_run_is_reported_with_its_own_figures(write_study, vqmo
     assert int(trained["num_tokens"]) == 8 * 4 * 16  # steps, batch, sequence
     assert trained["state"] == "finished" and waiting["state"] == "waiting"
     assert trained["num_parameters_total"] == waiting["num_parameters_total"] != ""
+
+
+def test_a_reason_with_brackets_is_shown_as_it_is(tmp_path):
+    name = "experts4-vq-ranks1-seed1"
+    states = {name: ("failed", 9)}
+    directory = written_study(
+        tmp_path / "s", sizes=(4,), routers=("vq",), seeds=(1,), states=states
+    )
+    write_status(directory / "runs" / name, "failed", 9, "cannot read [/data/x] of [bold]y")
+    shown = CliRunner().invoke(cli.app, ["study", "report", str(directory), "--hardware", "CPU"])
+    assert shown.exit_code == 0, shown.output
+    words = shown.output.split()
+    assert "[/data/x]" in words and "[bold]y" in words
+
+
+def test_a_loss_of_exactly_zero_enters_the_table(tmp_path):
+    rows = read_study(written_study(tmp_path / "s", sizes=(4,), routers=("vq",)), "CPU").rows
+    rows[0].final_val_loss, rows[1].final_val_loss = 0.0, 1.0
+    (line,) = _mean_table(split_series(rows)).lines
+    assert line[2:4] == ["2", "0.5000"] and line[4] == line[5] != ""
+    rows[1].final_val_loss = 0.0
+    (line,) = _mean_table(split_series(rows)).lines
+    assert line[3] == "0.0000"

@@ -6,7 +6,6 @@ A caption states what is plotted, what the bars and bands are, and what was not 
 from __future__ import annotations
 
 import io
-import math
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -31,7 +30,7 @@ from vqmoe_megatron.studies.report.run_table import (
 from vqmoe_megatron.studies.report.scaling import scaling_lines
 from vqmoe_megatron.studies.report.scaling_law import EXPONENTS, NUM_DRAWS, Fits
 from vqmoe_megatron.studies.report.scaling_plots import draw_scaling
-from vqmoe_megatron.studies.report.series import Series, split_series
+from vqmoe_megatron.studies.report.series import Series, figure_of, split_series
 from vqmoe_megatron.studies.report.size_plots import (
     SPREAD_RANKS,
     are_single_ranks,
@@ -172,8 +171,8 @@ def _mean_table(series: Sequence[Series]) -> Table:
     lines = []
     for one in series:
         for size, mean in one.means("final_val_loss").items():
-            losses = [row.final_val_loss for row in one.cells[size]]
-            (alone,) = seed_means([[loss for loss in losses if math.isfinite(loss or math.nan)]])
+            losses = [figure_of(row, "final_val_loss") for row in one.cells[size]]
+            (alone,) = seed_means([[loss for loss in losses if loss is not None]])
             intervals = [
                 "" if found.half_width is None else f"{found.low:.4f} to {found.high:.4f}"
                 for found in (mean, alone)

@@ -57,11 +57,17 @@ def markdown(page: Page) -> str:
         for plot in section.plots:
             blocks += [f"![{plot.alt}]({plot.file_name})", f"*{plot.caption}*"]
         for table in section.tables:
-            rows = [table.headings, ["---:" if right else "---" for right in _right(table)]]
-            rows += [[cell.replace("|", "\\|") for cell in line] for line in table.lines]
+            rules = ["---:" if right else "---" for right in _right(table)]
+            lines = [[_cell(cell) for cell in line] for line in (table.headings, *table.lines)]
+            rows = [lines[0], rules, *lines[1:]]
             blocks.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
             blocks += [table.caption] if table.caption else []
     return "\n\n".join(blocks) + "\n"
+
+
+def _cell(text: str) -> str:
+    """A cell of a Markdown table is one line, and a bar would end it."""
+    return " ".join(text.splitlines()).replace("|", "\\|")
 
 
 def html_page(page: Page) -> str:

@@ -129,10 +129,10 @@ def decade_axis(axis: Axes, name: str) -> None:
 
 
 def speed_axis(axis: Axes, values: Iterable[float]) -> None:
-    """Make y begin at 0, or logarithmic where ``values``, above 0, span more than a factor of 8;
-    a bar that reaches 0 then ends at the frame."""
+    """Make y begin at 0, or logarithmic where ``values`` are above 0 and span more than a factor
+    of 8; a bar that reaches 0 then ends at the frame."""
     ordered = sorted(values)
-    if ordered[-1] / ordered[0] > 8:
+    if ordered and ordered[0] > 0 and ordered[-1] / ordered[0] > 8:
         axis.set_yscale("log", nonpositive="clip")
         axis.set_ylim(ordered[0] / 2, ordered[-1] * 2)
         axis.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))

@@ -1,6 +1,7 @@
 """One row per run of a study, from its directory: what was asked, what was measured, its state.
 
     <study>/study.yaml      the study; name and rule go to the page's head
+    <study>/recipe.yaml     what the runs start from
     <study>/runs.json       every run of the grid, started or not
     <study>/runs/<name>/    run_config.yaml, metrics.jsonl, status.json
 
@@ -28,7 +29,8 @@ from vqmoe_megatron.studies.report.planned import Planned, planned_quantities
 from vqmoe_megatron.studies.run_state import run_state
 from vqmoe_megatron.tracking.metrics_log import METRICS_FILE, read_metrics
 
-STUDY_FILE, RUNS_FILE, CONFIG_FILE = "study.yaml", "runs.json", "run_config.yaml"
+STUDY_FILE, RUNS_FILE, RECIPE_FILE = "study.yaml", "runs.json", "recipe.yaml"
+CONFIG_FILE = "run_config.yaml"
 WARM_UP_SHARE = 0.1  # of the logged windows, at least one, left out of the median throughput
 LATE_SHARE = 0.25  # of the logged windows, at least one, over which routing is averaged
 LATE_METRICS = ("moe/expert_load_imbalance", "vq/code_perplexity", "vq/dead_codes")
@@ -116,8 +118,9 @@ def _study_directory(path: Path) -> Path:
     if not path.exists():
         raise ValueError(f"{path} is neither a study's YAML file nor its directory: no such path")
     output_dir = _settings(path).get("output_dir")
-    if not output_dir:
-        raise ValueError(f"{path} does not say where its runs are: study.output_dir is missing")
+    if not isinstance(output_dir, str) or not output_dir.strip():
+        found = "is missing" if output_dir is None else f"must be a path, not {output_dir!r}"
+        raise ValueError(f"{path} does not say where its runs are: study.output_dir {found}")
     if not Path(output_dir).is_dir():
         raise ValueError(
             f"{path}: study.output_dir={output_dir} does not exist: the study has no runs yet; "
@@ -167,7 +170,7 @@ def _read_run(
     run_dir = directory / "runs" / row.name
     run_dir = run_dir if run_dir.is_dir() else Path(entry["run_dir"])
     try:
-        row.config = _config(run_dir, settings, entry["overrides"])
+        row.config = _config(directory, run_dir, settings, entry["overrides"])
         if row.config is None:
             row.reason = "it has not started, and its recipe is not there to plan it"
         else:
@@ -181,13 +184,17 @@ def _read_run(
     return row
 
 
-def _config(run_dir: Path, settings: dict[str, Any], overrides: list[str]) -> RunConfig | None:
+def _config(
+    directory: Path, run_dir: Path, settings: dict[str, Any], overrides: list[str]
+) -> RunConfig | None:
     """Return the run's own configuration, or the one it will have; None where the recipe is gone
-    and the run has not started."""
+    and the run has not started. The copy beside runs.json goes first: the study may have moved."""
     if (run_dir / CONFIG_FILE).is_file():
         return load_recipe(run_dir / CONFIG_FILE, [])
-    recipe = Path(str(settings.get("recipe", "")))
-    return load_recipe(recipe, overrides) if recipe.is_file() else None
+    for recipe in (directory / RECIPE_FILE, Path(str(settings.get("recipe", "")))):
+        if recipe.is_file():
+            return load_recipe(recipe, overrides)
+    return None
 
 
 def _read_state(row: RunRow, run_dir: Path, config: RunConfig) -> None:

@@ -5,7 +5,8 @@ P ranks, B global batch size, P0 the fewest ranks of a line.
     strong   B is the same everywhere       weak   B / P is the same everywhere
     efficiency(P) = (tokens/s at P / P) / (tokens/s at P0 / P0)
 
-Measured lines come from finished runs that differ in nothing of the sections ``model`` and ``vq``.
+Measured lines come from finished runs that differ in nothing of the sections ``model`` and ``vq``,
+nor in any axis of the grid but ranks, seed and global batch: other layouts are other lines.
 Predicted ones come from the plan's step time, for the study's own runs and for ``DOUBLINGS`` times
 twice as many ranks; more ranks are more data-parallel replicas, everything else stays.
 """
@@ -28,25 +29,25 @@ KINDS = ("strong", "weak")
 
 @dataclass(frozen=True)
 class MeasuredLine:
-    """Tokens per second of one model by number of ranks; at least two numbers of ranks."""
+    """Tokens per second and rank of one model by number of ranks, at least two; the spread over
+    seeds is pooled over them."""
 
     kind: str  # one of KINDS
     label: str
-    tokens_per_second: dict[int, SeedMean]
+    tokens_per_second_per_rank: dict[int, SeedMean]
 
     @property
     def efficiency(self) -> dict[int, SeedMean]:
         """Relative to the fewest ranks; intervals take the reference as exact."""
-        fewest = min(self.tokens_per_second)
-        per_rank = self.tokens_per_second[fewest].mean / fewest
+        reference = self.tokens_per_second_per_rank[min(self.tokens_per_second_per_rank)].mean
         return {
             ranks: SeedMean(
-                speed.mean / (ranks * per_rank),
+                speed.mean / reference,
                 speed.num_seeds,
-                None if speed.half_width is None else speed.half_width / (ranks * per_rank),
+                None if speed.half_width is None else speed.half_width / reference,
                 speed.num_degrees_of_freedom,
             )
-            for ranks, speed in self.tokens_per_second.items()
+            for ranks, speed in self.tokens_per_second_per_rank.items()
         }
 
 
@@ -77,7 +78,8 @@ def scaling_lines(
     }
     predicted_keys = [key for key in models if measured[key]]
     if not predicted_keys:
-        largest = {labels[key].rsplit(", ", 1)[0]: key for key in sorted(models, key=_size(models))}
+        by_size = sorted(models, key=_size(models))
+        largest = {_series_label(models[key], known): key for key in by_size}
         predicted_keys = list(largest.values())
     predicted = [
         line
@@ -89,18 +91,43 @@ def scaling_lines(
 
 
 def _measured(kind: str, name: str, rows: Sequence[RunRow]) -> Iterator[MeasuredLine]:
-    batches: dict[float, dict[int, list[float]]] = {}
+    axes = _layout_axes(rows)
+    alike: dict[tuple[str, float], dict[int, list[float]]] = {}
     for row in rows:
         speed = figure_of(row, "tokens_per_second")
-        if row.is_finished and speed is not None:
+        if row.is_finished and speed:
             batch = row.config.train.global_batch_size
             shared = batch if kind == "strong" else batch / row.num_ranks
-            batches.setdefault(shared, {}).setdefault(row.num_ranks, []).append(speed)
-    for shared, by_ranks in batches.items():
+            layout = f", {label(row, axes)}" if axes else ""
+            by_ranks = alike.setdefault((layout, shared), {})
+            by_ranks.setdefault(row.num_ranks, []).append(speed / row.num_ranks)
+    num_batches = len({shared for _, shared in alike})
+    for (layout, shared), by_ranks in alike.items():
         if len(by_ranks) > 1:
             means = dict(zip(by_ranks, seed_means(list(by_ranks.values())), strict=True))
-            where = f", batch {shared:g}" if len(batches) > 1 else ""
-            yield MeasuredLine(kind, name + where, dict(sorted(means.items())))
+            where = f", batch {shared:g}" if num_batches > 1 else ""
+            yield MeasuredLine(kind, name + layout + where, dict(sorted(means.items())))
+
+
+def _layout_axes(rows: Sequence[RunRow]) -> list[str]:
+    """Axes in which runs of one model differ, other than those that stand for ranks, seed or batch:
+    an axis stands for one of them when each of its values has one of theirs and the other way
+    round."""
+    others: tuple[Callable[[RunRow], int], ...] = (
+        lambda row: row.num_ranks,
+        lambda row: row.config.train.seed,
+        lambda row: row.config.train.global_batch_size,
+    )
+    found = []
+    for axis in dict.fromkeys(axis for row in rows for axis in row.point):
+        values = {str(row.point.get(axis)) for row in rows}
+        pairs = [{(str(row.point.get(axis)), other(row)) for row in rows} for other in others]
+        stands_for = any(
+            len(pair) == len(values) == len({second for _, second in pair}) for pair in pairs
+        )
+        if len(values) > 1 and not stands_for:
+            found.append(axis)
+    return found
 
 
 def _predicted(
@@ -145,11 +172,15 @@ def _size(models: dict[str, list[RunRow]]) -> Callable[[str], int]:
 
 
 def _label(members: Sequence[RunRow], rows: Sequence[RunRow]) -> str:
-    """The axes that name series, as far as all runs of the model agree; then its size."""
+    series, size = _series_label(members, rows), f"{members[0].num_moe_experts} experts"
+    return f"{series}, {size}" if series else size
+
+
+def _series_label(members: Sequence[RunRow], rows: Sequence[RunRow]) -> str:
+    """The axes that name series, as far as all runs of the model agree; maybe nothing."""
     shared = [
         axis
         for axis in naming_axes(rows)
         if len({str(row.point.get(axis)) for row in members}) == 1
     ]
-    size = f"{members[0].num_moe_experts} experts"
-    return f"{label(members[0], shared)}, {size}" if shared else size
+    return label(members[0], shared) if shared else ""
