@@ -21,6 +21,7 @@ through pipes, so that no orphan can hold one open.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import inspect
 import os
@@ -42,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.005
 GRACE_SECONDS = 1.0  # for the other ranks to report their own failure after one died
 SHOWN_LINES = 60  # of a failed rank's output
+MAX_THREADS = 300  # of a rank; every gloo group that is still held polls in its own
 
 
 class RanksFailed(Exception):
@@ -117,7 +119,14 @@ class RankPool:
         results = [torch.load(file, weights_only=True) for file in files]
         for file in files:
             file.unlink()
+        if self._num_threads() > MAX_THREADS:
+            self.close()
         return results
+
+    def _num_threads(self) -> int:
+        """Of the rank that has most; 0 where the system does not tell."""
+        folders = [Path(f"/proc/{rank.pid}/task") for rank in self.ranks]
+        return max(len(list(folder.iterdir())) if folder.is_dir() else 0 for folder in folders)
 
     @property
     def is_closed(self) -> bool:
@@ -225,6 +234,7 @@ def _serve(folder: Path) -> None:
 
 def _build_groups(sizes: dict[str, int]) -> None:
     from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
     from torch.distributed import distributed_c10d
 
     from vqmoe_megatron.config import ParallelConfig, RunConfig
@@ -233,6 +243,8 @@ def _build_groups(sizes: dict[str, int]) -> None:
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()  # forgets the groups, but does not destroy them
+        get_moe_layer_wise_logging_tracker().clear()  # holds groups
+        gc.collect()  # models hold groups, in cycles
         torch.distributed.barrier()
         for group in list(distributed_c10d._world.pg_map):
             if group is not torch.distributed.group.WORLD:
