@@ -20,7 +20,7 @@ from vqmoe_megatron.tracking.run_status import read_status
 # Steps trained twice have these from the first time; all other values are equal to the last bit.
 ON_THE_CLOCK = ("tokens_per_second", "step_time_ms", "overhead_share", "memory/", "system/")
 PATIENCE_S = 300  # a quiet machine needs a tenth of it
-NOISE_RATIO = 4.0  # of 10 ms steps on a busy machine; one that waited for a store would take seconds
+NOISE_RATIO = 4.0  # of 10 ms steps, machine busy or not; one that waits for a store takes seconds
 
 
 @pytest.fixture(scope="module")
