@@ -114,7 +114,15 @@ def test_new_points_are_welcome_after_the_start(write_study) -> None:
     study = load_study(write_study())
     study.start()
     pretend_started(study, 0, 3)
-    load_study(write_study(grid=study.file.content["grid"] | {"experts": [4, 8, 16]})).start()
+    before = {run.name: index for index, run in study.runs.items()}
+    grown = load_study(write_study(grid=study.file.content["grid"] | {"experts": [4, 8, 16]}))
+    grown.start()
+    after = {run.name: index for index, run in load_study(grown.file.path).runs.items()}
+    assert before.items() < after.items()  # who was there kept its index
+    assert {name for name in after if name not in before} == {
+        "experts16-smoe",
+        "experts16-vq",
+    }
 
 
 def test_a_change_of_a_started_run_is_refused_with_its_key(write_study) -> None:

@@ -8,7 +8,7 @@ calls bidirectional.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 GB = 10**9
 GIB = 2**30
@@ -71,39 +71,33 @@ _HOPPER = {
 }
 _NVLINK4, _NDR = Link(5e-6, 450 * GB), Link(10e-6, 50 * GB)
 
+_H100 = Hardware(
+    name="H100",
+    bf16_flops_per_second=989.4 * TERA,
+    fp32_flops_per_second=66.9 * TERA,
+    memory_bytes=80 * GB,
+    memory_bytes_per_second=3350 * GB,
+    devices_per_node=8,
+    intra_node=_NVLINK4,
+    inter_node=_NDR,
+    achievable_flops=0.4,
+    achievable_memory=0.8,
+    achievable_link=0.8,
+    kernels="fused",
+    sources={
+        **_HOPPER,
+        "memory_bytes": "NVIDIA H100 SXM data sheet: 80 GB HBM3",
+        "memory_bytes_per_second": "NVIDIA H100 SXM data sheet: 3.35 TB/s",
+    },
+)
+
 PROFILES = {
-    "H100": Hardware(
-        name="H100",
-        bf16_flops_per_second=989.4 * TERA,
-        fp32_flops_per_second=66.9 * TERA,
-        memory_bytes=80 * GB,
-        memory_bytes_per_second=3350 * GB,
-        devices_per_node=8,
-        intra_node=_NVLINK4,
-        inter_node=_NDR,
-        achievable_flops=0.4,
-        achievable_memory=0.8,
-        achievable_link=0.8,
-        kernels="fused",
-        sources={
-            **_HOPPER,
-            "memory_bytes": "NVIDIA H100 SXM data sheet: 80 GB HBM3",
-            "memory_bytes_per_second": "NVIDIA H100 SXM data sheet: 3.35 TB/s",
-        },
-    ),
-    "H200": Hardware(
+    "H100": _H100,
+    "H200": replace(
+        _H100,
         name="H200",
-        bf16_flops_per_second=989.4 * TERA,
-        fp32_flops_per_second=66.9 * TERA,
         memory_bytes=141 * GB,
         memory_bytes_per_second=4800 * GB,
-        devices_per_node=8,
-        intra_node=_NVLINK4,
-        inter_node=_NDR,
-        achievable_flops=0.4,
-        achievable_memory=0.8,
-        achievable_link=0.8,
-        kernels="fused",
         sources={
             **_HOPPER,
             "memory_bytes": "NVIDIA H200 SXM data sheet: 141 GB HBM3e",
