@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from vqmoe_megatron import cli
@@ -176,13 +178,21 @@ def test_usage_errors_are_exit_code_2(arguments, vqmoe):
     assert code == 2 and "Traceback" not in shown
 
 
+def command_lines(command, words=()):
+    """The words of every shown command below `command`, groups walked through."""
+    for name, below in getattr(command, "commands", {}).items():
+        yield from command_lines(below, (*words, name))
+    if not hasattr(command, "commands") and not command.hidden:
+        yield words
+
+
 def test_every_command_shows_an_example():
-    names = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
-    assert {"prepare", "pretrain", "doctor"} <= {name.replace("_", "-") for name in names}
-    for name in names:
-        shown = CliRunner().invoke(cli.app, [name.replace("_", "-"), "--help"])
+    lines = list(command_lines(get_command(cli.app)))
+    assert {("prepare",), ("pretrain",), ("preflight",), ("study", "submit")} <= set(lines)
+    for words in lines:
+        shown = CliRunner().invoke(cli.app, [*words, "--help"])
         assert shown.exit_code == 0
-        assert "Example: vqmoe" in shown.output, name
+        assert re.search(rf"Example: .*vqmoe {' '.join(words)}", shown.output), words
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130(vqmoe, monkeypatch):
