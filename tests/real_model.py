@@ -6,11 +6,15 @@ The plan's formulas are compared with these figures. Functions here run in the r
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.recipe import load_recipe
@@ -118,6 +122,44 @@ def measure_activations(overrides: list[str]) -> int:
     forward()  # the codebook takes its first codes from the data
     excluded += [*chunk.module.buffers()]
     return saved_bytes(forward, excluded)[0]
+
+
+class _PeakBytes(TorchDispatchMode):
+    """Counts the storages that operations make while they live; ``peak`` is the most at once."""
+
+    def __init__(self, kept: set[int]) -> None:
+        super().__init__()
+        self.kept, self.alive, self.peak = kept, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                place = storage._cdata
+                if place not in self.kept and place not in self.alive:
+                    self.alive[place] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, place)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return made
+
+
+def measure_peak(overrides: list[str]) -> int:
+    """Most bytes that a training step makes and holds at once, beside what it keeps anyway."""
+    from vqmoe_megatron.plan.layout import check_layout
+    from vqmoe_megatron.training.step_builder import build_step
+
+    config = recipe(overrides)
+    layout = check_layout(config, torch.distributed.get_world_size(), "cpu")
+    parts = build_step(config, layout)
+    for chunk in parts.model:
+        chunk.train()
+    batches = _batches(config)
+    parts.step([batches], 0, False)  # makes the optimizer's state, and the codes from the data
+    tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
+    with _PeakBytes({tensor.untyped_storage()._cdata for tensor in tensors}) as bytes_made:
+        parts.step([batches], 0, False)
+    return bytes_made.peak
 
 
 class _OneModule:

@@ -46,6 +46,16 @@ def test_tables_say_what_is_planned_and_what_is_assumed(vqmoe) -> None:
     assert "assumed: model.vocab_size" not in out
 
 
+def test_the_parts_of_a_stage_add_up_with_its_copy_of_the_tied_table(vqmoe) -> None:
+    stages = "parallel.pipeline_model_parallel_size=2"
+    code, out, _ = vqmoe(VOCABULARY, stages, "--world-size", "2", "--hardware", "CPU")
+    table = out[out.index("used by one token") : out.index("memory of a rank")]
+    rows = [line.split() for line in table.splitlines() if len(line.split()) == 5]
+    counts = {row[0]: int(row[-1].replace(",", "")) for row in rows if row[-1][0].isdigit()}
+    assert code == 0 and counts["output_layer"] > 0
+    assert sum(counts.values()) == 2 * counts["all"]
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_world_that_does_not_divide(vqmoe, as_json: bool) -> None:
     options = ["--json"] if as_json else []

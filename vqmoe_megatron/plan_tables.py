@@ -248,9 +248,11 @@ def _parameters(plan: RunPlan) -> Table:
     counted = plan.parameters
     stages = _shown_stages(len(counted.per_rank))
     table = _table("parameters", "part", "total", "used by one token", *_stage_titles(stages))
-    for part, total in counted.total_by_part.items():
-        of_ranks = [f"{counted.per_rank_by_part[stage].get(part, 0):,}" for stage in stages]
-        table.add_row(part, f"{total:,}", f"{counted.active_by_part[part]:,}", *of_ranks)
+    copies = (part for parts in counted.per_rank_by_part for part in parts)  # a tied table's, too
+    for part in dict.fromkeys([*counted.total_by_part, *copies]):
+        of_model = [found.get(part, 0) for found in (counted.total_by_part, counted.active_by_part)]
+        of_ranks = [counted.per_rank_by_part[stage].get(part, 0) for stage in stages]
+        table.add_row(part, *(f"{count:,}" for count in (*of_model, *of_ranks)))
     of_ranks = [f"{counted.per_rank[stage]:,}" for stage in stages]
     table.add_row("all", f"{counted.total:,}", f"{counted.active:,}", *of_ranks)
     return table

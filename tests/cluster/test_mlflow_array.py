@@ -17,7 +17,7 @@ def test_eight_array_tasks_share_one_fresh_database(job_folder, job_corpus) -> N
     folder.mkdir()
     keys = [key for key in SMALL_EP4 if "expert_model_parallel" not in key]
     keys += [f"data.path={job_corpus}", f"train.train_iters={NUM_ITERS}", "train.log_interval=1"]
-    keys += ["tracking.mlflow=true", "checkpoint.save_interval=0"]
+    keys += ["tracking.mlflow=true", "checkpoint.save_interval=0", "optimizer.lr_warmup_iters=1"]
     train = [sys.executable, "-m", "vqmoe_megatron.cli", "pretrain"]
     train += [str(ROOT / "recipes" / "parity.yaml"), *keys]
     script = (  # every task waits for the eighth, so that all create the database

@@ -124,6 +124,8 @@ def test_active_parameters() -> None:
     assert count.total == 4 * 266 + rest
     assert count.active_per_token == (2 + 1) * 266 + rest
     assert layer_parameters(replace(layer, path="continuous")).active_per_token == 2 * 266 + 28
+    more_rows_than_experts = layer_parameters(replace(layer, num_code_slices=3))  # 2 + 3 of 4
+    assert more_rows_than_experts.active_experts == more_rows_than_experts.experts == 4 * 266
 
 
 def test_learned_inputs_are_full_width_and_read_per_code() -> None:

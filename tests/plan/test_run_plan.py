@@ -90,6 +90,14 @@ def test_search_finds_the_fastest_legal_layout() -> None:
     assert search_json(result)["best"][0]["step_time"]["total_seconds"] == seconds[0]
 
 
+def test_search_keeps_what_the_recipe_needs_on_one_rank() -> None:
+    needs = ["model.bf16=true", "vq.codebook_update=gradient", "model.num_layers=1"]
+    config = recipe([*needs, "optimizer.use_distributed_optimizer=true"])
+    assert plan_run(config, 1).errors == ()
+    result = search_layouts(config, 1, PROFILES["CPU"])
+    assert result.num_fitting == result.num_tried > 0
+
+
 def test_search_says_when_nothing_fits() -> None:
     small = replace(PROFILES["CPU"], memory_bytes=1000)
     result = search_layouts(recipe(["model.num_layers=1"]), 1, small)

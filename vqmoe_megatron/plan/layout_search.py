@@ -117,7 +117,7 @@ def _candidates(config: RunConfig, world_size: int, hardware: Hardware) -> Itera
             shared_by = max(replicas, per_stage // (shards * experts))
             for virtual, is_distributed, micro in product(
                 VIRTUAL_SIZES if stages > 1 else VIRTUAL_SIZES[:1],
-                (False, True) if shared_by > 1 else (False,),
+                (False, True) if shared_by > 1 else (config.optimizer.use_distributed_optimizer,),
                 _micro_batches(config, replicas),
             ):
                 yield _with_layout(

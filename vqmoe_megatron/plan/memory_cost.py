@@ -117,6 +117,6 @@ def layer_parameters(layer: LayerShape) -> LayerParameters:
         codebook=has_codes * layer.num_code_rows * layer.code_width,
         learned_inputs=is_learned * layer.num_code_rows * hidden,
         norms=num_norms * hidden * (2 if layer.normalization == "LayerNorm" else 1),
-        active_experts=rows_per_token * expert,
+        active_experts=min(rows_per_token, layer.num_moe_experts) * expert,
         active_learned_inputs=is_learned * layer.num_code_slices * hidden,
     )

@@ -46,7 +46,7 @@ class StageMemory:
     code_tables: int  # code rows and tables of code outputs, of all microbatches in flight
     recomputed: int  # made anew at one time in the backward pass
     dispatch_buffers: int  # rows on their way, of one layer at a time
-    workspace: int  # logits and their gradient, or the largest weight gradient
+    workspace: int  # the largest weight gradient, or logits in bf16 beside their fp32 softmax
 
     @property
     def transient(self) -> int:
@@ -98,13 +98,14 @@ def stage_memory(
     tables = [_kept_tables(config, kept.code_tables, place.layers) for place in places]
     in_flight = peak_in_flight(chunks, *schedule)
     tables_in_flight = peak_in_flight(tables, *schedule)
-    element = 2 if model.bf16 else 4
     state = state or state_bytes(config, layout, pipeline_rank)
     workspace = state.largest_weight
     if places[-1].is_last:
         tokens = train.micro_batch_size * model.seq_length
         vocab = padded_vocab_size(model) // layout.tensor_model_parallel_size
-        workspace = max(workspace, tokens * vocab * (4 + element))
+        # Megatron's cross entropy turns fp32 logits into the softmax, which is kept, and that into
+        # the gradient, in place; bf16 logits, and later their gradient, stand beside it.
+        workspace = max(workspace, tokens * vocab * 2 if model.bf16 else 0)
     has_experts = any(is_moe_layer(model, n) for place in places for n in place.layers)
     return StageMemory(
         pipeline_rank=pipeline_rank,
