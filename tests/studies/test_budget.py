@@ -58,3 +58,27 @@ def test_equal_flops_needs_a_legal_budget(write_study) -> None:
     )
     with pytest.raises(ValueError, match="takes its budget from the recipe with `set` alone"):
         planned(path)
+
+
+def test_whole_steps_that_cannot_keep_equal_flops_are_refused(write_study) -> None:
+    grid = {"train.global_batch_size": [8, 16, 64]}
+    study, base = {"rule": "equal_flops"}, ["train.global_batch_size=8"]
+    with pytest.raises(ValueError) as refused:
+        planned(write_study(study=study, more=[*base, "train.train_iters=3"], grid=grid))
+    said = str(refused.value)
+    assert "global_batch_size8" not in said  # three of its own steps are the budget
+    assert "global_batch_size16: equal_flops cannot be kept in whole steps" in said  # 1.5 steps
+    assert "so 0.375 steps; the nearest whole number, 1, is off by +166.7%, more than 2%" in said
+    assert "train.train_iters in the recipe" in said and "200 are enough" in said
+    assert said.rstrip().endswith("or take rule: as_written")
+    runs = planned(write_study(study=study, more=[*base, "train.train_iters=200"], grid=grid))
+    assert [run.config.train.train_iters for run in runs] == [200, 100, 25]
+
+
+def test_equal_tokens_may_be_missed_by_two_percent_and_no_more(write_study) -> None:
+    grid = {"train.global_batch_size": [8]}  # half the budget's steps, which are of 4 samples
+    (run,) = planned(write_study(grid=grid, more=["train.train_iters=51"]))
+    assert run.config.train.train_iters == 26  # for 25.5
+    refusal = "budget is 49 steps x 64 = 3,136 tokens, one step of this run takes 128, so 24.5"
+    with pytest.raises(ValueError, match=refusal):
+        planned(write_study(grid=grid, more=["train.train_iters=49"]))

@@ -5,11 +5,13 @@
     equal_flops   the floating-point operations that the recipe with ``set`` alone would take
 
 The budget depends on no point of the grid, so it stays when the grid is extended. Iterations are
-whole: a run's tokens or operations differ from the budget by at most half a step.
+whole, so a run's tokens or operations differ from the budget by up to half a step; a run for which
+that is more than ``TOLERANCE`` of the budget is refused, because its rule would not hold.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.data.corpus import load_corpus
 from vqmoe_megatron.plan.layout import check_layout, minimum_world_size
 from vqmoe_megatron.plan.run_plan import plan_run
+
+TOLERANCE = 0.02  # of the budget; half a step of 25, so every run of 25 steps or more keeps it
 
 
 def tokens_per_step(config: RunConfig) -> int:
@@ -37,15 +41,36 @@ def rule_train_iters(
     ``num_budget_ranks`` that of ``budget`` (None: the fewest its layout fits on).
 
     Raises:
-        ValueError: under equal_flops for a layout that cannot run, or an unknown vocabulary.
+        ValueError: when no whole number of steps is within ``TOLERANCE`` of the budget; under
+            equal_flops also for a layout that cannot run, or an unknown vocabulary.
     """
-    share = tokens_per_step(budget) / tokens_per_step(config)
+    per_step, per_budget_step = float(tokens_per_step(config)), float(tokens_per_step(budget))
     if rule == "equal_flops":
         check_layout(config, num_ranks)
-        share *= _budget_flops_per_token(budget, num_budget_ranks) / flops_per_token(
-            config, num_ranks
-        )
-    return max(1, round(budget.train.train_iters * share))
+        per_step *= flops_per_token(config, num_ranks)
+        per_budget_step *= _budget_flops_per_token(budget, num_budget_ranks)
+    iterations = max(1, round(budget.train.train_iters * per_budget_step / per_step))
+    _check_budget_is_kept(rule, budget.train.train_iters, per_budget_step, iterations, per_step)
+    return iterations
+
+
+def _check_budget_is_kept(
+    rule: str, budget_iters: int, per_budget_step: float, iterations: int, per_step: float
+) -> None:
+    total = budget_iters * per_budget_step
+    deviation = iterations * per_step / total - 1
+    if abs(deviation) <= TOLERANCE:
+        return
+    unit = "tokens" if rule == "equal_tokens" else "floating-point operations"
+    enough = math.ceil(per_step / (2 * TOLERANCE) / per_budget_step)
+    raise ValueError(
+        f"{rule} cannot be kept in whole steps: the budget is {budget_iters} steps x "
+        f"{per_budget_step:,.0f} = {total:,.0f} {unit}, one step of this run takes "
+        f"{per_step:,.0f}, so {total / per_step:.4g} steps; the nearest whole number, "
+        f"{iterations}, is off by {deviation:+.1%}, more than {TOLERANCE:.0%}. Lengthen the budget "
+        f"(train.train_iters in the recipe or in `set`; {enough} are enough for this run), or take "
+        "rule: as_written"
+    )
 
 
 def flops_per_token(config: RunConfig, num_ranks: int) -> float:
