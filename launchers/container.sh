@@ -43,7 +43,8 @@ compose_container() {
     local mounts=()
     for mount in "$@"; do
         [[ "$mount" == *:* ]] || mount=$mount:$mount
-        [[ "$mount" == /*:/* ]] || container_refuse "mount '$mount' must be made of absolute paths"
+        [[ "$mount" == /*:/* ]] || container_refuse "mount '$mount' must be PATH or OUTSIDE:INSIDE, absolute"
+        [[ "$mount" != *:*:* ]] || container_refuse "mount '$mount': a path must not contain a colon"
         [[ "$mount" != *,* ]] || container_refuse "mount '$mount' must not contain a comma"
         mounts+=("$mount")
     done

@@ -12,7 +12,8 @@
 
 ATTEMPTS_FILE=slurm_attempts.tsv
 # What a rank says when the rank at the other end of a connection is gone.
-LOST_PEER='DistBackendError|DistNetworkError|Connection (closed|reset|refused)|Broken pipe'
+LOST_PEER='DistBackendError|DistNetworkError|DistStoreError|Connection (closed|reset|refused)'
+LOST_PEER+='|Broken pipe|Timed out waiting|pair closure|No route to host'
 
 # status_field RUN_DIR NAME: one field of status.json (one per line there), empty when absent.
 status_field() {
@@ -33,14 +34,16 @@ status_mark() {
 
 # begin_attempt RUN_DIR JOB RESTART MAX_RESTARTS MAX_IDLE_ATTEMPTS: note that an attempt starts.
 # False, with a line that says why, when it must not: too many restarts, or too many attempts of
-# this job in a row that began at the same iteration.
+# this job in a row that began at the same iteration. A line of a restart that is not before this one
+# is of another job of that number, on a cluster that counts from 1 again.
 begin_attempt() {
-    local run_dir=$1 job=$2 restart=$3 max_restarts=$4 max_idle=$5 now idle=0 line_job at
+    local run_dir=$1 job=$2 restart=$3 max_restarts=$4 max_idle=$5 now idle=0 line_job
+    local line_restart at
     now=$(saved_iteration "$run_dir")
     if [[ -f "$run_dir/$ATTEMPTS_FILE" ]]; then
-        while IFS=$'\t' read -r line_job _ at; do
+        while IFS=$'\t' read -r line_job line_restart at; do
             [[ "$line_job" == "$job" ]] || continue
-            if [[ "$at" == "$now" ]]; then idle=$((idle + 1)); else idle=0; fi
+            if [[ "$at" == "$now" && "$line_restart" -lt "$restart" ]]; then idle=$((idle + 1)); else idle=0; fi
         done <"$run_dir/$ATTEMPTS_FILE"
     fi
     if ((restart > max_restarts)); then
@@ -55,10 +58,11 @@ begin_attempt() {
     printf '%s\t%s\t%s\n' "$job" "$restart" "$now" >>"$run_dir/$ATTEMPTS_FILE"
 }
 
-# decide_requeue RUN_DIR START_ITERATION MARK_AT_START RESTART MAX_RESTARTS: prints
+# decide_requeue RUN_DIR JOB START_ITERATION MARK_AT_START RESTART MAX_RESTARTS: prints
 # "done|requeue|give-up REASON".
 decide_requeue() {
-    local run_dir=$1 start=$2 mark=$3 restart=$4 max_restarts=$5 state reason now
+    local run_dir=$1 job=$2 start=$3 mark=$4 restart=$5 max_restarts=$6 state reason now writer
+    writer=$(status_field "$run_dir" slurm_job)
     state=$(status_field "$run_dir" state)
     reason=$(status_field "$run_dir" reason)
     now=$(saved_iteration "$run_dir")
@@ -66,6 +70,8 @@ decide_requeue() {
     if [[ "$state" == failed && "$reason" =~ $LOST_PEER ]]; then state=running; fi
     if [[ "$(status_mark "$run_dir")" == "$mark" ]]; then
         echo "give-up the ranks ended before they wrote a status"
+    elif [[ -n "$writer" && "$writer" != null && "$writer" != "$job" ]]; then
+        echo "give-up job $writer trains in this run directory"
     elif [[ "$state" == completed ]]; then
         echo "done iteration $(status_field "$run_dir" iteration): $reason"
     elif [[ "$state" != requeue && "$state" != running ]]; then

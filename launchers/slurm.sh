@@ -10,14 +10,21 @@
 # shellcheck disable=SC2034,SC2154  # the files of a job share their variables
 
 start_job() {
-    local root=$1 file
-    for file in slurm_world slurm_step container requeue_guard slurm_attempt; do
+    local root=$1 file limit
+    for file in slurm_world slurm_step container requeue_guard slurm_requeue slurm_attempt; do
         # shellcheck source=/dev/null
         source "$root/launchers/$file.sh"
     done
     restart=${SLURM_RESTART_COUNT:-0}
     echo "$(date '+%F %T') job $(job_name), attempt $restart, nodes $SLURM_JOB_NODELIST"
     load_site "$root"
+    for limit in VQMOE_MAX_RESTARTS VQMOE_MAX_IDLE_ATTEMPTS; do
+        [[ "${!limit}" =~ ^[0-9]+$ ]] || refuse "$limit=${!limit} is not a whole number"
+    done
+    # tini passes signals to its own process group, and torchrun's ranks have groups of their own.
+    [[ "$VQMOE_CONTAINER/$VQMOE_LAUNCHER" != docker/torchrun ]] || refuse \
+        "VQMOE_CONTAINER=docker with VQMOE_LAUNCHER=torchrun: stop requests would not reach the" \
+        "ranks; use VQMOE_LAUNCHER=srun, or pyxis or apptainer"
     find_world
     find_meeting_place
     local mounts=()
@@ -42,6 +49,10 @@ start_job() {
 # ask_vqmoe COMMAND...: one process, before anything starts; sets answer to its last line. A refusal
 # ends the job with its message.
 ask_vqmoe() {
-    answer=$(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${rank[@]}" "${vqmoe[@]}" "$@" | tail -n1)
+    local code=0
+    answer=$(VQMOE_KEEP_SIGNALS=1 srun --nodes=1 --ntasks=1 --ntasks-per-node=1 \
+        "${rank[@]}" "${vqmoe[@]}" "$@" | tail -n1) || code=$?
     num_steps=$((num_steps + 1))
+    if was_told_to_stop "$code"; then queue_again "told to stop before training"; fi
+    ((code == 0)) || exit "$code"
 }

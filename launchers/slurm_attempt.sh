@@ -3,33 +3,18 @@
 # Sourced by slurm.sh, whose variables it uses.
 # shellcheck disable=SC2034,SC2154  # the files of a job share their variables
 
-# The controller may be busy or restarting for a while.
-try_often() {
-    local try
-    for try in 1 2 3 4 5 6; do
-        "$@" && return 0
-        [[ $try -eq 6 ]] || sleep 10
-    done
-    return 1
-}
-
-# Whether this attempt is still the job's: Slurm may be cancelling or requeueing it already, or,
-# after the death of this node's slurmd, have started the next one elsewhere.
-job_is_ours() {
-    local record
-    job_state=unknown
-    record=$(try_often scontrol show job "$(job_name)") || return 1
-    job_state=$(sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p' <<<"$record" | head -n1)
-    [[ "$job_state" == RUNNING && "$record" == *" Restarts=$restart "* ]]
-}
-
+# check_ranks RUN_DIR: the preflight. A stop request that Slurm sends to the step itself (scancel
+# --signal, preemption) ends it with 128 + the signal's number.
 check_ranks() {
     local code=0
     VQMOE_KEEP_SIGNALS=1 run_step "${tasks[@]}" --wait=360 \
         --output="$logs/preflight.log" "${rank[@]}" "${vqmoe[@]}" preflight --run-dir "$1" || code=$?
     cat "$logs/preflight.log"
+    if was_told_to_stop "$code"; then stop_request=sent; fi
     return "$code"
 }
+
+was_told_to_stop() { (($1 == 128 + 10 || $1 == 128 + 15)); }
 
 run_ranks() {
     local torchrun=() options=("${tasks[@]}" --output="$logs/rank_%t.log")
@@ -46,17 +31,13 @@ run_ranks() {
     run_step "${options[@]}" "${rank[@]}" "${torchrun[@]}" "${vqmoe[@]}" "$@"
 }
 
-# queue_again REASON: does not return.
-queue_again() {
-    if ! job_is_ours; then
-        echo "not queued here: Slurm itself ends this attempt (job state $job_state)"
-        exit 0
-    fi
-    echo "$(date '+%F %T') queued again: $1"
-    trap '' USR1 TERM # the requeue ends this script too
-    try_often scontrol requeue "$(job_name)" && exit 0
-    echo "giving up: Slurm did not take the requeue"
-    exit 1
+# The last lines of a rank that says what went wrong, or of the first.
+show_failed_rank() {
+    local log
+    log=$(grep -lE '^(Traceback|error:|failed:)' "$logs"/rank_*.log 2>/dev/null | sort -V | head -n1 || true)
+    log=${log:-$logs/rank_0.log}
+    echo "$log ends with:"
+    tail -n 20 "$log" 2>/dev/null || true
 }
 
 # train RUN_DIR COMMAND...: does not return. Exit 0: done, or queued again; 1: given up, with why.
@@ -68,19 +49,21 @@ train() {
     start=$(saved_iteration "$run_dir")
     mark=$(status_mark "$run_dir")
     if [[ "$VQMOE_PREFLIGHT" == 1 ]] && ! check_ranks "$run_dir" && [[ $stop_request == none ]]; then
+        leave_if_ended
         echo "giving up: the preflight failed, nothing was trained"
         exit 1
     fi
     [[ $stop_request == none ]] || queue_again "told to stop before training"
     echo "$(date '+%F %T') training in $run_dir from iteration $start"
     run_ranks "$@" || code=$?
-    decision=$(decide_requeue "$run_dir" "$start" "$mark" "$restart" "$VQMOE_MAX_RESTARTS")
+    decision=$(decide_requeue "$run_dir" "$(job_name)" "$start" "$mark" "$restart" \
+        "$VQMOE_MAX_RESTARTS")
     echo "$(date '+%F %T') ranks ended (srun: $code); decision: $decision"
     case "$decision" in
         done*) exit 0 ;;
         requeue*) queue_again "${decision#requeue }" ;;
         *)
-            tail -n 20 "$logs/rank_0.log" 2>/dev/null || true
+            show_failed_rank
             echo "giving up: ${decision#give-up }"
             exit 1
             ;;

@@ -2,8 +2,9 @@
 # One srun step of a batch script: started in the background, told of stop requests, waited for.
 # Sourced.
 #
-# Slurm signals the batch shell (#SBATCH --signal=B:USR1@300, or TERM before it preempts). The shell
-# passes it on to the running step; the ranks save at the next step boundary and end by themselves.
+# Slurm signals the batch shell (#SBATCH --signal=B:USR1@300, scancel --batch). The shell passes it on
+# to the running step; the ranks save at the next step boundary and end by themselves. Other signals,
+# of scancel --signal and of a preemption, reach the step's processes without the shell's help.
 
 num_steps=0       # Slurm numbers the steps of an attempt from 0, in this order
 stop_request=none # none -> wanted (a signal came) -> sent (the step's tasks have it)

@@ -36,8 +36,9 @@ find_world() {
     local num_nodes=$SLURM_JOB_NUM_NODES tasks_per_node=${SLURM_NTASKS_PER_NODE:-}
     gpus_per_node=${SLURM_GPUS_ON_NODE:-0}
     ranks_per_task=1
-    if [[ -z "$tasks_per_node" && -n "${SLURM_NTASKS:-}" ]]; then
-        # "2(x4)", or "3,1" where --ntasks filled what was free
+    if [[ -n "${SLURM_NTASKS:-}" && "$SLURM_NTASKS" != "$((num_nodes * ${tasks_per_node:-0}))" ]]; then
+        # --ntasks, beside which --ntasks-per-node is a maximum: "2(x4)", or "3,1" where it filled
+        # what was free
         [[ "$SLURM_TASKS_PER_NODE" =~ ^([0-9]+)(\(x[0-9]+\))?$ ]] &&
             tasks_per_node=${BASH_REMATCH[1]} || tasks_per_node=uneven
     fi

@@ -21,6 +21,16 @@ refuse() {
     exit 2
 }
 
+# gpus_of_gres LIST: 8 of "tmpfs:100,gpu:h100:8(S:0-1)".
+gpus_of_gres() {
+    local entry
+    for entry in ${1//,/ }; do
+        entry=${entry%%(*}
+        [[ "$entry" != gpu ]] || entry=gpu:1
+        [[ "$entry" != gpu:* ]] || echo "${entry##*:}"
+    done
+}
+
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
     usage
     exit 0
@@ -32,12 +42,17 @@ for argument in "$@"; do
         file=$argument
         break
     fi
-    [[ "$previous" != --*-per-node && "$previous" != --gres ]] || argument=$previous=$argument
+    # The value of an option that stands alone; a job may be called what its script is called.
+    case "$previous" in
+        --ntasks-per-node | --gpus-per-node | --gres) argument=$previous=$argument ;;
+        -J | --job-name | -o | --output | -e | --error | -i | --input) argument=--text=$argument ;;
+    esac
     case "$argument" in
         --ntasks-per-node=*) tasks=${argument#*=} ;;
         -n* | --ntasks | --ntasks=*) total=given ;; # the job itself divides and checks
         --gpus-per-node=*) gpus=${argument##*[=:]} ;;
-        --gres=gpu*) gpus=${argument##*[=:]} ;;
+        --gres=*) gpus=$(gpus_of_gres "${argument#*=}") ;;
+        -*) ;;
         *.sbatch) script=$argument ;;
     esac
     previous=$argument

@@ -27,6 +27,7 @@ if [[ ! -e "$conf" ]]; then
     exit 0
 fi
 require_root
+require_own_folder
 
 # has_variable PID TEXT: the process was started with an environment line that begins so.
 has_variable() { { tr '\0' '\n' <"/proc/$1/environ" | grep "^$2" >/dev/null; } 2>/dev/null; }
@@ -79,5 +80,6 @@ mapfile -t left < <(job_processes; step_daemons)
 if ((${#left[@]})); then
     kill -KILL "${left[@]}" 2>/dev/null || true
 fi
-find "$cluster_dir" -mindepth 1 -maxdepth 1 ! -name log -exec rm -rf {} +
+rm -rf "$cluster_dir"/{state,spool_*,overlay,slurmctld.pid,slurmd_*.pid,gpu[0-9]*,gres.conf}
+rm -f "$munge_socket"* "$cluster_dir"/munge{d.pid,d.seed,.key} "$conf"
 echo "down.sh: the cluster in $cluster_dir is stopped; its logs stay in $cluster_dir/log"

@@ -5,6 +5,7 @@
 cluster_dir=${VQMOE_CLUSTER_DIR:-${TMPDIR:-/tmp}/vqmoe_slurm_cluster}
 conf=$cluster_dir/slurm.conf
 munge_socket=$cluster_dir/munge.socket
+marker="# Written by slurm/cluster/up.sh" # how its slurm.conf begins
 
 refuse() {
     echo "$(basename "$0"): $*" >&2
@@ -14,6 +15,19 @@ refuse() {
 # Slurm's daemons as root can start a task of any user; munged and slurmd refuse less than that.
 require_root() {
     [[ $(id -u) -eq 0 ]] || refuse "must be run as root: slurmd starts other people's processes"
+}
+
+# The folder is a cluster's, or new, and nobody else's: what is in it is overwritten and removed as
+# root, and its munge key is believed.
+require_own_folder() {
+    [[ -e "$cluster_dir" ]] || return 0
+    [[ -O "$cluster_dir" ]] || refuse "VQMOE_CLUSTER_DIR=$cluster_dir belongs to another user"
+    if [[ -e "$conf" ]]; then
+        [[ "$(head -n1 "$conf")" == "$marker"* ]] ||
+            refuse "$conf was not written by up.sh; set VQMOE_CLUSTER_DIR to a folder of its own"
+    elif [[ -n "$(find "$cluster_dir" -mindepth 1 -maxdepth 1 ! -name log ! -name state)" ]]; then
+        refuse "VQMOE_CLUSTER_DIR=$cluster_dir is no cluster's and not empty; set it to a new folder"
+    fi
 }
 
 require_commands() {

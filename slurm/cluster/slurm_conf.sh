@@ -4,11 +4,11 @@
 # slurm_conf NUM_NODES CPUS_PER_NODE GPUS_PER_NODE FIRST_PORT
 slurm_conf() {
     local num_nodes=$1 cpus=$2 gpus=$3 port=$4 host gres=""
-    : "${cluster_dir:?}" "${munge_socket:?}" # of place.sh
+    : "${cluster_dir:?}" "${munge_socket:?}" "${marker:?}" # of place.sh
     host=$(hostname -s)
     if ((gpus)); then gres="Gres=gpu:$gpus"; fi
     cat <<CONF
-# Written by slurm/cluster/up.sh: $num_nodes virtual nodes, one slurmd each, on one machine.
+$marker: $num_nodes virtual nodes, one slurmd each, on one machine.
 ClusterName=virtual
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$port

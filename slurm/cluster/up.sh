@@ -36,6 +36,7 @@ source "$here/slurm_conf.sh"
 num_nodes=${1:-4}
 [[ "$num_nodes" =~ ^[1-9][0-9]?$ ]] || refuse "N must be 1 to 99, not '$num_nodes'"
 require_root
+require_own_folder
 require_commands munged slurmctld slurmd sinfo
 # A slurmstepd makes a Unix socket below the folder; such a path has at most 107 characters.
 ((${#cluster_dir} <= 70)) || refuse "VQMOE_CLUSTER_DIR=$cluster_dir is longer than 70 characters"

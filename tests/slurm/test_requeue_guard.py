@@ -20,7 +20,7 @@ def make_run(run_dir: Path, state: str | None, saved: int, reason: str = "why") 
 
 
 def decide(run_dir: Path, start: int, restart: int = 0, mark: str = "another") -> str:
-    done = bash(f"decide_requeue '{run_dir}' {start} '{mark}' {restart} 3", "requeue_guard")
+    done = bash(f"decide_requeue '{run_dir}' 7 {start} '{mark}' {restart} 3", "requeue_guard")
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -45,9 +45,19 @@ def test_decision(tmp_path, state, start, saved, restart, decision) -> None:
     assert decide(tmp_path, start, restart).startswith(decision)
 
 
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "RuntimeError: [../gloo/transport/tcp/pair.cc:1] Connection reset by peer",
+        "RuntimeError: [../gloo/unbound_buffer.cc:81] Timed out waiting 600000ms for recv",
+        "RuntimeError: Application timeout caused pair closure",
+        "RuntimeError: connect: No route to host",
+        "DistStoreError: wait timeout after 600000ms",
+    ],
+)
 @pytest.mark.parametrize(("saved", "decision"), [(14, "requeue the ranks were"), (0, "give-up no")])
-def test_a_rank_that_lost_its_peer_was_not_the_cause(tmp_path, saved, decision) -> None:
-    why = "rank 0: RuntimeError: [../gloo/transport/tcp/pair.cc:1] Connection reset by peer"
+def test_a_rank_that_lost_its_peer_was_not_the_cause(tmp_path, lost, saved, decision) -> None:
+    why = f"rank 0: {lost}"
     make_run(tmp_path, "failed", saved, why)
     assert decide(tmp_path, 0).startswith(decision)
 
@@ -58,6 +68,14 @@ def test_a_status_that_the_attempt_did_not_write_counts_for_nothing(tmp_path) ->
     assert decide(tmp_path, 0, mark=mark) == "give-up the ranks ended before they wrote a status"
     make_run(tmp_path, "requeue", 14)  # the same words, written again
     assert decide(tmp_path, 0, mark=mark).startswith("requeue ")
+
+
+def test_the_status_of_another_job_is_not_this_one_s(tmp_path, monkeypatch) -> None:
+    """Two jobs in one run directory: the second finds it locked, and must not wait for its end."""
+    for job, decision in (("7", "requeue the ranks"), ("6", "give-up job 6 trains in this run")):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        make_run(tmp_path, "running", 20)
+        assert decide(tmp_path, 10).startswith(decision)
 
 
 def test_no_status_at_all(tmp_path) -> None:
@@ -94,6 +112,13 @@ def test_another_job_in_the_same_directory_starts_with_a_clean_record(tmp_path) 
     assert begin(tmp_path, "7", 0).returncode == 0
     assert begin(tmp_path, "7", 1).returncode == 0
     assert begin(tmp_path, "8", 0).returncode == 0
+
+
+def test_a_job_of_the_same_number_on_a_cluster_that_began_anew(tmp_path) -> None:
+    for _ in range(2):
+        assert begin(tmp_path, "7", 0).returncode == 0
+        assert begin(tmp_path, "7", 1).returncode == 0
+    assert begin(tmp_path, "7", 2).returncode == 1
 
 
 def test_restarts_are_bounded(tmp_path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from shell_run import bash, fake_command
+from shell_run import ROOT, bash, fake_command
 
 SHOW = 'echo "$world_size" "${tasks[*]}"'
 JOB = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[1-2]", "VQMOE_LAUNCHER": "srun"}
@@ -26,6 +26,15 @@ def find_world(**environment: str):
             "4 --ntasks=4 --ntasks-per-node=2",
         ),
         ({"SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "3,1"}, "4 --ntasks=4"),
+        # beside --ntasks, --ntasks-per-node is the most that a node takes
+        (
+            {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "8", "SLURM_TASKS_PER_NODE": "2(x2)"},
+            "4 --ntasks=4 --ntasks-per-node=2",
+        ),
+        (
+            {"SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8", "SLURM_TASKS_PER_NODE": "8(x2)"},
+            "16 --ntasks=16 --ntasks-per-node=8",
+        ),
         (
             {"SLURM_NTASKS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": "8"},
             "16 --ntasks=16 --ntasks-per-node=8",
@@ -118,6 +127,19 @@ def test_the_user_may_name_the_place(meet) -> None:
 )
 def test_no_meeting_place_is_one_clear_error(meet, nodes, resolves, message) -> None:
     done = meet(nodes, resolves=resolves, address="")
+    assert done.returncode == 2
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"VQMOE_MAX_RESTARTS": "fifty"}, "VQMOE_MAX_RESTARTS=fifty is not a whole number"),
+        ({"VQMOE_CONTAINER": "docker", "VQMOE_LAUNCHER": "torchrun"}, "use VQMOE_LAUNCHER=srun"),
+    ],
+)
+def test_a_job_that_could_not_be_stopped_or_bounded_does_not_start(environment, message) -> None:
+    done = bash(f"start_job '{ROOT}'", "slurm", **{**JOB, **environment})
     assert done.returncode == 2
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
 

@@ -38,6 +38,9 @@ def submit(tmp_path):
         ["--gpus-per-node=8", "--ntasks-per-node", "8", PRETRAIN, "r.yaml"],
         ["--gres=gpu:h100:8", "--ntasks-per-node=8", PRETRAIN, "r.yaml"],
         ["-N", "2", "-n", "16", "--gpus-per-node=8", PRETRAIN, "r.yaml"],
+        ["--gres=tmpfs:100,gpu:h100:8(S:0-1)", "--ntasks-per-node=8", PRETRAIN, "r.yaml"],
+        ["--gres", "gpu:8,tmpfs:100", "--ntasks-per-node=8", PRETRAIN, "r.yaml"],
+        ["-J", "try.sbatch", "--output=x.sbatch", "--exclusive", PRETRAIN, "r.yaml"],
         ["--array=0-3%2", STUDY, "r.yaml"],
         [str(ROOT / "slurm" / "mlflow.sbatch"), "runs/mlflow"],
     ],
@@ -61,6 +64,7 @@ def test_arguments_reach_sbatch_and_the_log_folder_is_there(submit, tmp_path, ar
             "tasks per node = GPUs per node fails: 4 != 8",
         ),
         (["--gres=gpu:2", PRETRAIN, "r.yaml"], "tasks per node = GPUs per node fails: 1 != 2"),
+        (["--gres=tmpfs:9,gpu:2", PRETRAIN, "r.yaml"], "tasks per node = GPUs per node fails: 1"),
     ],
 )
 def test_nothing_is_submitted(submit, tmp_path, arguments, message) -> None:

@@ -9,6 +9,12 @@ import pytest
 from vqmoe_megatron.tracking.run_status import STATES, RunStatus, read_status, write_status
 
 
+@pytest.fixture(autouse=True)
+def outside_slurm(monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def test_every_state_comes_back(tmp_path):
     assert read_status(tmp_path) is None
     for state in STATES:
@@ -19,8 +25,19 @@ def test_every_state_comes_back(tmp_path):
         "iteration": 12,
         "reason": "because",
         "mlflow_run_id": "abc",
+        "slurm_job": None,
     }
     assert os.listdir(tmp_path / "run") == ["status.json"]
+
+
+def test_a_job_and_an_array_task_are_named_as_slurm_names_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "43")
+    write_status(tmp_path, "running", 0, "started")
+    assert read_status(tmp_path).slurm_job == "43"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "40")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    write_status(tmp_path, "running", 0, "started")
+    assert read_status(tmp_path).slurm_job == "40_3"
 
 
 @pytest.mark.parametrize(("state", "iteration"), [("done", 1), ("completed", -1), ("failed", None)])

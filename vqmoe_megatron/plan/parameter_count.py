@@ -3,9 +3,9 @@
 A token uses: its row of the word embedding (and of learned positions); attention, norms, dense
 MLPs, router, gates and the output layer whole; the codebook whole, because every code is compared;
 of the experts those that its rows meet, k continuous and C discrete ones (as many experts as rows,
-also when two meet the same, but at most all); and its C learned inputs. In code space an expert runs once per code
-and not once per token: its weights count for the token all the same, because the token's output
-comes from them. Per path of the recipe:
+also when two meet the same, but at most all); and its C learned inputs. In code space an expert
+runs once per code and not once per token: its weights count for the token all the same, because the
+token's output comes from them. Per path of the recipe:
 
     path=continuous   k experts, router                    (a plain sparse mixture of experts)
     path=discrete     C experts, codebook                  (no router)

@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from uuid import uuid4
 
 STATUS_FILE = "status.json"
 LOCK_FILE = ".lock"  # held by rank 0 of a run for its life
@@ -18,12 +19,14 @@ STATES = ("running", "completed", "requeue", "failed")
 
 @dataclass(frozen=True)
 class RunStatus:
-    """``state``: running | completed | requeue | failed; ``iteration``: the last that counts."""
+    """``state``: running | completed | requeue | failed; ``iteration``: the last that counts;
+    ``slurm_job``: that of the process which wrote it, as launchers/slurm_world.sh names it."""
 
     state: str
     iteration: int
     reason: str
     mlflow_run_id: str | None = None
+    slurm_job: str | None = None
 
     def __post_init__(self) -> None:
         if self.state not in STATES:
@@ -37,12 +40,14 @@ def write_status(
 ) -> None:
     """Replace ``<run_dir>/status.json`` atomically; ``ValueError`` for an illegal field.
 
-    For one process (rank 0); ``OSError`` when the directory cannot be written.
+    For rank 0, and for any rank that fails: of several writers the last wins. ``OSError`` when the
+    directory cannot be written.
     """
-    status = RunStatus(state, iteration, reason, mlflow_run_id)
+    status = RunStatus(state, iteration, reason, mlflow_run_id, _slurm_job())
     path = Path(run_dir) / STATUS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Ranks on several nodes may have one process id and record a failure at the same time.
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(json.dumps(asdict(status), indent=2) + "\n")
@@ -56,6 +61,12 @@ def write_status(
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _slurm_job() -> str | None:
+    """``40_3`` for an array task, whose own number says nothing to a user; None outside Slurm."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def read_status(run_dir: str | Path) -> RunStatus | None:
