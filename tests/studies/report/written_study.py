@@ -49,7 +49,9 @@ def loss_at(experts: int, router: str, seed: int, iteration: int, noise: float =
     return final + shift + 2.5 * (1 - iteration / NUM_STEPS) / (1 + iteration)
 
 
-def write_records(run_dir: Path, config: RunConfig, router: str, until: int, ranks: int) -> None:
+def write_records(
+    run_dir: Path, config: RunConfig, router: str, until: int, ranks: int, diverged_at: float
+) -> None:
     experts, seed = config.model.num_moe_experts, config.train.seed
     per_step = config.train.global_batch_size * config.model.seq_length
     with MetricsLog(run_dir) as log:
@@ -68,7 +70,8 @@ def write_records(run_dir: Path, config: RunConfig, router: str, until: int, ran
                         "vq/dead_codes": float(experts // 4 + iteration % 3),
                     }
             if iteration % EVAL_EVERY == 0:
-                loss = loss_at(experts, router, seed, iteration)
+                finite = loss_at(experts, router, seed, iteration)
+                loss = finite if iteration < diverged_at else math.nan
                 record |= {"val/loss": loss, "val/bits_per_byte": loss / math.log(2)}
             log.append(record)
 
@@ -80,10 +83,12 @@ def write_study(
     seeds=(1, 2),
     num_ranks=(1,),
     states: dict[str, tuple[str, int]] | None = None,
+    diverged: dict[str, int] | None = None,
 ) -> Path:
     """Write a study. ``states``: run name -> (state, iteration), other than completed; the state
-    ``pending`` writes no run directory. Batches grow with ``num_ranks``: weak scaling."""
-    runs_folder, states = directory / "runs", states or {}
+    ``pending`` writes no run directory. ``diverged``: run name -> iteration from which its
+    validation losses are not finite. Batches grow with ``num_ranks``: weak scaling."""
+    runs_folder, states, diverged = directory / "runs", states or {}, diverged or {}
     runs_folder.mkdir(parents=True)
     entries = []
     for experts in sizes:
@@ -102,6 +107,8 @@ def write_study(
                             "overrides": [
                                 f"model.num_moe_experts={experts}",
                                 f"vq.path={ROUTERS[router]}",
+                                f"vq.num_codes={4 * experts}",
+                                f"train.global_batch_size={8 * ranks}",
                                 f"train.seed={seed}",
                             ],
                             "num_ranks": ranks,
@@ -111,7 +118,8 @@ def write_study(
                     if state != "pending":
                         config = config_of(run_dir, experts, router, seed, ranks)
                         save_recipe(config, run_dir / "run_config.yaml")
-                        write_records(run_dir, config, router, until, ranks)
+                        diverged_at = diverged.get(name, math.inf)
+                        write_records(run_dir, config, router, until, ranks, diverged_at)
                         write_status(run_dir, state, until, "written for a test")
     base = config_of(directory / "none", sizes[0], routers[0], seeds[0])
     save_recipe(replace(base, vq=VQConfig(num_codes=16)), directory / "recipe.yaml")

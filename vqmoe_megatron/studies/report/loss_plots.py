@@ -24,20 +24,27 @@ from vqmoe_megatron.studies.report.plot_style import (
     size_colours,
 )
 from vqmoe_megatron.studies.report.scaling_law import Fits, fit_laws
-from vqmoe_megatron.studies.report.series import Curve, Series, mean_curves, unfinished_curves
+from vqmoe_megatron.studies.report.series import (
+    FINAL_LOSS,
+    Curve,
+    Series,
+    figure_of,
+    mean_curves,
+    single_curves,
+)
 
-NO_LOSS = "no finished run has a validation loss"
+NO_LOSS = "no finished run has a finite validation loss"
 
 
 def fit_series(series: Sequence[Series]) -> dict[str, Fits]:
-    """Fit both laws to the finished runs of every series, by its label."""
+    """Fit both laws to the finished runs of every series with a finite loss, by its label."""
     found = {}
     for one in series:
         pairs = [
-            (size, row.final_val_loss)
+            (size, loss)
             for size, rows in one.cells.items()
             for row in rows
-            if row.final_val_loss is not None and np.isfinite(row.final_val_loss)
+            if (loss := figure_of(row, FINAL_LOSS)) is not None
         ]
         sizes, losses = np.array(pairs, dtype=float).reshape(-1, 2).T
         found[one.label] = fit_laws(sizes, losses)
@@ -46,17 +53,18 @@ def fit_series(series: Sequence[Series]) -> dict[str, Fits]:
 
 def draw_loss_experts(series: Sequence[Series], fits: Mapping[str, Fits]) -> Figure | str:
     """Draw final losses of runs, their means with intervals, and the laws with their bands."""
-    drawn = [one for one in series if one.means("final_val_loss")]
+    drawn = [one for one in series if one.means(FINAL_LOSS)]
     if not drawn:
         return NO_LOSS
     figure, (axis,) = panels(1)
     sizes: set[int] = set()
     for index, one in enumerate(drawn):
-        colour, means = series_colour(index), one.means("final_val_loss")
+        colour, means = series_colour(index), one.means(FINAL_LOSS)
         sizes |= set(means)
         places = dodged(list(means), index, len(drawn))
         for place, (size, mean) in zip(places, means.items(), strict=True):
-            losses = [row.final_val_loss for row in one.cells[size]]
+            found = (figure_of(row, FINAL_LOSS) for row in one.cells[size])
+            losses = [loss for loss in found if loss is not None]
             axis.plot([place] * len(losses), losses, ".", color=colour, alpha=0.45, markersize=5)
             if mean.half_width is not None:
                 axis.errorbar(place, mean.mean, mean.half_width, color=colour, capsize=3, lw=1.3)
@@ -90,10 +98,10 @@ def draw_loss_curves(series: Sequence[Series], by_flops: bool) -> Figure | str:
 
     ``by_flops`` leaves out runs whose plan does not say their operations.
     """
-    found = [(one, mean_curves(one), unfinished_curves(one)) for one in series]
+    found = [(one, mean_curves(one), single_curves(one)) for one in series]
     found = [(one, curves, rest) for one, curves, rest in found if curves or rest]
     if not found:
-        return "no run has a validation loss after its start"
+        return "no run has a finite validation loss after its start"
     if (
         by_flops
         and not any(curve.flops_per_token for _, curves, _ in found for curve in curves)
@@ -124,7 +132,7 @@ def draw_loss_curves(series: Sequence[Series], by_flops: bool) -> Figure | str:
     for size in sorted(sizes):
         axes[0].plot([], [], color=colours[size], lw=2, label=f"{size}")
     if any(rest for _, _, rest in found):
-        axes[0].plot([], [], ":x", color=GREY, label="unfinished run")
+        axes[0].plot([], [], ":x", color=GREY, label="unfinished or diverged")
     figure.legend(
         *axes[0].get_legend_handles_labels(),
         title="experts",

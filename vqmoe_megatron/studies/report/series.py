@@ -2,7 +2,8 @@
 
 The axes of a grid that name a series are those that a reader has to tell apart: not the seed, and
 not an axis that follows from the number of experts N (N itself, or codes given as a multiple).
-Only finished runs are averaged.
+Only finished runs are averaged, and losses only over runs whose last one is finite: what diverged
+has none.
 """
 
 from __future__ import annotations
@@ -12,8 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vqmoe_megatron.recipe import flatten_config
+from vqmoe_megatron.studies.planned_run import decides_training
 from vqmoe_megatron.studies.report.intervals import SeedMean, seed_means
 from vqmoe_megatron.studies.report.run_table import RunRow
+
+FINAL_LOSS = "final_val_loss"
+FILLED_IN = "model.vocab_size"  # from the corpus when a run starts
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,35 @@ def label(row: RunRow, axes: Sequence[str]) -> str:
 
 
 def is_seed(axis: str, rows: Sequence[RunRow]) -> bool:
-    """Whether ``axis`` is the seed of every run."""
-    return all(row.point.get(axis) == row.config.train.seed for row in rows if row.config)
+    """Whether ``axis`` stands for the seed: every run has it, its values stand one-to-one for
+    ``train.seed``, and runs that differ along it alone differ in no other setting.
+
+    Without two such runs only values that are the seed itself are known to stand for it.
+    """
+    if not all(axis in row.point for row in rows):
+        return False
+    pairs = {(str(row.point[axis]), row.config.train.seed) for row in rows}
+    if not len(pairs) == len({value for value, _ in pairs}) == len({seed for _, seed in pairs}):
+        return False
+    alike: dict[tuple[tuple[str, str], ...], list[RunRow]] = {}
+    for row in rows:
+        rest = tuple((name, str(value)) for name, value in row.point.items() if name != axis)
+        alike.setdefault(rest, []).append(row)
+    groups = [members for members in alike.values() if len(members) > 1]
+    is_known = bool(groups) or all(row.point[axis] == row.config.train.seed for row in rows)
+    return is_known and all(_differ_in_seed_alone(members) for members in groups)
+
+
+def _differ_in_seed_alone(rows: Sequence[RunRow]) -> bool:
+    if len({row.num_ranks for row in rows}) > 1:
+        return False
+    settings = [dict(flatten_config(row.config)) for row in rows]
+    for key in settings[0]:
+        if key != "train.seed" and decides_training(key):
+            values = {repr(one[key]) for one in settings}
+            if len(values - {"None"} if key == FILLED_IN else values) > 1:
+                return False
+    return True
 
 
 def follows_size(axis: str, rows: Sequence[RunRow]) -> bool:
@@ -104,11 +137,13 @@ class Curve:
 
 
 def mean_curves(series: Series) -> list[Curve]:
-    """Return one curve per number of experts, over finished runs.
+    """Return one curve per number of experts, over finished runs whose last loss is finite.
 
     The spread over seeds is pooled over the numbers of experts evaluated at the same tokens.
     """
-    losses = {size: [_val_losses(row) for row in rows] for size, rows in series.cells.items()}
+    cells = {size: [row for row in rows if has_loss(row)] for size, rows in series.cells.items()}
+    cells = {size: rows for size, rows in cells.items() if rows}
+    losses = {size: [_val_losses(row) for row in rows] for size, rows in cells.items()}
     common = {
         size: set.intersection(*(set(found) for found in seeds)) for size, seeds in losses.items()
     }
@@ -119,25 +154,26 @@ def mean_curves(series: Series) -> list[Curve]:
         for size, mean in zip(sizes, seed_means(groups), strict=True):
             at[size][tokens] = mean
     return [
-        Curve(
-            size,
-            list(points),
-            list(points.values()),
-            series.cells[size][0].planned.flops_per_token,
-        )
+        Curve(size, list(points), list(points.values()), cells[size][0].planned.flops_per_token)
         for size, points in at.items()
         if points
     ]
 
 
-def unfinished_curves(series: Series) -> list[tuple[RunRow, list[int], list[float]]]:
-    """Return runs that have not finished, each with its tokens and losses so far."""
+def single_curves(series: Series) -> list[tuple[RunRow, list[int], list[float]]]:
+    """Return runs that enter no mean curve, unfinished or without a finite loss at their end, each
+    with its tokens and its finite losses."""
     found = []
     for row in series.rows:
         losses = _val_losses(row)
-        if not row.is_finished and losses:
+        if losses and not (row.is_finished and has_loss(row)):
             found.append((row, list(losses), list(losses.values())))
     return found
+
+
+def has_loss(row: RunRow) -> bool:
+    """Whether the last validation loss of a run is there and finite."""
+    return figure_of(row, FINAL_LOSS) is not None
 
 
 def _val_losses(row: RunRow) -> dict[int, float]:
