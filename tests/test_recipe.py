@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
-from vqmoe_megatron.recipe import flatten_config, load_recipe, save_recipe
+from vqmoe_megatron.recipe import flatten_config, load_recipe, save_recipe, text_override
 
 
 @pytest.fixture
@@ -54,6 +54,16 @@ def test_empty_recipe_is_the_defaults(recipe_file, text: str) -> None:
         ("tracking.run_name=a: b", "tracking.run_name", "a: b"),
         ("tracking.run_name='null'", "tracking.run_name", "null"),
         ("tracking.run_name=a=b", "tracking.run_name", "a=b"),
+        ("train.output_dir=runs/my study #1/x", "train.output_dir", "runs/my study #1/x"),
+        ("train.output_dir=#1/${train.seed} #2", "train.output_dir", "#1/1234 #2"),
+        ("tracking.run_name=&x y", "tracking.run_name", "&x y"),
+        ("tracking.run_name=*x", "tracking.run_name", "*x"),
+        ("tracking.run_name=[a", "tracking.run_name", "[a"),
+        ("tracking.run_name= ~ ", "tracking.run_name", None),
+        ("tracking.run_name=~/x", "tracking.run_name", "~/x"),
+        ('tracking.run_name=" a\\tb #1"', "tracking.run_name", " a\tb #1"),
+        ("tracking.run_name='it''s ${train.seed}'", "tracking.run_name", "it's 1234"),
+        ("tracking.run_name=''", "tracking.run_name", ""),
         ("tracking.mlflow_uri=http://host:5000", "tracking.mlflow_uri", "http://host:5000"),
         ("checkpoint.load=null", "checkpoint.load", None),
         ("train.output_dir=runs/${train.seed}", "train.output_dir", "runs/1234"),
@@ -108,6 +118,10 @@ def test_wrong_type_in_the_file_names_its_line(recipe_file) -> None:
         ("vq.num_codes", ["has no `=`", "vq.num_codes=128"]),
         ("model.recompute_modules=[moe", ["malformed value", "line"]),
         ("train.output_dir=${a", ["malformed value", "${a"]),
+        ("tracking.mlflow_uri=", ["it is empty; write null for no value"]),
+        ("train.output_dir=  ", ["it is empty; write null for no value"]),
+        ("train.output_dir='runs' #1", ["not one quoted text"]),
+        ("train.output_dir='runs", ["malformed value", "line 1"]),
     ],
 )
 def test_unknown_or_malformed_override_offers_a_way_out(recipe_file, override, parts) -> None:
@@ -220,6 +234,17 @@ def test_saved_recipe_loads_equal(tmp_path: Path, recipe_file) -> None:
     save_recipe(load_recipe(saved, ["train.seed=5"]), saved)
     assert load_recipe(saved, []).train.seed == 5
     assert [file.name for file in saved.parent.iterdir()] == ["run_config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a #1", "&x y", "", " a ", "null", "~", "~/a", "'a'", '"', "it's", "a\\b\n", "7", "Ω: 🙂 '"],
+)
+def test_a_text_override_gives_exactly_its_text(recipe_file, text: str) -> None:
+    override = text_override("tracking.run_name", text)
+    assert load_recipe(recipe_file(""), [override]).tracking.run_name == text
+    with pytest.raises(ValueError, match="is not resolved here"):
+        text_override("tracking.run_name", text + "${train.seed}")
 
 
 def test_failed_save_keeps_the_old_file_and_leaves_no_partial(tmp_path: Path, monkeypatch) -> None:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 import re
@@ -26,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vqmoe_megatron.config import RunConfig
 
 OVERRIDE_EXAMPLE = "vq.num_codes=128"
+QUOTES = ("'", '"')
 URI_CREDENTIALS = re.compile(r"://\S*@")
 SECTION_TYPES: dict[str, type] = get_type_hints(RunConfig)
 # Declared type of every setting, by dotted key.
@@ -94,6 +96,23 @@ def save_recipe(config: RunConfig, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def holds_text(key: str) -> bool:
+    """Tell whether the setting is declared as text, or as text or null."""
+    return str in _alternatives(LEGAL_TYPES.get(key))
+
+
+def text_override(key: str, value: str) -> str:
+    """Return the override that gives a text setting exactly ``value``, quoted where it must be.
+
+    Raises:
+        ValueError: for a value with ``${``, which would be resolved and not kept.
+    """
+    if "${" in value:
+        raise ValueError(f"{key}={value}: ${{...}} is not resolved here; write the value itself")
+    is_plain = value == value.strip() and value not in ("", "null", "~") and value[0] not in QUOTES
+    return f"{key}={value if is_plain else json.dumps(value, ensure_ascii=False)}"
+
+
 def flatten_config(config: RunConfig) -> dict[str, str | int | float | bool | None]:
     """Return every setting under its dotted key, lists joined by commas (for tracking)."""
     return {
@@ -153,19 +172,38 @@ def _override_setting(text: str, problems: list[str]) -> Setting | None:
         problems.append(f"{unknown(key)} ({origin})")
         return None
     try:
-        section, name = key.split(".")
-        tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={raw}"]))
-        value = tree[section][name]
+        if holds_text(key):
+            value: Any = _override_text(raw.strip())
+            OmegaConf.create({"value": value})  # its ${...}, if any, is well formed
+        else:
+            section, name = key.split(".")
+            tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={raw}"]))
+            value = tree[section][name]
     except yaml.YAMLError as error:
         problems.append(f"{origin} has a malformed value: {_where_and_why(error)}")
-        return None
-    except OmegaConfBaseException as error:  # a ${ that is not well formed
+    except (OmegaConfBaseException, ValueError) as error:
         problems.append(f"{origin} has a malformed value: {str(error).splitlines()[0]}")
+    else:
+        return Setting(key, value, origin)
+    return None
+
+
+def _override_text(raw: str) -> str | None:
+    """Return the value of a text setting: as it stands, unless it is null, ~ or in quotes.
+
+    So ``007``, ``a: b``, ``runs/study #1`` and ``&x`` are what they look like, where YAML would
+    see a number, a mapping, a comment and an anchor. ``${...}`` is resolved later.
+    """
+    if not raw:
+        raise ValueError("it is empty; write null for no value, or '' in quotes for an empty text")
+    if raw in ("null", "~"):
         return None
-    # Where text is declared, 007 and `a: b` are text; only null and quotes keep their meaning.
-    if str in _alternatives(LEGAL_TYPES[key]) and not isinstance(value, (str, type(None))):
-        value = raw
-    return Setting(key, value, origin)
+    if raw[0] not in QUOTES:
+        return raw
+    node = yaml.compose(raw, Loader=yaml.SafeLoader)
+    if not isinstance(node, yaml.ScalarNode) or node.end_mark.index != len(raw):
+        raise ValueError("it begins with a quote mark but is not one quoted text")
+    return str(node.value)
 
 
 def _checked_values(

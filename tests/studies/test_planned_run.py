@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,30 @@ def test_points_that_are_the_same_run_are_refused(write_study) -> None:
         planned(write_study(grid={"variant": variants}))
     assert "three" not in str(refused.value) and "\n" not in str(refused.value)
     assert len(planned(write_study(grid={"ranks": [1, 2]}))) == 2
+
+
+def test_a_directory_with_yaml_marks_in_its_name_is_kept(write_study, tmp_path) -> None:
+    folder = tmp_path / "'my study' #1: &x"
+    more = ["tracking.mlflow=true"]
+    path = write_study(study={"output_dir": str(folder)}, more=more)
+    for run in planned(path).values():
+        assert run.run_dir == folder / "runs" / run.name
+        assert run.config.tracking.mlflow_uri == f"sqlite:///{folder}/mlflow.db"
+        assert load_recipe(read_study_file(path).recipe, list(run.overrides)) == run.config
+    for odd in ("'my study'", " ~ ", '"'):  # relative
+        runs = planned(write_study(study={"output_dir": odd}, more=more))
+        assert {run.run_dir.parent for run in runs.values()} == {Path(odd) / "runs"}
+    with pytest.raises(ValueError, match="is not resolved here"):
+        planned(write_study(study={"output_dir": "runs/${train.seed}"}))
+
+
+def test_two_runs_in_one_directory_are_refused(write_study) -> None:
+    planner = StudyPlanner(read_study_file(write_study(grid={"seed": [1, 2, 3]})))
+    one, two, three = planner.plan_all()
+    config = replace(two.config, train=replace(two.config.train, output_dir=f"{one.run_dir}/"))
+    with pytest.raises(ValueError, match="seed1 and seed2 would both be written") as refused:
+        planner._check_all_differ([one, replace(two, config=config), three])
+    assert str(one.run_dir) in str(refused.value) and "seed3" not in str(refused.value)
 
 
 def test_codes_that_do_not_matter_are_another_run(write_study) -> None:

@@ -19,7 +19,13 @@ from pathlib import Path
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.layout import check_layout, minimum_world_size
-from vqmoe_megatron.recipe import LEGAL_TYPES, flatten_config, load_recipe
+from vqmoe_megatron.recipe import (
+    LEGAL_TYPES,
+    flatten_config,
+    holds_text,
+    load_recipe,
+    text_override,
+)
 from vqmoe_megatron.studies.axes import AXIS_KEYS, RANKS_KEY, Point
 from vqmoe_megatron.studies.budget import rule_train_iters, tokens_per_step
 from vqmoe_megatron.studies.study_file import StudyFile, key_of, listed
@@ -79,11 +85,12 @@ class StudyPlanner:
             if key_of(text) == RANKS_KEY:
                 num_ranks = _positive(text)
         overrides = self._without_products(t for t in texts if key_of(t) != RANKS_KEY)
-        overrides.append(f"train.output_dir={self.file.output_dir / 'runs' / point.name}")
+        run_dir = self.file.output_dir / "runs" / point.name
+        overrides.append(text_override("train.output_dir", str(run_dir)))
         config = load_recipe(self.file.recipe, overrides)
         if config.tracking.mlflow and config.tracking.mlflow_uri is None:
             uri = f"sqlite:///{self.file.output_dir / 'mlflow.db'}"
-            overrides.append(f"tracking.mlflow_uri={uri}")
+            overrides.append(text_override("tracking.mlflow_uri", uri))
             config = replace(config, tracking=replace(config.tracking, mlflow_uri=uri))
         num_ranks = num_ranks or minimum_world_size(config)
         if self.file.rule != "as_written":
@@ -120,6 +127,7 @@ class StudyPlanner:
 
     def _check_all_differ(self, runs: Iterable[PlannedRun]) -> None:
         first: dict[str, str] = {}
+        directories: dict[Path, str] = {}
         problems: list[str] = []
         for run in runs:
             flat = flatten_config(run.config).items()
@@ -129,6 +137,12 @@ class StudyPlanner:
                 problems.append(
                     f"{same} and {run.name} are the same run: their settings are equal; make them "
                     "differ or leave one out"
+                )
+            owner = directories.setdefault(run.run_dir, run.name)
+            if owner != run.name:
+                problems.append(
+                    f"{owner} and {run.name} would both be written to train.output_dir="
+                    f"{run.run_dir}; each run needs a directory of its own"
                 )
         if problems:
             raise ValueError(listed(self.file.path, problems))
@@ -140,7 +154,7 @@ class StudyPlanner:
         found: list[str] = []
         for text in texts:
             match = PRODUCT.fullmatch(text.partition("=")[2])
-            if match is None or LEGAL_TYPES.get(key_of(text)) is str:
+            if match is None or holds_text(key_of(text)):
                 found.append(text)
                 continue
             name = AXIS_KEYS.get(match[2], match[2])
