@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from vqmoe_megatron.runtime.world import COLLECTIVE_TIMEOUT_MINUTES, RENDEZVOUS_SECONDS
-from vqmoe_megatron.tracking.run_status import read_status, write_status
+from vqmoe_megatron.tracking.run_status import RunStatus, read_status, write_status
 from vqmoe_megatron.training.run_directory import RunDirectory, lock_patience_seconds
 
 
@@ -19,6 +20,35 @@ def test_a_directory_is_made_and_left_without_a_trace(tmp_path):
     run_dir.create()
     run_dir.create()
     assert list(run_dir.path.iterdir()) == []
+
+
+def of_one_process_id(action) -> list[Exception]:
+    """Call ``action`` often at the same time from threads, which share their process id."""
+    failures: list[Exception] = []
+
+    def rank() -> None:
+        try:
+            for _ in range(50):
+                action()
+        except Exception as error:
+            failures.append(error)
+
+    ranks = [threading.Thread(target=rank) for _ in range(8)]
+    for one in ranks:
+        one.start()
+    for one in ranks:
+        one.join()
+    return failures
+
+
+def test_ranks_of_one_process_id_on_other_nodes_do_not_collide(tmp_path):
+    run_dir = RunDirectory(tmp_path)
+    assert of_one_process_id(run_dir.create) == []
+    assert list(tmp_path.iterdir()) == []
+    write_status(tmp_path, "running", 7, "training", "abc")
+    assert of_one_process_id(lambda: run_dir.record_failure("lost", is_first_cause=True)) == []
+    assert read_status(tmp_path) == RunStatus("failed", 7, "lost", "abc")
+    assert os.listdir(tmp_path) == ["status.json"]
 
 
 @pytest.mark.parametrize("below", ["", "inside"])
@@ -45,10 +75,9 @@ def test_the_first_failure_keeps_its_reason_unless_the_cause_is_known(tmp_path):
 SECOND_RUN = """
 import sys
 from pathlib import Path
-from vqmoe_megatron.training import run_directory
-run_directory.LOCK_WAIT_SECONDS = 0.3
+from vqmoe_megatron.training.run_directory import RunDirectory
 try:
-    run_directory.RunDirectory(Path(sys.argv[1])).lock()
+    RunDirectory(Path(sys.argv[1])).lock(wait_seconds=0.3)
     print("reserved")
 except ValueError as error:
     print(error)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
+from uuid import uuid4
 
 from vqmoe_megatron.tracking.run_status import LOCK_FILE, read_status, write_status
 
@@ -53,16 +54,17 @@ class RunDirectory:
         return self.path / "bad_batches.jsonl"
 
     def create(self) -> None:
-        """Make the directory and prove that it can be written.
+        """Make the directory and prove that it can be written. For any rank.
 
         Raises:
             ValueError: when it cannot be created or written.
         """
-        probe = self.path / f".write_probe_{os.getpid()}"
+        # Ranks on several nodes may have one process id and make their probes at the same time.
+        probe = self.path / f".write_probe_{uuid4().hex}"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe.write_text("")
-            probe.unlink()
+            probe.unlink(missing_ok=True)
         except OSError as error:
             raise ValueError(
                 f"train.output_dir={self.path} cannot be written: {error.strerror}; choose another "
