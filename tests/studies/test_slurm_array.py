@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from vqmoe_megatron.studies import slurm_queue
 from vqmoe_megatron.studies.slurm_array import Array, arrays_of, index_ranges, sbatch_command
 from vqmoe_megatron.studies.slurm_queue import job_name, submitted_jobs
 from vqmoe_megatron.studies.study import load_study
@@ -76,6 +77,7 @@ def test_a_queue_that_cannot_be_asked_stops_a_submission(write_study, vqmoe, mon
     if shutil.which("sbatch") is None:
         pytest.skip("Slurm's commands are not installed")
     monkeypatch.setenv("SLURM_CONF", "/no/such/slurm.conf")
+    monkeypatch.setattr(slurm_queue, "SQUEUE_SECONDS", 3)  # it looks for a server, in vain
     path = write_study()
     code, shown = vqmoe("study", "submit", path)
     assert code == 2 and "nothing was submitted" in shown

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import vqmoe_megatron
-from vqmoe_megatron.studies.slurm_queue import job_name
+from vqmoe_megatron.studies.slurm_queue import QueueUnknown, job_name, name_in_queue
 from vqmoe_megatron.studies.study import Study
 from vqmoe_megatron.studies.study_folder import replace_text
 
@@ -120,7 +120,7 @@ def submit_arrays(
         if done.returncode:
             raise ValueError(f"sbatch refused the array: {done.stderr.strip()}")
         after = done.stdout.strip().splitlines()[-1].split(";")[0]  # ID or ID;cluster
-        _record(study, after, array)
+        _record(study, after, array, say)
         say(
             f"submitted job {after}: {len(array.indices)} runs of {array.num_ranks} "
             f"rank{'s' if array.num_ranks != 1 else ''}, at most {max_parallel} at a time"
@@ -136,8 +136,13 @@ def check_sbatch() -> None:
         )
 
 
-def _record(study: Study, job_id: str, array: Array) -> None:
+def _record(study: Study, job_id: str, array: Array, say: Callable[[str], None]) -> None:
     file = study.folder.slurm_jobs
+    try:
+        name = name_in_queue(job_id)
+    except QueueUnknown as error:
+        name = job_name(study)
+        say(f"Slurm does not tell the name of job {job_id}, recorded as {name}: {error}")
     rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    rows.append({"job_id": job_id, "indices": list(array.indices), "num_ranks": array.num_ranks})
-    replace_text(file, json.dumps(rows, indent=1) + "\n")
+    row = {"job_id": job_id, "job_name": name, "indices": list(array.indices)}
+    replace_text(file, json.dumps([*rows, row | {"num_ranks": array.num_ranks}], indent=1) + "\n")

@@ -70,7 +70,7 @@ class StudyFolder:
 
     @property
     def slurm_jobs(self) -> Path:
-        """Ids of the arrays that were submitted."""
+        """Ids and names of the arrays that were submitted."""
         return self.path / "slurm_jobs.json"
 
     def indices(self, names: Iterable[str]) -> dict[str, int]:
