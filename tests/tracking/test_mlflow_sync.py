@@ -168,12 +168,31 @@ def test_the_command_prints_a_table_and_says_what_is_wrong(runs_dir, store, tmp_
     with pytest.raises(MlflowUnavailable):
         sync_run(run_dir, "http://127.0.0.1:9")
 
-    for wrong, why in ((tmp_path, "holds no run_config.yaml"), (tmp_path / "x", "does not exist")):
-        refused = CliRunner().invoke(app, ["mlflow-sync", str(run_dir), str(wrong)])
-        assert isinstance(refused.exception, ValueError) and why in str(refused.exception)
+    refused = CliRunner().invoke(app, ["mlflow-sync", str(run_dir), str(tmp_path / "x")])
+    assert isinstance(refused.exception, ValueError) and "does not exist" in str(refused.exception)
+    assert refused.stdout == ""
     secret = CliRunner().invoke(app, ["mlflow-sync", str(run_dir), "--uri", "http://u:pw@host"])
     assert "MLFLOW_TRACKING_PASSWORD" in str(secret.exception)
     assert "pw" not in str(secret.exception)
+
+
+def test_a_damaged_run_does_not_stop_the_others(runs_dir, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "d"):
+        make_run(tmp_path / name)
+    (tmp_path / "b" / "status.json").write_text("{")
+    (tmp_path / "c").mkdir()  # its run failed before it began
+    uri = f"sqlite:///{runs_dir}/mlflow.db"
+    done = CliRunner().invoke(app, ["mlflow-sync", "a", "b", "c", "d", "--uri", uri])
+    assert done.exit_code == 1, done.exception
+    _, *rows = done.stdout.splitlines()
+    assert [row.split()[0] for row in rows[:3]] == ["a", "d", "b"]
+    assert [row.split()[-1] for row in rows[:2]] == ["FINISHED", "FINISHED"]
+    assert "failed: b/status.json is not a run status" in rows[2]
+    assert "failed: c is no run directory: it holds no run_config.yaml" in done.stdout
+    reasons = [line.split(": ")[:2] for line in done.stderr.splitlines()]
+    assert reasons == [["error", "b"], ["error", "c"]]
+    assert sync_run(tmp_path / "d", uri).num_sent == 0
 
 
 def test_the_lock_probe_believes_a_state_it_cannot_check(tmp_path, monkeypatch):

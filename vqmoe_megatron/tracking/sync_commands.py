@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -17,6 +18,7 @@ from vqmoe_megatron.config import TrackingConfig
 if TYPE_CHECKING:
     from vqmoe_megatron.tracking.mlflow_sync import SyncResult
 
+COUNTS = ("points", "there", "sent", "differ", "only there", "params", "tags", "files")
 LOG_WIDTH = 200  # columns where no terminal tells its width
 REQUEST_TIMEOUT_S = "60"  # nobody trains meanwhile, and a long history takes its time
 
@@ -36,7 +38,8 @@ def mlflow_sync(
     that is training now ships by itself and is left alone. Credentials come
     from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
 
-    Exits: 0 all is there, 1 a store could not be reached or refused, 2 usage.
+    Exits: 0 all is there, 1 a directory is damaged or its store could not be
+    reached or refused (the others were still sent), 2 usage.
 
     Example: vqmoe mlflow-sync runs/quickstart --uri http://127.0.0.1:5000
     """
@@ -45,23 +48,27 @@ def mlflow_sync(
     from vqmoe_megatron.tracking.mlflow_sync import check_run_directory, sync_run
 
     for run_dir in run_dirs:
-        check_run_directory(run_dir)
+        if not run_dir.exists():  # mistyped; what is there but damaged must not stop the others
+            check_run_directory(run_dir)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", REQUEST_TIMEOUT_S)
-    results, num_failed = [], 0
+    results: list[SyncResult] = []
+    failures: dict[Path, str] = {}
     for run_dir in run_dirs:
         try:
             results.append(sync_run(run_dir, uri))
-        except MlflowUnavailable as error:
+        except (MlflowUnavailable, ValueError, OSError) as error:
             print(f"error: {run_dir}: {error}", file=sys.stderr)
-            num_failed += 1
-    if results:
-        print_results(results, sys.stdout)
-    if num_failed:
+            failures[run_dir] = str(error).partition("\n")[0]
+    print_results(results, failures, sys.stdout)
+    if failures:
         raise typer.Exit(1)
 
 
-def print_results(results: list[SyncResult], stream: TextIO) -> None:
-    """Print one line per run. A terminal gets a ruled table; anything else plain columns."""
+def print_results(results: list[SyncResult], failures: Mapping[Path, str], stream: TextIO) -> None:
+    """Print one line per run, then one per failure: the directory and the reason.
+
+    A terminal gets a ruled table; anything else plain columns.
+    """
     is_terminal = stream.isatty()
     console = Console(
         file=stream,
@@ -73,9 +80,9 @@ def print_results(results: list[SyncResult], stream: TextIO) -> None:
     table = Table(box=SIMPLE_HEAD if is_terminal else None, pad_edge=False)
     table.add_column("run directory", overflow="fold")
     table.add_column("MLflow run", overflow="fold")
-    for name in ("points", "there", "sent", "differ", "only there", "params", "tags", "files"):
+    for name in COUNTS:
         table.add_column(name, justify="right")
-    table.add_column("status")
+    table.add_column("status", overflow="fold")
     for result in results:
         counts = (
             result.num_points,
@@ -87,9 +94,11 @@ def print_results(results: list[SyncResult], stream: TextIO) -> None:
             result.num_tags_sent,
             result.num_files_sent,
         )
-        cells = ["-"] * len(counts) if result.is_running else [f"{count:,}" for count in counts]
+        cells = ["-"] * len(COUNTS) if result.is_running else [f"{count:,}" for count in counts]
         status = "training now, left alone" if result.is_running else result.status
         table.add_row(str(result.run_dir), result.run_id or "-", *cells, status)
+    for run_dir, reason in failures.items():
+        table.add_row(str(run_dir), "-", *["-"] * len(COUNTS), f"failed: {reason}")
     console.print(table)
     if any(result.num_differing or result.num_only_there for result in results):
         console.print(
