@@ -31,7 +31,8 @@ def test_it_becomes_pretrain_with_the_runs_overrides(write_study) -> None:
 
 
 def test_it_stands_under_the_parent_that_the_study_has(write_study) -> None:
-    study = load_study(write_study())
+    more = ["tracking.mlflow=true", "tracking.mlflow_uri=sqlite:///x.db"]
+    study = load_study(write_study(more=more))
     study.start()
     study.folder.mlflow_parent.write_text('{"uri": "sqlite:///x.db", "run_id": "abc"}')
     assert pretrain_arguments(study, study.runs[0], False)[-1] == "tracking.parent_run_id=abc"

@@ -16,7 +16,8 @@ def open_study_parent(study: Study, say: Callable[[str], None]) -> None:
     """Create the MLflow store and the parent run, or find it again, and note its id.
 
     One process does this before runs start, so that they never create a database together. A store
-    that cannot be reached is reported and the study goes on: its runs then have no parent.
+    that cannot be reached is reported and the study goes on: its runs have the parent that was
+    noted for this store before, or none.
     """
     tracking = next(iter(study.runs.values())).config.tracking
     if not tracking.mlflow:
@@ -26,7 +27,11 @@ def open_study_parent(study: Study, say: Callable[[str], None]) -> None:
     try:
         run_id = open_parent_run(uri, experiment, study.file.name, tags)
     except MlflowUnavailable as error:
-        say(f"no MLflow parent run, the study goes on without: {error}")
+        known = _known_parent(study.folder)
+        if known is not None and known["uri"] == uri:
+            say(f"the MLflow parent run {known['run_id']} stays as it was: {error}")
+        else:
+            say(f"no MLflow parent run, the study goes on without: {error}")
         return
     known = {"uri": uri, "experiment": experiment, "run_id": run_id}
     replace_text(study.folder.mlflow_parent, json.dumps(known, indent=1) + "\n")
@@ -44,10 +49,15 @@ def end_study_parent(folder: StudyFolder, outcome: Outcome, say: Callable[[str],
         say(f"the MLflow parent run may still show as RUNNING: {error}")
 
 
-def parent_override(folder: StudyFolder) -> list[str]:
-    """Return the override that puts a run under the parent; none without a parent."""
+def parent_override(folder: StudyFolder, uri: str | None) -> list[str]:
+    """Return the override that puts a run under the parent; none without a parent.
+
+    ``uri``: of the run's store. A parent in another one, where the study was shown before, is none.
+    """
     known = _known_parent(folder)
-    return [] if known is None else [f"tracking.parent_run_id={known['run_id']}"]
+    if known is None or known["uri"] != uri:
+        return []
+    return [f"tracking.parent_run_id={known['run_id']}"]
 
 
 def _known_parent(folder: StudyFolder) -> dict[str, str] | None:

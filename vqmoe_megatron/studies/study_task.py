@@ -46,7 +46,8 @@ def run_task(path: Path, index: int) -> NoReturn:
 def pretrain_arguments(study: Study, run: PlannedRun, is_launched: bool) -> list[str]:
     """Return what follows ``vqmoe`` to train ``run`` in a launched world, or on its own ranks."""
     nproc = [] if is_launched else ["--nproc", str(run.num_ranks)]
-    overrides = [*run.overrides, *parent_override(study.folder)]
+    uri = run.config.tracking.mlflow_uri
+    overrides = [*run.overrides, *parent_override(study.folder, uri)]
     return ["pretrain", str(study.file.recipe), *nproc, *overrides]
 
 
