@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
 from vqmoe_megatron import cli
+from vqmoe_megatron.studies import commands
 from vqmoe_megatron.studies.commands import study_app
 from vqmoe_megatron.studies.study import load_study
 from vqmoe_megatron.tracking.run_status import write_status
@@ -58,3 +62,42 @@ def test_status_shows_every_run(write_study, vqmoe, monkeypatch) -> None:
     assert lines[-1] == "4 runs: 1 finished, 1 failed, 2 waiting"
     code, shown = vqmoe("study", "status", path, "--watch")  # nothing is active: ends at once
     assert code == 0 and shown.splitlines()[0] == lines[-1]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from vqmoe_megatron.training.run_directory import RunDirectory
+file = RunDirectory(Path(sys.argv[1])).lock()
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_watch_says_once_why_the_queue_is_not_asked(write_study, vqmoe, monkeypatch) -> None:
+    path = write_study()
+    study = load_study(path)
+    study.start()
+    study.folder.slurm_jobs.write_text('[{"job_id": "7", "job_name": "tiny"}]')
+    write_status(study.runs[0].run_dir, "running", 3, "training")
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 4:
+            holder.communicate()  # the run dies
+
+    monkeypatch.setattr(commands.time, "sleep", pause)
+    command = [sys.executable, "-c", HOLDER, str(study.runs[0].run_dir)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        monkeypatch.setenv("PATH", "")
+        code, shown = vqmoe("study", "status", path, "--watch")
+    assert code == 0 and pauses == [commands.WATCH_SECONDS] * 4
+    assert shown.splitlines() == [
+        "without Slurm's queue: there is no squeue on PATH",
+        "4 runs: 1 running, 3 waiting",
+        "4 runs: 1 lost, 3 waiting",
+        "4 runs: 1 lost, 3 waiting",
+    ]

@@ -157,7 +157,9 @@ def _submit(
     from vqmoe_megatron.studies.slurm_array import arrays_of, sbatch_command, submit_arrays
     from vqmoe_megatron.studies.study_table import counts
 
-    states = _states(loaded, must_know_queue=not dry_run)
+    states, notice = _states(loaded, must_know_queue=not dry_run)
+    if notice:
+        print(notice)
     print(counts(list(states.values())))
     queued = [state.slurm for state in states.values() if state.slurm]
     if queued:
@@ -198,25 +200,38 @@ def status(
     from vqmoe_megatron.studies.study_table import counts, study_console
 
     loaded, console = load_study(study), study_console()
-    states = _states(loaded)
     if watch:
-        states = _watch(loaded, console, states)
+        states = _watch(loaded, console)
     else:
+        states, notice = _states(loaded)
+        if notice:
+            print(notice)
         console.print(_table(console, loaded, states))
     console.print(counts(list(states.values())))
 
 
-def _watch(study: Study, console: Console, states: dict[int, RunState]) -> dict[int, RunState]:
+def _watch(study: Study, console: Console) -> dict[int, RunState]:
     """Show the table again and again until no run is active; in a log, what changed."""
+    told = ""
+
+    def look() -> dict[int, RunState]:
+        nonlocal told
+        states, notice = _states(study)
+        if notice and notice != told:
+            print(notice)
+        told = notice
+        return states
+
     from rich.live import Live
 
     from vqmoe_megatron.studies.study_table import counts
 
+    states = look()
     if console.is_terminal and not console.is_dumb_terminal:
         with Live(_table(console, study, states), console=console, auto_refresh=False) as live:
             while _is_active(study, states):
                 time.sleep(WATCH_SECONDS)
-                states = _states(study)
+                states = look()
                 live.update(_table(console, study, states), refresh=True)
         return states
     shown = ""
@@ -227,7 +242,7 @@ def _watch(study: Study, console: Console, states: dict[int, RunState]) -> dict[
         if not _is_active(study, states):
             return states
         time.sleep(WATCH_SECONDS)
-        states = _states(study)
+        states = look()
 
 
 def _is_active(study: Study, states: dict[int, RunState]) -> bool:
@@ -247,12 +262,13 @@ def _table(console: Console, study: Study, states: dict[int, RunState]) -> Table
     )
 
 
-def _states(study: Study, must_know_queue: bool = False) -> dict[int, RunState]:
-    """The state of every run; without a queue to ask, by directories alone, said once a call."""
+def _states(study: Study, must_know_queue: bool = False) -> tuple[dict[int, RunState], str]:
+    """The state of every run; without a queue to ask, by directories alone, and a notice of it."""
     from vqmoe_megatron.studies.run_state import run_state
     from vqmoe_megatron.studies.slurm_queue import QueueUnknown, queued_tasks, submitted_jobs
 
     tasks: dict[int, str] = {}
+    notice = ""
     try:
         tasks = queued_tasks(study)
     except QueueUnknown as error:
@@ -261,5 +277,6 @@ def _states(study: Study, must_know_queue: bool = False) -> dict[int, RunState]:
                 f"Slurm's queue cannot be asked, so nothing was submitted: {error}"
             ) from error
         if submitted_jobs(study.folder):
-            print(f"without Slurm's queue: {error}")
-    return {index: run_state(run, tasks.get(index, "")) for index, run in study.runs.items()}
+            notice = f"without Slurm's queue: {error}"
+    states = {index: run_state(run, tasks.get(index, "")) for index, run in study.runs.items()}
+    return states, notice
