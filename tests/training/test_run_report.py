@@ -70,6 +70,18 @@ def test_another_recipe_in_the_same_directory_is_another_run(start):
     assert second.tracker.run_id != first.tracker.run_id
 
 
+@pytest.mark.parametrize(("state", "seen"), [("requeue", "requeue"), ("completed", "running")])
+def test_a_run_that_may_be_killed_says_so_before_it_waits_for_mlflow(start, state, seen):
+    report = start("tracking.mlflow=false")
+    states = []
+    report.tracker.finish = lambda outcome, deadline_s: states.append(
+        read_status(report.run_dir.path).state
+    )
+    report.finish(state, 3, "why")
+    assert states == [seen]
+    assert read_status(report.run_dir.path).state == state
+
+
 def test_the_machines_load_is_kept_apart_from_what_is_computed(start):
     report = start("tracking.mlflow=false")
     report.system_metrics.take = lambda: {"system/memory_used_bytes": 7.0}

@@ -23,6 +23,9 @@ from vqmoe_megatron.tracking.run_status import write_status
 from vqmoe_megatron.tracking.system_metrics import SystemMetrics
 from vqmoe_megatron.training.preflight import CheckedRun
 
+# How long the end waits for MLflow. Runs that meet a database none of them has made yet need half a
+# minute on a busy node. One that was told to stop has little time, and the next attempt sends the rest.
+TRACKING_DEADLINES_S = {"completed": 60.0, "requeue": 20.0, "failed": 20.0}
 # A run that starts anew with other settings than these in the same directory is another run.
 FREE_SECTIONS = ("tracking.", "checkpoint.", "parallel.")
 
@@ -153,7 +156,13 @@ class Rank0Report(RunReport):
             self.message(f"plots could not be drawn: {type(error).__name__}: {error}")
 
     def finish(self, state: str, iteration: int, reason: str) -> None:
-        """Draw plots, close tracking truthfully, write the final status last."""
+        """Draw plots, close tracking truthfully, write the final status last.
+
+        A run that was told to stop writes its status first, too: it may be killed any moment.
+        """
+        self._iteration = iteration
+        if state == "requeue":
+            self._write_status(state, reason)
         self.console.close()
         if self.system_metrics is not None:
             self.system_metrics.close()
@@ -163,8 +172,7 @@ class Rank0Report(RunReport):
             self._draw_plots()
         if state == "completed" and isinstance(self.tracker, MlflowTracker):
             self.tracker.record.note_completed()
-        self.tracker.finish(OUTCOME_OF_STATE[state])
-        self._iteration = iteration
+        self.tracker.finish(OUTCOME_OF_STATE[state], TRACKING_DEADLINES_S[state])
         self._write_status(state, reason)
         self.message(
             f"{state} at iteration {iteration}: {reason}; run directory {self.run_dir.path}"
