@@ -24,7 +24,7 @@ from vqmoe_megatron.tracking.system_metrics import SystemMetrics
 from vqmoe_megatron.training.preflight import CheckedRun
 
 # How long the end waits for MLflow. Runs that meet a database none of them has made yet need half a
-# minute on a busy node. One that was told to stop has little time, and the next attempt sends the rest.
+# minute on a busy node. One that was told to stop has little time; the next attempt sends the rest.
 TRACKING_DEADLINES_S = {"completed": 60.0, "requeue": 20.0, "failed": 20.0}
 # A run that starts anew with other settings than these in the same directory is another run.
 FREE_SECTIONS = ("tracking.", "checkpoint.", "parallel.")
