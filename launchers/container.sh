@@ -6,7 +6,7 @@
 # KIND       none | pyxis | apptainer | docker
 # IMAGE      what that kind understands: registry#name:tag or .sqsh, .sif, a docker tag
 # NUM_GPUS   per node; 0 leaves GPU options out
-# MOUNT      PATH or OUTSIDE:INSIDE
+# MOUNT      PATH, OUTSIDE:INSIDE or OUTSIDE:INSIDE:ro
 #
 # sets two arrays:
 #   container_srun_args   options for srun itself (pyxis)
@@ -43,8 +43,8 @@ compose_container() {
     local mounts=()
     for mount in "$@"; do
         [[ "$mount" == *:* ]] || mount=$mount:$mount
-        [[ "$mount" == /*:/* ]] || container_refuse "mount '$mount' must be PATH or OUTSIDE:INSIDE, absolute"
-        [[ "$mount" != *:*:* ]] || container_refuse "mount '$mount': a path must not contain a colon"
+        [[ "$mount" =~ ^/[^:]*:/[^:]*(:[a-z]+)?$ ]] || container_refuse \
+            "mount '$mount' must be PATH, OUTSIDE:INSIDE or OUTSIDE:INSIDE:ro, absolute, without colons"
         [[ "$mount" != *,* ]] || container_refuse "mount '$mount' must not contain a comma"
         mounts+=("$mount")
     done

@@ -34,17 +34,20 @@ status_mark() {
 
 # begin_attempt RUN_DIR JOB RESTART MAX_RESTARTS MAX_IDLE_ATTEMPTS: note that an attempt starts.
 # False, with a line that says why, when it must not: too many restarts, or too many attempts of
-# this job in a row that began at the same iteration. A line of a restart that is not before this one
-# is of another job of that number, on a cluster that counts from 1 again.
+# this job in a row that began at the same iteration. Where restarts do not go up, the lines before are
+# of another job of that number, on a cluster that counts from 1 again.
 begin_attempt() {
-    local run_dir=$1 job=$2 restart=$3 max_restarts=$4 max_idle=$5 now idle=0 line_job
-    local line_restart at
+    local run_dir=$1 job=$2 restart=$3 max_restarts=$4 max_idle=$5 now idle=0
+    local line_job line_restart at last=-1
     now=$(saved_iteration "$run_dir")
     if [[ -f "$run_dir/$ATTEMPTS_FILE" ]]; then
         while IFS=$'\t' read -r line_job line_restart at; do
             [[ "$line_job" == "$job" ]] || continue
-            if [[ "$at" == "$now" && "$line_restart" -lt "$restart" ]]; then idle=$((idle + 1)); else idle=0; fi
+            ((line_restart > last)) || idle=0
+            last=$line_restart
+            if [[ "$at" == "$now" ]]; then idle=$((idle + 1)); else idle=0; fi
         done <"$run_dir/$ATTEMPTS_FILE"
+        ((restart > last)) || idle=0
     fi
     if ((restart > max_restarts)); then
         echo "giving up: restart $restart is more than VQMOE_MAX_RESTARTS=$max_restarts allows"

@@ -19,7 +19,7 @@ start_job() {
     echo "$(date '+%F %T') job $(job_name), attempt $restart, nodes $SLURM_JOB_NODELIST"
     load_site "$root"
     for limit in VQMOE_MAX_RESTARTS VQMOE_MAX_IDLE_ATTEMPTS; do
-        [[ "${!limit}" =~ ^[0-9]+$ ]] || refuse "$limit=${!limit} is not a whole number"
+        [[ "${!limit}" =~ ^(0|[1-9][0-9]*)$ ]] || refuse "$limit=${!limit} is not a whole number"
     done
     # tini passes signals to its own process group, and torchrun's ranks have groups of their own.
     [[ "$VQMOE_CONTAINER/$VQMOE_LAUNCHER" != docker/torchrun ]] || refuse \

@@ -4,10 +4,11 @@
 # shellcheck disable=SC2034,SC2154  # the files of a job share their variables
 
 # check_ranks RUN_DIR: the preflight. A stop request that Slurm sends to the step itself (scancel
-# --signal, preemption) ends it with 128 + the signal's number.
+# --signal, preemption) ends it with 128 + the signal's number; srun's own TERM to the other ranks of a
+# bad one would look the same, so it sends none.
 check_ranks() {
     local code=0
-    VQMOE_KEEP_SIGNALS=1 run_step "${tasks[@]}" --wait=360 \
+    VQMOE_KEEP_SIGNALS=1 run_step "${tasks[@]}" --wait=360 --kill-on-bad-exit=0 \
         --output="$logs/preflight.log" "${rank[@]}" "${vqmoe[@]}" preflight --run-dir "$1" || code=$?
     cat "$logs/preflight.log"
     if was_told_to_stop "$code"; then stop_request=sent; fi
@@ -33,8 +34,8 @@ run_ranks() {
 
 # The last lines of a rank that says what went wrong, or of the first.
 show_failed_rank() {
-    local log
-    log=$(grep -lE '^(Traceback|error:|failed:)' "$logs"/rank_*.log 2>/dev/null | sort -V | head -n1 || true)
+    local log said='^(\[rank[0-9]+\]: )?(Traceback|error:|failed:)'
+    log=$(grep -lE "$said" "$logs"/rank_*.log 2>/dev/null | sort -V | head -n1 || true)
     log=${log:-$logs/rank_0.log}
     echo "$log ends with:"
     tail -n 20 "$log" 2>/dev/null || true

@@ -21,14 +21,15 @@ refuse() {
     exit 2
 }
 
-# gpus_of_gres LIST: 8 of "tmpfs:100,gpu:h100:8(S:0-1)".
+# gpus_of_gres LIST ELSE: 8 of "tmpfs:100,gpu:h100:8(S:0-1)"; ELSE where it names no GPU.
 gpus_of_gres() {
-    local entry
+    local entry sum=0
     for entry in ${1//,/ }; do
         entry=${entry%%(*}
         [[ "$entry" != gpu ]] || entry=gpu:1
-        [[ "$entry" != gpu:* ]] || echo "${entry##*:}"
+        [[ ! "$entry" =~ ^gpu:(.*:)?([0-9]+)$ ]] || sum=$((sum + BASH_REMATCH[2]))
     done
+    if ((sum)); then echo "$sum"; else echo "$2"; fi
 }
 
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
@@ -51,7 +52,7 @@ for argument in "$@"; do
         --ntasks-per-node=*) tasks=${argument#*=} ;;
         -n* | --ntasks | --ntasks=*) total=given ;; # the job itself divides and checks
         --gpus-per-node=*) gpus=${argument##*[=:]} ;;
-        --gres=*) gpus=$(gpus_of_gres "${argument#*=}") ;;
+        --gres=*) gpus=$(gpus_of_gres "${argument#*=}" "$gpus") ;;
         -*) ;;
         *.sbatch) script=$argument ;;
     esac

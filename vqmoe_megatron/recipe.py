@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vqmoe_megatron.config import RunConfig
 
 OVERRIDE_EXAMPLE = "vq.num_codes=128"
+NULLS = ("null", "Null", "NULL", "~")  # of YAML, beside nothing at all
 QUOTES = ("'", '"')
 URI_CREDENTIALS = re.compile(r"://\S*@")
 SECTION_TYPES: dict[str, type] = get_type_hints(RunConfig)
@@ -109,7 +110,7 @@ def text_override(key: str, value: str) -> str:
     """
     if "${" in value:
         raise ValueError(f"{key}={value}: ${{...}} is not resolved here; write the value itself")
-    is_plain = value == value.strip() and value not in ("", "null", "~") and value[0] not in QUOTES
+    is_plain = value == value.strip() and value not in ("", *NULLS) and value[0] not in QUOTES
     return f"{key}={value if is_plain else json.dumps(value, ensure_ascii=False)}"
 
 
@@ -196,7 +197,7 @@ def _override_text(raw: str) -> str | None:
     """
     if not raw:
         raise ValueError("it is empty; write null for no value, or '' in quotes for an empty text")
-    if raw in ("null", "~"):
+    if raw in NULLS:
         return None
     if raw[0] not in QUOTES:
         return raw

@@ -121,6 +121,13 @@ def test_a_job_of_the_same_number_on_a_cluster_that_began_anew(tmp_path) -> None
     assert begin(tmp_path, "7", 2).returncode == 1
 
 
+def test_lines_of_an_earlier_job_of_that_number_do_not_count(tmp_path) -> None:
+    assert begin(tmp_path, "7", 0, idle=3).returncode == 0  # ended there
+    for restart in range(3):
+        assert begin(tmp_path, "7", restart, idle=3).returncode == 0
+    assert begin(tmp_path, "7", 3, idle=3).stdout.startswith("giving up: 3 attempts of job 7")
+
+
 def test_restarts_are_bounded(tmp_path) -> None:
     assert begin(tmp_path, "7", 2, most=2).returncode == 0
     refused = begin(tmp_path, "7", 3, most=2)

@@ -44,7 +44,8 @@ def test_a_stop_during_the_preflight_is_queued_again(attempt, tmp_path, code) ->
 
 
 def test_a_preflight_that_fails_is_not(attempt, tmp_path) -> None:
-    done = attempt("exit 1")
+    """Where KillOnBadExit=1 is set srun would answer 143, as for a stop request."""
+    done = attempt('[[ " $* " == *" --kill-on-bad-exit=0 "* ]] && exit 1; exit 143')
     assert done.returncode == 1 and not (tmp_path / "requeued").exists()
     assert "giving up: the preflight failed, nothing was trained" in done.stdout
 

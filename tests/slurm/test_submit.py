@@ -64,6 +64,11 @@ def test_arguments_reach_sbatch_and_the_log_folder_is_there(submit, tmp_path, ar
             "tasks per node = GPUs per node fails: 4 != 8",
         ),
         (["--gres=gpu:2", PRETRAIN, "r.yaml"], "tasks per node = GPUs per node fails: 1 != 2"),
+        (
+            ["--gres=gpu:a:2,gpu:b:2", "--ntasks-per-node=2", PRETRAIN, "r.yaml"],
+            "tasks per node = GPUs per node fails: 2 != 4",
+        ),
+        (["--gpus-per-node=8", "--gres=tmpfs:9", PRETRAIN, "r.yaml"], "fails: 1 != 8"),
         (["--gres=tmpfs:9,gpu:2", PRETRAIN, "r.yaml"], "tasks per node = GPUs per node fails: 1"),
     ],
 )
