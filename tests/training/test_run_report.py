@@ -82,6 +82,20 @@ def test_a_run_that_may_be_killed_says_so_before_it_waits_for_mlflow(start, stat
     assert read_status(report.run_dir.path).state == state
 
 
+def test_a_full_disk_does_not_keep_mlflow_from_its_end(start, monkeypatch):
+    report = start("tracking.mlflow=false")
+    ended = []
+    report.tracker.finish = lambda outcome, deadline_s: ended.append(outcome)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vqmoe_megatron.training.run_report.write_status", full)
+    with pytest.raises(OSError, match="No space left"):  # the last word must be written
+        report.finish("requeue", 3, "why")
+    assert ended == ["KILLED"]
+
+
 def test_the_machines_load_is_kept_apart_from_what_is_computed(start):
     report = start("tracking.mlflow=false")
     report.system_metrics.take = lambda: {"system/memory_used_bytes": 7.0}

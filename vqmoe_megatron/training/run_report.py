@@ -173,16 +173,16 @@ class Rank0Report(RunReport):
         if state == "completed" and isinstance(self.tracker, MlflowTracker):
             self.tracker.record.note_completed()
         self.tracker.finish(OUTCOME_OF_STATE[state], TRACKING_DEADLINES_S[state])
-        self._write_status(state, reason)
+        self._write_status(state, reason, is_last_word=True)
         self.message(
             f"{state} at iteration {iteration}: {reason}; run directory {self.run_dir.path}"
         )
 
-    def _write_status(self, state: str, reason: str) -> None:
+    def _write_status(self, state: str, reason: str, is_last_word: bool = False) -> None:
         try:
             write_status(self.run_dir.path, state, self._iteration, reason, self.tracker.run_id)
         except OSError as error:
-            if state != "running":  # the last word must be written
+            if is_last_word:
                 raise
             self.message(f"status.json could not be written: {error}; training goes on")
 
