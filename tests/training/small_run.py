@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from codebook_hashes import codebook_hashes
 
 ROOT = Path(__file__).resolve().parents[2]
 PARITY = ROOT / "recipes" / "parity.yaml"
@@ -116,23 +117,6 @@ def initial_parameters(recipe: str, overrides: list[str]) -> dict[str, tuple]:
         for part in _sharded_tensors(chunk.module.sharded_state_dict())
         if part.data is not None
     }
-
-
-def codebook_hashes(model) -> dict[str, str]:
-    """sha256 of every codebook's whole state, by global layer number."""
-    from vqmoe_megatron.moe.layer import VQMoELayer
-
-    hashes = {}
-    for layer in (m for chunk in model for m in chunk.modules() if isinstance(m, VQMoELayer)):
-        codebook = layer.assigner.codebook
-        tensors = [codebook.codes.data, codebook.usage]
-        tensors += [codebook.ema_sum] if codebook.keeps_sums else []
-        tensors += [codebook.num_steps, layer.assigner.code_map.expert_of_row]
-        digest = hashlib.sha256()
-        for tensor in tensors:
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        hashes[str(layer.layer_number)] = digest.hexdigest()
-    return hashes
 
 
 def start_vqmoe(*arguments: str, log: Path) -> subprocess.Popen:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vqmoe_megatron.moe.codebook_sync import LayerStatistics
+from vqmoe_megatron.moe.step_owner import LayerStatistics
 from vqmoe_megatron.tracking.metric_table import check_metric_names
 from vqmoe_megatron.training.run_metrics import LayerWindow, layer_metrics, write_routing
 

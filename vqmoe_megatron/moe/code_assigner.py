@@ -11,6 +11,7 @@ T local tokens, H hidden size, C codes per token, K codes per slice, N experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from vqmoe_megatron.moe.codebook_data_init import initialize_codebook
 from vqmoe_megatron.moe.step_statistics import KeepsStatistics
 from vqmoe_megatron.vq.code_map import CodeMap
 from vqmoe_megatron.vq.codebook import Codebook
+from vqmoe_megatron.vq.codebook_update import StepStatistics
 from vqmoe_megatron.vq.losses import quantization_losses
 
 MAX_CANDIDATES = 4096  # tokens per step and layer kept to replace dead codes
@@ -152,7 +154,32 @@ class CodeAssigner(KeepsStatistics):
             table[self.step_candidate_slots] = codebook.step_candidates
         return table
 
+    def local_parts(self) -> list[torch.Tensor]:
+        """This rank's fp32 sums of the step, in the order in which :meth:`apply_parts` takes them.
+
+        No communication.
+        """
+        codebook = self.codebook
+        totals = [codebook.step_total] if codebook.keeps_sums else []
+        return [self.step_losses, codebook.step_count, *totals, self.candidate_table()]
+
+    def apply_parts(
+        self, reduced: Iterator[torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Move the codebook by the sums over its replicas.
+
+        Returns fp32 scalars by metric name, and code usage ``[C, K]`` in tokens. No communication.
+        """
+        losses, usage = next(reduced), next(reduced)
+        total = next(reduced) if self.codebook.keeps_sums else None
+        scalars = self.codebook.apply_step(StepStatistics(usage, total, next(reduced)))
+        num_microbatches = losses[2].clamp(min=1.0)
+        scalars["commitment_loss"] = losses[0] / num_microbatches
+        scalars["codebook_loss"] = losses[1] / num_microbatches
+        return scalars, usage
+
     def clear_step(self) -> None:
-        """Forget the step's losses and candidate slots; the codebook clears its own."""
+        """Forget the step's losses, candidates and what the codebook recorded."""
         self.step_losses.zero_()
         self.step_candidate_slots = None
+        self.codebook.clear_step()

@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from vqmoe_megatron.moe.expert_gemm import grouped_linear
+from vqmoe_megatron.moe.expert_gemm import check_aligned, grouped_linear
 
 
 class GroupedExperts(MegatronModule):
@@ -34,7 +34,8 @@ class GroupedExperts(MegatronModule):
     strict about those.
 
     Raises:
-        ValueError: without process groups, or when E does not divide F.
+        ValueError: without process groups, when E does not divide F, or for a width that torch's
+            grouped GEMM cannot take.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class GroupedExperts(MegatronModule):
         config: TransformerConfig,
         submodules: object = None,
         pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,  # of the module, from newer Megatrons
     ) -> None:
         super().__init__(config=config)
         if pg_collection is None:
@@ -61,16 +63,19 @@ class GroupedExperts(MegatronModule):
         self.num_halves = 2 if config.gated_linear_unit else 1  # G
         width = ffn // num_shards
         fc1_width = self.num_halves * width
+        check_aligned(config.params_dtype, hidden_size=hidden, moe_ffn_hidden_size_per_rank=width)
         self.weight1 = self._parameter(num_local_experts, fc1_width, hidden)
         self.weight2 = self._parameter(num_local_experts, hidden, width)
         # As Megatron marks shards: every rank counts its own in the gradient norm. bias2 is a
-        # replica on the expert-tensor ranks and is counted on the first.
+        # replica on the expert-tensor ranks and is counted on the first; with one such rank it is
+        # whole on every tensor-parallel rank, which must not leave it out either.
         set_tensor_model_parallel_attributes(self.weight1, True, 1, self.num_halves)
         set_tensor_model_parallel_attributes(self.weight2, True, 2, 1)
         if config.add_bias_linear:
             self.bias1 = self._parameter(num_local_experts, fc1_width)
             self.bias2 = self._parameter(num_local_experts, hidden)
             set_tensor_model_parallel_attributes(self.bias1, True, 1, self.num_halves)
+            set_tensor_model_parallel_attributes(self.bias2, num_shards == 1, 1, 1)
         else:
             self.register_parameter("bias1", None)
             self.register_parameter("bias2", None)
@@ -133,11 +138,20 @@ class GroupedExperts(MegatronModule):
         return self.bias2 - self.bias2.detach()
 
     def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        """fc1 outputs ``[R, G F / E]`` -> fc2 inputs ``[R, F / E]``."""
-        if not self.config.gated_linear_unit:
-            return self.config.activation_func(hidden)
+        """fc1 outputs ``[R, G F / E]`` -> fc2 inputs ``[R, F / E]``.
+
+        ``activation_func_clamp_value`` and ``glu_linear_offset`` are for gated experts, as in
+        Megatron's ``SequentialMLP`` (transformer/mlp.py).
+        """
+        config = self.config
+        if not config.gated_linear_unit:
+            return config.activation_func(hidden)
         gate, up = hidden.chunk(2, dim=-1)
-        return self.config.activation_func(gate) * up
+        if (limit := config.activation_func_clamp_value) is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+        if config.glu_linear_offset:
+            up = up + config.glu_linear_offset
+        return config.activation_func(gate) * up
 
     @staticmethod
     def add_bias(

@@ -18,6 +18,8 @@ The method is that of arXiv 2411.19402, sections 3.1-3.3.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -33,17 +35,31 @@ from vqmoe_megatron.moe.code_space import CodeInputs, CodeSpace
 from vqmoe_megatron.moe.combine_gate import CombineGate, weighted_sum
 from vqmoe_megatron.moe.discrete_input import discrete_rows
 from vqmoe_megatron.moe.dispatch import ResidentRows, combine, dispatch
+from vqmoe_megatron.moe.foreign_loop import follow
 from vqmoe_megatron.moe.grouped_experts import evaluate_experts
+from vqmoe_megatron.moe.megatron_settings import (
+    check_layer_number,
+    check_layer_settings,
+    refuse_trained_codes_in_half,
+)
 from vqmoe_megatron.moe.norms import ParallelNorm
-from vqmoe_megatron.moe.step_statistics import KeepsStatistics
+from vqmoe_megatron.moe.step_owner import StepOwner
 from vqmoe_megatron.moe.step_table import StepTable
 from vqmoe_megatron.moe.straight_through import with_gradient_to
 from vqmoe_megatron.vq.permutation import plan_permutation
 from vqmoe_megatron.vq.segment_sum import count_ids
 
 
-class VQMoELayer(KeepsStatistics, MoELayer):
+class VQMoELayer(StepOwner, MoELayer):
     """A Megatron MoE layer with a discrete path beside the learned router.
+
+    Args:
+        config, submodules, layer_number, pg_collection: as Megatron passes them.
+        vq: settings; None takes the defaults with K = 4 N.
+        seed: of codebook initialisation and revival, the same on all ranks.
+        on_every_stage: whether every pipeline stage holds such layers, so that their metrics may be
+            summed over stages for Megatron's log.
+        of_newer_megatron: what newer Megatrons pass to a MoE layer besides; theirs takes it.
 
     Raises:
         ValueError: for a Megatron feature this layer does not compose with; the message names it.
@@ -60,12 +76,19 @@ class VQMoELayer(KeepsStatistics, MoELayer):
         pg_collection: ProcessGroupCollection | None = None,
         vq: VQConfig | None = None,
         seed: int = 1234,
+        on_every_stage: bool = False,
+        **of_newer_megatron: object,
     ) -> None:
-        _check_config(config)
+        vq = vq or VQConfig(num_codes=4 * config.num_moe_experts)
+        check_layer_settings(config, vq)
         pg_collection = pg_collection or get_default_pg_collection()
-        super().__init__(config, submodules, layer_number, pg_collection)
+        super().__init__(config, submodules, layer_number, pg_collection, **of_newer_megatron)
+        # Newer Megatrons number the layers of multi-token prediction from 1 again.
+        self.num_layers_before = config.num_layers if of_newer_megatron.get("is_mtp_layer") else 0
+        self.on_every_stage = on_every_stage
+        self.pg_collection = pg_collection
         self.expt_tp_group = pg_collection.expt_tp
-        self.vq = vq or VQConfig(num_codes=4 * config.num_moe_experts)
+        self.vq = vq
         self.token_dispatcher = None  # Megatron's is not used: rows of both paths travel together
         self.assigner = self.gate = self.input_norm = self.output_norm = self.code_inputs = None
         self.code_space = self.step_table = None
@@ -113,11 +136,18 @@ class VQMoELayer(KeepsStatistics, MoELayer):
         return self.input_norm if self.vq.norm == "shared" else self.output_norm
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Called by the transformer layer; decides this layer's random choices."""
-        self.layer_number = layer_number
-        for part in (self.router, self.assigner, self.code_inputs):
+        """Called by the transformer layer; decides this layer's random choices.
+
+        Raises:
+            ValueError: where Megatron's ``moe_layer_freq`` wants a dense layer.
+        """
+        self.layer_number = layer_number + self.num_layers_before
+        check_layer_number(self.config, self.layer_number)
+        if self.router is not None:
+            self.router.set_layer_number(layer_number)
+        for part in (self.assigner, self.code_inputs):
             if part is not None:
-                part.set_layer_number(layer_number)
+                part.set_layer_number(self.layer_number)
 
     def train(self, mode: bool = True) -> VQMoELayer:
         """Switch between training and evaluation; a kept table is forgotten.
@@ -136,6 +166,54 @@ class VQMoELayer(KeepsStatistics, MoELayer):
         if self.step_table is not None:
             self.step_table.clear()
 
+    # What ends once per optimizer step (step_owner).
+    @property
+    def replica_group(self) -> torch.distributed.ProcessGroup:
+        """``tp_dp_cp``."""
+        return self.pg_collection.tp_dp_cp
+
+    def finish_table(self) -> None:
+        """Differentiate the step's table; communicates as :meth:`StepTable.backward`."""
+        if self.step_table is not None:
+            self.step_table.backward()
+
+    def refuse_unfinished_table(self) -> None:
+        """Raise ``ValueError`` where a table's gradient would come after the optimizer's step."""
+        if self.step_table is not None:
+            self.step_table.refuse_unfinished()
+
+    def refuse_foreign_optimizer(self) -> None:
+        """Raise ``ValueError`` for trained codes among weights of half precision."""
+        if self.assigner is not None:
+            refuse_trained_codes_in_half(self.config, self.assigner.codebook.codes)
+
+    def local_parts(self) -> list[torch.Tensor]:
+        """Expert load ``[N]``, gate sums ``[2]`` and what the assigner summed."""
+        of_codes = [] if self.assigner is None else self.assigner.local_parts()
+        return [self.step_expert_load, self.step_gate, *of_codes]
+
+    def apply_parts(self, reduced: Iterator[torch.Tensor]) -> tuple[dict, ...]:
+        """Move the codebook; return scalars, load ``[N]`` and usage ``[C, K]``."""
+        load, gate = next(reduced), next(reduced)
+        scalars = {
+            "expert_load_imbalance": load.max() / load.mean().clamp(min=1e-12),
+            "combine_discrete_weight": gate[0] / gate[1].clamp(min=1.0),
+        }
+        if self.assigner is None:
+            return scalars, load, None
+        of_codes, usage = self.assigner.apply_parts(reduced)
+        return scalars | of_codes, load, usage
+
+    def clear_step(self) -> None:
+        """Forget the step: table, loads, and what the assigner recorded."""
+        super().clear_step()
+        self.step_expert_load.zero_()
+        self.step_gate.zero_()
+        if self.step_table is not None:
+            self.step_table.clear()
+        if self.assigner is not None:
+            self.assigner.clear_step()
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -151,12 +229,15 @@ class VQMoELayer(KeepsStatistics, MoELayer):
         the codebook.
 
         Raises:
-            ValueError: for a padding mask, or TP > 1 in training without sequence parallelism.
+            ValueError: for a padding mask, TP > 1 in training without sequence parallelism, or a
+                training loop whose steps cannot be followed (``foreign_loop``).
         """
         if padding_mask is not None or intermediate_tensors is not None:
             raise ValueError("VQMoELayer takes no padding mask and no captured CUDA graph tensors")
         if self.training and self.tp_group.size() > 1 and not self.config.sequence_parallel:
             raise ValueError("training with TP > 1 needs sequence_parallel=True in a MoE layer")
+        if self.training:
+            follow(self, self.config)
         if self.moe_layer_recompute:
             return tensor_parallel.checkpoint(self._evaluate, False, hidden_states), None
         return self._evaluate(hidden_states), None
@@ -300,6 +381,7 @@ class VQMoELayer(KeepsStatistics, MoELayer):
             if weight is not None:
                 discrete = weight.detach().float().sum()
             self.step_gate += torch.stack([discrete, self.step_gate.new_tensor(num_tokens)])
+            self.recorded()
 
         return run_in_backward(output, record)
 
@@ -307,16 +389,3 @@ class VQMoELayer(KeepsStatistics, MoELayer):
 def _sum_slots(rows: torch.Tensor) -> torch.Tensor:
     """[T, k, H] -> [T, H]; one slot needs no sum."""
     return rows.squeeze(1) if rows.shape[1] == 1 else rows.sum(dim=1)
-
-
-def _check_config(config: TransformerConfig) -> None:
-    unsupported = {
-        "moe_shared_expert_intermediate_size": config.moe_shared_expert_intermediate_size,
-        "moe_latent_size": getattr(config, "moe_latent_size", None),
-        "fp8": config.fp8,
-        "moe_apply_probs_on_input": config.moe_apply_probs_on_input,
-        "moe_input_jitter_eps": config.moe_input_jitter_eps,
-    }
-    for name, value in unsupported.items():
-        if value:
-            raise ValueError(f"VQMoELayer does not support {name}={value}; leave it unset")

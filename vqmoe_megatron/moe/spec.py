@@ -1,5 +1,8 @@
 """Layer specs: Megatron's transformer layer with VQMoE in the place of its MLP.
 
+``get_vqmoe_layer_spec`` and ``get_vqmoe_block_spec`` are built from a configuration, for callers in
+Python. ``vqmoe_layer_spec`` is an object, since Megatron-LM's ``--spec`` imports one.
+
 On CUDA with Transformer Engine the other modules are Transformer Engine's, elsewhere
 Megatron-core's own. :func:`spec_backend` says which and why.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,6 +33,7 @@ from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.moe.balanced_router import BalancedRouter
 from vqmoe_megatron.moe.grouped_experts import GroupedExperts
 from vqmoe_megatron.moe.layer import VQMoELayer
+from vqmoe_megatron.moe.megatron_settings import is_moe_layer
 from vqmoe_megatron.moe.norms import ParallelNorm
 
 CONFIG_VARIABLE = "VQMOE_CONFIG"
@@ -49,7 +54,8 @@ def get_vqmoe_layer_spec(
     """Build the spec of one transformer layer whose MLP is a :class:`VQMoELayer`.
 
     Args:
-        config: checked against ``vq`` when given; the layer receives its own from Megatron.
+        config: checked against ``vq``, and its attention built, when given; the layer receives its
+            own from Megatron.
         vq: the layer's settings; None takes the defaults, with K = 4 N.
         seed: of codebook initialisation and revival, the same on all ranks.
 
@@ -58,10 +64,94 @@ def get_vqmoe_layer_spec(
     """
     if config is not None and vq is not None:
         vq.check_model(config.hidden_size, config.num_moe_experts)
-    spec = _dense_layer_spec()
+    return _layer_spec(config, VQMoELayer, {"vq": vq, "seed": seed})
+
+
+def get_vqmoe_block_spec(
+    config: TransformerConfig, vq: VQConfig, seed: int = 1234, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Build this pipeline stage's layers: VQMoE every ``moe_layer_freq`` layers, dense between.
+
+    Raises:
+        ValueError: when ``vq`` does not fit ``config``.
+    """
+    moe_layer = get_vqmoe_layer_spec(config, vq, seed)
+    moe_layer.submodules.mlp.params["on_every_stage"] = are_on_every_stage(config)
+    dense_layer = _dense_layer_spec(config)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    layers = [
+        copy.copy(moe_layer if is_moe_layer(config, index) else dense_layer)
+        for index in range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+    ]
+    if spec_backend()[0] == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=ParallelNorm)
+
+
+def are_on_every_stage(config: TransformerConfig) -> bool:
+    """Whether every pipeline stage of a model with ``moe_layer_freq`` holds a MoE layer."""
+    num_chunks = config.virtual_pipeline_model_parallel_size
+    chunks = [None] if num_chunks is None else range(num_chunks)
+
+    def layers_of(stage: int) -> Iterator[int]:
+        for chunk in chunks:
+            place = {"vp_stage": chunk, "pp_rank": stage}
+            first = get_transformer_layer_offset(config, **place)
+            yield from range(first, first + get_num_layers_to_build(config, **place))
+
+    return all(
+        any(is_moe_layer(config, index) for index in layers_of(stage))
+        for stage in range(config.pipeline_model_parallel_size)
+    )
+
+
+class EnvironmentLayer(VQMoELayer):
+    """A :class:`VQMoELayer` with settings from the file named by ``VQMOE_CONFIG``.
+
+    They are its ``vq`` section and its ``train.seed``; unset, the defaults with K = 4 N apply.
+
+    Raises:
+        ValueError: when the file is missing or not a legal recipe, or the configuration asks for
+            another attention than the spec has.
+    """
+
+    def __init__(self, config: TransformerConfig, **of_megatron: object) -> None:
+        for name in ("qk_layernorm", "qk_l2_norm", "multi_latent_attention"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"vqmoe_layer_spec has Megatron's standard attention and would pass over "
+                    f"{name}={getattr(config, name)}; leave it out, or build the model with "
+                    "get_vqmoe_block_spec(config, vq)"
+                )
+        vq, seed = settings_from_environment()
+        everywhere = are_on_every_stage(config)
+        super().__init__(config, vq=vq, seed=seed, on_every_stage=everywhere, **of_megatron)
+
+
+def settings_from_environment() -> tuple[VQConfig | None, int]:
+    """Codebook settings and seed of the recipe named by ``VQMOE_CONFIG``; without one, defaults.
+
+    Raises:
+        ValueError: when the file is missing or not a legal recipe.
+    """
+    path = os.environ.get(CONFIG_VARIABLE)
+    if not path:
+        return None, 1234
+    from vqmoe_megatron.recipe import load_recipe
+
+    recipe = load_recipe(Path(path), [])
+    return recipe.vq, recipe.train.seed
+
+
+def _layer_spec(
+    config: TransformerConfig | None, layer: type[VQMoELayer], params: dict
+) -> ModuleSpec:
+    spec = _dense_layer_spec(config)
     spec.submodules.mlp = ModuleSpec(
-        module=VQMoELayer,
-        params={"vq": vq, "seed": seed},
+        module=layer,
+        params=params,
         submodules=MoESubmodules(router=BalancedRouter, experts=ModuleSpec(module=GroupedExperts)),
     )
     if spec_backend()[0] == "transformer_engine":
@@ -74,50 +164,22 @@ def get_vqmoe_layer_spec(
     return spec
 
 
-def get_vqmoe_block_spec(
-    config: TransformerConfig, vq: VQConfig, seed: int = 1234, vp_stage: int | None = None
-) -> TransformerBlockSubmodules:
-    """Build this pipeline stage's layers: VQMoE every ``moe_layer_freq`` layers, dense between.
-
-    Raises:
-        ValueError: when ``vq`` does not fit ``config``.
-    """
-    moe_layer = get_vqmoe_layer_spec(config, vq, seed)
-    dense_layer = _dense_layer_spec()
-    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    layers = [
-        copy.copy(moe_layer if number % config.moe_layer_freq == 0 else dense_layer)
-        for number in range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
-    ]
+def _dense_layer_spec(config: TransformerConfig | None) -> ModuleSpec:
+    attention = {}
+    if config is not None:
+        attention = {
+            "qk_layernorm": config.qk_layernorm,
+            "qk_l2_norm": config.qk_l2_norm,
+            "multi_latent_attention": config.multi_latent_attention,
+        }
     if spec_backend()[0] == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=ParallelNorm)
-
-
-def layer_spec_from_environment() -> ModuleSpec:
-    """Build the object behind Megatron-LM's ``--spec vqmoe_megatron.moe vqmoe_layer_spec``.
-
-    Megatron-LM imports an object, not a function, so its settings come from the ``vq`` section of
-    the YAML file named by ``VQMOE_CONFIG``; unset, the defaults with K = 4 N apply.
-
-    Raises:
-        ValueError: when the file is missing or not a legal recipe.
-    """
-    path = os.environ.get(CONFIG_VARIABLE)
-    if not path:
-        return get_vqmoe_layer_spec()
-    from vqmoe_megatron.recipe import load_recipe
-
-    recipe = load_recipe(Path(path), [])
-    return get_vqmoe_layer_spec(vq=recipe.vq, seed=recipe.train.seed)
-
-
-def _dense_layer_spec() -> ModuleSpec:
-    if spec_backend()[0] == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec()
-    spec = get_gpt_layer_local_spec()
+        return get_gpt_layer_with_transformer_engine_spec(**attention)
+    spec = get_gpt_layer_local_spec(**attention)
     spec.submodules.input_layernorm = ParallelNorm
     spec.submodules.pre_mlp_layernorm = ParallelNorm
     return spec
+
+
+# Megatron-LM's import_module reads vars(module)[name]: the object must really be there. Nothing of
+# the environment is read before a layer is built.
+vqmoe_layer_spec = _layer_spec(None, EnvironmentLayer, {})

@@ -73,6 +73,15 @@ class StepTable:
             grad = leaf.values.grad
             built.values.backward(torch.zeros_like(built.values) if grad is None else grad)
 
+    def refuse_unfinished(self) -> None:
+        """Raise ``ValueError`` where collected gradients have not been brought to the weights."""
+        if self._leaf is not None and self._leaf.values.grad is not None:
+            raise ValueError(
+                "the optimizer steps before the gradient of the step's table reached the weights; "
+                "vq.table_per_step needs a training schedule of Megatron, or CodebookSync()(model) "
+                "in the place of finalize_model_grads(model)"
+            )
+
     def leave(self) -> None:
         """Forget the table because training turns to evaluation or back.
 

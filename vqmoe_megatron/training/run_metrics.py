@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 
 from vqmoe_megatron.config import RunConfig
-from vqmoe_megatron.moe.codebook_sync import LayerStatistics
+from vqmoe_megatron.moe.step_owner import LayerStatistics
 from vqmoe_megatron.tracking.metric_table import layer_metric_name
 
 PREFIXES = {"expert_load_imbalance": "moe/expert_load_imbalance"}  # the others are "vq/..."

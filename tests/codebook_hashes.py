@@ -1,0 +1,22 @@
+"""One digest per codebook, to compare replicas, runs and steps bit by bit."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def codebook_hashes(model) -> dict[str, str]:
+    """sha256 of every codebook's whole state, by global layer number."""
+    from vqmoe_megatron.moe.layer import VQMoELayer
+
+    hashes = {}
+    for layer in (m for chunk in model for m in chunk.modules() if isinstance(m, VQMoELayer)):
+        codebook = layer.assigner.codebook
+        tensors = [codebook.codes.data, codebook.usage]
+        tensors += [codebook.ema_sum] if codebook.keeps_sums else []
+        tensors += [codebook.num_steps, layer.assigner.code_map.expert_of_row]
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        hashes[str(layer.layer_number)] = digest.hexdigest()
+    return hashes

@@ -1,0 +1,120 @@
+"""The layer inside Megatron-LM's own loop is the layer inside ours: same curve, same codes.
+
+The loop (``megatron_lm_loop``) knows nothing of codebooks and overwrites every hook when training
+begins.
+"""
+
+from __future__ import annotations
+
+import pytest
+from megatron_lm_loop import train_as_megatron_lm
+from small_run import PARITY, layout_overrides, run_on
+
+pytestmark = pytest.mark.distributed
+
+TP, PP, EP = (f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "expert"))
+VPP = "virtual_pipeline_model_parallel_size"
+NUM_STEPS = 20
+# Megatron's standard optimizer groups decay stacked biases, ours do not; and they sum the norm in
+# another order, so with clipping curves agree to 1e-6 and not bitwise.
+SHORT = [
+    "model.num_layers=2",
+    "model.seq_length=16",
+    "train.train_iters=20",
+    "train.eval_iters=0",
+    "optimizer.weight_decay=0.0",
+    "optimizer.clip_grad=1000",
+]
+LAYOUTS = {
+    "1": (1, {}, []),
+    "ep2": (2, {EP: 2}, []),
+    "tp2-ep2": (4, {TP: 2, EP: 2}, []),
+    "pp2": (2, {PP: 2}, []),
+    "pp2-vpp2-recompute": (
+        2,
+        {PP: 2, VPP: 2},
+        [
+            "model.num_layers=4",
+            "model.recompute_granularity=full",
+            "model.recompute_method=uniform",
+            "model.recompute_num_layers=1",
+        ],
+    ),
+    "table-per-step-ep2": (2, {EP: 2}, ["vq.table_per_step=true"]),
+    "gradient-dp2-distributed-optimizer": (
+        2,
+        {},
+        ["vq.codebook_update=gradient", "optimizer.use_distributed_optimizer=true"],
+    ),
+}
+
+
+def settings_file(folder, overrides):
+    """The file that VQMOE_CONFIG names: the vq section of parity.yaml and the case's own keys."""
+    from dataclasses import asdict
+
+    import yaml
+
+    from vqmoe_megatron.recipe import load_recipe
+
+    recipe = load_recipe(PARITY, overrides)
+    path = folder / "vq.yaml"
+    path.write_text(yaml.safe_dump({"vq": asdict(recipe.vq), "train": {"seed": recipe.train.seed}}))
+    return path
+
+
+def in_megatron_lm(pool, corpus, folder, overrides, layout, save_at=0):
+    every = [f"data.path={corpus}", f"train.output_dir={folder}", *overrides]
+    every += layout_overrides(layout)
+    settings = settings_file(folder, overrides)
+    return pool.run(
+        train_as_megatron_lm, str(PARITY), every, NUM_STEPS, str(settings), save_at, layout=layout
+    )
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_curve_is_that_of_our_own_loop(name, ranks, small_corpus, tmp_path):
+    num_ranks, layout, changes = LAYOUTS[name]
+    overrides = [*SHORT, *changes]
+    pool = ranks(num_ranks)
+    ours = run_on(pool, small_corpus, tmp_path / "ours", overrides, layout)
+    theirs = in_megatron_lm(pool, small_corpus, tmp_path, overrides, layout)
+    expected = [record for record in ours[0]["records"] if record["iteration"] > 0]
+    for rank in theirs:
+        for step, record in zip(rank["steps"], expected, strict=True):
+            assert step["loss"] == pytest.approx(record["loss"], rel=1e-6)
+            assert step["grad_norm"] == pytest.approx(record["grad_norm"], rel=1e-6)
+    for found, own in zip(theirs, ours, strict=True):
+        assert found["steps"][-1]["codes"] == own["codebooks"]  # bitwise
+
+
+@pytest.mark.parametrize("name", ["1", "ep2", "tp2-ep2", "pp2"])
+def test_codes_move_at_every_step_and_replicas_stay_equal(name, ranks, small_corpus, tmp_path):
+    num_ranks, layout, changes = LAYOUTS[name]
+    results = in_megatron_lm(ranks(num_ranks), small_corpus, tmp_path, [*SHORT, *changes], layout)
+    for rank in results:
+        codes = [step["codes"] for step in rank["steps"]]
+        for number in codes[0]:
+            assert len({step[number] for step in codes}) == NUM_STEPS
+    for steps in zip(*(rank["steps"] for rank in results), strict=True):
+        layers: dict[str, set] = {}
+        for step in steps:
+            for number, digest in step["codes"].items():
+                layers.setdefault(number, set()).add(digest)
+        assert set(layers) == {"1", "2"}
+        assert all(len(digests) == 1 for digests in layers.values())
+
+
+@pytest.mark.parametrize("name", ["1", "ep2", "tp2-ep2", "pp2"])
+def test_a_saved_run_goes_on_as_if_never_stopped(name, ranks, small_corpus, tmp_path):
+    num_ranks, layout, changes = LAYOUTS[name]
+    pool = ranks(num_ranks)
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    overrides = [*SHORT, *changes]
+    whole = in_megatron_lm(pool, small_corpus, tmp_path / "whole", overrides, layout)
+    parts = in_megatron_lm(pool, small_corpus, tmp_path / "parts", overrides, layout, save_at=8)
+    for one, other in zip(whole, parts, strict=True):
+        for ours, theirs in zip(one["steps"], other["steps"], strict=True):
+            assert ours["codes"] == theirs["codes"]
+            assert ours["loss"] == theirs["loss"]

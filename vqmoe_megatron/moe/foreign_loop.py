@@ -1,0 +1,107 @@
+"""The end of an optimizer step in a training loop that knows nothing of codebooks.
+
+Whatever the loop (Megatron-LM's, Megatron-Bridge's, a hand-written one), every training forward
+pass of a layer calls :func:`follow`, and a codebook moves exactly once per optimizer step:
+
+1. ``follow`` puts :class:`CodebookSync` around what the loop has made
+   ``config.finalize_model_grads_func``. Megatron's schedules read that field after the last
+   microbatch, so it does not matter that a loop overwrote it when training began. There kept tables
+   are differentiated and statistics reduced.
+2. Before a torch optimizer steps (torch's own hook for all optimizers, which Megatron's wrap) the
+   sums are applied. A loop that never called the schedule's hook gets the reduction here, too.
+3. A step that the loop skips has no optimizer step: the next forward pass forgets its sums. Without
+   the schedule's hook nobody tells a skipped step from a microbatch, and its tokens count in the
+   next step.
+4. What cannot be followed raises: weights that move without an optimizer of torch, a kept table
+   whose gradient would come too late, trained codes among bf16 weights.
+
+A loop of its own that calls :class:`CodebookSync` is left alone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from vqmoe_megatron.moe.codebook_sync import CodebookSync, apply_statistics, reduce_statistics
+from vqmoe_megatron.moe.megatron_log import log_statistics
+from vqmoe_megatron.moe.step_owner import StepOwner
+
+NUM_SAMPLED_ELEMENTS = 64  # of each weight, to see that it moved
+MOST_MICROBATCHES = 4096  # of one step; where no weight can be seen to move
+
+
+# Every owner that trains, in the order of first forward passes, which is the same on all replicas;
+# and, until the end of a step was seen, elements of its weights before the first microbatch.
+_followed: weakref.WeakKeyDictionary[StepOwner, list[torch.Tensor]] = weakref.WeakKeyDictionary()
+
+
+def follow(owner: StepOwner, config: TransformerConfig) -> None:
+    """See to it that ``owner``'s step ends once; called at each of its training forward passes.
+
+    No communication; until the first step's end, one host synchronisation per microbatch.
+
+    Raises:
+        ValueError: when the weights moved and no step's end was seen, or the loop's optimizer
+            cannot hold the codes.
+    """
+    if not isinstance(config.finalize_model_grads_func, CodebookSync):
+        owner.refuse_foreign_optimizer()
+        config.finalize_model_grads_func = CodebookSync(
+            applies_at_once=False, finalize=config.finalize_model_grads_func
+        )
+    if owner.sums is not None:  # reduced, and no optimizer stepped since
+        owner.clear_step()
+    if owner.has_ended_a_step:
+        _followed[owner] = []
+        return
+    sample = _sample(owner)
+    if owner.num_recorded_microbatches == 0:
+        _followed[owner] = sample
+    elif owner.num_recorded_microbatches >= MOST_MICROBATCHES or not all(
+        torch.equal(*pair) for pair in zip(sample, _followed[owner], strict=True)
+    ):
+        raise ValueError(
+            f"the weights of VQ layer {owner.layer_number} moved, but no optimizer of torch "
+            "stepped and no training schedule of Megatron ended, so its codebook would never move; "
+            "call vqmoe_megatron.moe.synchronize_codebooks(model) once per step, before the update"
+        )
+
+
+def _sample(owner: StepOwner) -> list[torch.Tensor]:
+    """Some elements of every parameter that only an optimizer moves, copied.
+
+    A bare VQRouter has none beside its codes, which are also set from data.
+    """
+    return [
+        p.detach().flatten()[:: max(1, p.numel() // NUM_SAMPLED_ELEMENTS)].clone()
+        for name, p in owner.named_parameters()
+        if p.requires_grad and not name.endswith("codebook.codes")
+    ]
+
+
+def _before_an_optimizer_steps(
+    _optimizer: torch.optim.Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]
+) -> None:
+    """Apply what waits, after reducing what no schedule has reduced.
+
+    Of several optimizers that step one after the other (Megatron chains dense and expert ones) the
+    first finds everything, the others nothing.
+
+    Communicates: one all-reduce over ``tp_dp_cp`` where no schedule did, and ``log_statistics``.
+    """
+    owners = [o for o in _followed if o.sums is not None or o.num_recorded_microbatches]
+    if not owners:
+        return
+    for owner in owners:
+        owner.refuse_unfinished_table()
+    reduce_statistics([owner for owner in owners if owner.sums is None])
+    layers = apply_statistics(owners)
+    log_statistics(owners, layers)
+
+
+register_optimizer_step_pre_hook(_before_an_optimizer_steps)

@@ -1,0 +1,251 @@
+"""Which of Megatron's settings the layer honours, and which it refuses.
+
+A setting that asks for something the layer does not do is never passed over in silence. Three
+tables: ``HONOURED`` (by this layer, its experts or Megatron's router inside it), ``REFUSED``
+(anything but the listed values), and conditions of their own below. A field of a newer Megatron
+that is about experts, routing or activations and stands in no table must keep its default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from vqmoe_megatron.config import VQConfig
+from vqmoe_megatron.moe.step_statistics import HALVES
+
+# What a MoE layer and its experts could be asked to do, whatever the field is called.
+SUBJECT = re.compile(r"^moe_|expert|router|activation_func|glu|relu")
+
+HONOURED = {
+    # experts
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "activation_func",
+    "activation_func_clamp_value",
+    "gated_linear_unit",
+    "glu_linear_offset",
+    "perform_initialization",
+    "moe_grouped_gemm",  # GroupedExperts is one grouped GEMM, with SequentialMLP's checkpoint keys
+    # the continuous path, whose router is Megatron's
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_router_load_balancing_type",
+    "moe_router_topk",
+    "moe_router_topk_limited_devices",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor",
+    "moe_router_score_function",
+    "moe_router_dtype",
+    "moe_router_enable_expert_bias",
+    "moe_router_bias_update_rate",
+    "moe_router_fusion",
+    "moe_token_drop_policy",  # of moe_expert_capacity_factor
+    "moe_per_layer_logging",
+    # around the layer
+    "moe_layer_freq",  # by get_vqmoe_block_spec; elsewhere see check_layer_number
+    "moe_layer_recompute",
+    # of settings that are refused themselves
+    "moe_flex_dispatcher_backend",
+    "moe_deepep_num_sms",
+    "moe_hybridep_num_sms",
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The values of a setting that the layer takes, and why no other."""
+
+    legal: tuple[Any, ...]
+    reason: str
+
+
+_NO_SHARED = Refusal((None, False), "there is no shared expert beside the two paths")
+_NO_QUANTISATION = Refusal((None, False), "its experts run in fp32, bf16 or fp16")
+_OWN_ROWS = Refusal((None, False), "rows travel by the layer's own plan")
+_OWN_EXPERTS = Refusal((False,), "its experts are one grouped GEMM of torch's")
+_NO_OVERLAP = Refusal((False,), "its experts have no separate weight-gradient pass")
+
+REFUSED = {
+    "moe_shared_expert_intermediate_size": _NO_SHARED,
+    "moe_shared_expert_gate": _NO_SHARED,
+    "moe_shared_expert_overlap": _NO_SHARED,
+    "moe_latent_size": Refusal((None,), "experts see hidden vectors of the full size"),
+    "moe_apply_probs_on_input": Refusal((False,), "weights are applied to expert outputs"),
+    "moe_input_jitter_eps": Refusal((None,), "the codebook must see the token itself"),
+    "moe_enable_routing_replay": Refusal((False,), "codes are not recorded for a replay"),
+    "moe_token_dropping": _OWN_ROWS,
+    "moe_pad_expert_input_to_capacity": _OWN_ROWS,
+    "moe_permute_fusion": _OWN_ROWS,
+    "moe_enable_deepep": _OWN_ROWS,
+    "moe_token_dispatcher_type": Refusal(("alltoall", "allgather"), _OWN_ROWS.reason),
+    "moe_extended_tp": Refusal((False,), "use expert_tensor_parallel_size"),
+    "moe_use_legacy_grouped_gemm": _OWN_EXPERTS,
+    "moe_router_padding_for_quantization": _NO_QUANTISATION,
+    "moe_router_padding_for_fp8": _NO_QUANTISATION,
+    "fp8": _NO_QUANTISATION,
+    "fp4": _NO_QUANTISATION,
+    "use_kitchen": _NO_QUANTISATION,
+    "quant_recipe": _NO_QUANTISATION,
+    "activation_func_fp8_input_store": _NO_QUANTISATION,
+    "use_te_activation_func": _OWN_EXPERTS,
+    "use_fused_weighted_squared_relu": _OWN_EXPERTS,
+    "delay_wgrad_compute": _NO_OVERLAP,
+    "overlap_moe_expert_parallel_comm": _NO_OVERLAP,
+    "use_cpu_initialization": Refusal((False,), "experts are drawn on their device"),
+    "init_model_with_meta_device": Refusal((False,), "codebooks are drawn at construction"),
+    "batch_invariant_mode": Refusal((False,), "its kernels follow the batch"),
+    "context_parallel_size": Refusal((1,), "statistics of cut sequences were never tested"),
+    "hybrid_context_parallel": Refusal((False,), "statistics of cut sequences were never tested"),
+}
+# Parts of a MoE layer that Megatron can recompute or offload one by one.
+REFUSED_PARTS = {
+    "recompute_modules": ("moe_act", "shared_experts"),
+    "offload_modules": ("expert_fc1", "moe_act"),
+}
+REFUSED_WITH_CODES = {
+    "moe_expert_capacity_factor": Refusal((None,), "codes have no capacity"),
+    "moe_router_force_load_balancing": Refusal((False,), "codes are not drawn at random"),
+}
+# The learned router's; a codebook that routes alone has none of it.
+REFUSED_BY_ROUTER = {
+    **REFUSED_WITH_CODES,
+    **{
+        name: Refusal((None, False, 0.0), "VQRouter has no router weights to learn or to correct")
+        for name in (
+            "moe_pad_expert_input_to_capacity",
+            "moe_router_enable_expert_bias",
+            "moe_enable_routing_replay",
+            "moe_z_loss_coeff",
+            "moe_input_jitter_eps",
+            "moe_router_num_groups",
+            "moe_router_group_topk",
+            "moe_router_topk_limited_devices",
+            "moe_router_topk_scaling_factor",
+            "moe_router_padding_for_quantization",
+            "moe_router_padding_for_fp8",
+        )
+    },
+}
+
+
+def check_layer_settings(config: TransformerConfig, vq: VQConfig) -> None:
+    """Raise ``ValueError`` for a setting that :class:`VQMoELayer` would not honour."""
+    _refuse("VQMoELayer", config, REFUSED)
+    if vq.path != "continuous":
+        _refuse(f"VQMoELayer with vq.path={vq.path}", config, REFUSED_WITH_CODES)
+    for name, parts in REFUSED_PARTS.items():
+        if asked := [part for part in getattr(config, name) or () if part in parts]:
+            raise ValueError(
+                f"VQMoELayer cannot do {name}={', '.join(asked)}: it is one piece; leave these out"
+            )
+    _refuse_captured_graphs(config)
+    if (
+        config.moe_z_loss_coeff
+        and config.calculate_per_token_loss
+        and config.tensor_model_parallel_size > 1
+    ):
+        raise ValueError(
+            "moe_z_loss_coeff with calculate_per_token_loss and tensor_model_parallel_size > 1: "
+            "Megatron's router weighs the z-loss 1 / TP there; leave one of them out"
+        )
+    _refuse_unknown(config)
+
+
+def check_router_settings(config: TransformerConfig) -> None:
+    """Raise ``ValueError`` for a setting that :class:`VQRouter` would not honour."""
+    _refuse("VQRouter", config, REFUSED_BY_ROUTER)
+    coefficients = config.moe_aux_loss_coeff
+    coefficients = coefficients if isinstance(coefficients, list) else [coefficients]
+    if config.moe_router_load_balancing_type != "none" and any(coefficients):
+        raise ValueError(
+            f"VQRouter has no balance loss, but moe_aux_loss_coeff={config.moe_aux_loss_coeff}; "
+            "set it to 0 or moe_router_load_balancing_type to none"
+        )
+
+
+def check_layer_number(config: TransformerConfig, layer_number: int) -> None:
+    """Raise ``ValueError`` where ``moe_layer_freq`` wants a dense layer in this place.
+
+    ``layer_number`` is 1-based, over all pipeline stages.
+    """
+    if layer_number <= config.num_layers and not is_moe_layer(config, layer_number - 1):
+        raise ValueError(
+            f"moe_layer_freq={config.moe_layer_freq} makes layer {layer_number} dense, this spec "
+            "makes it a VQMoE layer; leave moe_layer_freq at 1, or build the model with "
+            "vqmoe_megatron.moe.get_vqmoe_block_spec(config, vq)"
+        )
+
+
+def is_moe_layer(config: TransformerConfig, index: int) -> bool:
+    """Whether Megatron's ``moe_layer_freq`` (a period or a list of 0 and 1) wants experts in the
+    layer of this 0-based index."""
+    freq = config.moe_layer_freq
+    return bool(freq[index]) if isinstance(freq, list) else index % freq == 0
+
+
+def refuse_trained_codes_in_half(config: TransformerConfig, codes: torch.nn.Parameter) -> None:
+    """Raise ``ValueError`` for trained fp32 codes among weights of half precision.
+
+    In one parameter group Megatron's distributed optimizer gives fp32 and bf16 parameters each
+    other's Adam states, and its plain one cannot be saved.
+    """
+    is_half = config.bf16 or config.fp16 or config.params_dtype in HALVES
+    if is_half and codes.requires_grad:
+        raise ValueError(
+            "trained codes (vq.codebook_update=gradient or reanchor) are fp32 parameters, which "
+            "Megatron's optimizers can neither hold nor save beside bf16 weights in one group; use "
+            "vq.codebook_update=ema, or fp32, or give '*.codebook.codes' a parameter group of its "
+            "own, as vqmoe pretrain does, and set config.finalize_model_grads_func = CodebookSync()"
+        )
+
+
+def _refuse(who: str, config: TransformerConfig, table: dict[str, Refusal]) -> None:
+    for name, refusal in table.items():
+        value = getattr(config, name, refusal.legal[0])  # older Megatrons lack some
+        if not any(value is legal or value == legal for legal in refusal.legal):
+            legal = " or ".join(str(legal) for legal in refusal.legal)
+            raise ValueError(
+                f"{who} does not do {name}={value}: {refusal.reason}; leave it at {legal}"
+            )
+
+
+def _refuse_captured_graphs(config: TransformerConfig) -> None:
+    """The layer's rows follow the data, so only graphs of attention alone go around it."""
+    captured = getattr(config, "cuda_graph_scope", None) or getattr(
+        config, "cuda_graph_modules", None
+    )
+    captured = captured if isinstance(captured, list) else [captured]
+    if config.cuda_graph_impl != "none" and any(
+        getattr(part, "name", part) != "attn" for part in captured
+    ):
+        raise ValueError(
+            f"VQMoELayer cannot be captured in CUDA graphs (cuda_graph_impl="
+            f"{config.cuda_graph_impl}): its rows follow the data; capture attn alone, or use none"
+        )
+
+
+def _refuse_unknown(config: TransformerConfig) -> None:
+    """Fields that this release has never seen must keep their defaults."""
+    for field in dataclasses.fields(TransformerConfig):
+        value = getattr(config, field.name)
+        if not is_classified(field.name) and value != field.default:
+            raise ValueError(
+                f"VQMoELayer does not know Megatron's {field.name}={value}; leave it at "
+                f"{field.default}"
+            )
+
+
+def is_classified(name: str) -> bool:
+    """Whether a field is none of the layer's business, or stands in one of the tables."""
+    tables = (HONOURED, REFUSED, REFUSED_PARTS, REFUSED_WITH_CODES)
+    return not SUBJECT.search(name) or any(name in table for table in tables)
