@@ -250,19 +250,56 @@ class MegatronLM:
 
 
 def train_as_megatron_lm(
-    recipe: str, overrides: list[str], num_steps: int, settings: str, save_at: int = 0
+    recipe: str,
+    overrides: list[str],
+    num_steps: int,
+    settings: str,
+    save_at: int = 0,
+    is_listed: bool = False,
 ) -> dict:
-    """In a rank: train; with ``save_at`` a new model goes on from a checkpoint of that step."""
+    """In a rank: train; with ``save_at`` a new model goes on from a checkpoint of that step.
+
+    ``is_listed``: the script lists the names of VQ metrics, too.
+    """
+    from vqmoe_megatron.moe import METRIC_NAMES
+
     os.environ["VQMOE_CONFIG"] = settings
+    names = [*MOE_LOG_NAMES, *METRIC_NAMES.values()] if is_listed else None
     try:
         script = MegatronLM(recipe, overrides)
-        steps = script.train(save_at or num_steps)
+        steps = script.train(save_at or num_steps, names)
         if save_at:
             folder = str(Path(settings).parent / "checkpoint")
             script.save(folder)
             script = MegatronLM(recipe, overrides)
             script.load(folder, save_at)
-            steps += script.train(num_steps - save_at)
+            steps += script.train(num_steps - save_at, names)
     finally:
         del os.environ["VQMOE_CONFIG"]
     return {"steps": steps}
+
+
+def bf16_state(recipe: str, overrides: list[str], settings: str) -> list[str]:
+    """In a rank: two steps in bf16, then the optimizer's sharded state; its keys."""
+    os.environ["VQMOE_CONFIG"] = settings
+    try:
+        script = MegatronLM(recipe, overrides)
+        script.train(2)
+    finally:
+        del os.environ["VQMOE_CONFIG"]
+    model = script._model_state()["model0"]
+    state = script.optimizer.sharded_state_dict(model)
+    found: list[str] = []
+
+    def collect(part: Any) -> None:
+        if hasattr(part, "key"):
+            found.append(part.key)
+        elif isinstance(part, dict):
+            for value in part.values():
+                collect(value)
+        elif isinstance(part, list | tuple):
+            for value in part:
+                collect(value)
+
+    collect(state)
+    return found

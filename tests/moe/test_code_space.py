@@ -139,7 +139,7 @@ def test_the_straight_through_gradient_travels_in_the_backward_pass_only(ranks) 
 
 
 def test_a_bf16_table_is_reduced_in_fp32(ranks) -> None:  # noqa: ANN001
-    settings = {"path": "discrete", "straight_through": "none"}
+    settings = {"path": "discrete", "straight_through": "none", "codebook_update": "ema"}
     for found in ranks(2).run(observe, settings, "random", "bfloat16", layout=EP2):
         assert found["output"].dtype == torch.bfloat16
         assert found["forward"] == [["all_gather_into_tensor", "bfloat16", [NUM_SLOTS, HIDDEN]]]

@@ -7,9 +7,22 @@ begins.
 from __future__ import annotations
 
 import pytest
-from megatron_lm_loop import train_as_megatron_lm
+from megatron_lm_loop import bf16_state, train_as_megatron_lm
 from small_run import PARITY, layout_overrides, run_on
 
+METRIC_NAMES = {
+    name: f"{'moe' if name == 'expert_load_imbalance' else 'vq'}/{name}"
+    for name in (
+        "expert_load_imbalance",
+        "combine_discrete_weight",
+        "code_perplexity",
+        "dead_codes",
+        "revived_codes",
+        "assignment_change_rate",
+        "commitment_loss",
+        "codebook_loss",
+    )
+}
 pytestmark = pytest.mark.distributed
 
 TP, PP, EP = (f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "expert"))
@@ -63,12 +76,19 @@ def settings_file(folder, overrides):
     return path
 
 
-def in_megatron_lm(pool, corpus, folder, overrides, layout, save_at=0):
+def in_megatron_lm(pool, corpus, folder, overrides, layout, save_at=0, is_listed=False):
     every = [f"data.path={corpus}", f"train.output_dir={folder}", *overrides]
     every += layout_overrides(layout)
     settings = settings_file(folder, overrides)
     return pool.run(
-        train_as_megatron_lm, str(PARITY), every, NUM_STEPS, str(settings), save_at, layout=layout
+        train_as_megatron_lm,
+        str(PARITY),
+        every,
+        NUM_STEPS,
+        str(settings),
+        save_at,
+        is_listed,
+        layout=layout,
     )
 
 
@@ -86,6 +106,39 @@ def test_the_curve_is_that_of_our_own_loop(name, ranks, small_corpus, tmp_path):
             assert step["grad_norm"] == pytest.approx(record["grad_norm"], rel=1e-6)
     for found, own in zip(theirs, ours, strict=True):
         assert found["steps"][-1]["codes"] == own["codebooks"]  # bitwise
+    check_log(theirs[-1], expected, num_layers=4 if "vpp2" in name else 2)
+
+
+def check_log(last_rank, records, num_layers):
+    """Megatron's MoE log, shown by the last rank: means over layers of what our own loop logs."""
+    for step, record in zip(last_rank["steps"], records, strict=True):
+        for name in METRIC_NAMES.values():
+            expected = record.get(name, 0.0)
+            if name in ("vq/dead_codes", "vq/revived_codes"):  # sums over layers
+                expected /= num_layers
+            assert step["log"][name] == pytest.approx(expected, rel=1e-5, abs=1e-7), name
+        balance = step["log"]["load_balancing_loss"]
+        assert balance == pytest.approx(record["moe/load_balancing_loss"], rel=1e-5)
+    assert any(step["log"]["vq/dead_codes"] > 0 for step in last_rank["steps"])
+
+
+def test_the_log_is_right_when_the_names_are_listed_too(ranks, small_corpus, tmp_path):
+    num_ranks, layout, changes = LAYOUTS["pp2"]
+    pool, overrides = ranks(num_ranks), [*SHORT, *changes]
+    plain = in_megatron_lm(pool, small_corpus, tmp_path, overrides, layout)
+    listed = in_megatron_lm(pool, small_corpus, tmp_path, overrides, layout, is_listed=True)
+    for one, other in zip(plain[-1]["steps"], listed[-1]["steps"], strict=True):
+        assert one["log"] == pytest.approx(other["log"], rel=1e-6)
+    for one, other in zip(listed[0]["steps"], listed[-1]["steps"], strict=True):
+        assert one["log"] == pytest.approx(other["log"], rel=1e-6)  # then on every stage
+
+
+def test_a_plain_bf16_run_can_be_saved(ranks, small_corpus, tmp_path):
+    """The state that Megatron-LM's --bf16 --save writes, with an optimizer that is not distributed."""
+    every = [f"data.path={small_corpus}", f"train.output_dir={tmp_path}", *SHORT, "model.bf16=true"]
+    settings = settings_file(tmp_path, SHORT)
+    (keys,) = ranks(1).run(bf16_state, str(PARITY), every, str(settings))
+    assert any("experts" in key for key in keys)
 
 
 @pytest.mark.parametrize("name", ["1", "ep2", "tp2-ep2", "pp2"])

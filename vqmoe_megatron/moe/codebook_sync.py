@@ -18,6 +18,9 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from vqmoe_megatron.moe.megatron_log import log_statistics
 from vqmoe_megatron.moe.step_owner import LayerStatistics, StepOwner, StepSums, step_owners
 
+# Of this process, called and neither applied nor discarded since; they wait for an optimizer.
+_waiting: list[CodebookSync] = []
+
 
 class CodebookSync:
     """Megatron's gradient finalisation followed by the codebook step.
@@ -42,7 +45,7 @@ class CodebookSync:
         self.applies_at_once = applies_at_once
         self.finalize = finalize
         self.layers: list[LayerStatistics] = []
-        self._owners: list[StepOwner] = []
+        self.owners: list[StepOwner] = []  # of the step that is reduced and not yet applied
 
     def __deepcopy__(self, memo: dict) -> CodebookSync:
         """A copied configuration is another model's: nothing of this model's step goes along."""
@@ -51,25 +54,40 @@ class CodebookSync:
     def __call__(self, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
         """Differentiate kept tables, finalize gradients (Megatron's groups), then reduce
         statistics over ``tp_dp_cp``."""
-        self._owners = step_owners(model)
-        for owner in self._owners:
+        owners = step_owners(model)
+        for owner in owners:
             owner.finish_table()
         if self.finalize is not None:
             self.finalize(model, *args, **kwargs)
-        reduce_statistics(self._owners)
+        reduce_statistics(owners)
+        self._wait_with(owners)
         if self.applies_at_once:
             self.apply()
-            log_statistics(self._owners, self.layers)
+            log_statistics(owners, self.layers)
 
     def apply(self) -> None:
         """Move the codebooks by the reduced step. No communication."""
-        self.layers = apply_statistics(self._owners)
+        self.layers = apply_statistics(self.owners)
+        self._wait_with([])
 
     def discard(self, model: list[torch.nn.Module]) -> None:
         """Forget the step: accumulators are cleared, codebooks stay. No communication."""
         self.layers = []
         for owner in step_owners(model):
             owner.clear_step()
+        self._wait_with([])
+
+    def _wait_with(self, owners: list[StepOwner]) -> None:
+        self.owners = owners
+        if self in _waiting:
+            _waiting.remove(self)
+        if owners:
+            _waiting.append(self)
+
+
+def waiting_for_an_optimizer() -> list[CodebookSync]:
+    """Every :class:`CodebookSync` with a reduced step, in the order of their calls."""
+    return list(_waiting)
 
 
 def synchronize_codebooks(model: list[torch.nn.Module]) -> list[LayerStatistics]:

@@ -27,7 +27,12 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from vqmoe_megatron.moe.codebook_sync import CodebookSync, apply_statistics, reduce_statistics
+from vqmoe_megatron.moe.codebook_sync import (
+    CodebookSync,
+    apply_statistics,
+    reduce_statistics,
+    waiting_for_an_optimizer,
+)
 from vqmoe_megatron.moe.megatron_log import log_statistics
 from vqmoe_megatron.moe.step_owner import StepOwner
 
@@ -38,6 +43,7 @@ MOST_MICROBATCHES = 4096  # of one step; where no weight can be seen to move
 # Every owner that trains, in the order of first forward passes, which is the same on all replicas;
 # and, until the end of a step was seen, elements of its weights before the first microbatch.
 _followed: weakref.WeakKeyDictionary[StepOwner, list[torch.Tensor]] = weakref.WeakKeyDictionary()
+_latest_config = 0  # id of the configuration whose model was evaluated last
 
 
 def follow(owner: StepOwner, config: TransformerConfig) -> None:
@@ -49,6 +55,8 @@ def follow(owner: StepOwner, config: TransformerConfig) -> None:
         ValueError: when the weights moved and no step's end was seen, or the loop's optimizer
             cannot hold the codes.
     """
+    global _latest_config
+    _latest_config = id(config)
     if not isinstance(config.finalize_model_grads_func, CodebookSync):
         owner.refuse_foreign_optimizer()
         config.finalize_model_grads_func = CodebookSync(
@@ -85,7 +93,7 @@ def _sample(owner: StepOwner) -> list[torch.Tensor]:
 
 
 def _before_an_optimizer_steps(
-    _optimizer: torch.optim.Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]
+    optimizer: torch.optim.Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]
 ) -> None:
     """Apply what waits, after reducing what no schedule has reduced.
 
@@ -94,14 +102,40 @@ def _before_an_optimizer_steps(
 
     Communicates: one all-reduce over ``tp_dp_cp`` where no schedule did, and ``log_statistics``.
     """
-    owners = [o for o in _followed if o.sums is not None or o.num_recorded_microbatches]
-    if not owners:
-        return
-    for owner in owners:
-        owner.refuse_unfinished_table()
-    reduce_statistics([owner for owner in owners if owner.sums is None])
-    layers = apply_statistics(owners)
-    log_statistics(owners, layers)
+    for sync in waiting_for_an_optimizer():
+        owners = sync.owners
+        sync.apply()
+        log_statistics(owners, sync.layers)
+    if owners := _unreduced_owners_of(optimizer):
+        for owner in owners:
+            owner.refuse_unfinished_table()
+        reduce_statistics(owners)
+        log_statistics(owners, apply_statistics(owners))
+
+
+def _unreduced_owners_of(optimizer: torch.optim.Optimizer) -> list[StepOwner]:
+    """Owners whose step ends with this optimizer's, in a loop without a schedule's hook.
+
+    They belong to the model whose parameters it holds. The main copies of Megatron's mixed and
+    distributed optimizers tell nothing about that, and a rank may hold none of a layer's; then it
+    is the model that was evaluated last. Every replica must come to the same answer, so nothing
+    here may depend on what Python has or has not collected.
+    """
+    gathering = [owner for owner in _followed if owner.num_recorded_microbatches]
+    if not gathering:
+        return []
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    ids = {id(p) for p in held}
+    are_parameters = all(isinstance(p, torch.nn.Parameter) for p in held)
+
+    def is_stepped(owner: StepOwner) -> bool:
+        trained = [p for p in owner.parameters() if p.requires_grad]
+        if trained and are_parameters:
+            return any(id(p) in ids for p in trained)
+        return id(owner.config) == _latest_config
+
+    models = {id(owner.config) for owner in gathering if is_stepped(owner)}
+    return [owner for owner in gathering if id(owner.config) in models]
 
 
 register_optimizer_step_pre_hook(_before_an_optimizer_steps)

@@ -1,0 +1,117 @@
+"""Codebooks move exactly once per optimizer step in loops that never heard of them, or say so."""
+
+from __future__ import annotations
+
+import copy
+
+import foreign_loops as loops
+import pytest
+import torch
+
+pytestmark = pytest.mark.distributed
+
+EP2 = {"expert_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize("is_recomputed", [False, True])
+@pytest.mark.parametrize("update", ["ema", "gradient", "reanchor"])
+@pytest.mark.parametrize(("num_ranks", "layout"), [(1, {}), (2, EP2)], ids=["1", "ep2"])
+def test_a_hand_written_loop_moves_them_once_per_step(
+    ranks, num_ranks, layout, update, is_recomputed
+) -> None:
+    results = ranks(num_ranks).run(
+        loops.plain_torch, {"codebook_update": update}, 4, 3, is_recomputed, layout=layout
+    )
+    for rank in results:
+        assert rank["steps"] == 4
+        assert rank["tokens"] == [3 * 12.0] * 4  # gathered anew in every step, recomputed or not
+        if update == "ema":
+            for before, after in zip(rank["codes"], rank["codes"][1:], strict=False):
+                assert not torch.equal(before, after)
+        if update == "ema":  # others follow each rank's own optimizer here, without DDP
+            for ours, first in zip(rank["codes"], results[0]["codes"], strict=True):
+                assert torch.equal(ours, first)
+
+
+def test_several_optimizers_are_one_step(ranks) -> None:
+    assert ranks(1).run(loops.two_optimizers, 3) == [3]
+
+
+@pytest.mark.parametrize("how", ["data", "in place"])
+def test_weights_moved_by_hand_are_noticed_at_the_second_step(ranks, how) -> None:
+    (told,) = ranks(1).run(loops.by_hand, how)
+    assert len(told) == 2
+    assert told[0] == ""
+    assert "synchronize_codebooks(model) once per step" in told[1]
+
+
+def test_the_advice_helps(ranks) -> None:
+    assert ranks(1).run(loops.by_hand_with_a_call, 3) == [3]
+
+
+def test_a_kept_table_without_a_schedule_stops_before_the_weights_move(ranks) -> None:
+    ((text, is_unmoved),) = ranks(1).run(loops.table_without_a_schedule)
+    assert "vq.table_per_step needs a training schedule" in text
+    assert is_unmoved
+
+
+HOOKS = ["finalize", "partial", "none", "sync", "sync in a function"]
+
+
+@pytest.mark.parametrize("table_per_step", [False, True], ids=["", "table"])
+def test_whatever_the_finalise_function_is(ranks, table_per_step) -> None:
+    """The hook is overwritten before every step; gradients and codes are those of CodebookSync."""
+    settings = {"table_per_step": table_per_step}
+    found = {
+        hook: ranks(2).run(loops.with_megatrons_schedule, settings, hook, [False] * 3, layout=EP2)
+        for hook in HOOKS
+    }
+    for hook, results in found.items():
+        for rank, expected in zip(results, found["sync"], strict=True):
+            assert [steps for steps, _ in rank["states"]] == [1, 2, 3], hook
+            assert torch.equal(rank["codes"], expected["codes"]), hook
+            for ours, theirs in zip(rank["grads"], expected["grads"], strict=True):
+                assert torch.equal(ours, theirs), hook
+
+
+def test_a_kept_table_has_the_gradients_of_none(ranks) -> None:
+    one = ranks(1).run(loops.with_megatrons_schedule, {}, "finalize", [False] * 2)[0]
+    two = ranks(1).run(
+        loops.with_megatrons_schedule, {"table_per_step": True}, "finalize", [False] * 2
+    )[0]
+    for ours, theirs in zip(one["grads"], two["grads"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_skipped_step_moves_nothing_and_leaves_nothing(ranks) -> None:
+    pattern = [False, True, True, False]
+    (skipping,) = ranks(1).run(loops.with_megatrons_schedule, {}, "finalize", pattern)
+    assert [steps for steps, _ in skipping["states"]] == [1, 1, 1, 2]
+    for _, usage in skipping["states"]:
+        assert usage == pytest.approx(1.0, abs=1e-5)  # still shares of one step's tokens
+
+
+@pytest.mark.parametrize("in_router", [False, True], ids=["layer", "router"])
+@pytest.mark.parametrize(
+    ("update", "is_frozen", "is_refused"),
+    [
+        ("gradient", False, True),
+        ("reanchor", False, True),
+        ("gradient", True, False),
+        ("ema", False, False),
+    ],
+)
+def test_trained_codes_among_half_weights_are_refused(
+    ranks, update, is_frozen, is_refused, in_router
+) -> None:
+    (text,) = ranks(1).run(loops.half_precision, update, is_frozen, in_router)
+    assert ("use vq.codebook_update=ema" in text) == is_refused, text
+
+
+def test_a_copied_configuration_takes_nothing_along() -> None:
+    from vqmoe_megatron.moe import CodebookSync
+
+    sync = CodebookSync(applies_at_once=False, finalize=None)
+    sync.owners = [object()]
+    copied = copy.deepcopy(sync)
+    assert (copied.applies_at_once, copied.finalize, copied.owners) == (False, None, [])
