@@ -133,3 +133,39 @@ def test_what_it_does_not_compose_with_is_named(ranks) -> None:  # noqa: ANN001
     assert "moe_shared_expert_intermediate_size=32" in messages["shared"]
     assert "10 % 4 = 2" in messages["counts"]
     assert "16 % 3 = 1" in messages["slices"]
+
+
+def layer_of_a_newer_megatron(is_mtp_layer: bool) -> list:
+    """In a rank: a layer over a MoE layer that takes what Megatron 0.17 to 0.19 pass, as theirs do;
+    what arrived there, and the layer's number."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from tiny_layer import transformer_config
+
+    from vqmoe_megatron.config import VQConfig
+    from vqmoe_megatron.moe import GroupedExperts, VQMoELayer
+
+    class NewerMoELayer(MoELayer):
+        def __init__(self, *args, is_mtp_layer=False, name=None) -> None:
+            super().__init__(*args)
+            self.arrived = [is_mtp_layer, name]
+
+    class NewerVQMoELayer(VQMoELayer, NewerMoELayer):
+        pass
+
+    spec = ModuleSpec(
+        module=NewerVQMoELayer,
+        params={"vq": VQConfig(num_codes=8)},
+        submodules=MoESubmodules(experts=ModuleSpec(module=GroupedExperts)),
+    )
+    config = transformer_config(num_layers=3)
+    layer = spec(config=config, is_mtp_layer=is_mtp_layer, name="decoder.layers.0.mlp")
+    layer.set_layer_number(1)
+    return [*layer.arrived, layer.layer_number]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("is_mtp_layer", [False, True])
+def test_what_newer_megatrons_pass_is_handed_to_their_layer(ranks, is_mtp_layer) -> None:
+    (found,) = ranks(1).run(layer_of_a_newer_megatron, is_mtp_layer)
+    assert found == [is_mtp_layer, "decoder.layers.0.mlp", 4 if is_mtp_layer else 1]

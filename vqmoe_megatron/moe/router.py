@@ -59,16 +59,15 @@ class VQRouter(StepOwner, MegatronModule):
                 "the tokens; use expert_input=token, or VQMoELayer for code and blend inputs"
             )
         dispatcher = config.moe_token_dispatcher_type
-        if vq.num_code_slices > 1 and (
+        num_rows = (vq.num_code_slices, config.moe_router_topk)
+        if num_rows != (1, 1) and (
             dispatcher == "flex" or (dispatcher == "alltoall" and config.moe_permute_fusion)
         ):
             raise ValueError(
-                f"vq.num_code_slices={vq.num_code_slices} gives tokens different numbers of "
-                "experts, but "
                 f"the {dispatcher} dispatcher with moe_permute_fusion={config.moe_permute_fusion} "
-                "carries "
-                "exactly moe_router_topk rows per token; use allgather, alltoall without "
-                "moe_permute_fusion, or VQMoELayer"
+                f"carries moe_router_topk={config.moe_router_topk} rows per token, but "
+                f"vq.num_code_slices={vq.num_code_slices} gives a token up to so many experts; set "
+                "both to 1, or use allgather, alltoall without moe_permute_fusion, or VQMoELayer"
             )
         self.assigner = CodeAssigner(config, vq, pg_collection or get_default_pg_collection(), seed)
         # Newer Megatrons number the layers of multi-token prediction from 1 again, and say so.
