@@ -111,7 +111,18 @@ def table_without_a_schedule() -> list:
     return ["", False]
 
 
-def with_megatrons_schedule(settings: dict, hook: str, skips: list[bool]) -> dict:
+def early_reduction() -> str:
+    """What a kept table is told where gradients are reduced during the last backward pass."""
+    try:
+        with_megatrons_schedule({"table_per_step": True}, "finalize", [False], overlap=True)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def with_megatrons_schedule(
+    settings: dict, hook: str, skips: list[bool], overlap: bool = False
+) -> dict:
     """Megatron's schedule and a torch optimizer; ``hook`` is what the loop makes the finalise
     function, and a step with ``skips`` has no optimizer step."""
     from functools import partial
@@ -140,7 +151,8 @@ def with_megatrons_schedule(settings: dict, hook: str, skips: list[bool]) -> dic
 
     layer, stream = build(settings)
     config = layer.config
-    model = DistributedDataParallel(config, DistributedDataParallelConfig(), Wrapped(layer))
+    ddp_config = DistributedDataParallelConfig(overlap_grad_reduce=overlap)
+    model = DistributedDataParallel(config, ddp_config, Wrapped(layer))
     sync = CodebookSync()
     hooks = {
         "finalize": finalize_model_grads,

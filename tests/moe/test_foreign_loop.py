@@ -55,6 +55,11 @@ def test_a_kept_table_without_a_schedule_stops_before_the_weights_move(ranks) ->
     assert is_unmoved
 
 
+def test_a_kept_table_is_refused_where_gradients_leave_early(ranks) -> None:
+    (text,) = ranks(1).run(loops.early_reduction)
+    assert "vq.table_per_step with overlap_grad_reduce" in text
+
+
 HOOKS = ["finalize", "partial", "none", "sync", "sync in a function"]
 
 

@@ -53,8 +53,14 @@ class CodebookSync:
 
     def __call__(self, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
         """Differentiate kept tables, finalize gradients (Megatron's groups), then reduce
-        statistics over ``tp_dp_cp``."""
+        statistics over ``tp_dp_cp``.
+
+        Raises:
+            ValueError: for a kept table where gradients are reduced before this call.
+        """
         owners = step_owners(model)
+        if any(owner.keeps_table for owner in owners):
+            _refuse_early_reduction(model)
         for owner in owners:
             owner.finish_table()
         if self.finalize is not None:
@@ -83,6 +89,15 @@ class CodebookSync:
             _waiting.remove(self)
         if owners:
             _waiting.append(self)
+
+
+def _refuse_early_reduction(model: list[torch.nn.Module]) -> None:
+    for chunk in model:
+        if getattr(getattr(chunk, "ddp_config", None), "overlap_grad_reduce", False):
+            raise ValueError(
+                "vq.table_per_step with overlap_grad_reduce: gradients are reduced before the "
+                "step's table has added its part; leave one of them out"
+            )
 
 
 def waiting_for_an_optimizer() -> list[CodebookSync]:

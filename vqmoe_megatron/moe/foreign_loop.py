@@ -37,8 +37,7 @@ from vqmoe_megatron.moe.megatron_log import log_statistics
 from vqmoe_megatron.moe.step_owner import StepOwner
 
 NUM_SAMPLED_ELEMENTS = 64  # of each weight, to see that it moved
-MOST_MICROBATCHES = 4096  # of one step; where no weight can be seen to move
-
+MOST_MICROBATCHES = 65_536  # of one step, for where no weight is seen to move
 
 # Every owner that trains, in the order of first forward passes, which is the same on all replicas;
 # and, until the end of a step was seen, elements of its weights before the first microbatch.
@@ -64,15 +63,13 @@ def follow(owner: StepOwner, config: TransformerConfig) -> None:
         )
     if owner.sums is not None:  # reduced, and no optimizer stepped since
         owner.clear_step()
-    if owner.has_ended_a_step:
-        _followed[owner] = []
-        return
-    sample = _sample(owner)
+    is_lost = owner.num_recorded_microbatches >= MOST_MICROBATCHES
+    sample = [] if owner.has_ended_a_step else _sample(owner)
     if owner.num_recorded_microbatches == 0:
         _followed[owner] = sample
-    elif owner.num_recorded_microbatches >= MOST_MICROBATCHES or not all(
-        torch.equal(*pair) for pair in zip(sample, _followed[owner], strict=True)
-    ):
+    else:
+        is_lost |= not all(map(torch.equal, sample, _followed[owner]))
+    if is_lost:
         raise ValueError(
             f"the weights of VQ layer {owner.layer_number} moved, but no optimizer of torch "
             "stepped and no training schedule of Megatron ended, so its codebook would never move; "

@@ -172,14 +172,19 @@ class VQMoELayer(StepOwner, MoELayer):
         """``tp_dp_cp``."""
         return self.pg_collection.tp_dp_cp
 
+    @property
+    def keeps_table(self) -> bool:
+        """``vq.table_per_step``."""
+        return self.step_table is not None
+
     def finish_table(self) -> None:
         """Differentiate the step's table; communicates as :meth:`StepTable.backward`."""
-        if self.step_table is not None:
+        if self.keeps_table:
             self.step_table.backward()
 
     def refuse_unfinished_table(self) -> None:
         """Raise ``ValueError`` where a table's gradient would come after the optimizer's step."""
-        if self.step_table is not None:
+        if self.keeps_table:
             self.step_table.refuse_unfinished()
 
     def refuse_foreign_optimizer(self) -> None:

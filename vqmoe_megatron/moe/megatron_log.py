@@ -40,6 +40,8 @@ def log_statistics(owners: list[StepOwner], layers: list[LayerStatistics]) -> No
         return
     config = owners[0].config
     num_layers = config.num_layers + (config.mtp_num_layers or 0)
+    places = range(1, num_layers + 1)  # a layer outside a model may have none of them
+    layers = [layer for layer in layers if layer.layer_number in places]
     values = torch.zeros(len(METRIC_NAMES), num_layers, device=torch.cuda.current_device())
     for layer in layers:
         nothing = values.new_zeros(())
@@ -52,7 +54,7 @@ def log_statistics(owners: list[StepOwner], layers: list[LayerStatistics]) -> No
             values, group=parallel_state.get_pipeline_model_parallel_group()
         )
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        numbers = list(range(1, num_layers + 1)) if is_last else []
+        numbers = list(places) if is_last else []
     for name, of_layers in zip(METRIC_NAMES.values(), values, strict=True):
         for number in numbers:
             save_to_aux_losses_tracker(name, of_layers[number - 1], number, num_layers)

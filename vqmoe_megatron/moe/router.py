@@ -72,6 +72,7 @@ class VQRouter(StepOwner, MegatronModule):
         self.assigner = CodeAssigner(config, vq, pg_collection or get_default_pg_collection(), seed)
         # Newer Megatrons number the layers of multi-token prediction from 1 again, and say so.
         self.num_layers_before = config.num_layers if is_mtp_layer else 0
+        self.layer_number: int | None = None
 
     def set_layer_number(self, layer_number: int) -> None:
         """Called by the transformer layer; decides this layer's random choices."""

@@ -23,7 +23,7 @@ from vqmoe_megatron.moe.step_statistics import KeepsStatistics
 class LayerStatistics:
     """One layer's reduced view of a step; equal on all replicas."""
 
-    layer_number: int  # 1-based, over all pipeline stages
+    layer_number: int | None  # 1-based, over all pipeline stages; None outside a model
     scalars: dict[str, torch.Tensor]  # fp32 scalars by metric name, without prefix
     expert_load: torch.Tensor | None  # fp32 [N] rows per expert; None for a bare VQRouter
     code_usage: torch.Tensor | None  # fp32 [C, K] tokens per code; None without a codebook
@@ -49,6 +49,11 @@ class StepOwner(KeepsStatistics):
     def recorded(self) -> None:
         """One more microbatch was differentiated; called from its backward pass."""
         self.num_recorded_microbatches += 1
+
+    @property
+    def keeps_table(self) -> bool:
+        """Whether something is kept for the whole step and differentiated at its end."""
+        return False
 
     def finish_table(self) -> None:
         """Bring what a kept table collected to the weights, before gradients are reduced."""

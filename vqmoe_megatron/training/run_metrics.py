@@ -18,10 +18,10 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.moe.megatron_log import METRIC_NAMES
 from vqmoe_megatron.moe.step_owner import LayerStatistics
 from vqmoe_megatron.tracking.metric_table import layer_metric_name
 
-PREFIXES = {"expert_load_imbalance": "moe/expert_load_imbalance"}  # the others are "vq/..."
 SUMMED = ("dead_codes", "revived_codes")
 
 
@@ -80,7 +80,7 @@ def layer_metrics(layers: dict[int, dict[str, np.ndarray]]) -> dict[str, float]:
         for name, value in entry.items():
             if np.ndim(value):
                 continue
-            metric = PREFIXES.get(name, f"vq/{name}")
+            metric = METRIC_NAMES[name]
             record[layer_metric_name(metric, number)] = float(value)
             collected.setdefault(metric, []).append(float(value))
     for metric, values in collected.items():
