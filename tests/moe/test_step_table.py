@@ -285,7 +285,12 @@ def refused_misuse() -> list[str]:
     assert layer.step_table._leaf.values.grad.any()
     layer.assigner.codebook.codes.grad = None
     layer.input_norm.weight.grad = torch.ones_like(layer.input_norm.weight)
-    optimizer.step()
+    with pytest.raises(ValueError, match="the optimizer steps before") as refused:
+        optimizer.step()
+    told.append(str(refused.value))
+    with torch.no_grad():
+        layer.input_norm.weight.mul_(2.0)
+    layer.has_ended_a_step = True  # else the layer itself notices
     with pytest.raises(ValueError, match="needs CodebookSync") as refused:
         layer(microbatch(1))
     told.append(str(refused.value))
