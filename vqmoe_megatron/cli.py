@@ -149,7 +149,10 @@ def pretrain(
             from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat
 
             install_cpu_compat()
+        from vqmoe_megatron.runtime.megatron_abilities import require_abilities
         from vqmoe_megatron.training.pretrain import pretrain as pretrain_rank
+
+        require_abilities()
 
         code = pretrain_rank(run, variables, device, stop_requests)
     raise typer.Exit(code)
