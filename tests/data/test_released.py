@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vqmoe_megatron.data.prepare import UNPACK_DIR, prepare_corpus
+from vqmoe_megatron.data.corpus_folder import BUILDING_DIR
+from vqmoe_megatron.data.prepare import prepare_corpus
 from vqmoe_megatron.data.released import RELEASED_CORPORA
 from vqmoe_megatron.data.tokenizers import load_tokenizer
 
@@ -134,7 +135,7 @@ def test_wikitext_words_end_every_line_with_eos(tmp_path, wikitext, wiki_files):
     assert len(unseen) == 2
     assert corpus.split("valid").num_bytes == len(wiki_files[f"{WIKI_FOLDER}/wiki.valid.tokens"])
     assert [s.num_documents for s in corpus.splits.values()] == [1, 1, 1]
-    assert not (corpus.path / UNPACK_DIR).exists()
+    assert not (corpus.path / BUILDING_DIR).exists()
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char"])
@@ -181,7 +182,7 @@ def test_altered_wikitext_is_refused(tmp_path, wikitext, wiki_files):
     folder = unpacked(tmp_path / "folder", wiki_files)
     with pytest.raises(ValueError, match="wiki.test.tokens is not the released file.*corpus text"):
         prepare_corpus("wikitext-103", tmp_path / "out", [folder])
-    assert not (tmp_path / "out" / UNPACK_DIR).exists()
+    assert not (tmp_path / "out" / BUILDING_DIR).exists()
 
 
 def test_lm1b_reads_shards_in_order_and_keeps_test_apart_from_valid(tmp_path, lm1b):
@@ -192,7 +193,7 @@ def test_lm1b_reads_shards_in_order_and_keeps_test_apart_from_valid(tmp_path, lm
     assert shards == list(range(1, 100))
     assert ids_of(corpus, "valid").tobytes() == b"A cat ran 1 .\n"
     assert ids_of(corpus, "test").tobytes() == b"A cat ran 0 .\n"
-    assert not (corpus.path / UNPACK_DIR).exists()
+    assert not (corpus.path / BUILDING_DIR).exists()
 
 
 def test_lm1b_words_are_capped_and_each_sentence_ends_with_eos(tmp_path, lm1b):
@@ -240,8 +241,9 @@ def test_inputs_that_cannot_work_are_refused(tmp_path, corpus):
         prepare_corpus(corpus, tmp_path / "out", [tmp_path, tmp_path / "plain.txt"])
     damaged = tmp_path / archive
     damaged.write_bytes(b"PK\x03\x04 not an archive")
-    with pytest.raises(ValueError, match="files are missing"):
+    with pytest.raises(ValueError, match="another text or a damaged copy; get it from"):
         prepare_corpus(corpus, tmp_path / "out", [damaged])
+    assert not (tmp_path / "out").exists()
 
 
 def test_download_is_checked_and_a_wrong_one_removed(tmp_path, monkeypatch, lm1b):
