@@ -171,3 +171,26 @@ def test_what_cannot_be_read_or_written_is_explained(tmp_path, library_file):
     (tmp_path / "blank").write_bytes(b" " * 100)
     with pytest.raises(ValueError, match="valid split .* holds no word token"):
         prepare_corpus("text", tmp_path / "out", [library_file, tmp_path / "blank"], "word")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "vocab_size", "said"),
+    [
+        ("word", 12, "train: 2 of 22 tokens (9.09%) are <unk>"),
+        ("word", None, "valid: 2 of 12 tokens (16.67%) are <unk>"),
+        ("char", None, "valid: 3 of 21 tokens (14.29%) are <unk>"),
+    ],
+)
+def test_the_share_of_text_outside_the_vocabulary_is_said(
+    tmp_path, capsys, tokenizer, vocab_size, said
+):
+    (tmp_path / "train").write_text("a b c d e f g h i j k l\na b c d e f g h\n")
+    (tmp_path / "valid").write_text("a b Xx c Y\na b c d e\n")
+    prepare_corpus(
+        "text",
+        tmp_path / "out",
+        [tmp_path / "train", tmp_path / "valid"],
+        tokenizer,
+        vocab_size,
+    )
+    assert said in capsys.readouterr().out

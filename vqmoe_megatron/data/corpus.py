@@ -111,7 +111,7 @@ def load_corpus(path: str | Path) -> Corpus:
             )
         try:
             corpus = _described_corpus(path, *found)
-        except ValueError:
+        except (ValueError, FileNotFoundError):
             if read_description(path) == found:
                 raise
         else:
