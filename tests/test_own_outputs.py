@@ -72,7 +72,7 @@ def test_what_is_not_as_we_left_it_is_refused_before_the_first_write(tmp_path, k
     else:
         (tmp_path / "b").write_bytes(b"by hand")
     names = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(ValueError, match="b is there already, and we did not write it, or it was"):
+    with pytest.raises(ValueError, match="is there already, and we did not write it, or it was"):
         replace_recorded(tmp_path, {"a": b"1", "b": b"3"}, [], "we")
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 

@@ -18,12 +18,13 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 RECORD_FILE = ".written.json"  # {file name: [sha256 of every content it may have]}
 SEAL = re.compile(rb"(.*)<!-- sha256 of the text above: ([0-9a-f]{64}) -->\n", re.DOTALL)
 
 
-def refuse_foreign(path: Path, writer: str) -> None:
+def refuse_foreign(path: Path, writer: str) -> NoReturn:
     """Raise the ``ValueError`` about an existing file or folder that ``writer`` may not replace."""
     raise ValueError(
         f"{path} is there already, and {writer} did not write it, or it was changed since; move it "
@@ -118,7 +119,7 @@ def is_sealed(content: bytes) -> bool:
 
 def check_recorded(folder: Path, names: Iterable[str], writer: str) -> None:
     """Raise ``ValueError`` for one of ``names`` that the folder's record does not cover."""
-    record = _read_record(folder)
+    record = _read_record(folder, writer)
     for name in names:
         if os.path.lexists(folder / name) and not _is_recorded(folder / name, record):
             refuse_foreign(folder / name, writer)
@@ -137,7 +138,7 @@ def replace_recorded(
         OSError: when one cannot be written.
     """
     check_recorded(folder, files, writer)
-    record = _read_record(folder)
+    record = _read_record(folder, writer)
     removed = [name for name in obsolete if _is_recorded(folder / name, record)]
     new = {name: [hashlib.sha256(content).hexdigest()] for name, content in files.items()}
     both = {name: [*record.get(name, []), *new.get(name, [])] for name in {**record, **new}}
@@ -149,13 +150,15 @@ def replace_recorded(
     replace_file(folder / RECORD_FILE, json.dumps(new, indent=1) + "\n")
 
 
-def _read_record(folder: Path) -> dict[str, list[str]]:
-    """Return the record; a missing one, or one that says nothing, covers nothing."""
+def _read_record(folder: Path, writer: str) -> dict[str, list[str]]:
+    path = folder / RECORD_FILE
+    if not os.path.lexists(path):
+        return {}
     try:
-        record = json.loads((folder / RECORD_FILE).read_bytes())
+        record = json.loads(path.read_bytes())
         return {str(name): [str(digest) for digest in known] for name, known in record.items()}
     except (OSError, ValueError, TypeError, AttributeError):
-        return {}
+        refuse_foreign(path, writer)
 
 
 def _is_recorded(path: Path, record: Mapping[str, list[str]]) -> bool:

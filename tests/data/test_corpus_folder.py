@@ -401,7 +401,9 @@ def test_a_damaged_corpus_is_made_again_only_where_nothing_can_be_lost(old, text
     assert prepare_corpus("text", old, [text, text], overwrite=True) == corpus
 
 
-@pytest.mark.parametrize("change", [{"format_version": 2}, {"splits": {"train": {}}}])
+@pytest.mark.parametrize(
+    "change", [{"format_version": 2}, {"splits": {"train": {}, "valid": {"num_tokens": 3}}}]
+)
 def test_a_corpus_of_another_release_is_kept_until_asked(old, text, change):
     description = json.loads((old / "corpus.json").read_text())
     (old / "corpus.json").write_text(json.dumps(description | change))

@@ -225,6 +225,38 @@ def test_lm1b_folder_must_be_whole(tmp_path, lm1b, lm1b_files):
         prepare_corpus("lm1b", tmp_path / "b", [folder])
 
 
+@pytest.mark.parametrize("damage", ["cut", "encrypted", "deflate64", "flipped"])
+def test_an_archive_that_cannot_be_unpacked_is_one_line(tmp_path, wikitext, monkeypatch, damage):
+    content = bytearray(wikitext.read_bytes())
+    first = content.find(b"PK\x03\x04", 4)  # behind the folder's own entry
+    central = content.find(b"PK\x01\x02", content.find(b"PK\x01\x02") + 1)
+    if damage == "cut":
+        del content[-40:]
+    elif damage == "flipped":
+        start = first + 30 + len("wikitext-103/wiki.train.tokens")
+        content[start : start + 8] = bytes(byte ^ 0xFF for byte in content[start : start + 8])
+    else:
+        local, listed, value = (6, 8, 1) if damage == "encrypted" else (8, 10, 9)
+        content[first + local] = content[central + listed] = value
+    wikitext.write_bytes(content)
+    known = dataclasses.replace(RELEASED_CORPORA["wikitext-103"], sha256=sha256(wikitext))
+    monkeypatch.setitem(RELEASED_CORPORA, "wikitext-103", known)
+    with pytest.raises(ValueError, match="v1.zip is a packed file that cannot be .*by other means"):
+        prepare_corpus("wikitext-103", tmp_path / "out", [wikitext])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_a_cut_tar_is_one_line(tmp_path, lm1b, monkeypatch, share):
+    content = lm1b.read_bytes()
+    lm1b.write_bytes(content[: int(len(content) * share)])
+    known = dataclasses.replace(RELEASED_CORPORA["lm1b"], sha256=sha256(lm1b))
+    monkeypatch.setitem(RELEASED_CORPORA, "lm1b", known)
+    with pytest.raises(ValueError, match="tar.gz is a packed file that cannot be unpacked here"):
+        prepare_corpus("lm1b", tmp_path / "out", [lm1b])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("corpus", ["wikitext-103", "lm1b"])
 def test_inputs_that_cannot_work_are_refused(tmp_path, corpus):
     archive = RELEASED_CORPORA[corpus].archive_name
