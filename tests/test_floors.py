@@ -22,6 +22,7 @@ FLOORS = {
     "__init__": 0,
     "config": 0,
     "config_checks": 0,
+    "own_outputs": 0,
     "vq_config": 0,
     "recipe": 0,
     "plan": 0,
@@ -43,7 +44,7 @@ FLOORS = {
 SIDEWAYS = {
     "vq_config": {"config_checks"},
     "config": {"config_checks", "vq_config"},
-    "recipe": {"config"},
+    "recipe": {"config", "own_outputs"},
     "plan": {"config"},
     "moe": {"runtime"},
     "analysis": {"data", "tracking"},  # metric names live in tracking's one table

@@ -71,15 +71,19 @@ def prepare(
     corpus: Annotated[
         str, typer.Argument(help="stdlib, text, enwik8, text8, wikitext-103 or lm1b")
     ],
-    out: Annotated[Path, typer.Option(help="directory for .bin/.idx files and corpus.json")],
+    out: Annotated[Path, typer.Option(help="new or empty directory, or an older corpus")],
     input: Annotated[
         list[Path] | None,
-        typer.Option(help="text file(s); for a known corpus its file, archive or folder"),
+        typer.Option(
+            help="text file(s), plain, gz, bz2, xz or zip; for a known corpus its archive or folder"
+        ),
     ] = None,
     tokenizer: Annotated[str, typer.Option(help="byte, char, word or sentencepiece")] = "byte",
     vocab_size: Annotated[int | None, typer.Option(help="for word and sentencepiece")] = None,
     download: Annotated[bool, typer.Option(help="fetch a known corpus, with checksum")] = False,
-    overwrite: Annotated[bool, typer.Option(help="replace another corpus in --out")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="replace another corpus in --out when this is whole")
+    ] = False,
 ) -> None:
     """Turn text into Megatron .bin/.idx files.
 

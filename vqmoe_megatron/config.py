@@ -152,8 +152,11 @@ class DataConfig:
     eval_split: str = "valid"
     eval_stride_tokens: int | None = None  # None: seq_length, windows do not overlap
     num_workers: int = 0
+    cache_dir: str | None = None  # of sample orders; None: the corpus', or else the run directory's
 
     def __post_init__(self) -> None:
+        if self.cache_dir == "":
+            raise ValueError("data.cache_dir is empty; name a directory, or null for the default")
         check_choice("data", "eval_split", self.eval_split, ("valid", "test"))
         check_at_least("data", 1, eval_stride_tokens=self.eval_stride_tokens)
         check_at_least("data", 0, num_workers=self.num_workers)

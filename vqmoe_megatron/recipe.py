@@ -13,7 +13,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 import re
 import types
 from dataclasses import asdict, dataclass, fields
@@ -25,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.own_outputs import replace_file
 
 OVERRIDE_EXAMPLE = "vq.num_codes=128"
 NULLS = ("null", "Null", "NULL", "~")  # of YAML, beside nothing at all
@@ -86,15 +86,7 @@ def save_recipe(config: RunConfig, path: Path) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
 def holds_text(key: str) -> bool:

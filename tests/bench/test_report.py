@@ -69,3 +69,40 @@ def test_files_that_cannot_be_written_are_refused_before_measuring(tmp_path: Pat
         Outputs(json=tmp_path / "missing" / "r.json")
     with pytest.raises(ValueError, match="name it r.png"):
         Outputs(plot=tmp_path / "r.pdf")
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.md", "r.png"])
+def test_our_own_result_is_replaced_and_no_other_file(tmp_path: Path, name: str) -> None:
+    files = {"r.json": "json", "r.md": "markdown", "r.png": "plot"}
+    path = tmp_path / name
+    for _ in range(2):
+        write(ROWS, LAYOUT, origin(), Outputs(**{files[name]: path}))
+    result = path.read_bytes()
+    foreign = {
+        "r.json": (b'{"rows": []}', b"[]", b"", b"thesis"),
+        "r.md": (result + b"\nI conclude that\n", b"# vqmoe bench test\n", b""),
+        "r.png": (b"\x89PNG of a cat", b"vqmoe bench", b""),
+    }
+    for content in foreign[name]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is there already, and vqmoe bench did not"):
+            Outputs(**{files[name]: path})
+        assert path.read_bytes() == content
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match="is there already"):
+        Outputs(**{files[name]: path})
+
+
+def test_a_file_that_came_while_measuring_is_kept(tmp_path: Path) -> None:
+    outputs = Outputs(tmp_path / "r.json", tmp_path / "r.md")
+    (tmp_path / "r.md").write_text("mine")
+    with pytest.raises(ValueError, match="r.md is there already"):
+        write(ROWS, LAYOUT, origin(), outputs)
+    assert [file.name for file in tmp_path.iterdir()] == ["r.md"]
+
+
+def test_one_file_for_two_results_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="need a file each"):
+        Outputs(json=tmp_path / "r.png", plot=tmp_path / "link" / "r.png")

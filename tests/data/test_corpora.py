@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vqmoe_megatron.data import corpora
+from vqmoe_megatron.data import download
 from vqmoe_megatron.data.corpora import (
     KNOWN_TEXTS,
     KnownText,
@@ -95,11 +95,17 @@ def test_altered_known_text_is_refused(tmp_path):
         open_source("enwik8", [tmp_path / "tiny"], None, False, NOWHERE)
 
 
-def test_a_wrong_download_is_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "download_file", lambda url, target: target.write_bytes(b"error"))
+def test_a_wrong_download_is_not_kept_and_a_wrong_file_of_that_name_not_removed(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(download, "download_file", lambda url, target: target.write_bytes(b"error"))
     with pytest.raises(ValueError, match="is not text8"):
-        open_source("text8", [], tmp_path, False, NOWHERE)
-    assert not list(tmp_path.iterdir())
+        open_source("text8", [], tmp_path, False, tmp_path / "work")
+    assert [path.name for path in tmp_path.iterdir()] == ["work"]
+    (tmp_path / "text8.zip").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="is not text8.*move it away to have it downloaded"):
+        open_source("text8", [], tmp_path, False, tmp_path / "work")
+    assert (tmp_path / "text8.zip").read_bytes() == b"mine"
 
 
 def test_digests_of_known_texts_are_whole():

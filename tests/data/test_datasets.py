@@ -17,7 +17,7 @@ NUM_SAMPLES = 96
 @pytest.fixture(scope="module")
 def train_set(byte_corpus, tmp_path_factory):
     cache_dir = tmp_path_factory.mktemp("cache")
-    return build_training_dataset(byte_corpus, SEQ_LENGTH, NUM_SAMPLES, 7, cache_dir=cache_dir)
+    return build_training_dataset(byte_corpus, SEQ_LENGTH, NUM_SAMPLES, 7, cache_dirs=[cache_dir])
 
 
 def rows(batches):
@@ -91,7 +91,7 @@ def test_iterating_leaves_the_global_random_state_alone(train_set):
 
 def test_seed_decides_the_order_and_epochs_are_chained(byte_corpus, tmp_path):
     first, again, other = (
-        build_training_dataset(byte_corpus, SEQ_LENGTH, 5000, seed, cache_dir=tmp_path / name)
+        build_training_dataset(byte_corpus, SEQ_LENGTH, 5000, seed, cache_dirs=[tmp_path / name])
         for seed, name in ((7, "a"), (7, "b"), (8, "c"))
     )
     streams = [rows(TrainBatches(dataset, 0, 8, 0, 1)) for dataset in (first, again, other)]
@@ -160,7 +160,7 @@ def test_the_second_of_two_jobs_keeps_the_first_ones_order(byte_corpus, tmp_path
     indices_dir = tmp_path / "cache" / "key"
     built = []
     for _ in range(2):
-        datasets._build_indices(byte_corpus, SEQ_LENGTH, NUM_SAMPLES, 7, indices_dir)
+        datasets._build_indices(byte_corpus, SEQ_LENGTH, NUM_SAMPLES, 7, [indices_dir])
         assert list(indices_dir.parent.iterdir()) == [indices_dir]
         built.append({file.name: file.stat().st_ino for file in indices_dir.iterdir()})
     assert built[0] == built[1] and len(built[0]) == 4
@@ -178,9 +178,9 @@ def test_no_rank_hangs_when_rank_zero_cannot_write(byte_corpus, tmp_path):
 def test_what_cannot_work_is_refused(byte_corpus, train_set, tmp_path):
     num_tokens = byte_corpus.split("train").num_tokens
     with pytest.raises(ValueError, match=f"has {num_tokens} tokens, fewer than seq_length"):
-        build_training_dataset(byte_corpus, num_tokens, 1, 0, cache_dir=tmp_path)
+        build_training_dataset(byte_corpus, num_tokens, 1, 0, cache_dirs=[tmp_path])
     with pytest.raises(ValueError, match="seed=-1"):
-        build_training_dataset(byte_corpus, 16, 1, -1, cache_dir=tmp_path)
+        build_training_dataset(byte_corpus, 16, 1, -1, cache_dirs=[tmp_path])
     with pytest.raises(ValueError, match="consumed_samples=97 is outside the 96"):
         TrainBatches(train_set, NUM_SAMPLES + 1, 4, 0, 1)
     with pytest.raises(ValueError, match="data_parallel_rank=2"):

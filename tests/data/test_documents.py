@@ -5,7 +5,8 @@ import zipfile
 import pytest
 
 from vqmoe_megatron.data import documents
-from vqmoe_megatron.data.documents import Document, document_pieces, hash_text, text_size
+from vqmoe_megatron.data.documents import Document, document_pieces, hash_text
+from vqmoe_megatron.data.packed_text import text_size
 from vqmoe_megatron.data.tokenizers import CharTokenizer, WordTokenizer
 
 

@@ -15,6 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from vqmoe_megatron.data import corpora
 from vqmoe_megatron.data.corpora import KnownText
 from vqmoe_megatron.data.corpus import load_corpus
+from vqmoe_megatron.data.corpus_folder import BUILDING_DIR
 from vqmoe_megatron.data.prepare import prepare_corpus
 from vqmoe_megatron.data.tokenizers import load_tokenizer
 
@@ -86,12 +87,13 @@ def test_killed_prepare_leaves_no_corpus_and_a_second_run_succeeds(tmp_path, lib
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", RUN, str(out), str(big)])
     deadline = time.monotonic() + 30
-    while not ((out / "train.bin").exists() and (out / "train.bin").stat().st_size > 2**20):
+    written = out / BUILDING_DIR / "corpus" / "train.bin"
+    while not (written.exists() and written.stat().st_size > 2**20):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert 0 < (out / "train.bin").stat().st_size < big.stat().st_size * 0.9
+    assert 0 < written.stat().st_size < big.stat().st_size * 0.9
     with pytest.raises(ValueError, match="interrupted"):
         load_corpus(out)
     os.truncate(big, 1_000_000)
@@ -169,3 +171,26 @@ def test_what_cannot_be_read_or_written_is_explained(tmp_path, library_file):
     (tmp_path / "blank").write_bytes(b" " * 100)
     with pytest.raises(ValueError, match="valid split .* holds no word token"):
         prepare_corpus("text", tmp_path / "out", [library_file, tmp_path / "blank"], "word")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "vocab_size", "said"),
+    [
+        ("word", 12, "train: 2 of 22 tokens (9.09%) are <unk>"),
+        ("word", None, "valid: 2 of 12 tokens (16.67%) are <unk>"),
+        ("char", None, "valid: 3 of 21 tokens (14.29%) are <unk>"),
+    ],
+)
+def test_the_share_of_text_outside_the_vocabulary_is_said(
+    tmp_path, capsys, tokenizer, vocab_size, said
+):
+    (tmp_path / "train").write_text("a b c d e f g h i j k l\na b c d e f g h\n")
+    (tmp_path / "valid").write_text("a b Xx c Y\na b c d e\n")
+    prepare_corpus(
+        "text",
+        tmp_path / "out",
+        [tmp_path / "train", tmp_path / "valid"],
+        tokenizer,
+        vocab_size,
+    )
+    assert said in capsys.readouterr().out

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vqmoe_megatron.data.prepare import UNPACK_DIR, prepare_corpus
+from vqmoe_megatron.data.corpus_folder import BUILDING_DIR
+from vqmoe_megatron.data.prepare import prepare_corpus
 from vqmoe_megatron.data.released import RELEASED_CORPORA
 from vqmoe_megatron.data.tokenizers import load_tokenizer
 
@@ -134,7 +135,7 @@ def test_wikitext_words_end_every_line_with_eos(tmp_path, wikitext, wiki_files):
     assert len(unseen) == 2
     assert corpus.split("valid").num_bytes == len(wiki_files[f"{WIKI_FOLDER}/wiki.valid.tokens"])
     assert [s.num_documents for s in corpus.splits.values()] == [1, 1, 1]
-    assert not (corpus.path / UNPACK_DIR).exists()
+    assert not (corpus.path / BUILDING_DIR).exists()
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char"])
@@ -181,7 +182,7 @@ def test_altered_wikitext_is_refused(tmp_path, wikitext, wiki_files):
     folder = unpacked(tmp_path / "folder", wiki_files)
     with pytest.raises(ValueError, match="wiki.test.tokens is not the released file.*corpus text"):
         prepare_corpus("wikitext-103", tmp_path / "out", [folder])
-    assert not (tmp_path / "out" / UNPACK_DIR).exists()
+    assert not (tmp_path / "out" / BUILDING_DIR).exists()
 
 
 def test_lm1b_reads_shards_in_order_and_keeps_test_apart_from_valid(tmp_path, lm1b):
@@ -192,7 +193,7 @@ def test_lm1b_reads_shards_in_order_and_keeps_test_apart_from_valid(tmp_path, lm
     assert shards == list(range(1, 100))
     assert ids_of(corpus, "valid").tobytes() == b"A cat ran 1 .\n"
     assert ids_of(corpus, "test").tobytes() == b"A cat ran 0 .\n"
-    assert not (corpus.path / UNPACK_DIR).exists()
+    assert not (corpus.path / BUILDING_DIR).exists()
 
 
 def test_lm1b_words_are_capped_and_each_sentence_ends_with_eos(tmp_path, lm1b):
@@ -224,6 +225,38 @@ def test_lm1b_folder_must_be_whole(tmp_path, lm1b, lm1b_files):
         prepare_corpus("lm1b", tmp_path / "b", [folder])
 
 
+@pytest.mark.parametrize("damage", ["cut", "encrypted", "deflate64", "flipped"])
+def test_an_archive_that_cannot_be_unpacked_is_one_line(tmp_path, wikitext, monkeypatch, damage):
+    content = bytearray(wikitext.read_bytes())
+    first = content.find(b"PK\x03\x04", 4)  # behind the folder's own entry
+    central = content.find(b"PK\x01\x02", content.find(b"PK\x01\x02") + 1)
+    if damage == "cut":
+        del content[-40:]
+    elif damage == "flipped":
+        start = first + 30 + len("wikitext-103/wiki.train.tokens")
+        content[start : start + 8] = bytes(byte ^ 0xFF for byte in content[start : start + 8])
+    else:
+        local, listed, value = (6, 8, 1) if damage == "encrypted" else (8, 10, 9)
+        content[first + local] = content[central + listed] = value
+    wikitext.write_bytes(content)
+    known = dataclasses.replace(RELEASED_CORPORA["wikitext-103"], sha256=sha256(wikitext))
+    monkeypatch.setitem(RELEASED_CORPORA, "wikitext-103", known)
+    with pytest.raises(ValueError, match="v1.zip is a packed file that cannot be .*by other means"):
+        prepare_corpus("wikitext-103", tmp_path / "out", [wikitext])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_a_cut_tar_is_one_line(tmp_path, lm1b, monkeypatch, share):
+    content = lm1b.read_bytes()
+    lm1b.write_bytes(content[: int(len(content) * share)])
+    known = dataclasses.replace(RELEASED_CORPORA["lm1b"], sha256=sha256(lm1b))
+    monkeypatch.setitem(RELEASED_CORPORA, "lm1b", known)
+    with pytest.raises(ValueError, match="tar.gz is a packed file that cannot be unpacked here"):
+        prepare_corpus("lm1b", tmp_path / "out", [lm1b])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("corpus", ["wikitext-103", "lm1b"])
 def test_inputs_that_cannot_work_are_refused(tmp_path, corpus):
     archive = RELEASED_CORPORA[corpus].archive_name
@@ -240,8 +273,9 @@ def test_inputs_that_cannot_work_are_refused(tmp_path, corpus):
         prepare_corpus(corpus, tmp_path / "out", [tmp_path, tmp_path / "plain.txt"])
     damaged = tmp_path / archive
     damaged.write_bytes(b"PK\x03\x04 not an archive")
-    with pytest.raises(ValueError, match="files are missing"):
+    with pytest.raises(ValueError, match="another text or a damaged copy; get it from"):
         prepare_corpus(corpus, tmp_path / "out", [damaged])
+    assert not (tmp_path / "out").exists()
 
 
 def test_download_is_checked_and_a_wrong_one_removed(tmp_path, monkeypatch, lm1b):

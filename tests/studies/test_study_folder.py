@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from vqmoe_megatron import own_outputs
 from vqmoe_megatron.recipe import save_recipe
+from vqmoe_megatron.studies import study_folder
 from vqmoe_megatron.studies.study import load_study, load_study_run
 
 
@@ -102,6 +104,50 @@ def test_the_directory_of_another_study_is_refused(write_study) -> None:
     first.folder.study_copy.write_text("[]")
     with pytest.raises(ValueError, match="study.yaml is damaged"):
         first.start()
+
+
+@pytest.mark.parametrize("name", ["study.yaml", "recipe.yaml"])
+def test_files_that_no_study_wrote_are_not_replaced_by_its_copies(
+    write_study, tmp_path, name
+) -> None:
+    study = load_study(write_study())
+    study.folder.path.mkdir()
+    mine = study.folder.path / name
+    mine.write_text("# mine\n" + study.file.path.read_text())
+    before = mine.read_text()
+    with pytest.raises(ValueError, match=f"{name} is there already, and vqmoe study did not"):
+        study.start()
+    assert [path.name for path in study.folder.path.iterdir()] == [name]
+    assert mine.read_text() == before
+
+
+def test_a_study_file_in_its_own_output_dir_is_not_replaced_by_its_copy(write_study) -> None:
+    path = write_study()
+    inside = path.parent / "study" / "study.yaml"
+    inside.parent.mkdir()
+    inside.write_text("# mine\n" + path.read_text())
+    with pytest.raises(ValueError, match="study.yaml is there already"):
+        load_study(inside).start()
+    assert inside.read_text().startswith("# mine")
+
+
+def test_a_start_that_was_killed_between_its_files_is_taken_up(write_study, monkeypatch) -> None:
+    study = load_study(write_study())
+    for number in range(4):
+        written = []
+
+        def until(path, text, number=number, written=written):
+            if len(written) == number:
+                raise KeyboardInterrupt
+            written.append(path)
+            own_outputs.replace_file(path, text)
+
+        monkeypatch.setattr(study_folder, "replace_file", until)
+        with pytest.raises(KeyboardInterrupt):
+            study.start()
+        monkeypatch.undo()
+    study.start()
+    assert study.folder.runs_file.is_file()
 
 
 def test_an_empty_output_dir_is_refused(write_study) -> None:

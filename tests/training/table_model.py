@@ -12,12 +12,12 @@ def export_here(checkpoint: str, out: str) -> dict:
     from dataclasses import replace
 
     from vqmoe_megatron.config import ParallelConfig
+    from vqmoe_megatron.own_outputs import new_folder
     from vqmoe_megatron.plan.layout import ParallelLayout
     from vqmoe_megatron.recipe import load_recipe
     from vqmoe_megatron.training.checkpoint_folder import CONFIG_FILE
     from vqmoe_megatron.training.checkpoint_inspect import inspect_checkpoint
     from vqmoe_megatron.training.table_export import write_tables
-    from vqmoe_megatron.training.table_folder import new_folder
 
     contents = inspect_checkpoint(Path(checkpoint))
     config = load_recipe(Path(contents.folder) / CONFIG_FILE, [])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vqmoe_megatron.training.table_folder import new_folder, write_index, write_table
+from vqmoe_megatron.own_outputs import new_folder
+from vqmoe_megatron.training.table_folder import write_index, write_table
 
 
 def names(folder: Path) -> list[str]:

@@ -6,9 +6,10 @@ pass, measured in the same run. Rows that lose stay.
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vqmoe_megatron.own_outputs import (
+    is_sealed,
+    refuse_foreign,
+    replace_file,
+    said_as_refusal,
+    sealed,
+)
+
 Row = dict[str, Any]
 BLUE, GREY = "#0072B2", "#666666"
 BARS_PER_ROW = 2  # panels beside each other
+PLOT_MARK = "vqmoe bench"  # in the PNG's text: it shows whose plot it is
 
 
 @dataclass(frozen=True)
@@ -41,11 +51,38 @@ class Outputs:
     plot: Path | None = None
 
     def __post_init__(self) -> None:
-        for file in (self.json, self.markdown, self.plot):
-            if file is not None and not file.resolve().parent.is_dir():
+        files = [file for file in (self.json, self.markdown, self.plot) if file is not None]
+        for file in files:
+            if not file.resolve().parent.is_dir():
                 raise ValueError(f"{file}: its directory does not exist")
+        if len({file.resolve() for file in files}) < len(files):
+            raise ValueError("--json, --markdown and --plot need a file each")
         if self.plot is not None and self.plot.suffix != ".png":
             raise ValueError(f"--plot {self.plot}: the plot is a PNG, name it {self.plot.stem}.png")
+        self.check_ours()
+
+    def check_ours(self) -> None:
+        """Raise ``ValueError`` for a file that is there and is no result of ``vqmoe bench``."""
+        for file, is_ours in (
+            (self.json, _is_our_json),
+            (self.markdown, is_sealed),
+            (self.plot, _is_our_plot),
+        ):
+            if file is not None and os.path.lexists(file):
+                if not file.is_file() or not is_ours(file.read_bytes()):
+                    refuse_foreign(file, "vqmoe bench")
+
+
+def _is_our_json(content: bytes) -> bool:
+    try:
+        result = json.loads(content)
+    except ValueError:
+        return False
+    return isinstance(result, dict) and {"machine", "commit", "benchmark", "rows"} <= set(result)
+
+
+def _is_our_plot(content: bytes) -> bool:
+    return content.startswith(b"\x89PNG") and PLOT_MARK.encode() in content
 
 
 def ratios(rows: Sequence[Row], layout: Layout) -> list[float | None]:
@@ -76,25 +113,21 @@ def show(rows: Sequence[Row], layout: Layout, console: Console) -> None:
 
 
 def write(rows: Sequence[Row], layout: Layout, origin: Row, outputs: Outputs) -> None:
-    """Write the files that were asked for."""
-    if outputs.json is not None:
-        whole = {**origin, "benchmark": layout.title, "rows": list(rows)}
-        _replace(outputs.json, lambda file: file.write_text(json.dumps(whole, indent=2) + "\n"))
-    if outputs.markdown is not None:
-        text = markdown(rows, layout, origin)
-        _replace(outputs.markdown, lambda file: file.write_text(text))
-    if outputs.plot is not None:
-        _replace(outputs.plot, lambda file: draw(rows, layout, file))
+    """Write the files that were asked for, each whole.
 
-
-def _replace(file: Path, fill: Callable[[Path], object]) -> None:
-    """Fill ``file`` whole or leave it as it was: an earlier result may lie there."""
-    partial = file.with_name(f".{file.stem}.partial{file.suffix}")
-    try:
-        fill(partial)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    Raises:
+        ValueError: for one that cannot be written, or that is no result of ``vqmoe bench``.
+    """
+    outputs.check_ours()
+    whole = {**origin, "benchmark": layout.title, "rows": list(rows)}
+    for file, content in (
+        (outputs.json, lambda: json.dumps(whole, indent=2) + "\n"),
+        (outputs.markdown, lambda: sealed(markdown(rows, layout, origin))),
+        (outputs.plot, lambda: draw(rows, layout)),
+    ):
+        if file is not None:
+            with said_as_refusal(file):
+                replace_file(file, content())
 
 
 def markdown(rows: Sequence[Row], layout: Layout, origin: Row) -> str:
@@ -154,8 +187,8 @@ def _text(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def draw(rows: Sequence[Row], layout: Layout, file: Path) -> None:
-    """Draw the ratios as bars, one panel per size; rows without a ratio are left out."""
+def draw(rows: Sequence[Row], layout: Layout) -> bytes:
+    """Draw the ratios as bars, one panel per size, as PNG; rows without a ratio are left out."""
     from matplotlib.figure import Figure
 
     panels: dict[tuple[Any, ...], list[tuple[str, float]]] = {}
@@ -181,4 +214,6 @@ def draw(rows: Sequence[Row], layout: Layout, file: Path) -> None:
         axis.set_title(", ".join(f"{name} {value}" for name, value in named), fontsize=8)
         axis.tick_params(axis="x", labelsize=8)
     figure.suptitle(f"{layout.title}: {_common(rows, layout)}", fontsize=9)
-    figure.savefig(file, dpi=120)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=120, metadata={"Software": PLOT_MARK})
+    return stream.getvalue()

@@ -5,11 +5,11 @@
 | stdlib | the running interpreter's ``*.py`` library | by hash of the file name: 95 / 2.5 / 2.5 % |
 | text | one ``--input`` | in order, 90 / 5 / 5 %, after a newline |
 | text | two or three ``--input`` | given: train, valid[, test] |
-| enwik8, text8 | ``--input`` file or zip, or ``--download`` | in order, 90M / 5M / 5M bytes |
+| enwik8, text8 | one ``--input``, or ``--download`` | in order, 90M / 5M / 5M bytes |
 | wikitext-103, lm1b | see released.py | the released files |
 
-A document is a file of stdlib, or the part of a file that makes up a split. stdlib leaves out tests
-and site-packages.
+An ``--input`` may be packed; see packed_text.py. A document is a file of stdlib, or the part of a
+file that makes up a split. stdlib leaves out tests and site-packages.
 
 Where the tokenizer reads characters, a split never starts inside one (it moves by up to 3 bytes).
 """
@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from vqmoe_megatron.data.corpus import SPLITS
-from vqmoe_megatron.data.documents import Document, hash_text, open_text, text_size
-from vqmoe_megatron.data.download import download_file
+from vqmoe_megatron.data.documents import Document, hash_text
+from vqmoe_megatron.data.download import verified_download
+from vqmoe_megatron.data.packed_text import open_text, text_size
 from vqmoe_megatron.data.released import (
     RELEASED_CORPORA,
     check_released_inputs,
@@ -113,9 +114,10 @@ def open_source(
 ) -> Source:
     """Find, verify and split the text of ``corpus``.
 
-    ``download_dir``: where to download to, None to stay off the network. ``keep_characters``: do
-    not split inside a UTF-8 character. ``unpack_dir``: where the files of an archive go; the source
-    reads them there. Raises ``ValueError`` for missing, empty, too small or altered input.
+    ``download_dir``: where a download is kept, None to stay off the network. ``keep_characters``:
+    do not split inside a UTF-8 character. ``unpack_dir``: where the files of an archive go, and a
+    download until it is verified; the source reads them there. Raises ``ValueError`` for missing,
+    empty, too small or altered input.
     """
     if corpus in RELEASED_CORPORA:
         return Source(*released_source(RELEASED_CORPORA[corpus], inputs, download_dir, unpack_dir))
@@ -131,14 +133,19 @@ def open_source(
             f"corpus {corpus} needs --input FILE (the text or its zip, from {known.url}) "
             "or --download"
         )
-    archive = download_dir / Path(known.url).name
-    if not archive.is_file():
-        download_file(known.url, archive)
-    try:
-        return known_text_source(known, archive, keep_characters)
-    except ValueError:
-        archive.unlink()
-        raise
+    archive = verified_download(
+        known.url,
+        download_dir,
+        unpack_dir,
+        lambda path: known_text_source(known, path, keep_characters),
+    )
+    return known_text_source(known, archive, keep_characters)
+
+
+def archive_name(corpus: str) -> str | None:
+    """Return the name under which a download of ``corpus`` is kept; None where there is none."""
+    known = KNOWN_TEXTS.get(corpus) or RELEASED_CORPORA.get(corpus)
+    return Path(known.url).name if known else None
 
 
 def known_text_source(known: KnownText, path: Path, keep_characters: bool) -> Source:

@@ -2,10 +2,11 @@
 
 Imports neither torch nor megatron, so that a broken corpus is refused before any rank starts.
 
-    DIR/corpus.json          written last and atomically: without it there is no corpus
+    DIR/corpus.json          the last to get its name: without it there is no corpus
     DIR/{train,valid,test}.bin/.idx   Megatron IndexedDataset files, one sequence per document
     DIR/tokenizer.json|model where the tokenizer has a file
     DIR/cache/               sample order of training runs (see datasets.py)
+    DIR/.prepare-complete/   the same files of a corpus that is taking DIR (see corpus_folder.py)
 """
 
 from __future__ import annotations
@@ -18,10 +19,18 @@ from typing import Any
 
 FORMAT_VERSION = 1
 CORPUS_FILE = "corpus.json"
+COMPLETE_DIR = ".prepare-complete"
+CACHE_DIR = "cache"
+FINGERPRINT_CHARACTERS = 16  # of the corpus, in the names of its sample orders
 SPLITS = ("train", "valid", "test")
 # The part of a tokenizer's description that decides what a token id means.
 TOKENIZER_IDENTITY = ("kind", "vocab_size", "sha256")
 COUNTS = ("num_tokens", "num_documents", "num_bytes", "bin_bytes", "idx_bytes")
+
+
+def split_files(split: str) -> tuple[str, str]:
+    """Return the names of a split's tokens and of their index."""
+    return f"{split}.bin", f"{split}.idx"
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class CorpusSplit:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A complete prepared corpus. ``fingerprint``: sha256 of ``corpus.json``, 64 hex digits."""
+    """A complete prepared corpus. ``content``: of its ``corpus.json``."""
 
     path: Path
     name: str
@@ -64,7 +73,12 @@ class Corpus:
     vocab_size: int
     token_dtype: str
     splits: dict[str, CorpusSplit]
-    fingerprint: str
+    content: bytes
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of ``corpus.json``, 64 hex digits."""
+        return hashlib.sha256(self.content).hexdigest()
 
     def split(self, name: str) -> CorpusSplit:
         """Return a split; ``ValueError`` naming the existing ones if there is none of that name."""
@@ -75,7 +89,7 @@ class Corpus:
 
 
 def load_corpus(path: str | Path) -> Corpus:
-    """Return the corpus prepared in directory ``path``.
+    """Return the corpus prepared in directory ``path``; while one replaces another, either of them.
 
     Raises ``ValueError`` when the directory or ``corpus.json`` is missing, ``corpus.json`` lacks an
     entry or holds one of another type, a ``.bin`` or ``.idx`` is missing or has another size than
@@ -88,13 +102,60 @@ def load_corpus(path: str | Path) -> Corpus:
             f"no corpus directory {path}; prepare one, for instance: "
             f"vqmoe prepare stdlib --out {path}"
         )
-    corpus_file = path / CORPUS_FILE
-    if not corpus_file.is_file():
+    while True:
+        found = read_description(path)
+        if found is None:
+            raise ValueError(
+                f"{path} has no {CORPUS_FILE}: it was never prepared or preparing it was "
+                f"interrupted; run vqmoe prepare CORPUS --out {path}"
+            )
+        try:
+            corpus = _described_corpus(path, *found)
+        except (ValueError, FileNotFoundError):
+            if read_description(path) == found:
+                raise
+        else:
+            if read_description(path) == found:
+                return corpus
+
+
+def current_corpus(corpus: Corpus) -> Corpus:
+    """Return the corpus with the places where its files are now.
+
+    Call it before and after opening them: between a run's start and that, another may have come.
+
+    Raises:
+        ValueError: when it is another corpus by now.
+    """
+    found = load_corpus(corpus.path)
+    if found.content != corpus.content:
         raise ValueError(
-            f"{path} has no {CORPUS_FILE}: it was never prepared or preparing it was interrupted; "
-            f"run vqmoe prepare CORPUS --out {path}"
+            f"{corpus.path} was replaced by another corpus while this run was starting; start it "
+            "again"
         )
-    content = corpus_file.read_bytes()
+    return found
+
+
+def content_folder(path: Path) -> Path:
+    """Return the folder that holds the files of the corpus of directory ``path``."""
+    complete = path / COMPLETE_DIR
+    return complete if (complete / CORPUS_FILE).is_file() else path
+
+
+def read_description(path: Path) -> tuple[Path, bytes] | None:
+    """Return the folder with the corpus of ``path`` and its ``corpus.json``; None without one."""
+    try:
+        folder = content_folder(path)
+        return folder, (folder / CORPUS_FILE).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        # It may have moved from .prepare-complete to its place in between.
+        return None if content_folder(path) == folder == path else read_description(path)
+    except OSError as error:
+        raise ValueError(f"{path / CORPUS_FILE} cannot be read: {error.strerror}") from error
+
+
+def _described_corpus(path: Path, folder: Path, content: bytes) -> Corpus:
+    corpus_file = folder / CORPUS_FILE
     try:
         description = json.loads(content)
         version = description["format_version"]
@@ -106,7 +167,7 @@ def load_corpus(path: str | Path) -> Corpus:
         _check_types(description)
         splits = {
             name: CorpusSplit(
-                name=name, prefix=path / name, token_dtype=description["token_dtype"], **counts
+                name=name, prefix=folder / name, token_dtype=description["token_dtype"], **counts
             )
             for name, counts in description["splits"].items()
         }
@@ -118,16 +179,17 @@ def load_corpus(path: str | Path) -> Corpus:
             vocab_size=description["tokenizer"]["vocab_size"],
             token_dtype=description["token_dtype"],
             splits=splits,
-            fingerprint=hashlib.sha256(content).hexdigest(),
+            content=content,
         )
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{corpus_file} is damaged ({error!r}); prepare the corpus again with --overwrite"
+            f"{corpus_file} is damaged or was not written by vqmoe prepare ({error!r}); prepare "
+            "the corpus again in another directory"
         ) from error
     for split in splits.values():
         _check_size(split.bin_path, split.bin_bytes)
         _check_size(split.idx_path, split.idx_bytes)
-    verify_tokenizer_file(path, corpus.tokenizer)
+    verify_tokenizer_file(folder, corpus.tokenizer)
     return corpus
 
 

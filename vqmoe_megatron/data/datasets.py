@@ -3,8 +3,9 @@
 1. The sample order (document order, sample starts, shuffle) follows from corpus, seed,
    ``seq_length`` and ``num_samples`` alone. As in Megatron, another ``num_samples`` that needs
    another number of epochs is another order.
-2. Global rank 0 builds it in a private folder and renames that into ``CORPUS/cache/KEY``: other
-   ranks, and other jobs on the same corpus, see it whole or not at all.
+2. Global rank 0 builds it in a private folder and renames that into ``CACHE/KEY``: other ranks,
+   and other jobs on the same corpus, see it whole or not at all. CACHE is the first folder of
+   :func:`~vqmoe_megatron.data.sample_order.cache_folders` that has it or can be written.
 3. :class:`TrainBatches` walks the samples in order, dealing microbatches to data-parallel ranks:
    microbatch m of rank r holds samples ``consumed + (m * D + r) * b + [0, b)``, b the
    microbatch size and D the data-parallel size. A global batch is the same at every D.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,8 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
-from vqmoe_megatron.data.corpus import TOKENIZER_IDENTITY, Corpus
+from vqmoe_megatron.data.corpus import CACHE_DIR, TOKENIZER_IDENTITY, Corpus, current_corpus
+from vqmoe_megatron.data.sample_order import order_name
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,15 @@ def build_training_dataset(
     num_samples: int,
     seed: int,
     is_built_on_rank: bool = True,
-    cache_dir: Path | None = None,
+    cache_dirs: Sequence[Path] = (),
 ) -> GPTDataset | None:
     """Return at least ``num_samples`` samples of S + 1 tokens from the train split.
 
     Communicates: one barrier over the default group, so every rank must call it when
     torch.distributed is initialised; a rank that needs no data passes ``is_built_on_rank=False``
-    and gets None. ``cache_dir`` (default ``CORPUS/cache``) must be seen by all ranks. Raises
-    ``ValueError`` for a train split shorter than one sample and for a cache that cannot be written.
+    and gets None. ``cache_dirs`` (default ``CORPUS/cache``) must be seen by all ranks. Raises
+    ``ValueError`` for a train split shorter than one sample, for caches of which none can be
+    written, and for a corpus that was replaced since it was loaded.
     """
     num_tokens = corpus.split("train").num_tokens
     if num_tokens < seq_length + 1:
@@ -69,46 +72,73 @@ def build_training_dataset(
             f"need num_samples >= 1 and 0 <= seed < 2**32, "
             f"got num_samples={num_samples}, seed={seed}"
         )
-    cache_dir = cache_dir or corpus.path / "cache"
-    key = f"train-s{seq_length}-n{num_samples}-seed{seed}-{corpus.fingerprint[:16]}"
-    indices_dir = cache_dir / key
+    name = order_name(corpus, seq_length, num_samples, seed)
+    places = [folder / name for folder in cache_dirs or (corpus.path / CACHE_DIR,)]
     distributed = torch.distributed.is_initialized()
     try:
-        if not indices_dir.is_dir() and not (distributed and torch.distributed.get_rank()):
-            _build_indices(corpus, seq_length, num_samples, seed, indices_dir)
+        is_missing = not any(map(os.path.isdir, places))
+        if is_missing and not (distributed and torch.distributed.get_rank()):
+            _build_indices(current_corpus(corpus), seq_length, num_samples, seed, places)
     finally:
         if distributed:
             torch.distributed.barrier()
     if not is_built_on_rank:
         return None
-    if not indices_dir.is_dir():
+    indices_dir = next(filter(os.path.isdir, places), None)
+    if indices_dir is None:
         raise ValueError(
-            f"this rank does not see {indices_dir}: rank 0 could not write it, or {cache_dir} is "
-            "not on a file system that all nodes share"
+            f"this rank does not see {' or '.join(map(str, places))}: rank 0 could not write it, "
+            "or it is not on a file system that all nodes share; set data.cache_dir=DIR to one"
         )
-    return _gpt_dataset(corpus, seq_length, num_samples, seed, indices_dir)
+    dataset = _gpt_dataset(current_corpus(corpus), seq_length, num_samples, seed, indices_dir)
+    current_corpus(corpus)
+    return dataset
 
 
 def _build_indices(
-    corpus: Corpus, seq_length: int, num_samples: int, seed: int, indices_dir: Path
+    corpus: Corpus, seq_length: int, num_samples: int, seed: int, places: Sequence[Path]
 ) -> None:
-    """Build the sample order in a private folder and rename it to ``indices_dir``."""
+    """Build the sample order in a private folder and rename it to the first place that takes it."""
+    refusals = []
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            private_dir = Path(tempfile.mkdtemp(prefix="building-", dir=place.parent))
+        except OSError as error:
+            refusals.append(f"{place.parent} ({error.strerror})")
+            continue
+        if refusals:
+            print(
+                f"the sample order is kept in {place.parent}, for this run alone: it cannot be "
+                f"written to {' or '.join(refusals)}; data.cache_dir=DIR keeps it for all runs",
+                flush=True,
+            )
+        try:
+            _fill(private_dir, place, corpus, seq_length, num_samples, seed)
+        except OSError as error:
+            raise ValueError(
+                f"cannot write the sample order to {place.parent} ({error}); free some room, or "
+                "set data.cache_dir=DIR"
+            ) from error
+        finally:
+            shutil.rmtree(private_dir, ignore_errors=True)
+        return
+    raise ValueError(
+        f"cannot write the sample order to {' or '.join(refusals)}; make it writable, or set "
+        "data.cache_dir=DIR"
+    )
+
+
+def _fill(
+    private_dir: Path, place: Path, corpus: Corpus, seq_length: int, num_samples: int, seed: int
+) -> None:
+    private_dir.chmod(0o755)
+    _gpt_dataset(corpus, seq_length, num_samples, seed, private_dir)
     try:
-        indices_dir.parent.mkdir(parents=True, exist_ok=True)
-        private_dir = Path(tempfile.mkdtemp(prefix="building-", dir=indices_dir.parent))
-        private_dir.chmod(0o755)
-        _gpt_dataset(corpus, seq_length, num_samples, seed, private_dir)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write the sample order to {indices_dir.parent} ({error}); make it writable or "
-            "pass another cache_dir"
-        ) from error
-    try:
-        os.rename(private_dir, indices_dir)
+        os.rename(private_dir, place)
     except OSError:
-        if not indices_dir.is_dir():
+        if not place.is_dir():  # else another job built the same order first
             raise
-        shutil.rmtree(private_dir)  # another job built the same order first
 
 
 def _gpt_dataset(

@@ -1,39 +1,17 @@
-"""Where the bytes of a corpus are: runs of bytes in plain files or zip members, read in chunks."""
+"""Where the bytes of a corpus are: runs of bytes in text files, plain or packed, read in chunks."""
 
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+
+from vqmoe_megatron.data.packed_text import open_text
 
 # With chunks of MiBs the arrays made from them fragment the C heap, and memory grows with the text.
 CHUNK_BYTES = 64 * 2**10
 MAX_UNCUT_BYTES = 16 * 2**20  # text without a place to cut is refused beyond this
-
-
-def open_text(path: Path) -> IO[bytes]:
-    """Open a plain file, or the only member of a zip file, for reading and seeking.
-
-    Raises ``ValueError`` when the file is missing, not a regular file, or a zip of several files.
-    """
-    if not path.is_file():
-        raise ValueError(f"input file {path} does not exist or is not a regular file")
-    if not zipfile.is_zipfile(path):
-        return path.open("rb")
-    with zipfile.ZipFile(path) as archive:
-        members = [member for member in archive.infolist() if not member.is_dir()]
-        if len(members) != 1:
-            raise ValueError(f"{path} holds {len(members)} files; give a zip of one, or the file")
-        return archive.open(members[0])
-
-
-def text_size(path: Path) -> int:
-    """Return the number of uncompressed bytes that :func:`open_text` gives."""
-    with open_text(path) as stream:
-        return stream.seek(0, 2)
 
 
 def hash_text(path: Path, algorithms: tuple[str, ...]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import http.client
 import shutil
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import tenacity
@@ -18,6 +19,31 @@ def _worth_retrying(error: BaseException) -> bool:
     if isinstance(error, urllib.error.HTTPError):
         return error.code >= 500 or error.code == 429
     return isinstance(error, (OSError, http.client.HTTPException))
+
+
+def verified_download(
+    url: str, folder: Path, work_dir: Path, verify: Callable[[Path], object]
+) -> Path:
+    """Return the file that ``url`` names in ``folder``, fetched if it is not there.
+
+    It is fetched into ``work_dir`` and moved once ``verify`` has let it pass. Raises ``ValueError``
+    for what ``verify`` refuses; a file that was there already is left as it is.
+    """
+    target = folder / Path(url).name
+    if target.exists():
+        try:
+            verify(target)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; or move it away to have it downloaded, as it was there already"
+            ) from error
+        return target
+    work_dir.mkdir(parents=True, exist_ok=True)
+    fetched = work_dir / target.name
+    download_file(url, fetched)
+    verify(fetched)
+    fetched.rename(target)
+    return target
 
 
 def download_file(url: str, target: Path, first_wait_s: float = 1.0) -> None:

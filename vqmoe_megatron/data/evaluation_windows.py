@@ -74,6 +74,8 @@ class EvaluationWindows:
         self._chosen = np.arange(self.num_windows) * self.num_all_windows // self.num_windows
         starts, stops = self._scored_range(self._chosen)
         self.num_scored_tokens = int((stops - starts).sum())
+        # [num_tokens], mapped once: a corpus that takes this one's place changes no evaluation
+        self._tokens = np.memmap(split.bin_path, dtype=split.token_dtype, mode="r")
 
     def _scored_range(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the scored predictions [start, stop) in each window, positions 0..S."""
@@ -103,12 +105,11 @@ class EvaluationWindows:
         return math.ceil(self.num_windows / (self.micro_batch_size * self.dp_size))
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        tokens = np.memmap(self.split.bin_path, dtype=self.split.token_dtype, mode="r")
         for number in range(len(self)):
             first = (number * self.dp_size + self.dp_rank) * self.micro_batch_size
-            yield self._microbatch(tokens, self._chosen[first : first + self.micro_batch_size])
+            yield self._microbatch(self._chosen[first : first + self.micro_batch_size])
 
-    def _microbatch(self, tokens: np.ndarray, windows: np.ndarray) -> dict[str, torch.Tensor]:
+    def _microbatch(self, windows: np.ndarray) -> dict[str, torch.Tensor]:
         shape = (self.micro_batch_size, self.seq_length)
         text = np.zeros((shape[0], shape[1] + 1), dtype=np.int64)
         loss_mask = np.zeros(shape, dtype=np.float32)
@@ -116,7 +117,7 @@ class EvaluationWindows:
             zip(windows, *self._scored_range(windows), strict=True)
         ):
             first = window * self.stride_tokens
-            found = tokens[first : first + self.seq_length + 1]
+            found = self._tokens[first : first + self.seq_length + 1]
             text[row, : found.size] = found
             loss_mask[row, start:stop] = 1.0
         return {

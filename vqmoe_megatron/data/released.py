@@ -32,7 +32,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from vqmoe_megatron.data.documents import CHUNK_BYTES, Document
-from vqmoe_megatron.data.download import download_file
+from vqmoe_megatron.data.download import verified_download
+from vqmoe_megatron.data.packed_text import explained_packing, packing
 
 
 @dataclass(frozen=True)
@@ -122,21 +123,16 @@ def released_source(
             f"corpus {known.name} needs --input {known.archive_name} (from {known.url}), the "
             "folder it unpacks to, or --download"
         )
-    is_verified = False
-    if not inputs:
-        inputs = [download_dir / known.archive_name]
-        if not inputs[0].is_file():
-            download_file(known.url, inputs[0])
-        try:
-            _check_archive(known, inputs[0])
-        except ValueError:
-            inputs[0].unlink()
-            raise
-        is_verified = True
+    if is_download := not inputs:
+        inputs = [
+            verified_download(
+                known.url, download_dir, unpack_dir, lambda path: _check_archive(known, path)
+            )
+        ]
     if len(inputs) == 1 and inputs[0].is_dir():
         paths = _files_by_name(known, (path for path in inputs[0].rglob("*") if path.is_file()))
-    elif len(inputs) == 1 and _is_archive(inputs[0]):
-        if not is_verified:
+    elif len(inputs) == 1 and packing(inputs[0]) is not None:
+        if not is_download:
             _check_archive(known, inputs[0])
         paths = _unpack(known, inputs[0], unpack_dir)
     else:
@@ -156,17 +152,14 @@ def _check_archive(known: ReleasedCorpus, path: Path) -> None:
     if digest != known.sha256:
         raise ValueError(
             f"{path} is not {known.archive_name}: its sha256 is {digest} instead of "
-            f"{known.sha256}; use corpus text for another text"
+            f"{known.sha256}, so it is another text or a damaged copy; get it from {known.url}, or "
+            "use corpus text for another text"
         )
-
-
-def _is_archive(path: Path) -> bool:
-    return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
 
 
 def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
     """Yield name and content of every regular file of a zip or (compressed) tar, in order."""
-    if zipfile.is_zipfile(path):
+    if packing(path) == "zip":
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if not entry.is_dir():
@@ -192,7 +185,8 @@ def _unpack(known: ReleasedCorpus, path: Path, unpack_dir: Path) -> dict[str, Pa
                     shutil.copyfileobj(stream, file, 2**20)
                 yield target
 
-    return _files_by_name(known, written())
+    with explained_packing(path, "packed"):
+        return _files_by_name(known, written())
 
 
 def _files_by_name(known: ReleasedCorpus, paths: Iterator[Path]) -> dict[str, Path]:

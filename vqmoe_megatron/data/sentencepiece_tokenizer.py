@@ -8,6 +8,7 @@ start of a word, so text may be encoded line by line and cut before a space.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -20,6 +21,9 @@ from vqmoe_megatron.data.indexed_writer import token_dtype
 
 DEFAULT_VOCAB_SIZE = 8192
 MAX_SENTENCE_BYTES = 1024  # longer lines are broken before spaces
+WORD_END = re.compile(rb"(?<! ) ")
+RESERVED_CHARACTER = "\u2585".encode()
+SPACE_MARK = "\u2581".encode()
 # BPE: its result does not depend on the number of threads. Sentences times their size bound the
 # memory of training.
 TRAINING_OPTIONS: dict[str, Any] = {
@@ -49,27 +53,71 @@ def _before_last_spaces(text: bytes, start: int, stop: int) -> int:
     return max(space, start)
 
 
-def _sentences(line: bytes) -> list[str]:
+def _sentences(line: bytes, breaks_words: bool = False) -> list[str]:
     """Break a line before spaces into sentences that the trainer takes and that encode fast.
 
-    A stretch of ``MAX_SENTENCE_BYTES`` without a place to break stays whole.
+    A stretch of ``MAX_SENTENCE_BYTES`` without a space is broken between characters for training
+    (``breaks_words``), and stays whole for encoding, where a break would change its tokens.
     """
     sentences = []
     start = 0
     while len(line) - start > MAX_SENTENCE_BYTES:
-        stop = _before_last_spaces(line, start, start + MAX_SENTENCE_BYTES)
-        if stop == start:
-            break
+        limit = start + MAX_SENTENCE_BYTES
+        stop = _before_last_spaces(line, start, limit)
+        if stop == start and breaks_words:
+            stop = next(at for at in range(limit, start, -1) if line[at] & 0xC0 != 0x80)
+        elif stop == start:
+            following = WORD_END.search(line, limit)
+            if following is None:
+                break
+            stop = following.start()
         sentences.append(line[start:stop].decode("utf-8"))
         start = stop
     sentences.append(line[start:].decode("utf-8"))
     return sentences
 
 
-def _training_sentences(pieces: Iterator[bytes]) -> Iterator[str]:
-    for piece in pieces:
-        for line in piece.split(b"\n"):
-            yield from filter(None, _sentences(line))
+class _TrainingText:
+    """The sentences of the train split as the trainer takes them, and what it cannot take.
+
+    It drops sentences longer than ``max_sentence_length`` and those with its reserved character,
+    without a word, and takes a random choice where there are more than ``input_sentence_size``.
+    """
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self.num_sentences = self.num_reserved = self.num_space_marks = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for piece in self._pieces:
+            self.num_reserved += piece.count(RESERVED_CHARACTER)
+            self.num_space_marks += piece.count(SPACE_MARK)
+            for line in re.split(b"\n|" + RESERVED_CHARACTER, piece):
+                for sentence in filter(None, _sentences(line, breaks_words=True)):
+                    self.num_sentences += 1
+                    yield sentence
+
+    @property
+    def left_out(self) -> list[str]:
+        """One line for every kind of text that the tokenizer has not learned from, or changes."""
+        lines = []
+        limit = TRAINING_OPTIONS["input_sentence_size"]
+        if self.num_sentences > limit:
+            lines.append(
+                f"sentencepiece is trained on {limit:,} of {self.num_sentences:,} sentences "
+                f"({limit / self.num_sentences:.1%} of the train split), chosen at random"
+            )
+        if self.num_reserved:
+            lines.append(
+                f"sentencepiece reserves U+2585: the {self.num_reserved:,} in the train split are "
+                "left out of training, and are encoded as bytes"
+            )
+        if self.num_space_marks:
+            lines.append(
+                f"sentencepiece writes a space as U+2581: the {self.num_space_marks:,} of that "
+                "character in the train split become spaces"
+            )
+        return lines
 
 
 class SentencePieceTokenizer:
@@ -78,10 +126,14 @@ class SentencePieceTokenizer:
     kind = "sentencepiece"
     file_name = "tokenizer.model"
     needs_utf8 = True
+    unknown_id = 0  # only if byte fallback fails
 
-    def __init__(self, model: bytes, command: str | None = None) -> None:
+    def __init__(
+        self, model: bytes, command: str | None = None, left_out: list[str] | None = None
+    ) -> None:
         self.model = model
         self.command = command
+        self.left_out = left_out or []
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._processor.vocab_size()
         self._newline = self._processor.piece_to_id("<0x0A>")
@@ -102,10 +154,11 @@ class SentencePieceTokenizer:
         options = {**TRAINING_OPTIONS, "vocab_size": vocab_size or DEFAULT_VOCAB_SIZE}
         command = " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
         model = io.BytesIO()
+        text = _TrainingText(pieces("train"))
         sentencepiece.set_random_generator_seed(TRAINING_SEED)
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_training_sentences(pieces("train")),
+                sentence_iterator=iter(text),
                 model_writer=model,
                 minloglevel=2,
                 **options,
@@ -119,6 +172,7 @@ class SentencePieceTokenizer:
             model.getvalue(),
             f"spm_train {command} (sentencepiece {sentencepiece.__version__}, "
             f"random seed {TRAINING_SEED}, sentences: lines of the train split)",
+            text.left_out,
         )
 
     @classmethod

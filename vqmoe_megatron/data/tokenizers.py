@@ -2,9 +2,11 @@
 
 A tokenizer has ``kind``, ``vocab_size``, ``file_name`` (its file in the corpus directory, or None),
 ``command`` (how it was trained, or None), ``encode(bytes) -> ids [T]``, ``decode(ids) -> bytes``,
-``save(directory)``, and three facts that streaming needs: ``needs_utf8``; ``cut(buffer)``, the
-number of leading bytes that can be encoded without knowing what follows (0: read more); and
-``train(pieces, vocab_size)``, where ``pieces(split)`` yields the split cut at such places.
+``save(directory)``, ``unknown_id`` (the token of what is not in the vocabulary, or None) and
+``left_out`` (a line for each kind of text that training passed over). Streaming needs three facts:
+``needs_utf8``; ``cut(buffer)``, the number of leading bytes that can be encoded without knowing
+what follows (0: read more); and ``train(pieces, vocab_size)``, where ``pieces(split)`` yields the
+split cut at such places.
 
 | kind | a token is | outside the vocabulary | decode(encode(text)) |
 |---|---|---|---|
@@ -19,13 +21,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from vqmoe_megatron.data.corpus import verify_tokenizer_file
+from vqmoe_megatron.data.corpus import content_folder, verify_tokenizer_file
 from vqmoe_megatron.data.indexed_writer import token_dtype
 from vqmoe_megatron.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -44,6 +46,8 @@ class Tokenizer(Protocol):
     file_name: str | None
     command: str | None
     needs_utf8: bool
+    unknown_id: int | None
+    left_out: Sequence[str]
 
     @staticmethod
     def cut(buffer: bytes) -> int:
@@ -79,6 +83,8 @@ class ByteTokenizer:
     file_name = None
     command = None
     needs_utf8 = False
+    unknown_id = None
+    left_out = ()
 
     @classmethod
     def train(cls, pieces: Pieces, vocab_size: int | None) -> ByteTokenizer:
@@ -118,12 +124,14 @@ class CharTokenizer:
     file_name = TOKENIZER_FILE
     command = None
     needs_utf8 = True
+    left_out = ()
     cut = staticmethod(_utf8_cut)
 
     def __init__(self, characters: str, has_unknown: bool) -> None:
         self.characters = characters
         self.has_unknown = has_unknown
         self.vocab_size = len(characters) + has_unknown
+        self.unknown_id = len(characters) if has_unknown else None
         self._code_points = self._to_code_points(characters)
         # [NUM_CODE_POINTS] token id of each code point; -1: not a token
         self._ids = np.full(NUM_CODE_POINTS, len(characters) if has_unknown else -1, np.int32)
@@ -185,6 +193,8 @@ class WordTokenizer:
     file_name = TOKENIZER_FILE
     command = None
     needs_utf8 = True
+    unknown_id = 0
+    left_out = ()
     special = (b"<unk>", b"<eos>")
 
     def __init__(self, words: list[bytes]) -> None:
@@ -275,5 +285,6 @@ def load_tokenizer(corpus_dir: Path, description: dict[str, Any]) -> Tokenizer:
     """
     check_tokenizer_request(description["kind"], None)
     tokenizer_class = TOKENIZER_CLASSES[description["kind"]]
-    verify_tokenizer_file(Path(corpus_dir), description)
-    return tokenizer_class.load(Path(corpus_dir))
+    folder = content_folder(Path(corpus_dir))
+    verify_tokenizer_file(folder, description)
+    return tokenizer_class.load(folder)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+from vqmoe_megatron.own_outputs import replace_file
 from vqmoe_megatron.studies.study import Study
-from vqmoe_megatron.studies.study_folder import StudyFolder, replace_text
+from vqmoe_megatron.studies.study_folder import StudyFolder
 from vqmoe_megatron.tracking.mlflow_errors import MlflowUnavailable
 from vqmoe_megatron.tracking.mlflow_store import Outcome
 from vqmoe_megatron.tracking.parent_run import end_parent_run, open_parent_run
@@ -34,7 +35,7 @@ def open_study_parent(study: Study, say: Callable[[str], None]) -> None:
             say(f"no MLflow parent run, the study goes on without: {error}")
         return
     known = {"uri": uri, "experiment": experiment, "run_id": run_id}
-    replace_text(study.folder.mlflow_parent, json.dumps(known, indent=1) + "\n")
+    replace_file(study.folder.mlflow_parent, json.dumps(known, indent=1) + "\n")
     say(f"mlflow: {uri} parent run {run_id}")
 
 

@@ -33,7 +33,12 @@ from vqmoe_megatron.studies.study_file import StudyFile, key_of, listed
 PRODUCT = re.compile(r"\s*(\d+)\s*\*\s*([A-Za-z_.]+)\s*")
 PROBLEM_NAMES = 3  # runs that are named with a problem they share
 # Where and how long one attempt runs and what it reports to; not what is trained.
-FREE_KEYS = ("train.output_dir", "train.exit_interval", "train.exit_duration_in_mins")
+FREE_KEYS = (
+    "data.cache_dir",
+    "train.output_dir",
+    "train.exit_interval",
+    "train.exit_duration_in_mins",
+)
 FREE_SECTION = "tracking."
 
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import vqmoe_megatron
+from vqmoe_megatron.own_outputs import replace_file
 from vqmoe_megatron.studies.slurm_queue import QueueUnknown, job_name, name_in_queue
 from vqmoe_megatron.studies.study import Study
-from vqmoe_megatron.studies.study_folder import replace_text
 
 SCRIPT = Path("slurm/study.sbatch")
 SBATCH_SECONDS = 120
@@ -145,4 +145,4 @@ def _record(study: Study, job_id: str, array: Array, say: Callable[[str], None])
         say(f"Slurm does not tell the name of job {job_id}, recorded as {name}: {error}")
     rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     row = {"job_id": job_id, "job_name": name, "indices": list(array.indices)}
-    replace_text(file, json.dumps([*rows, row | {"num_ranks": array.num_ranks}], indent=1) + "\n")
+    replace_file(file, json.dumps([*rows, row | {"num_ranks": array.num_ranks}], indent=1) + "\n")

@@ -49,7 +49,7 @@ class Study:
 
     def check_started(self) -> None:
         """Refuse a file that would change a started run, or that has another study's directory."""
-        self.folder.check_name(self.file)
+        self.folder.check_ours(self.file)
         check_started_runs(self.file, self.runs.values())
 
     def check_corpora(self) -> None:

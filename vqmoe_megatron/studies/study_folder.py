@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.own_outputs import refuse_foreign, replace_file
 from vqmoe_megatron.recipe import flatten_config, load_recipe
 from vqmoe_megatron.studies.planned_run import PlannedRun, decides_training
 from vqmoe_megatron.studies.study_file import StudyFile
@@ -102,16 +103,25 @@ class StudyFolder:
                 continue
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ValueError(
-                    f"{file} is damaged ({error}); remove it to have it written again"
+                    f"{file} is damaged or no record of a study ({error}); move it away to have it "
+                    "written again, or choose another study.output_dir"
                 ) from error
         return found
 
-    def check_name(self, file: StudyFile) -> None:
-        """Refuse a directory that belongs to a study of another name.
+    def check_ours(self, file: StudyFile) -> None:
+        """Refuse a directory of another study, and files with our names that no study wrote.
 
         Raises:
-            ValueError: naming both, or for a copy that cannot be read.
+            ValueError: naming them, or for a copy that cannot be read.
         """
+        if not self.recorded_indices():  # written before the copies: no study has been here
+            copies = [self.study_copy]
+            if file.recipe != self.recipe_copy:
+                copies.append(self.recipe_copy)
+            for copy in copies:
+                if os.path.lexists(copy):
+                    refuse_foreign(copy, "vqmoe study")
+            return
         try:
             content = yaml.safe_load(self.study_copy.read_text(encoding="utf-8"))
             name = content["study"]["name"]
@@ -120,7 +130,7 @@ class StudyFolder:
         except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
             raise ValueError(
                 f"{self.study_copy} is damaged, so it is not known whose directory this is; "
-                "remove it to have it written again"
+                "move it away to have it written again"
             ) from error
         if name != file.name:
             raise ValueError(
@@ -134,7 +144,7 @@ class StudyFolder:
         Raises:
             ValueError: when the directory cannot be written, or is another study's.
         """
-        self.check_name(file)
+        self.check_ours(file)
         indices = self.indices(run.name for run in runs)
         rows = [
             {
@@ -153,29 +163,16 @@ class StudyFolder:
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             (self.path / "runs").mkdir(exist_ok=True)
-            if file.recipe != self.recipe_copy:
-                replace_text(self.recipe_copy, file.recipe.read_text(encoding="utf-8"))
             ever = {**self.recorded_indices(), **indices}
-            replace_text(self.indices_file, json.dumps(ever, indent=1) + "\n")
-            replace_text(self.study_copy, content)
-            replace_text(self.runs_file, json.dumps(rows, indent=1) + "\n")
+            replace_file(self.indices_file, json.dumps(ever, indent=1) + "\n")
+            if file.recipe != self.recipe_copy:
+                replace_file(self.recipe_copy, file.recipe.read_text(encoding="utf-8"))
+            replace_file(self.study_copy, content)
+            replace_file(self.runs_file, json.dumps(rows, indent=1) + "\n")
         except OSError as error:
             raise ValueError(
                 f"study.output_dir={self.path} cannot be written: {error.strerror}; choose another"
             ) from error
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write ``path`` atomically: a reader sees the old or the new text whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_started_runs(file: StudyFile, runs: Iterable[PlannedRun]) -> None:

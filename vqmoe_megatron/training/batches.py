@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
 
 from vqmoe_megatron.config import RunConfig
-from vqmoe_megatron.data.corpus import Corpus
+from vqmoe_megatron.data.corpus import Corpus, current_corpus
 from vqmoe_megatron.data.datasets import TrainBatches, build_training_dataset
 from vqmoe_megatron.data.evaluation_windows import EvaluationWindows
+from vqmoe_megatron.data.sample_order import cache_folders
 
 Batch = dict[str, torch.Tensor]  # tokens, labels, position_ids int64, loss_mask fp32, each [b, S]
 
@@ -37,6 +39,7 @@ def training_iterators(
         seq_length=config.model.seq_length,
         num_samples=train.train_iters * train.global_batch_size,
         seed=train.seed,
+        cache_dirs=cache_folders(corpus, config.data.cache_dir, Path(train.output_dir)),
     )
     batches = TrainBatches(
         dataset,
@@ -52,11 +55,14 @@ def training_iterators(
 
 
 def evaluation_windows(config: RunConfig, corpus: Corpus) -> EvaluationWindows:
-    """This rank's share of the evaluation split: at most eval_iters microbatches per rank."""
+    """This rank's share of the evaluation split: at most eval_iters microbatches per rank.
+
+    Raises ``ValueError`` when the corpus was replaced since it was loaded.
+    """
     dp_size = parallel_state.get_data_parallel_world_size()
     batch = config.train.micro_batch_size
-    return EvaluationWindows(
-        corpus.split(config.data.eval_split),
+    windows = EvaluationWindows(
+        current_corpus(corpus).split(config.data.eval_split),
         seq_length=config.model.seq_length,
         stride_tokens=config.data.eval_stride_tokens,
         micro_batch_size=batch,
@@ -64,6 +70,8 @@ def evaluation_windows(config: RunConfig, corpus: Corpus) -> EvaluationWindows:
         dp_size=dp_size,
         max_windows=config.train.eval_iters * config.train.global_batch_size,
     )
+    current_corpus(corpus)
+    return windows
 
 
 def to_device(batch: Batch) -> Batch:

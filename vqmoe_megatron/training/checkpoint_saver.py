@@ -33,7 +33,6 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from vqmoe_megatron.data.corpus import CORPUS_FILE
 from vqmoe_megatron.recipe import save_recipe
 from vqmoe_megatron.training.checkpoint import Progress, TrainingState, sharded_state
 from vqmoe_megatron.training.checkpoint_folder import (
@@ -202,7 +201,7 @@ class CheckpointSaver:
     def _give_name(self, save: _Save) -> None:
         checkpoints, folder = self.run.run_dir.checkpoints, save.folder
         save_recipe(self.run.config, save.partial / CONFIG_FILE)
-        shutil.copyfile(self.run.corpus.path / CORPUS_FILE, save.partial / CORPUS_COPY)
+        (save.partial / CORPUS_COPY).write_bytes(self.run.corpus.content)
         layout = json.dumps(asdict(self.run.layout), indent=2)
         (save.partial / LAYOUT_FILE).write_text(layout + "\n")
         _sync_files(save.partial)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.data.corpus import Corpus, check_tokenizer, load_corpus
+from vqmoe_megatron.data.sample_order import check_cache_dir, order_name
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
 from vqmoe_megatron.recipe import load_recipe
 from vqmoe_megatron.tracking.run_status import read_status
@@ -65,6 +66,10 @@ def check_run(
         corpus.split(config.data.eval_split)
     run_dir = RunDirectory(Path(config.train.output_dir))
     run_dir.create()
+    if config.data.cache_dir is not None:
+        num_samples = config.train.train_iters * config.train.global_batch_size
+        name = order_name(corpus, config.model.seq_length, num_samples, config.train.seed)
+        check_cache_dir(config.data.cache_dir, name)
     free_bytes = shutil.disk_usage(run_dir.path).free
     if free_bytes < MINIMUM_FREE_BYTES:
         raise ValueError(

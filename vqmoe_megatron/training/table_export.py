@@ -18,6 +18,7 @@ from typing import Any
 
 from vqmoe_megatron import __version__
 from vqmoe_megatron.config import ParallelConfig, RunConfig, VQConfig
+from vqmoe_megatron.own_outputs import check_new_folder, new_folder
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.recipe import load_recipe
 from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
@@ -32,8 +33,6 @@ from vqmoe_megatron.training.checkpoint_folder import CONFIG_FILE
 from vqmoe_megatron.training.checkpoint_inspect import CheckpointContents, inspect_checkpoint
 from vqmoe_megatron.training.table_folder import (
     TableFile,
-    check_new_folder,
-    new_folder,
     write_index,
     write_table,
 )

@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from written_study import write_study as written_study
 
 from vqmoe_megatron import cli
+from vqmoe_megatron.own_outputs import RECORD_FILE, replace_recorded
+from vqmoe_megatron.studies.report import write
 from vqmoe_megatron.studies.report.content import PLOT_NAMES
 from vqmoe_megatron.studies.report.write import log_to_parent, write_report
 from vqmoe_megatron.tracking.metrics_log import read_metrics
@@ -32,7 +34,7 @@ def written(tmp_path_factory):
 
 def test_every_file_is_there_and_nothing_half_written(written):
     names = {file.name for file in written.folder.iterdir()}
-    assert names == {*PLOT_NAMES, "runs.csv", "report.md", "index.html"}
+    assert names == {*PLOT_NAMES, "runs.csv", "report.md", "index.html", RECORD_FILE}
 
 
 def test_the_page_needs_nothing_but_itself(written):
@@ -75,9 +77,9 @@ def test_the_fit_stands_in_the_table_with_its_intervals(written):
 
 def test_plots_have_no_other_plot_of_an_earlier_report(tmp_path):
     directory = written_study(tmp_path / "s", sizes=(4,), seeds=(1,), routers=("vq",))
-    (directory / "report").mkdir()
     stale = directory / "report" / "routing.png"
-    stale.write_bytes(b"old")
+    stale.parent.mkdir()
+    replace_recorded(stale.parent, {stale.name: b"old"}, [], "an earlier report")
     log = directory / "runs" / "experts4-vq-ranks1-seed1" / "metrics.jsonl"
     log.write_text('{"iteration": 40, "consumed_tokens": 10240, "val/loss": 1.5}\n')
     report = (write_report(directory).folder / "report.md").read_text()
@@ -104,14 +106,50 @@ def test_the_parent_run_gets_the_report(tmp_path):
     folder = write_report(directory, say=said.append).folder
     assert said == []
     logged = {file.path for file in MlflowClient(uri).list_artifacts(run_id)}
-    assert logged == {file.name for file in folder.iterdir()}
+    assert logged == {file.name for file in folder.iterdir()} - {RECORD_FILE}
+
+
+def test_foreign_files_of_the_folder_are_not_sent_to_the_parent_run(tmp_path, monkeypatch):
+    directory = written_study(tmp_path / "s", sizes=(4,), seeds=(1,), routers=("vq",))
+    (directory / "mlflow_parent.json").write_text('{"uri": "x", "run_id": "1"}')
+    (tmp_path / "thesis.tex").write_text("mine")
+    sent = []
+    monkeypatch.setattr(
+        write, "log_parent_artifacts", lambda uri, run, folder: sent.extend(folder.iterdir())
+    )
+    write_report(directory, tmp_path)
+    names = {file.name for file in sent}
+    assert {"runs.csv", "report.md", "index.html"} <= names and "thesis.tex" not in names
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("foreign", "index.html"),
+        ("foreign", "loss_experts.png"),
+        ("edited", "report.md"),
+        ("edited", "runs.csv"),
+    ],
+)
+def test_a_file_that_is_not_as_the_report_left_it_is_kept(tmp_path, name, kind):
+    directory = written_study(tmp_path / "s", sizes=(4,), seeds=(1,), routers=("vq",))
+    out = tmp_path / "out"
+    out.mkdir()
+    if kind == "edited":
+        write_report(directory, out)
+    with (out / name).open("a") as stream:
+        stream.write("mine")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    with pytest.raises(ValueError, match=f"{name} is there already, and vqmoe study report did"):
+        write_report(directory, out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
 @pytest.mark.parametrize("content", ['{"uri": "nowhere://x", "run_id": "1"}', "{", "[]"])
 def test_tracking_that_fails_is_said_and_not_raised(tmp_path, content):
     (tmp_path / "mlflow_parent.json").write_text(content)
     said = []
-    log_to_parent(tmp_path / "mlflow_parent.json", tmp_path, said.append)
+    log_to_parent(tmp_path / "mlflow_parent.json", {"report.md": b"text"}, said.append)
     (line,) = said
     assert line.startswith("mlflow: the report was not logged to the parent run: ")
 
@@ -121,7 +159,7 @@ def test_wrong_input_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="hardware 'X9' is not known"):
         write_report(directory, hardware="X9")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written to .*choose another with --out"):
+    with pytest.raises(ValueError, match="report cannot be written: .*choose another place"):
         write_report(directory, tmp_path / "file" / "report")
 
 

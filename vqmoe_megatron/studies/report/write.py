@@ -1,18 +1,20 @@
 """Writing a report: CSV, Markdown with PNGs, one HTML page; and its way to MLflow.
 
-Every file is replaced whole, the page last, so a reader never sees half of one.
+Every file is replaced whole, the page last, so a reader never sees half of one, and only where it
+is as the last report left it (own_outputs.py).
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 from vqmoe_megatron.bench.origin import origin
+from vqmoe_megatron.own_outputs import check_recorded, replace_recorded, said_as_refusal
 from vqmoe_megatron.plan.hardware import hardware_profile
 from vqmoe_megatron.studies.report.content import PLOT_NAMES, build_page
 from vqmoe_megatron.studies.report.page import html_page, markdown
@@ -21,6 +23,8 @@ from vqmoe_megatron.studies.report.run_table import Study, csv_text, read_study
 from vqmoe_megatron.tracking.parent_run import log_parent_artifacts
 
 PARENT_FILE = "mlflow_parent.json"
+TEXT_NAMES = ("runs.csv", "report.md", "index.html")  # written in this order, after the plots
+WRITER = "vqmoe study report"
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ def write_report(
     study has an MLflow parent run, the files are logged to it; a failure of that is said, no more.
 
     Raises:
-        ValueError: when there is no such study, it has no runs yet, ``hardware`` is not known, or
-            ``out`` cannot be written.
+        ValueError: when there is no such study, it has no runs yet, ``hardware`` is not known,
+            ``out`` cannot be written, or a file in it is not as the last report left it.
     """
     made_here = origin()
     if hardware is None:
@@ -59,49 +63,21 @@ def write_report(
         profile = hardware_profile(hardware).name
     study = read_study(Path(path), profile)
     folder = Path(out) if out is not None else study.path / "report"
-    try:
+    check_recorded(folder, (*TEXT_NAMES, *PLOT_NAMES), WRITER)
+    with said_as_refusal(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _refused(folder, error) from error
     page = build_page(study, made_here, datetime.now(timezone.utc))
-    plots = {plot.file_name: plot.png for section in page.sections for plot in section.plots}
-    files = {
-        **plots,
-        "runs.csv": csv_text(study).encode(),
-        "report.md": markdown(page).encode(),
-        "index.html": html_page(page).encode(),
-    }
-    try:
-        for name, content in files.items():
-            _replace(folder / name, content)
-        for name in set(PLOT_NAMES) - set(plots):  # of an earlier report
-            (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise _refused(folder, error) from error
-    log_to_parent(study.path / PARENT_FILE, folder, say)
+    files = {plot.file_name: plot.png for section in page.sections for plot in section.plots}
+    texts = (csv_text(study), markdown(page), html_page(page))
+    files |= {name: text.encode() for name, text in zip(TEXT_NAMES, texts, strict=True)}
+    with said_as_refusal(folder):
+        replace_recorded(folder, files, PLOT_NAMES, WRITER)
+    log_to_parent(study.path / PARENT_FILE, files, say)
     return WrittenReport(folder, study)
 
 
-def _refused(folder: Path, error: OSError) -> ValueError:
-    return ValueError(
-        f"the report cannot be written to {folder}: {error.strerror}; choose another with --out"
-    )
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def log_to_parent(record: Path, folder: Path, say: Callable[[str], None]) -> None:
-    """Hand the files of ``folder`` to the parent run that ``record`` names, if there is one.
+def log_to_parent(record: Path, files: Mapping[str, bytes], say: Callable[[str], None]) -> None:
+    """Hand ``files`` to the parent run that ``record`` names, if there is one.
 
     Tracking never fails a report: nothing is raised, what went wrong is said.
     """
@@ -109,6 +85,9 @@ def log_to_parent(record: Path, folder: Path, say: Callable[[str], None]) -> Non
         return
     try:
         parent = json.loads(record.read_text(encoding="utf-8"))
-        log_parent_artifacts(parent["uri"], parent["run_id"], folder)
+        with tempfile.TemporaryDirectory() as folder:  # the report's may hold files of others
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            log_parent_artifacts(parent["uri"], parent["run_id"], Path(folder))
     except Exception as error:  # whatever a store, a network or a damaged record can do
         say(f"mlflow: the report was not logged to the parent run: {error}")
