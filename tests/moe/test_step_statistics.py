@@ -35,7 +35,7 @@ def counted(dtype: str) -> list[float]:
 
     from vqmoe_megatron.config import VQConfig
 
-    vq = VQConfig(num_codes=8, codebook_update="gradient", init="uniform")
+    vq = VQConfig(num_codes=8, init="uniform")
     kind = getattr(torch, dtype)
     layer = build_layer(vq, draw_parameters(vq), params_dtype=kind, bf16=kind == torch.bfloat16)
     layer = layer.to(kind).train()
