@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -126,7 +127,12 @@ def test_a_file_in_the_way_of_the_run_directory_is_refused(below, vqmoe, corpus,
 
 @pytest.fixture
 def checkpointed(tmp_path, corpus) -> Path:
-    """A run directory with what the preflight reads of a checkpoint."""
+    """A run directory with what the preflight reads of a checkpoint: one without any tensor."""
+    import torch
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    from vqmoe_megatron.training.checkpoint_content import BACKENDS, FORMAT_VERSION
+
     folder = tmp_path / "run" / "checkpoints" / "iter_0000010"
     folder.mkdir(parents=True)
     recipe = load_recipe(Path(PARITY), ["model.vocab_size=256"])
@@ -136,7 +142,9 @@ def checkpointed(tmp_path, corpus) -> Path:
     sizes |= {"context_parallel_size": 1, "expert_tensor_parallel_size": 1}
     (folder / "layout.json").write_text(json.dumps(sizes | {"sequence_parallel": False}))
     shutil.copyfile(corpus / "corpus.json", folder / "corpus.json")
-    (folder / "metadata.json").write_text("{}")
+    (folder / "metadata.json").write_text(json.dumps(BACKENDS))
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data={})))
+    torch.save({"format_version": FORMAT_VERSION}, folder / "common.pt")
     (folder.parent / "latest_checkpointed_iteration.txt").write_text("10\n")
     return folder
 

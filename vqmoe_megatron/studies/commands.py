@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vqmoe_megatron.runtime.standard_streams import print_path
 from vqmoe_megatron.studies.report_command import report
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def run_path(study: StudyPath, index: Index) -> None:
     """
     from vqmoe_megatron.studies.study import load_study_run
 
-    print(load_study_run(study, index).runs[index].run_dir)
+    print_path(load_study_run(study, index).runs[index].run_dir)
 
 
 @study_app.command()

@@ -40,6 +40,7 @@ from vqmoe_megatron.training.checkpoint_folder import (
     CONFIG_FILE,
     CORPUS_COPY,
     LAYOUT_FILE,
+    NEXT_TRACKER_FILE,
     TRACKER_FILE,
     complete_checkpoints,
 )
@@ -206,11 +207,14 @@ class CheckpointSaver:
         layout = json.dumps(asdict(self.run.layout), indent=2)
         (save.partial / LAYOUT_FILE).write_text(layout + "\n")
         _sync_files(save.partial)
+        # Ready before the folder has its name: between the two renames it says that this counts.
+        next_tracker = checkpoints / NEXT_TRACKER_FILE
+        _write(next_tracker, f"{save.iteration}\n")
         replaced = folder.with_name(f"{folder.name}.replaced.incomplete")
         if folder.exists():  # of a later attempt that the tracker was set back from
             os.rename(folder, replaced)
         os.replace(save.partial, folder)
-        _write_atomically(checkpoints / TRACKER_FILE, f"{save.iteration}\n")
+        os.replace(next_tracker, checkpoints / TRACKER_FILE)
         shutil.rmtree(replaced, ignore_errors=True)
         names = [name for name in complete_checkpoints(checkpoints) if name <= folder.name]
         for old in names[: -self.run.config.checkpoint.keep_last]:
@@ -244,10 +248,8 @@ def _sync_files(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w") as file:
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
