@@ -118,3 +118,18 @@ def train_behind_a_bad_batch(recipe: str, overrides: list[str], passed_over: int
         return train_here(recipe, overrides)
     finally:
         trainer.Trainer.resume = original
+
+
+def refusal_of_resuming(recipe: str, overrides: list[str]) -> str:
+    """What the trainer says when it cannot load the checkpoint."""
+    from vqmoe_megatron.recipe import load_recipe
+    from vqmoe_megatron.training.preflight import check_run
+    from vqmoe_megatron.training.stop_requests import StopRequests
+    from vqmoe_megatron.training.trainer import Trainer
+
+    run = check_run(load_recipe(Path(recipe), overrides), 1, "cpu")
+    try:
+        Trainer(run, StopRequests({})).resume()
+    except ValueError as error:
+        return str(error)
+    return "it was loaded"

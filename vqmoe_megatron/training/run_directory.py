@@ -139,7 +139,9 @@ class RunDirectory:
 
     def record_end(self, rank: int, error: BaseException) -> None:
         """Set the status to failed by what ``rank`` raised; see :meth:`record_failure`."""
-        first_line = next(iter(str(error).splitlines()), "")
+        failures = getattr(error, "failures", None)  # by rank, of torch's CheckpointException
+        text = "; ".join(repr(cause) for cause, _ in failures.values()) if failures else str(error)
+        first_line = next(iter(text.splitlines()), "")
         what = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
         self.record_failure(f"rank {rank}: {what}", is_refusal=isinstance(error, ValueError))
 
