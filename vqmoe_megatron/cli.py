@@ -33,6 +33,7 @@ from vqmoe_megatron.training.export_commands import export
 from vqmoe_megatron.training.preflight_commands import preflight
 
 EXIT_CRASH, EXIT_USAGE = 1, 2
+RESULTS_ARE_FILES = ("prepare", "pretrain", "export", "mlflow-sync")  # not what they print
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
@@ -65,8 +66,11 @@ app.command()(preflight)
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
+    if context.invoked_subcommand in RESULTS_ARE_FILES:
+        forgive_lost_output()
     if version:
         print(__version__)
         raise typer.Exit()
@@ -122,7 +126,6 @@ def pretrain(
     """
     from vqmoe_megatron.runtime.world import choose_device, discover_rank
 
-    forgive_lost_output()  # metrics.jsonl and status.json are the results
     config = load_recipe(recipe, overrides or [])
     variables = discover_rank()
     device, _ = choose_device(config.train.device)

@@ -125,7 +125,7 @@ def test_a_run_without_any_console_completes(small_corpus, tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "vqmoe_megatron.cli"]
-            + pretrain(tmp_path, small_corpus, "train.train_iters=6", "--nproc", "2"),
+            + pretrain(tmp_path, small_corpus, "train.train_iters=6"),
             stdout=nobody_reads,
             stderr=full,
             cwd=ROOT,

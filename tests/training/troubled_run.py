@@ -59,6 +59,30 @@ def train_with_a_small_file_limit(recipe: str, overrides: list[str], limited: in
         trainer.CheckpointSaver.save = original
 
 
+def train_until_killed_before_the_tracker(recipe: str, overrides: list[str]) -> None:
+    """As ``train_here``, killed when the first checkpoint has its name and the tracker has not."""
+    from vqmoe_megatron.training import checkpoint_saver
+
+    class Killed(BaseException):
+        pass
+
+    original = checkpoint_saver.os.replace
+
+    def replace(source, target):
+        if Path(target).name == checkpoint_saver.TRACKER_FILE:
+            raise Killed
+        original(source, target)
+
+    checkpoint_saver.os.replace = replace
+    try:
+        train_here(recipe, overrides)
+    except Killed:
+        return
+    finally:
+        checkpoint_saver.os.replace = original
+    raise AssertionError("there was no tracker to write")
+
+
 def train_on_a_full_disk(recipe: str, overrides: list[str]) -> dict:
     """As ``train_here``, where a save must leave more room free than any disk has."""
     from vqmoe_megatron.training import checkpoint_saver

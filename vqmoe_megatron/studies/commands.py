@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vqmoe_megatron.runtime.standard_streams import print_path
+from vqmoe_megatron.runtime.standard_streams import forgive_lost_output, print_path
 from vqmoe_megatron.studies.report_command import report
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def run(
     from vqmoe_megatron.studies.study_table import counts, study_console
     from vqmoe_megatron.studies.study_task import check_no_world
 
+    forgive_lost_output()  # the runs' directories are the results
     check_no_world()
     loaded = load_study(study)
     chosen = loaded.select(only or [])
