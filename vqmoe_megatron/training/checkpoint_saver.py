@@ -44,8 +44,9 @@ from vqmoe_megatron.training.checkpoint_folder import (
     TRACKER_FILE,
     complete_checkpoints,
 )
+from vqmoe_megatron.training.checkpoint_room import missing_room
 from vqmoe_megatron.training.checkpoint_writer import write_buckets
-from vqmoe_megatron.training.preflight import MINIMUM_FREE_BYTES, CheckedRun
+from vqmoe_megatron.training.preflight import CheckedRun
 from vqmoe_megatron.training.stale_parameters import gather_parameters
 
 POLL_SECONDS = 0.05
@@ -146,7 +147,7 @@ class CheckpointSaver:
             detail = "a writer process ended without a result; was it killed?"
         if torch.distributed.get_rank() == 0:
             shutil.rmtree(save.partial, ignore_errors=True)
-        free_bytes = shutil.disk_usage(self.run.run_dir.path).free
+        free_bytes = self.run.run_dir.checkpoints_free_bytes()
         return SaveFailed(
             f"the checkpoint of iteration {save.iteration} was not written: {detail} "
             f"({free_bytes / 1e9:.2f} GB free)"
@@ -178,13 +179,9 @@ class CheckpointSaver:
         for abandoned in checkpoints.glob("iter_*.incomplete"):
             # A writer process of a killed attempt may still be adding to it: the next save's turn.
             shutil.rmtree(abandoned, ignore_errors=True)
-        free_bytes = shutil.disk_usage(self.run.run_dir.path).free
-        needed_bytes = num_bytes + MINIMUM_FREE_BYTES
-        if free_bytes < needed_bytes:
-            raise OSError(
-                f"it needs {needed_bytes / 1e9:.2f} GB and {checkpoints} has "
-                f"{free_bytes / 1e9:.2f} GB free; free some, or lower checkpoint.keep_last"
-            )
+        problem = missing_room(self.run.run_dir, num_bytes)
+        if problem is not None:
+            raise OSError(problem)
 
     def _publish(self, save: _Save) -> None:
         """Let the first rank name the folder; all ranks learn how it went."""

@@ -21,10 +21,9 @@ from vqmoe_megatron.training.checkpoint_folder import (
     stored_tokenizer,
 )
 from vqmoe_megatron.training.checkpoint_remap_rules import check_remap
+from vqmoe_megatron.training.checkpoint_room import check_checkpoint_room, check_some_room
 from vqmoe_megatron.training.run_directory import RunDirectory
 from vqmoe_megatron.training.run_records import check_records
-
-MINIMUM_FREE_BYTES = 64 * 1024**2  # less than this and not even logs and a small checkpoint fit
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,7 @@ def check_run(
     _check_enough_text(config, corpus)
     run_dir = RunDirectory(Path(config.train.output_dir))
     run_dir.create()
-    free_bytes = run_dir.free_bytes()
-    if free_bytes < MINIMUM_FREE_BYTES:
-        raise ValueError(
-            f"train.output_dir={run_dir.path} has {free_bytes / 1024**2:.0f} MiB free, less than "
-            f"{MINIMUM_FREE_BYTES / 1024**2:.0f} MiB; free some or choose another directory"
-        )
+    check_some_room(run_dir)
     folder, is_own = None, True
     if looks_for_checkpoint:
         folder, is_own = _checkpoint_to_load(config, run_dir)
@@ -87,7 +81,10 @@ def check_run(
         _check_same_corpus(resume_from, corpus)
     if looks_for_checkpoint:
         own = folder if is_own else None
-        check_records(run_dir, config, own, iteration_of(resume_from) if resume_from else 0)
+        start_iteration = iteration_of(resume_from) if resume_from else 0
+        check_records(run_dir, config, own, start_iteration)
+        if start_iteration < config.train.train_iters:  # else nothing is left to save
+            check_checkpoint_room(config, run_dir)
     return CheckedRun(config, layout, corpus, run_dir, resume_from, is_own, remap_from)
 
 

@@ -105,8 +105,12 @@ class RunDirectory:
         Raises:
             OSError: when the directory is not there.
         """
-        places = [place for place in (self.path, self.checkpoints) if place.exists()]
-        return min(shutil.disk_usage(place).free for place in places)
+        return min(shutil.disk_usage(self.path).free, self.checkpoints_free_bytes())
+
+    def checkpoints_free_bytes(self) -> int:
+        """Room for checkpoints, whose folder may not be there yet."""
+        place = self.checkpoints if self.checkpoints.exists() else self.path
+        return shutil.disk_usage(place).free
 
     def lock(self, wait_seconds: float = LOCK_WAIT_SECONDS) -> TextIO:
         """Reserve the directory for this run; closing the returned file gives it back.
