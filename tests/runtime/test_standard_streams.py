@@ -158,6 +158,35 @@ def test_a_full_pipe_that_does_not_block_is_waited_for():
     assert b"".join(received) == b"x" * 1_000_000 + b"\n"
 
 
+STALLED = (
+    PROTECTED
+    + """
+import time
+from vqmoe_megatron.runtime import standard_streams
+standard_streams.PATIENCE_SECONDS = 0.3
+forgive_lost_output()
+began = time.monotonic()
+for number in range(5000):
+    print("nobody reads this", number, "." * 50)
+print(time.monotonic() - began, file=sys.stderr, flush=True)
+sys.stdin.readline()
+print("somebody reads again", flush=True)
+"""
+)
+
+
+def test_a_reader_that_does_not_read_does_not_hold_a_run_up():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", STALLED], env=environment(), **pipes) as run:
+        assert 0.3 <= float(run.stderr.readline()) < 20.0  # it waited once, not for every line
+        seen = b""
+        while b"this 100 " not in seen:
+            seen += os.read(run.stdout.fileno(), 4096)
+        rest, _ = run.communicate(b"\n", timeout=60)
+    assert run.returncode == 0
+    assert rest.endswith(b"somebody reads again\n") and b"this 2500 " not in seen + rest
+
+
 def test_a_stream_that_somebody_replaced_is_left_alone():
     program = (
         "import io, sys\nsys.stdout = replaced = io.StringIO()\n"

@@ -4,6 +4,8 @@
    written as it is.
 2. What cannot be written (the reader is gone, the disk is full, the terminal hung up) is dropped,
    and the command goes on. :func:`lost_output` says so at its end.
+3. A reader that does not read (a pager, Ctrl-S) is waited for, unless :func:`forgive_lost_output`
+   was called: other ranks wait for this one, and their patience is limited.
 
 The descriptors 1 and 2 are wrapped below Python's buffers, so this holds for ``print``, rich,
 warnings and the interpreter's last flush alike.
@@ -21,6 +23,7 @@ import sys
 from typing import TextIO
 
 ON_ENCODING_ERROR = "vqmoe_readable"
+PATIENCE_SECONDS = 10.0  # with a reader that does not read; much less than collectives have
 _streams: dict[str, _Descriptor] = {}
 
 
@@ -76,6 +79,7 @@ class _Descriptor(io.RawIOBase):
         self.name = name
         self.problem: OSError | None = None
         self.is_needed = True
+        self._has_stalled = False
 
     def fileno(self) -> int:
         return self._number
@@ -87,14 +91,19 @@ class _Descriptor(io.RawIOBase):
         return True
 
     def write(self, data) -> int:
-        while True:
-            try:
-                return os.write(self._number, data)
-            except BlockingIOError:  # somebody made the pipe or terminal non-blocking
-                select.select([], [self._number], [])
-            except OSError as error:
-                self.problem = error
-                return len(data)
+        """Write a part that a ready pipe takes without blocking; the caller asks for the rest."""
+        try:
+            while self._is_ready():
+                with contextlib.suppress(BlockingIOError):  # another process was faster
+                    return os.write(self._number, data[: select.PIPE_BUF])
+        except OSError as error:
+            self.problem = error
+        return len(data)
+
+    def _is_ready(self) -> bool:
+        patience = None if self.is_needed else 0.0 if self._has_stalled else PATIENCE_SECONDS
+        self._has_stalled = not select.select([], [self._number], [], patience)[1]
+        return not self._has_stalled
 
 
 def _text_stream(descriptor: _Descriptor, original: TextIO | None) -> TextIO:
