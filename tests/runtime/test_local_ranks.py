@@ -37,6 +37,8 @@ if deed == "variables":
     sys.exit(0)
 if deed == "hang":
     time.sleep(600)
+if deed == "abort":
+    os.abort()
 if deed == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(int(deed))
@@ -101,6 +103,7 @@ def is_running(pid_file: Path) -> bool:
         (("0", "2"), "2 False rank 1 ended with exit code 2"),
         (("hang", "1"), "1 False rank 1 ended with exit code 1"),
         (("hang", "kill", "hang"), "137 True rank 1 was killed by SIGKILL"),
+        (("hang", "abort"), "134 False rank 1 was killed by SIGABRT"),
     ],
 )
 def test_the_end_names_the_first_rank_that_failed_and_leaves_none_behind(

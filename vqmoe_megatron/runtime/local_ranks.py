@@ -31,7 +31,7 @@ class RanksEnded:
 
     ``code``: 0 or 75 when all ranks ended so, else that of the first rank that ended otherwise
     (128 + signal for a killed rank, as a shell reports it). ``failure``: who and how, or None.
-    ``was_killed``: that rank ended by a signal, so it cannot have reported its own end.
+    ``was_killed``: that rank was ended from outside, so it cannot have reported its own end.
     """
 
     code: int
@@ -135,7 +135,8 @@ def _wait(ranks: list[subprocess.Popen]) -> RanksEnded:
 def _failure(number: int, code: int) -> RanksEnded:
     if code < 0:
         reason = f"rank {number} was killed by {signal.Signals(-code).name}"
-        return RanksEnded(128 - code, reason, was_killed=True)
+        # NCCL's watchdog aborts a rank for the failure of another one, which that one reports.
+        return RanksEnded(128 - code, reason, was_killed=-code != signal.SIGABRT)
     return RanksEnded(code, f"rank {number} ended with exit code {code}")
 
 
