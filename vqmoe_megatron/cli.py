@@ -164,8 +164,9 @@ def pretrain(
 
             code = pretrain_rank(run, variables, device, stop_requests)
         except BaseException as error:  # only of the imports: pretrain_rank records its own ends
-            if is_first:
-                run.run_dir.record_end(variables.rank, error)
+            with contextlib.suppress(OSError, ValueError):  # the error itself says more
+                if is_first:
+                    run.run_dir.record_end(variables.rank, error)
             raise
     raise typer.Exit(code)
 

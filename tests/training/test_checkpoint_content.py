@@ -124,23 +124,25 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("own", [True, False], ids=["own", "checkpoint.load"])
-def test_every_damage_is_one_sentence_before_the_first_write(
-    damage, own, run_dir, small_corpus, tmp_path
-):
+def test_every_damage_is_one_sentence_before_the_first_write(damage, run_dir, small_corpus):
     make, says = DAMAGES[damage]
     make(run_dir / "checkpoints" / NEWEST)
     before = contents(run_dir)
     with pytest.raises(ValueError, match=says) as refused:
-        if own:
-            start(run_dir, small_corpus)
-        else:
-            start(tmp_path / "new", small_corpus, f"checkpoint.load={run_dir}")
-    assert contents(run_dir) == before
-    assert own or contents(tmp_path / "new") == {}
+        start(run_dir, small_corpus)
     with pytest.raises(ValueError) as inspected:
         inspect_checkpoint(run_dir)
     assert str(inspected.value) == str(refused.value)
+    assert contents(run_dir) == before
+
+
+@pytest.mark.parametrize("overrides", [[], ["checkpoint.remap=true", "vq.num_codes=32"]])
+def test_another_runs_damaged_checkpoint_is_no_start(overrides, run_dir, small_corpus, tmp_path):
+    make, says = DAMAGES["data cut"]
+    make(run_dir / "checkpoints" / NEWEST)
+    with pytest.raises(ValueError, match=says):
+        start(tmp_path / "new", small_corpus, f"checkpoint.load={run_dir}", *overrides)
+    assert contents(tmp_path / "new") == {}
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ def test_a_kill_between_naming_a_checkpoint_and_tracking_it_loses_nothing(
     ranks, small_corpus, tmp_path
 ):
     every = [*TINY, "train.train_iters=3", "checkpoint.save_interval=2"]
+    every += ["optimizer.lr_warmup_iters=0"]
     where = [f"data.path={small_corpus}", f"train.output_dir={tmp_path}"]
     ranks(1).run(train_until_killed_before_the_tracker, str(PARITY), [*every, *where])
     checkpoints = tmp_path / "checkpoints"
