@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One rank's process under srun or torchrun: what a stop request must not break on the way.
 #
-# 1. USR1 and TERM reach every process of a step. They are blocked until the training process has
+# 1. USR1, TERM and HUP reach every process of a step. They are blocked until the training process has
 #    its handlers, so that one sent during the slow imports waits instead of killing it.
 # 2. Exit code 75 (saved, start me again) becomes 0: srun --kill-on-bad-exit and torchrun would kill
 #    rank 0 while it still writes its last lines. status.json says what happened.
@@ -13,10 +13,10 @@ if [[ $# -eq 0 || "$1" == "-h" || "$1" == "--help" ]]; then
     [[ $# -gt 0 ]] && exit 0 || exit 2
 fi
 
-trap : USR1 TERM INT
+trap : USR1 TERM INT HUP
 export PET_NODE_RANK=${SLURM_NODEID:-0} # torchrun's --node-rank
 
-block=(env --block-signal=USR1 --block-signal=TERM)
+block=(env --block-signal=USR1 --block-signal=TERM --block-signal=HUP)
 if [[ "${VQMOE_KEEP_SIGNALS:-}" == 1 ]]; then
     block=()
 elif ! "${block[@]}" true 2>/dev/null; then

@@ -65,10 +65,13 @@ if [[ -z "${PYTHON:-}" && ! -x "$python" ]]; then
     echo "torchrun.sh: no .venv in $repository (make setup creates it); using $(command -v python3)" >&2
 fi
 
-# USR1 is handed to the ranks, which save and stop; 600 s is the time they have for it.
+# Handed to the ranks, which save and stop; 600 s is the time they have for it. Under nohup bash finds
+# HUP ignored, and so it stays.
+signals=SIGTERM,SIGINT,SIGUSR1
+[[ -n "$(trap -p HUP)" ]] || signals+=,SIGHUP
 exec "$python" -m torch.distributed.run \
     --nnodes="$nnodes" --nproc-per-node="$nproc_per_node" --node-rank="$node_rank" \
     --master-addr="$master_addr" --master-port="${MASTER_PORT:-29500}" \
     --rdzv-id="${JOB_ID:-${SLURM_JOB_ID:-vqmoe}}" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=600 --max-restarts=0 \
+    --signals-to-handle="$signals" --shutdown-timeout=600 --max-restarts=0 \
     -m vqmoe_megatron.cli pretrain "$recipe" "$@"

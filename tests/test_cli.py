@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from vqmoe_megatron import cli
 from vqmoe_megatron.recipe import load_recipe, save_recipe
 from vqmoe_megatron.runtime import local_ranks
+from vqmoe_megatron.tracking.run_status import read_status, write_status
 
 ROOT = Path(__file__).resolve().parents[1]
 PARITY = str(ROOT / "recipes" / "parity.yaml")
@@ -126,7 +128,12 @@ def test_a_file_in_the_way_of_the_run_directory_is_refused(below, vqmoe, corpus,
 
 @pytest.fixture
 def checkpointed(tmp_path, corpus) -> Path:
-    """A run directory with what the preflight reads of a checkpoint."""
+    """A run directory with what the preflight reads of a checkpoint: one without any tensor."""
+    import torch
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    from vqmoe_megatron.training.checkpoint_content import BACKENDS, FORMAT_VERSION
+
     folder = tmp_path / "run" / "checkpoints" / "iter_0000010"
     folder.mkdir(parents=True)
     recipe = load_recipe(Path(PARITY), ["model.vocab_size=256"])
@@ -136,7 +143,9 @@ def checkpointed(tmp_path, corpus) -> Path:
     sizes |= {"context_parallel_size": 1, "expert_tensor_parallel_size": 1}
     (folder / "layout.json").write_text(json.dumps(sizes | {"sequence_parallel": False}))
     shutil.copyfile(corpus / "corpus.json", folder / "corpus.json")
-    (folder / "metadata.json").write_text("{}")
+    (folder / "metadata.json").write_text(json.dumps(BACKENDS))
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data={})))
+    torch.save({"format_version": FORMAT_VERSION}, folder / "common.pt")
     (folder.parent / "latest_checkpointed_iteration.txt").write_text("10\n")
     return folder
 
@@ -167,6 +176,35 @@ def test_a_damaged_tracker_is_refused(vqmoe, corpus, tmp_path, checkpointed):
 def test_what_fits_the_checkpoint_is_not_refused(vqmoe, corpus, tmp_path, checkpointed):
     with pytest.raises(AssertionError, match="a rank was started"):
         vqmoe(*pretrain(corpus, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [["train.train_iters=9", "optimizer.lr_decay_iters=20"], ["train.seed=99"], ["vq.num_code=8"]],
+)
+def test_a_refusal_leaves_a_completed_run_as_it_is(refused, vqmoe, corpus, tmp_path, checkpointed):
+    run_dir = tmp_path / "run"
+    shutil.copyfile(checkpointed / "run_config.yaml", run_dir / "run_config.yaml")
+    write_status(run_dir, "completed", 10, "all iterations done")
+    before = {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()}
+    code, shown = vqmoe(*pretrain(corpus, tmp_path, *refused))
+    assert code == 2 and "Traceback" not in shown
+    assert {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()} == before
+
+
+def test_ranks_that_refuse_leave_a_completed_run_as_it_is(
+    vqmoe, corpus, tmp_path, checkpointed, monkeypatch
+):
+    write_status(tmp_path / "run", "completed", 10, "all iterations done")
+    before = (tmp_path / "run" / "status.json").read_bytes()
+    ends = [local_ranks.RanksEnded(2, "rank 0 ended with exit code 2")]
+    ends += [local_ranks.RanksEnded(1, "rank 1 ended with exit code 1")]
+    for ended in ends:
+        monkeypatch.setattr(local_ranks, "run_local_ranks", lambda *_, ended=ended: ended)
+        assert (tmp_path / "run" / "status.json").read_bytes() == before
+        assert vqmoe(*pretrain(corpus, tmp_path))[0] == ended.code
+    status = read_status(tmp_path / "run")
+    assert (status.state, status.reason) == ("failed", "rank 1 ended with exit code 1")
 
 
 @pytest.mark.parametrize(
@@ -222,14 +260,42 @@ def test_a_password_in_the_tracking_uri_is_not_shown(vqmoe, corpus, tmp_path):
     assert code == 2 and "MLFLOW_TRACKING_PASSWORD" in shown and "s3cret" not in shown
 
 
-def test_the_real_command_refuses_alike(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "vqmoe_megatron.cli", "pretrain", "no/such.yaml"],
-        capture_output=True,
-        text=True,
+def real_command(*arguments: str, **options) -> subprocess.CompletedProcess:
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, "-m", "vqmoe_megatron.cli", *arguments],
         cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
+        env=kept | options.pop("variables", {}),
+        **options,
     )
+
+
+def test_output_that_is_the_result_must_not_get_lost():
+    with open("/dev/full", "w") as full:
+        done = real_command("--version", stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stderr == b"error: the output could not be written: No space left on device\n"
+    reader, nobody_reads = os.pipe()
+    os.close(reader)
+    done = real_command("--version", stdout=nobody_reads, stderr=subprocess.PIPE)
+    os.close(nobody_reads)
+    assert (done.returncode, done.stderr) == (0, b"")  # as in: vqmoe ... | head
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_name_that_the_output_cannot_hold_ends_no_command(encoding, tmp_path):
+    (tmp_path / "text").write_text("some text\n" * 500)
+    out = tmp_path / "o_日本"
+    arguments = ["prepare", "text", "--input", str(tmp_path / "text"), "--out", str(out)]
+    done = real_command(*arguments, variables={"PYTHONIOENCODING": encoding}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (out / "corpus.json").exists()
+    done = real_command(*arguments, "--tokenizer", "char", variables={"PYTHONIOENCODING": encoding})
+    assert done.returncode == 2
+
+
+def test_the_real_command_refuses_alike(tmp_path):
+    done = real_command("pretrain", "no/such.yaml", capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: recipe no/such.yaml does not exist")
     assert "parity.yaml" in done.stderr

@@ -20,6 +20,11 @@ from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.layout import minimum_world_size
 from vqmoe_megatron.plan_commands import plan
 from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.runtime.standard_streams import (
+    forgive_lost_output,
+    lost_output,
+    protect_standard_streams,
+)
 from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
 from vqmoe_megatron.studies.commands import study_app
 from vqmoe_megatron.tracking.sync_commands import mlflow_sync
@@ -27,6 +32,8 @@ from vqmoe_megatron.training.checkpoint_commands import checkpoint_app
 from vqmoe_megatron.training.export_commands import export
 from vqmoe_megatron.training.preflight_commands import preflight
 
+EXIT_CRASH, EXIT_USAGE = 1, 2
+RESULTS_ARE_FILES = ("prepare", "pretrain", "export", "mlflow-sync")  # not what they print
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
@@ -59,8 +66,11 @@ app.command()(preflight)
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
+    if context.invoked_subcommand in RESULTS_ARE_FILES:
+        forgive_lost_output()
     if version:
         print(__version__)
         raise typer.Exit()
@@ -148,17 +158,22 @@ def pretrain(
         run_dir.create()
     with run_dir.lock(lock_patience_seconds()) if is_first else contextlib.nullcontext():
         run = check_run(config, world_size, device, looks_for_checkpoint=is_first)
-        quiet_known_messages()
-        if device == "cpu":
-            from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat
+        try:
+            quiet_known_messages()
+            if device == "cpu":
+                from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat
 
-            install_cpu_compat()
-        from vqmoe_megatron.runtime.megatron_abilities import require_abilities
-        from vqmoe_megatron.training.pretrain import pretrain as pretrain_rank
+                install_cpu_compat()
+            from vqmoe_megatron.runtime.megatron_abilities import require_abilities
+            from vqmoe_megatron.training.pretrain import pretrain as pretrain_rank
 
-        require_abilities()
-
-        code = pretrain_rank(run, variables, device, stop_requests)
+            require_abilities()
+            code = pretrain_rank(run, variables, device, stop_requests)
+        except BaseException as error:  # only of the imports: pretrain_rank records its own ends
+            with contextlib.suppress(OSError, ValueError):  # the error itself says more
+                if is_first:
+                    run.run_dir.record_end(variables.rank, error)
+            raise
     raise typer.Exit(code)
 
 
@@ -176,7 +191,11 @@ def _start_local_ranks(config: RunConfig, arguments: list[str], world_size: int)
     if ended.failure is not None:
         try:
             with run.run_dir.lock(wait_seconds=0.0):  # taken: the directory is another run's
-                run.run_dir.record_failure(ended.failure, is_first_cause=ended.was_killed)
+                run.run_dir.record_failure(
+                    ended.failure,
+                    is_first_cause=ended.was_killed,
+                    is_refusal=ended.code == EXIT_USAGE,
+                )
         except (OSError, ValueError) as error:
             print(f"the failure was not recorded: {error}", file=sys.stderr)
     return ended.code
@@ -194,12 +213,21 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Run the command line; a refused input is one message on stderr and exit code 2."""
+    """Run the command line; a refused input is one message on stderr and exit code 2.
+
+    A command whose output got lost has failed, unless its results are files.
+    """
+    protect_standard_streams()
     try:
         app()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_USAGE)
+    except SystemExit as ended:
+        if not ended.code and (problem := lost_output()) is not None:
+            print(f"error: the output could not be written: {problem.strerror}", file=sys.stderr)
+            sys.exit(EXIT_CRASH)
+        raise
 
 
 if __name__ == "__main__":

@@ -21,8 +21,12 @@ deed = sys.argv[1:][rank]
 open(f"pid_{rank}", "w").write(str(os.getpid()))
 if deed == "wait":
     received = []
-    signal.signal(signal.SIGTERM, lambda *_: received.append(1))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    stops = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP}
+    assert stops <= signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    for number in stops:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: received.append(1))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
     open(f"ready_{rank}", "w").close()
     while not received:
         time.sleep(0.01)
@@ -33,6 +37,8 @@ if deed == "variables":
     sys.exit(0)
 if deed == "hang":
     time.sleep(600)
+if deed == "abort":
+    os.abort()
 if deed == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(int(deed))
@@ -61,7 +67,7 @@ def start(tmp_path):
     }
     processes = []
 
-    def run(*deeds: str) -> subprocess.Popen:
+    def run(*deeds: str, hang_up: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen:
         processes.append(
             subprocess.Popen(
                 [sys.executable, "driver.py", str(SOURCE), *deeds],
@@ -70,6 +76,7 @@ def start(tmp_path):
                 text=True,
                 cwd=tmp_path,
                 env=environment,
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, hang_up),
             )
         )
         return processes[-1]
@@ -96,6 +103,7 @@ def is_running(pid_file: Path) -> bool:
         (("0", "2"), "2 False rank 1 ended with exit code 2"),
         (("hang", "1"), "1 False rank 1 ended with exit code 1"),
         (("hang", "kill", "hang"), "137 True rank 1 was killed by SIGKILL"),
+        (("hang", "abort"), "134 False rank 1 was killed by SIGABRT"),
     ],
 )
 def test_the_end_names_the_first_rank_that_failed_and_leaves_none_behind(
@@ -108,14 +116,29 @@ def test_the_end_names_the_first_rank_that_failed_and_leaves_none_behind(
     assert not any(is_running(file) for file in tmp_path.glob("pid_*"))
 
 
-def test_a_stop_signal_reaches_every_rank_even_while_it_starts(start, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def test_a_stop_signal_reaches_every_rank_even_while_it_starts(number, start, tmp_path):
     process = start("wait", "wait")
     while not (tmp_path / "pid_0").exists():  # rank 1 may still be starting
         time.sleep(0.001)
     for _ in range(2):
-        process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=20)
+        process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
     assert (output.strip(), errors) == ("75 False None", "")
+
+
+def test_under_nohup_a_hang_up_stops_no_rank(start, tmp_path):
+    process = start("wait", "wait", hang_up=signal.SIG_IGN)
+    while len(list(tmp_path.glob("ready_*"))) < 2:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGHUP)
+    for file in tmp_path.glob("pid_*"):
+        os.kill(int(file.read_text()), signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert output.strip() == "75 False None"
 
 
 def test_ranks_get_torchruns_variables_and_their_starter(start, tmp_path):

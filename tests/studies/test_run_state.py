@@ -48,8 +48,9 @@ def test_by_status(status, iteration, expected, run) -> None:
     assert state.is_finished == (expected == "finished")
 
 
-def test_a_held_lock_means_running(run) -> None:
-    write_status(run.run_dir, "running", 2, "training")
+@pytest.mark.parametrize(("status", "without"), [("running", "lost"), ("completed", "stopped")])
+def test_a_held_lock_means_running(status, without, run) -> None:
+    write_status(run.run_dir, status, 2, "training")
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD_LOCK, str(run.run_dir)], stdout=subprocess.PIPE, text=True
     )
@@ -59,7 +60,7 @@ def test_a_held_lock_means_running(run) -> None:
     finally:
         holder.kill()
         holder.communicate()
-    assert run_state(run).state == "lost"
+    assert run_state(run).state == without
 
 
 def test_the_queue_outranks_an_old_failure_but_not_the_end(run) -> None:

@@ -52,6 +52,41 @@ def test_a_damaged_tracker_is_refused_with_what_is_there(tmp_path, content):
         find_checkpoint(tmp_path)
 
 
+def test_a_missing_tracker_is_refused_unless_its_next_one_was_about_to_be_named(tmp_path):
+    newest = write_checkpoint(tmp_path, 100)
+    write_checkpoint(tmp_path, 50)
+    tracker = newest.with_name("latest_checkpointed_iteration.txt")
+    tracker.unlink()
+    said = f"{tracker.name} is missing beside iter_0000050, iter_0000100; write the iteration"
+    with pytest.raises(ValueError, match=said):
+        find_checkpoint(tmp_path)
+    following = tracker.with_name(f"{tracker.name}.tmp")
+    for content in ("70\n", "", "half of it"):  # of a save that never got as far as a name
+        following.write_text(content)
+        with pytest.raises(ValueError, match=said):
+            find_checkpoint(tmp_path)
+    following.write_text("100\n")
+    assert find_checkpoint(tmp_path) == newest
+    (newest / "metadata.json").unlink()
+    with pytest.raises(ValueError, match="complete one into .*: iter_0000050"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_folder_without_its_description_is_no_empty_place(tmp_path):
+    (write_checkpoint(tmp_path, 100) / "metadata.json").unlink()
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").unlink()
+    with pytest.raises(ValueError, match="none is left, so remove the file and every iter_ folder"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_tracker_that_is_no_file_is_refused(tmp_path):
+    tracker = write_checkpoint(tmp_path, 100).with_name("latest_checkpointed_iteration.txt")
+    tracker.unlink()
+    tracker.mkdir()
+    with pytest.raises(ValueError, match="latest_checkpointed_iteration.txt cannot be read"):
+        find_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 from small_run import PARITY, TINY, layout_overrides, run_on
-from troubled_run import train_on_a_full_disk, train_with_a_small_file_limit
+from troubled_run import (
+    train_on_a_full_disk,
+    train_until_killed_before_the_tracker,
+    train_with_a_small_file_limit,
+)
 
 from vqmoe_megatron.training.checkpoint_folder import complete_checkpoints, find_checkpoint
 
@@ -74,6 +78,22 @@ def test_a_last_save_that_fails_is_an_error_on_every_rank(ranks, small_corpus, t
     for result in results:
         assert "the checkpoint of iteration 2 was not written" in result["error"]
     assert find_checkpoint(tmp_path).name == "iter_0000001"
+
+
+def test_a_kill_between_naming_a_checkpoint_and_tracking_it_loses_nothing(
+    ranks, small_corpus, tmp_path
+):
+    every = [*TINY, "train.train_iters=3", "checkpoint.save_interval=2"]
+    every += ["optimizer.lr_warmup_iters=0"]
+    where = [f"data.path={small_corpus}", f"train.output_dir={tmp_path}"]
+    ranks(1).run(train_until_killed_before_the_tracker, str(PARITY), [*every, *where])
+    checkpoints = tmp_path / "checkpoints"
+    assert not (checkpoints / "latest_checkpointed_iteration.txt").exists()
+    assert find_checkpoint(tmp_path) == checkpoints / "iter_0000002"
+    again = run_on(ranks(1), small_corpus, tmp_path, every, {})
+    assert list(curve(again)) == [3]
+    assert find_checkpoint(tmp_path).name == "iter_0000003"
+    assert not (checkpoints / "latest_checkpointed_iteration.txt.tmp").exists()
 
 
 def test_too_little_room_is_noticed_before_anything_is_written(ranks, small_corpus, tmp_path):

@@ -57,7 +57,11 @@ def test_an_attempt_killed_before_its_first_save_is_the_same_run(start, runs_dir
     assert tags["attempt"] == "2" and tags["attempt/01/world_size"] == "1"
     assert tags["attempt/02/repeats"].startswith("iterations 1 to 1 are trained again")
 
-    fresh = start()  # its checkpoints are gone, or it never had any: begun anew on purpose
+    with pytest.raises(ValueError, match="says completed at iteration 2, but .* no checkpoint"):
+        start()
+    for name in ("status.json", "metrics.jsonl", "system_metrics.jsonl"):
+        (again.run_dir.path / name).unlink()
+    fresh = start()  # begun anew on purpose
     assert fresh.tracker.run_id != run_id
     fresh.finish("completed", 0, "enough")
 
@@ -122,6 +126,15 @@ def test_system_metrics_can_be_switched_off(start):
     assert report.system_metrics is None
     assert (report.run_dir.path / "system_metrics.jsonl").read_text() == ""
     report.finish("requeue", 1, "signal")
+
+
+def test_a_failed_run_keeps_the_cause_that_another_rank_recorded_meanwhile(start):
+    report = start("tracking.mlflow=false")
+    lost = "rank 0: RuntimeError: Connection closed by peer"
+    report.run_dir.record_failure(lost)
+    report.tracker.finish = lambda *_: report.run_dir.record_failure("rank 1: KeyError: 'cause'")
+    report.finish("failed", 0, lost)
+    assert read_status(report.run_dir.path).reason == "rank 1: KeyError: 'cause'"
 
 
 def test_a_plot_that_fails_does_not_cost_the_state(start, monkeypatch, capsys):

@@ -24,6 +24,7 @@ from vqmoe_megatron.training.stop_requests import (
 @pytest.fixture(autouse=True)
 def _handlers():
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whether or not these tests run under nohup
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -52,6 +53,16 @@ def test_a_signal_sent_before_the_handlers_is_kept():
     # A process of its own: in this one, a thread that does not block the signal would receive it.
     result = subprocess.run([sys.executable, "-c", EARLY_SIGNAL], capture_output=True, text=True)
     assert (result.returncode, result.stdout.strip()) == (0, "True"), result.stderr
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    requests = StopRequests({})
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert requests.current() == NO_REQUEST
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert requests.current() == SIGNAL
 
 
 ENDING = """

@@ -59,17 +59,42 @@ def train_with_a_small_file_limit(recipe: str, overrides: list[str], limited: in
         trainer.CheckpointSaver.save = original
 
 
-def train_on_a_full_disk(recipe: str, overrides: list[str]) -> dict:
-    """As ``train_here``, where a save must leave more room free than any disk has."""
+def train_until_killed_before_the_tracker(recipe: str, overrides: list[str]) -> None:
+    """As ``train_here``, killed when the first checkpoint has its name and the tracker has not."""
     from vqmoe_megatron.training import checkpoint_saver
 
-    checkpoint_saver.MINIMUM_FREE_BYTES, before = 2**60, checkpoint_saver.MINIMUM_FREE_BYTES
+    class Killed(BaseException):
+        pass
+
+    original = checkpoint_saver.os.replace
+
+    def replace(source, target):
+        if Path(target).name == checkpoint_saver.TRACKER_FILE:
+            raise Killed
+        original(source, target)
+
+    checkpoint_saver.os.replace = replace
+    try:
+        train_here(recipe, overrides)
+    except Killed:
+        return
+    finally:
+        checkpoint_saver.os.replace = original
+    raise AssertionError("there was no tracker to write")
+
+
+def train_on_a_full_disk(recipe: str, overrides: list[str]) -> dict:
+    """As ``train_here``, where every save is larger than any disk."""
+    from vqmoe_megatron.training import checkpoint_saver
+
+    original = checkpoint_saver.missing_room
+    checkpoint_saver.missing_room = lambda run_dir, num_bytes: original(run_dir, 2**60)
     try:
         return train_here(recipe, overrides)
     except OSError as error:
         return {"error": str(error)}
     finally:
-        checkpoint_saver.MINIMUM_FREE_BYTES = before
+        checkpoint_saver.missing_room = original
 
 
 def train_with_uneven_masks(recipe: str, overrides: list[str]) -> dict:
@@ -118,3 +143,18 @@ def train_behind_a_bad_batch(recipe: str, overrides: list[str], passed_over: int
         return train_here(recipe, overrides)
     finally:
         trainer.Trainer.resume = original
+
+
+def refusal_of_resuming(recipe: str, overrides: list[str]) -> str:
+    """What the trainer says when it cannot load the checkpoint."""
+    from vqmoe_megatron.recipe import load_recipe
+    from vqmoe_megatron.training.preflight import check_run
+    from vqmoe_megatron.training.stop_requests import StopRequests
+    from vqmoe_megatron.training.trainer import Trainer
+
+    run = check_run(load_recipe(Path(recipe), overrides), 1, "cpu")
+    try:
+        Trainer(run, StopRequests({})).resume()
+    except ValueError as error:
+        return str(error)
+    return "it was loaded"

@@ -21,7 +21,7 @@ from types import FrameType
 GRACE_SECONDS = 10.0  # for the other ranks to report after one died
 POLL_SECONDS = 0.1
 TELL_SECONDS = 5.0  # after the first rank stopped on request; the others are then ending too
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 STARTER_VARIABLE = "VQMOE_STARTER_PID"
 
 
@@ -31,12 +31,18 @@ class RanksEnded:
 
     ``code``: 0 or 75 when all ranks ended so, else that of the first rank that ended otherwise
     (128 + signal for a killed rank, as a shell reports it). ``failure``: who and how, or None.
-    ``was_killed``: that rank ended by a signal, so it cannot have reported its own end.
+    ``was_killed``: that rank was ended from outside, so it cannot have reported its own end.
     """
 
     code: int
     failure: str | None = None
     was_killed: bool = False
+
+
+def stop_signals_to_handle() -> tuple[signal.Signals, ...]:
+    """Return the stop signals without a SIGHUP that is ignored: ``nohup`` wants it to stay so."""
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return tuple(number for number in STOP_SIGNALS if number != signal.SIGHUP or not is_ignored)
 
 
 def threads_per_rank(num_ranks: int) -> int:
@@ -63,7 +69,7 @@ def run_local_ranks(arguments: list[str], num_ranks: int) -> RanksEnded:
             if rank.poll() is None:
                 rank.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    previous = {number: signal.signal(number, forward) for number in stop_signals_to_handle()}
     # Blocked, a signal waits: here until all ranks are there to be told, and in a rank, which
     # inherits the mask, until it can handle one. Otherwise a rank still importing would just die.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -129,7 +135,8 @@ def _wait(ranks: list[subprocess.Popen]) -> RanksEnded:
 def _failure(number: int, code: int) -> RanksEnded:
     if code < 0:
         reason = f"rank {number} was killed by {signal.Signals(-code).name}"
-        return RanksEnded(128 - code, reason, was_killed=True)
+        # NCCL's watchdog aborts a rank for the failure of another one, which that one reports.
+        return RanksEnded(128 - code, reason, was_killed=-code != signal.SIGABRT)
     return RanksEnded(code, f"rank {number} ended with exit code {code}")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vqmoe_megatron.runtime.standard_streams import forgive_lost_output, print_path
 from vqmoe_megatron.studies.report_command import report
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def run(
     from vqmoe_megatron.studies.study_table import counts, study_console
     from vqmoe_megatron.studies.study_task import check_no_world
 
+    forgive_lost_output()  # the runs' directories are the results
     check_no_world()
     loaded = load_study(study)
     chosen = loaded.select(only or [])
@@ -112,7 +114,7 @@ def run_path(study: StudyPath, index: Index) -> None:
     """
     from vqmoe_megatron.studies.study import load_study_run
 
-    print(load_study_run(study, index).runs[index].run_dir)
+    print_path(load_study_run(study, index).runs[index].run_dir)
 
 
 @study_app.command()

@@ -1,8 +1,8 @@
 """Running a study on this machine: one process per run, so many at a time.
 
-A stop signal (Ctrl-C, SIGTERM, SIGUSR1) is passed on to the runs, which save and end; nothing new
-is started. A run that fails does not stop the others. When this process is killed hard, the kernel
-tells its runs.
+A stop signal (Ctrl-C, SIGTERM, SIGUSR1, a lost terminal) is passed on to the runs, which save and
+end; nothing new is started. A run that fails does not stop the others. When this process is killed
+hard, the kernel tells its runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from vqmoe_megatron.runtime.local_ranks import STOP_SIGNALS
+from vqmoe_megatron.runtime.local_ranks import STOP_SIGNALS, stop_signals_to_handle
 from vqmoe_megatron.studies.local_display import LocalDisplay
 from vqmoe_megatron.studies.planned_run import PlannedRun
 from vqmoe_megatron.studies.run_state import RunState, run_state
@@ -106,7 +106,9 @@ class LocalStudy:
 
     @contextmanager
     def _forwarded_signals(self) -> Iterator[None]:
-        previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        previous = {
+            number: signal.signal(number, self._on_signal) for number in stop_signals_to_handle()
+        }
         try:
             yield
         finally:

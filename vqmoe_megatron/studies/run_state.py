@@ -61,8 +61,10 @@ def run_state(run: PlannedRun, slurm: str = "", is_alive: bool = False) -> RunSt
     reason = status.reason if status is not None else ""
     if status is None:
         state = "waiting"
-    elif status.state == "completed":
-        state = "finished" if status.iteration >= train_iters else "stopped"
+    elif status.state == "completed" and status.iteration >= train_iters:
+        state = "finished"
+    elif status.state == "completed":  # and stays so until a next attempt's ranks have started
+        state = "running" if is_locked(run.run_dir) else "stopped"
     elif status.state == "failed":
         state = "failed"
     elif status.state == "requeue":

@@ -8,12 +8,20 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from uuid import uuid4
 
 STATUS_FILE = "status.json"
 LOCK_FILE = ".lock"  # held by rank 0 of a run for its life
+# What a rank says when another one, or the connection to it, is gone: not a cause. The first two
+# lines are those of launchers/requeue_guard.sh.
+LOST_PEER = re.compile(
+    "DistBackendError|DistNetworkError|DistStoreError|Connection (closed|reset|refused)"
+    "|Broken pipe|Timed out waiting|pair closure|No route to host"
+    "|another rank could not write its part"
+)
 STATES = ("running", "completed", "requeue", "failed")
 
 
@@ -72,13 +80,15 @@ def _slurm_job() -> str | None:
 def read_status(run_dir: str | Path) -> RunStatus | None:
     """Return the status of a run directory, ``None`` when none was ever written.
 
-    ``ValueError`` when the file exists but is not a status.
+    ``ValueError`` when the file exists but cannot be read or is not a status.
     """
     path = Path(run_dir) / STATUS_FILE
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     try:
         return RunStatus(**json.loads(text))
     except (ValueError, TypeError) as error:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from vqmoe_megatron.training.checkpoint import Progress
+from vqmoe_megatron.training.checkpoint_folder import iteration_of
 
 MAX_ROLLBACKS = 3  # to one checkpoint; then the trouble is in it, or before it
 
@@ -59,7 +60,7 @@ def check_rollback(bad: BadBatch, folder: Path | None, num_rollbacks: dict[int, 
         raise FloatingPointError(
             f"{bad.text}; train.nan_policy=rollback, but there is no checkpoint yet"
         )
-    iteration = int(folder.name.removeprefix("iter_"))
+    iteration = iteration_of(folder)
     num_rollbacks[iteration] = num_rollbacks.get(iteration, 0) + 1
     if num_rollbacks[iteration] > MAX_ROLLBACKS:
         raise FloatingPointError(f"{bad.text}; went back to {folder} {MAX_ROLLBACKS} times before")

@@ -19,6 +19,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 
+from vqmoe_megatron.training.checkpoint_content import FORMAT_VERSION
 from vqmoe_megatron.training.optimizer_state import (
     OPTIMIZER_METADATA,
     as_stored,
@@ -29,8 +30,6 @@ from vqmoe_megatron.training.optimizer_state import (
     restore_adam_steps,
 )
 from vqmoe_megatron.training.random_state import restore_random_states, sharded_random_states
-
-FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -82,15 +81,8 @@ def load_checkpoint(folder: Path, state: TrainingState, has_same_layout: bool) -
 
     Communicates over the world; all ranks call it together.
 
-    Raises:
-        ValueError: when the folder is of another format version.
+    The preflight has found the folder whole and of this release's format.
     """
-    common = dist_checkpointing.load_common_state_dict(str(folder))
-    if common.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} has checkpoint format {common.get('format_version')}, this release reads "
-            f"{FORMAT_VERSION}"
-        )
     prepare_for_loading(state.optimizer)
     with torch.no_grad():
         models = _model_state(state)

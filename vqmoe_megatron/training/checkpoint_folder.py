@@ -18,6 +18,8 @@ from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.recipe import load_recipe
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
+NEXT_TRACKER_FILE = f"{TRACKER_FILE}.tmp"  # written before a checkpoint gets its name
+FORMAT_FILE = "metadata.json"  # Megatron's; the last file that is written
 CONFIG_FILE = "run_config.yaml"
 LAYOUT_FILE = "layout.json"
 CORPUS_COPY = "corpus.json"
@@ -42,37 +44,71 @@ def find_checkpoint(path: Path) -> Path | None:
 
     None when there is no complete checkpoint.
 
+    A kill between naming a checkpoint and naming it in the tracker leaves the next tracker beside
+    it, which then counts.
+
     Raises:
-        ValueError: when the tracker is damaged or names a folder that is not there.
+        ValueError: when the tracker is damaged, names a folder that is not there, or is missing
+            beside checkpoints.
     """
     if FOLDER_PATTERN.match(path.name):
-        return path if (path / "metadata.json").exists() else None
+        return path if (path / FORMAT_FILE).exists() else None
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    tracker = folder / TRACKER_FILE
+    tracker, next_tracker = folder / TRACKER_FILE, folder / NEXT_TRACKER_FILE
+    complete = complete_checkpoints(folder)
     if not tracker.exists():
-        return None
-    text = tracker.read_bytes()[:80].decode(errors="replace").strip()
+        named = _tracked_folder(next_tracker) if next_tracker.is_file() else None
+        if named in complete:
+            return folder / str(named)
+        if not _checkpoint_names(folder):
+            return None
     advice = (
         f"write the iteration of a complete one into {tracker.name}: "
-        f"{', '.join(complete_checkpoints(folder)) or 'none is left, so remove the file'}"
+        f"{', '.join(complete) or 'none is left, so remove the file and every iter_ folder'}"
     )
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"{tracker} holds {text!r} instead of an iteration number; {advice}")
-    found = folder / f"iter_{int(text):07d}"
-    if not (found / "metadata.json").exists():
+    if not tracker.exists():
         raise ValueError(
-            f"{tracker} names {found.name}, but that checkpoint is missing or incomplete; {advice}"
+            f"{tracker} is missing beside {', '.join(_checkpoint_names(folder))}; {advice}"
         )
-    return found
+    named = _tracked_folder(tracker)
+    if named is None:
+        text = _first_text(tracker)
+        raise ValueError(f"{tracker} holds {text!r} instead of an iteration number; {advice}")
+    if named not in complete:
+        raise ValueError(
+            f"{tracker} names {named}, but that checkpoint is missing or incomplete; {advice}"
+        )
+    return folder / named
 
 
 def complete_checkpoints(folder: Path) -> list[str]:
     """Return the names of the complete checkpoints in ``folder``, oldest first."""
-    return sorted(
-        entry.name
-        for entry in folder.iterdir()
-        if FOLDER_PATTERN.match(entry.name) and (entry / "metadata.json").exists()
-    )
+    return [name for name in _checkpoint_names(folder) if (folder / name / FORMAT_FILE).exists()]
+
+
+def iteration_of(folder: Path) -> int:
+    """Return the iteration of an ``iter_`` folder, by its name."""
+    return int(folder.name.removeprefix("iter_"))
+
+
+def _checkpoint_names(folder: Path) -> list[str]:
+    """Every ``iter_`` folder, complete or not; none where there is no folder to look into."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in folder.iterdir() if FOLDER_PATTERN.match(entry.name))
+
+
+def _tracked_folder(tracker: Path) -> str | None:
+    """The folder that a tracker file names; None when it holds no number."""
+    text = _first_text(tracker)
+    return f"iter_{int(text):07d}" if text.isascii() and text.isdigit() else None
+
+
+def _first_text(tracker: Path) -> str:
+    try:
+        return tracker.read_bytes()[:80].decode(errors="replace").strip()
+    except OSError as error:
+        raise ValueError(f"{tracker} cannot be read: {error.strerror}") from error
 
 
 def stored_tokenizer(folder: Path) -> dict[str, Any]:
@@ -101,13 +137,21 @@ def has_same_layout(folder: Path, layout: ParallelLayout) -> bool:
     return written_at(folder) == asdict(layout)
 
 
+def fixed_differences(stored: RunConfig, config: RunConfig) -> dict[str, tuple[object, object]]:
+    """Return the settings that make another model, data order or schedule: name -> both values.
+
+    Both with ``model.vocab_size`` filled in. Where and how a run computes does not matter.
+    """
+    theirs, ours = _fixed_settings(stored), _fixed_settings(config)
+    return {name: (theirs[name], ours[name]) for name in ours if ours[name] != theirs[name]}
+
+
 def check_resumable(folder: Path, config: RunConfig) -> None:
     """Raise ``ValueError`` when the checkpoint belongs to another model, data order or schedule.
 
     The layout may be another one. ``config`` with ``model.vocab_size`` filled in.
     """
-    ours, theirs = _fixed_settings(config), _fixed_settings(load_recipe(folder / CONFIG_FILE, []))
-    differences = [name for name, value in ours.items() if value != theirs[name]]
+    differences = fixed_differences(load_recipe(folder / CONFIG_FILE, []), config)
     if not differences:
         return
     advice = "set these back, or start in another train.output_dir"
@@ -117,7 +161,8 @@ def check_resumable(folder: Path, config: RunConfig) -> None:
             f"train.output_dir with checkpoint.load={folder} checkpoint.remap=true"
         )
     listed = "\n  ".join(
-        f"{name}: checkpoint {theirs[name]!r}, recipe {ours[name]!r}" for name in differences
+        f"{name}: checkpoint {theirs!r}, recipe {ours!r}"
+        for name, (theirs, ours) in differences.items()
     )
     raise ValueError(
         f"{folder} cannot be resumed with this recipe:\n  {listed}\na checkpoint goes on with the "

@@ -10,34 +10,20 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.training.checkpoint_content import read_content
 from vqmoe_megatron.training.checkpoint_folder import (
     CONFIG_FILE,
-    CORPUS_COPY,
     FOLDER_PATTERN,
-    LAYOUT_FILE,
     complete_checkpoints,
     find_checkpoint,
-    read_json_object,
 )
-from vqmoe_megatron.training.checkpoint_metadata import (
-    INDEX_FILE,
-    StoredTensor,
-    read_stored_content,
-)
+from vqmoe_megatron.training.checkpoint_metadata import StoredTensor
 
 USAGE = "give a run directory, its checkpoints folder, or one iter_ folder"
-COMMON_FILE = "common.pt"  # Megatron's file of plain values
-NEEDED_FILES = (CONFIG_FILE, LAYOUT_FILE, CORPUS_COPY, INDEX_FILE, COMMON_FILE)
 MODEL_FIELDS = (
     "num_layers",
     "hidden_size",
@@ -145,10 +131,8 @@ def inspect_checkpoint(path: Path) -> CheckpointContents:
             the file and what to do.
     """
     folder = _find(Path(os.path.abspath(path)))
-    config = load_recipe(folder / CONFIG_FILE, [])
-    stored = read_stored_content(folder)
-    common = _plain_values(folder / COMMON_FILE)
-    corpus = read_json_object(folder / CORPUS_COPY)
+    content = read_content(folder)
+    config, stored, common, corpus = content.config, content.stored, content.common, content.corpus
     groups = _groups(stored.tensors)
     return CheckpointContents(
         folder=str(folder),
@@ -157,7 +141,7 @@ def inspect_checkpoint(path: Path) -> CheckpointContents:
         progress=common.get("progress"),
         model={name: getattr(config.model, name) for name in MODEL_FIELDS},
         vq={name: getattr(config.vq, name) for name in VQ_FIELDS},
-        layout=_layout(folder / LAYOUT_FILE),
+        layout=asdict(content.layout) | {"data_parallel_size": content.layout.data_parallel_size},
         corpus=str(corpus.get("corpus")),
         tokenizer=dict(corpus.get("tokenizer") or {}),
         recipe_sha256=hashlib.sha256((folder / CONFIG_FILE).read_bytes()).hexdigest(),
@@ -216,12 +200,6 @@ def _find(path: Path) -> Path:
             )
         checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         raise ValueError(f"{path} names no checkpoint; {_choice(checkpoints)}")
-    missing = [name for name in NEEDED_FILES if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"{folder} lacks {', '.join(missing)}: it is damaged, or no checkpoint of vqmoe; "
-            "copy it again with all its files, or inspect another one"
-        )
     return folder
 
 
@@ -230,28 +208,6 @@ def _choice(checkpoints: Path) -> str:
     if not names:
         return f"no complete one is in {checkpoints}; {USAGE}"
     return f"complete ones in {checkpoints}: {', '.join(names)}; give one of them"
-
-
-def _plain_values(path: Path) -> dict[str, Any]:
-    """Megatron's common values; empty when they hold more than plain data."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"damaged checkpoint: {path} is not a file of torch; use another one")
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        return {}
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"damaged checkpoint: {path} cannot be read: {error}") from error
-    return values if isinstance(values, dict) else {}
-
-
-def _layout(path: Path) -> dict[str, Any]:
-    content = read_json_object(path)
-    try:
-        layout = ParallelLayout(**content)
-        return content | {"data_parallel_size": layout.data_parallel_size}
-    except (TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"damaged checkpoint: {path} describes no layout: {error}") from error
 
 
 def _disk_bytes(folder: Path) -> int:

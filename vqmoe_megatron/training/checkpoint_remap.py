@@ -29,7 +29,6 @@ from megatron.core.dist_checkpointing.mapping import (
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.recipe import load_recipe
-from vqmoe_megatron.training.checkpoint import FORMAT_VERSION
 from vqmoe_megatron.training.checkpoint_folder import CONFIG_FILE
 from vqmoe_megatron.training.checkpoint_remap_rules import check_remap
 from vqmoe_megatron.vq.codebook import Codebook
@@ -53,7 +52,7 @@ def load_remapped(
     (``optimizer.reload_model_params()``).
 
     Args:
-        folder: a complete ``iter_`` folder, of any layout.
+        folder: an ``iter_`` folder that the preflight found whole, of any layout.
         model: this rank's chunks in Megatron's DDP, built for ``config`` at any layout.
         config: the new run's, with ``model.vocab_size`` filled in.
         report: told in sentences what changes; called on every rank.
@@ -61,16 +60,10 @@ def load_remapped(
     Communicates over the world; all ranks call it together.
 
     Raises:
-        ValueError: on all ranks alike, for what cannot be remapped, by setting or by tensor, and
-            for another checkpoint format.
+        ValueError: on all ranks alike, for what cannot be remapped, by setting or by tensor.
     """
     stored_config = load_recipe(folder / CONFIG_FILE, [])
     sentences = check_remap(stored_config, config)
-    version = dist_checkpointing.load_common_state_dict(str(folder)).get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} has checkpoint format {version}, this release reads {FORMAT_VERSION}"
-        )
     reader = _RemappingReader(folder, stored_config, config)
     with torch.no_grad():
         asked = {

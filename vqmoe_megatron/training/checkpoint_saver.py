@@ -39,11 +39,13 @@ from vqmoe_megatron.training.checkpoint_folder import (
     CONFIG_FILE,
     CORPUS_COPY,
     LAYOUT_FILE,
+    NEXT_TRACKER_FILE,
     TRACKER_FILE,
     complete_checkpoints,
 )
+from vqmoe_megatron.training.checkpoint_room import missing_room
 from vqmoe_megatron.training.checkpoint_writer import write_buckets
-from vqmoe_megatron.training.preflight import MINIMUM_FREE_BYTES, CheckedRun
+from vqmoe_megatron.training.preflight import CheckedRun
 from vqmoe_megatron.training.stale_parameters import gather_parameters
 
 POLL_SECONDS = 0.05
@@ -144,7 +146,7 @@ class CheckpointSaver:
             detail = "a writer process ended without a result; was it killed?"
         if torch.distributed.get_rank() == 0:
             shutil.rmtree(save.partial, ignore_errors=True)
-        free_bytes = shutil.disk_usage(self.run.run_dir.path).free
+        free_bytes = self.run.run_dir.checkpoints_free_bytes()
         return SaveFailed(
             f"the checkpoint of iteration {save.iteration} was not written: {detail} "
             f"({free_bytes / 1e9:.2f} GB free)"
@@ -176,13 +178,9 @@ class CheckpointSaver:
         for abandoned in checkpoints.glob("iter_*.incomplete"):
             # A writer process of a killed attempt may still be adding to it: the next save's turn.
             shutil.rmtree(abandoned, ignore_errors=True)
-        free_bytes = shutil.disk_usage(self.run.run_dir.path).free
-        needed_bytes = num_bytes + MINIMUM_FREE_BYTES
-        if free_bytes < needed_bytes:
-            raise OSError(
-                f"it needs {needed_bytes / 1e9:.2f} GB and {checkpoints} has "
-                f"{free_bytes / 1e9:.2f} GB free; free some, or lower checkpoint.keep_last"
-            )
+        problem = missing_room(self.run.run_dir, num_bytes)
+        if problem is not None:
+            raise OSError(problem)
 
     def _publish(self, save: _Save) -> None:
         """Let the first rank name the folder; all ranks learn how it went."""
@@ -205,11 +203,14 @@ class CheckpointSaver:
         layout = json.dumps(asdict(self.run.layout), indent=2)
         (save.partial / LAYOUT_FILE).write_text(layout + "\n")
         _sync_files(save.partial)
+        # Ready before the folder has its name: between the two renames it says that this counts.
+        next_tracker = checkpoints / NEXT_TRACKER_FILE
+        _write(next_tracker, f"{save.iteration}\n")
         replaced = folder.with_name(f"{folder.name}.replaced.incomplete")
         if folder.exists():  # of a later attempt that the tracker was set back from
             os.rename(folder, replaced)
         os.replace(save.partial, folder)
-        _write_atomically(checkpoints / TRACKER_FILE, f"{save.iteration}\n")
+        os.replace(next_tracker, checkpoints / TRACKER_FILE)
         shutil.rmtree(replaced, ignore_errors=True)
         names = [name for name in complete_checkpoints(checkpoints) if name <= folder.name]
         for old in names[: -self.run.config.checkpoint.keep_last]:
@@ -243,10 +244,8 @@ def _sync_files(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w") as file:
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,20 +12,19 @@ from vqmoe_megatron.data.corpus import Corpus, check_tokenizer, load_corpus
 from vqmoe_megatron.data.sample_order import check_cache_dir, order_name
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
 from vqmoe_megatron.recipe import load_recipe
-from vqmoe_megatron.tracking.run_status import read_status
+from vqmoe_megatron.training.checkpoint_content import check_format_version, read_content
 from vqmoe_megatron.training.checkpoint_folder import (
     CONFIG_FILE,
     CORPUS_COPY,
-    LAYOUT_FILE,
     check_resumable,
     find_checkpoint,
+    iteration_of,
     stored_tokenizer,
-    written_at,
 )
 from vqmoe_megatron.training.checkpoint_remap_rules import check_remap
+from vqmoe_megatron.training.checkpoint_room import check_checkpoint_room, check_some_room
 from vqmoe_megatron.training.run_directory import RunDirectory
-
-MINIMUM_FREE_BYTES = 64 * 1024**2  # less than this and not even logs and a small checkpoint fit
+from vqmoe_megatron.training.run_records import check_records
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def check_run(
     Hold the run directory's lock when it matters which checkpoint is found: an earlier attempt may
     still be saving. Ranks other than the first do not look; the first tells them.
 
-    No communication; imports neither torch.distributed nor Megatron.
+    No communication; does not import Megatron.
 
     Raises:
         ValueError: for whatever is wrong, with what to do about it.
@@ -61,30 +59,19 @@ def check_run(
     if config.model.vocab_size is None:
         model = dataclasses.replace(config.model, vocab_size=corpus.vocab_size)
         config = dataclasses.replace(config, model=model)
-    corpus.split("train")
-    if config.train.eval_iters:
-        corpus.split(config.data.eval_split)
+    _check_enough_text(config, corpus)
     run_dir = RunDirectory(Path(config.train.output_dir))
     run_dir.create()
     if config.data.cache_dir is not None:
         num_samples = config.train.train_iters * config.train.global_batch_size
         name = order_name(corpus, config.model.seq_length, num_samples, config.train.seed)
         check_cache_dir(config.data.cache_dir, name)
-    free_bytes = shutil.disk_usage(run_dir.path).free
-    if free_bytes < MINIMUM_FREE_BYTES:
-        raise ValueError(
-            f"train.output_dir={run_dir.path} has {free_bytes / 1024**2:.0f} MiB free, less than "
-            f"{MINIMUM_FREE_BYTES / 1024**2:.0f} MiB; free some or choose another directory"
-        )
+    check_some_room(run_dir)
     folder, is_own = None, True
     if looks_for_checkpoint:
         folder, is_own = _checkpoint_to_load(config, run_dir)
     if folder is not None:
-        if not (folder / LAYOUT_FILE).exists():
-            raise ValueError(
-                f"{folder} is no checkpoint of vqmoe: it has no {LAYOUT_FILE}; checkpoints of "
-                "other programs cannot be loaded"
-            )
+        check_format_version(folder, read_content(folder))
         check_tokenizer(corpus, config.model.vocab_size, stored_tokenizer(folder))
     # A remapped run that has saved is a run like any other, and goes on from its own checkpoints.
     if folder is not None and config.checkpoint.remap and not is_own:
@@ -95,10 +82,29 @@ def check_run(
     if resume_from is not None:
         check_resumable(resume_from, config)
         _check_same_data_order(resume_from, config, corpus)
-        written_at(resume_from)
+        _check_length(resume_from, config)
         _check_same_corpus(resume_from, corpus)
-    read_status(run_dir.path)  # a damaged one is refused here, not in the ranks
+    if looks_for_checkpoint:
+        own = folder if is_own else None
+        start_iteration = iteration_of(resume_from) if resume_from else 0
+        check_records(run_dir, config, own, start_iteration)
+        if start_iteration < config.train.train_iters:  # else nothing is left to save
+            check_checkpoint_room(config, run_dir)
     return CheckedRun(config, layout, corpus, run_dir, resume_from, is_own, remap_from)
+
+
+def _check_enough_text(config: RunConfig, corpus: Corpus) -> None:
+    """Refuse splits that are missing or hold less than one sample, or one scored token."""
+    needed = {"train": config.model.seq_length + 1}
+    if config.train.eval_iters:
+        needed[config.data.eval_split] = 2
+    for name, num_tokens in needed.items():
+        found = corpus.split(name).num_tokens
+        if found < num_tokens:
+            raise ValueError(
+                f"split {name} of {corpus.path} has {found} tokens, this recipe needs {num_tokens} "
+                "or more; lower model.seq_length or prepare a larger corpus"
+            )
 
 
 def _check_same_data_order(folder: Path, config: RunConfig, corpus: Corpus) -> None:
@@ -116,6 +122,17 @@ def _check_same_data_order(folder: Path, config: RunConfig, corpus: Corpus) -> N
             f"{config.train.train_iters}: {max(ours, theirs)} samples are more than one pass over "
             f"the corpus ({pass_samples}), and another number of them is another order of the "
             "data; set it back, or start in another train.output_dir"
+        )
+
+
+def _check_length(folder: Path, config: RunConfig) -> None:
+    """Refuse a length that the checkpoint has already passed."""
+    iteration, train_iters = iteration_of(folder), config.train.train_iters
+    if train_iters < iteration:
+        raise ValueError(
+            f"train.train_iters={train_iters} is less than the {iteration} iterations that "
+            f"{folder} has trained; set it to {iteration} or more, or start in another "
+            "train.output_dir"
         )
 
 

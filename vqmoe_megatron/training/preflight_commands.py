@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.runtime.standard_streams import print_path
 
 GIB = 2**30
 EXIT_GOOD, EXIT_BAD, EXIT_USAGE = 0, 1, 2
@@ -68,7 +69,7 @@ def _check_recipe(recipe: Path, overrides: list[str], world_size: int, prints: b
     resume = f", goes on from {run.resume_from.name}" if run.resume_from else ""
     print(f"{recipe} is legal on {world_size} ranks{resume}")
     if prints:
-        print(run.run_dir.path.resolve())
+        print_path(run.run_dir.path.resolve())
 
 
 def _check_ranks(run_dir: Path, wait_seconds: float) -> NoReturn:

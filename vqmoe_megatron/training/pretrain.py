@@ -19,6 +19,7 @@ from vqmoe_megatron.runtime.world import (
     leave_world,
 )
 from vqmoe_megatron.tracking.run_status import read_status, write_status
+from vqmoe_megatron.training.checkpoint_folder import iteration_of
 from vqmoe_megatron.training.checkpoint_saver import SaveFailed
 from vqmoe_megatron.training.preflight import CheckedRun
 from vqmoe_megatron.training.replica_check import ReplicaMismatch
@@ -60,18 +61,29 @@ def pretrain(
         stop_requests.acknowledge()
         report.finish(outcome.state, outcome.iteration, outcome.reason)
         stop_requests.close()
-        leave_world()
     except StoppedWhileWaiting as stopped:
         why = REASONS.get(stop_requests.current(), str(stopped))
         _stopped_before_training(run, variables, why)
-    except Exception as error:
+    except BaseException as error:  # SystemExit and torch's CheckpointException are no Exceptions
         _fail(run, variables, report, error)
-    return EXIT_DONE if outcome.state == "completed" else EXIT_REQUEUE
+    code = EXIT_DONE if outcome.state == "completed" else EXIT_REQUEUE
+    try:
+        leave_world()
+    except Exception as error:  # all is saved and said; another rank may have left in a hurry
+        print(f"rank {variables.rank}: left in disorder: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def _mark_started(run: CheckedRun) -> None:
-    """Replace the status of an earlier attempt, so that what it says is about this one."""
+    """Replace the status of an earlier attempt, so that what it says is about this one.
+
+    That of a completed run stays until nothing can refuse this attempt any more.
+    """
     known = read_status(run.run_dir.path)
+    if known is not None and known.state == "completed":
+        return
     iteration, run_id = (known.iteration, known.mlflow_run_id) if known else (0, None)
     write_status(run.run_dir.path, "running", iteration, "starting", run_id)
 
@@ -92,7 +104,7 @@ def _stopped_before_training(run: CheckedRun, variables: RankVariables, reason: 
     print(f"rank {variables.rank}: {reason}, before training", flush=True)
     if variables.rank == 0:
         known, folder = read_status(run.run_dir.path), run.resume_from
-        iteration = int(folder.name.removeprefix("iter_")) if folder else 0
+        iteration = iteration_of(folder) if folder else 0
         run_id = known.mlflow_run_id if known else None
         write_status(run.run_dir.path, "requeue", iteration, reason, run_id)
     sys.stdout.flush()
@@ -118,21 +130,18 @@ def _open_report(run: CheckedRun, trainer: Trainer) -> RunReport:
 
 
 def _fail(
-    run: CheckedRun, variables: RankVariables, report: RunReport, error: Exception
+    run: CheckedRun, variables: RankVariables, report: RunReport, error: BaseException
 ) -> NoReturn:
     """Report the failure of this rank and end the process at once."""
     is_refusal = isinstance(error, ValueError)
-    first_line = next(iter(str(error).splitlines()), "")
     try:  # the disk may be full, and that may be why we are here
         if is_refusal or isinstance(error, SELF_EXPLAINING):
             print(f"error: {error}", file=sys.stderr)
         else:
-            traceback.print_exc()
+            traceback.print_exception(error)
         # A rank that never met the first may stand in a directory that is another run's.
         if variables.rank == 0 or torch.distributed.is_initialized():
-            run.run_dir.record_failure(
-                f"rank {variables.rank}: {type(error).__name__}: {first_line}"
-            )
+            run.run_dir.record_end(variables.rank, error)
         if not isinstance(report, SilentReport):
             known = read_status(run.run_dir.path)
             report.finish("failed", known.iteration, known.reason)

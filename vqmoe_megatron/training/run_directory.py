@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +14,24 @@ from pathlib import Path
 from typing import TextIO
 from uuid import uuid4
 
-from vqmoe_megatron.tracking.run_status import LOCK_FILE, read_status, write_status
+from vqmoe_megatron.tracking.metrics_log import METRICS_FILE, SYSTEM_METRICS_FILE
+from vqmoe_megatron.tracking.run_status import (
+    LOCK_FILE,
+    LOST_PEER,
+    STATUS_FILE,
+    read_status,
+    write_status,
+)
 
+# What a run writes beside its checkpoints and cannot do without.
+WRITTEN_FILES = (
+    LOCK_FILE,
+    STATUS_FILE,
+    "run_config.yaml",
+    METRICS_FILE,
+    SYSTEM_METRICS_FILE,
+    "bad_batches.jsonl",
+)
 LOCK_WAIT_SECONDS = 30.0
 REQUEUED_LOCK_WAIT_SECONDS = 570.0  # less than the other ranks wait for this one
 
@@ -54,22 +73,44 @@ class RunDirectory:
         return self.path / "bad_batches.jsonl"
 
     def create(self) -> None:
-        """Make the directory and prove that it can be written. For any rank.
+        """Make the directory and prove that it and its checkpoints can be written. For any rank.
 
         Raises:
             ValueError: when it cannot be created or written.
         """
-        # Ranks on several nodes may have one process id and make their probes at the same time.
-        probe = self.path / f".write_probe_{uuid4().hex}"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe.write_text("")
-            probe.unlink(missing_ok=True)
+            _prove_writable(self.path)
+            for path in map(self.path.joinpath, WRITTEN_FILES):
+                _prove_replaceable(path)
         except OSError as error:
             raise ValueError(
-                f"train.output_dir={self.path} cannot be written: {error.strerror}; choose another "
+                f"train.output_dir={self.path} cannot be written: {_what(error)}; choose another "
                 "with train.output_dir=DIR"
             ) from error
+        if os.path.lexists(self.checkpoints):  # perhaps a link to another disk
+            try:
+                _prove_writable(self.checkpoints)
+            except OSError as error:
+                link = self.checkpoints.is_symlink()
+                target = f", a link to {os.readlink(self.checkpoints)}," if link else ""
+                raise ValueError(
+                    f"{self.checkpoints}{target} cannot be written: {error.strerror}; make it a "
+                    "directory that can be, or choose another train.output_dir=DIR"
+                ) from error
+
+    def free_bytes(self) -> int:
+        """Room where it is least: for the logs, or for checkpoints, which may lie on another disk.
+
+        Raises:
+            OSError: when the directory is not there.
+        """
+        return min(shutil.disk_usage(self.path).free, self.checkpoints_free_bytes())
+
+    def checkpoints_free_bytes(self) -> int:
+        """Room for checkpoints, whose folder may not be there yet."""
+        place = self.checkpoints if self.checkpoints.exists() else self.path
+        return shutil.disk_usage(place).free
 
     def lock(self, wait_seconds: float = LOCK_WAIT_SECONDS) -> TextIO:
         """Reserve the directory for this run; closing the returned file gives it back.
@@ -100,17 +141,61 @@ class RunDirectory:
                 print(f"{self.path} cannot be locked ({error}): a second run would not be noticed")
                 return file
 
-    def record_failure(self, reason: str, is_first_cause: bool = False) -> None:
+    def record_end(self, rank: int, error: BaseException) -> None:
+        """Set the status to failed by what ``rank`` raised; see :meth:`record_failure`."""
+        failures = getattr(error, "failures", None)  # by rank, of torch's CheckpointException
+        text = "; ".join(repr(cause) for cause, _ in failures.values()) if failures else str(error)
+        first_line = next(iter(text.splitlines()), "")
+        what = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+        self.record_failure(f"rank {rank}: {what}", is_refusal=isinstance(error, ValueError))
+
+    def record_failure(
+        self, reason: str, is_first_cause: bool = False, is_refusal: bool = False
+    ) -> None:
         """Set the status to failed, at the iteration it has.
 
         When one rank fails the others fail for want of it. So a failure that is already recorded
-        keeps its reason, unless ``is_first_cause``. For any process.
+        keeps its reason, unless ``is_first_cause``, or that reason is the loss of a peer and this
+        one is not. A refusal (``is_refusal``) changes nothing about a completed run. For any
+        process.
 
         Raises:
             OSError: when the directory cannot be written.
         """
         known = read_status(self.path)
-        if known is not None and known.state == "failed" and not is_first_cause:
+        if known is not None and known.state == "completed" and is_refusal:
             return
+        if known is not None and known.state == "failed" and not is_first_cause:
+            who = known.reason.partition(":")[0]  # "rank 1", whose own word is better than others'
+            is_consequence = LOST_PEER.search(known.reason) and not reason.startswith(f"{who} ")
+            if not is_consequence or LOST_PEER.search(reason):
+                return
         iteration, run_id = (known.iteration, known.mlflow_run_id) if known else (0, None)
         write_status(self.path, "failed", iteration, reason, run_id)
+
+
+def _prove_writable(folder: Path) -> None:
+    # Ranks on several nodes may have one process id and make their probes at the same time.
+    probe = folder / f".write_probe_{uuid4().hex}"
+    try:
+        probe.write_bytes(b"probe")  # a quota may take an empty file
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def _prove_replaceable(path: Path) -> None:
+    """What stands in a file's place must be one, which can be written.
+
+    Asked without opening it: closing the lock's file again would give the lock back.
+    """
+    if not os.path.lexists(path):
+        return
+    if not path.is_file():
+        raise OSError(errno.EEXIST, "it is no file", str(path))
+    if not os.access(path, os.W_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def _what(error: OSError) -> str:
+    return f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror)

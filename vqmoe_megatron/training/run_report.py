@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vqmoe_megatron.analysis.plots import draw_run_plots
-from vqmoe_megatron.recipe import flatten_config, load_recipe, save_recipe
+from vqmoe_megatron.recipe import flatten_config, save_recipe
 from vqmoe_megatron.tracking.attempt_tags import attempt_tags
 from vqmoe_megatron.tracking.console import RunConsole
 from vqmoe_megatron.tracking.metrics_log import SYSTEM_METRICS_FILE, MetricsLog
@@ -19,15 +19,15 @@ from vqmoe_megatron.tracking.mlflow_record import open_record
 from vqmoe_megatron.tracking.mlflow_store import OUTCOME_OF_STATE
 from vqmoe_megatron.tracking.mlflow_tracker import MlflowTracker
 from vqmoe_megatron.tracking.no_tracker import NoTracker
-from vqmoe_megatron.tracking.run_status import write_status
+from vqmoe_megatron.tracking.run_status import read_status, write_status
 from vqmoe_megatron.tracking.system_metrics import SystemMetrics
+from vqmoe_megatron.training.checkpoint_folder import iteration_of
 from vqmoe_megatron.training.preflight import CheckedRun
+from vqmoe_megatron.training.run_records import is_same_run
 
 # How long the end waits for MLflow. Runs that meet a database none of them has made yet need half a
 # minute on a busy node. One that was told to stop has little time; the next attempt sends the rest.
 TRACKING_DEADLINES_S = {"completed": 60.0, "requeue": 20.0, "failed": 20.0}
-# A run that starts anew with other settings than these in the same directory is another run.
-FREE_SECTIONS = ("tracking.", "checkpoint.", "parallel.")
 
 
 class RunReport:
@@ -67,7 +67,7 @@ class Rank0Report(RunReport):
     def __init__(self, run: CheckedRun, start_iteration: int, resumed_run_id: str | None) -> None:
         self.run_dir = run.run_dir
         self._iteration = start_iteration
-        is_same_run = _is_same_run(run)  # before the recipe is written
+        is_same = is_same_run(run.run_dir, run.config)  # before the recipe is written
         save_recipe(run.config, self.run_dir.config)
         bytes_per_token = run.corpus.split("train").bytes_per_token
         self.console = RunConsole(run.config.train.train_iters, start_iteration, bytes_per_token)
@@ -80,12 +80,12 @@ class Rank0Report(RunReport):
         self.system_metrics = SystemMetrics(self.message) if tracking.system_metrics else None
         self.tracker: MlflowTracker | NoTracker = NoTracker()
         if tracking.mlflow:
-            self.tracker = self._open_tracker(run, resumed_run_id, is_same_run)
+            self.tracker = self._open_tracker(run, resumed_run_id, is_same)
         self.mlflow_run_id = self.tracker.run_id
         self._write_status("running", "training")
 
     def _open_tracker(
-        self, run: CheckedRun, resumed_run_id: str | None, is_same_run: bool
+        self, run: CheckedRun, resumed_run_id: str | None, is_same: bool
     ) -> MlflowTracker:
         """Open this directory's MLflow run, or a new one when another run starts in it.
 
@@ -94,7 +94,7 @@ class Rank0Report(RunReport):
         tracking = run.config.tracking
         record = open_record(self.run_dir.path, self.message)
         is_resumed = run.resume_from is not None and run.is_own
-        if not is_resumed and (record.is_completed or not is_same_run):
+        if not is_resumed and (record.is_completed or not is_same):
             record.forget()
         attempt = record.begin_attempt()
         tracker = MlflowTracker(
@@ -122,8 +122,7 @@ class Rank0Report(RunReport):
     def saved(self, folder: Path) -> None:
         """Say that a checkpoint is complete and tag the MLflow run with it."""
         self.message(f"saved {folder}")
-        iteration = int(folder.name.removeprefix("iter_"))
-        self.tracker.set_tags({"checkpoint": str(folder), "iteration": iteration})
+        self.tracker.set_tags({"checkpoint": str(folder), "iteration": iteration_of(folder)})
         self._write_status("running", "training")
 
     def rolled_back(self, iteration: int, text: str) -> None:
@@ -173,6 +172,8 @@ class Rank0Report(RunReport):
         if state == "completed" and isinstance(self.tracker, MlflowTracker):
             self.tracker.record.note_completed()
         self.tracker.finish(OUTCOME_OF_STATE[state], TRACKING_DEADLINES_S[state])
+        if state == "failed" and (known := read_status(self.run_dir.path)) is not None:
+            reason = known.reason  # another rank may have recorded the cause meanwhile
         self._write_status(state, reason, is_last_word=True)
         self.message(
             f"{state} at iteration {iteration}: {reason}; run directory {self.run_dir.path}"
@@ -185,20 +186,3 @@ class Rank0Report(RunReport):
             if is_last_word:
                 raise
             self.message(f"status.json could not be written: {error}; training goes on")
-
-
-def _is_same_run(run: CheckedRun) -> bool:
-    """Tell whether the attempt in this directory that never saved was this run, by its recipe.
-
-    Then its MLflow run is gone on with. Where and how it runs does not matter.
-    """
-    if not run.run_dir.config.exists():
-        return False
-    try:
-        earlier = flatten_config(load_recipe(run.run_dir.config, []))
-    except ValueError:  # of a release with other keys
-        return False
-    ours = flatten_config(run.config)
-    return all(
-        earlier[name] == value for name, value in ours.items() if not name.startswith(FREE_SECTIONS)
-    )

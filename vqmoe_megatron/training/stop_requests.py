@@ -13,7 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
-from vqmoe_megatron.runtime.local_ranks import STARTER_VARIABLE, STOP_SIGNALS
+from vqmoe_megatron.runtime.local_ranks import (
+    STARTER_VARIABLE,
+    STOP_SIGNALS,
+    stop_signals_to_handle,
+)
 
 STOP_FILE = "STOP"
 SAVE_FILE = "SAVE"
@@ -41,7 +45,7 @@ class StopRequests:
         self._deadline: float | None = None
         self._stop_file: Path | None = None
         self._save_file: Path | None = None
-        for number in STOP_SIGNALS:
+        for number in stop_signals_to_handle():
             signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 

@@ -7,10 +7,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from vqmoe_megatron.runtime.determinism import require_determinism
 from vqmoe_megatron.training.bad_batches import (
@@ -42,6 +45,19 @@ class Outcome:
     state: str  # completed | requeue
     iteration: int
     reason: str
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Turn what torch raises on all ranks for unreadable data into a sentence."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = sorted({repr(cause[0]) for cause in error.failures.values()})
+        raise ValueError(
+            f"damaged checkpoint: the tensors of {folder} cannot be read: {'; '.join(causes)}; use "
+            "another one, or copy this one again"
+        ) from error
 
 
 class Trainer:
@@ -79,13 +95,15 @@ class Trainer:
             return [self._load(self.run.resume_from)]
         done: list[str] = []
         if self.run.remap_from is not None:
-            load_remapped(self.run.remap_from, self.model, self.config, done.append)
+            with _readable(self.run.remap_from):
+                load_remapped(self.run.remap_from, self.model, self.config, done.append)
             self.optimizer.reload_model_params()
         return done
 
     def _load(self, folder: Path) -> str:
         is_same = has_same_layout(folder, self.run.layout)
-        self.progress = load_checkpoint(folder, self.state, is_same)
+        with _readable(folder):
+            self.progress = load_checkpoint(folder, self.state, is_same)
         if is_same:
             return f"resumed from {folder}"
         seed_generators(self.config.train.seed, self.progress.iteration)
