@@ -22,6 +22,8 @@ FLOORS = {
     "__init__": 0,
     "config": 0,
     "config_checks": 0,
+    "config_ranges": 0,
+    "config_types": 0,
     "vq_config": 0,
     "recipe": 0,
     "plan": 0,
@@ -41,9 +43,10 @@ FLOORS = {
 }
 # Folders of one floor that may import another of the same floor; must stay without cycles.
 SIDEWAYS = {
+    "config_checks": {"config_ranges", "config_types"},
     "vq_config": {"config_checks"},
     "config": {"config_checks", "vq_config"},
-    "recipe": {"config"},
+    "recipe": {"config", "config_checks", "config_types"},
     "plan": {"config"},
     "moe": {"runtime"},
     "analysis": {"data", "tracking"},  # metric names live in tracking's one table

@@ -218,6 +218,13 @@ def _expert_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
     )
     etp, aligned = layout.expert_tensor_parallel_size, GEMM_BYTES // (2 if model.bf16 else 4)
     yield from remainder(
+        "hidden_size",
+        model.hidden_size,
+        str(aligned),
+        aligned,
+        f"the experts' grouped GEMM takes rows of a multiple of {GEMM_BYTES} bytes",
+    )
+    yield from remainder(
         "moe_ffn_hidden_size",
         model.moe_ffn_hidden_size,
         f"(ETP * {aligned} = {etp} * {aligned})",
