@@ -20,7 +20,7 @@ def check_settings(section: str, config: Any) -> None:
     """Raise one ``ValueError`` with every field that has another type or lies out of its range."""
     found = [
         setting_problem(f"{section}.{name}", getattr(config, name), hint)
-        for name, hint in declared_types(type(config)).items()
+        for name, hint in declared_types(config.__class__).items()
     ]
     if problems := [problem for problem in found if problem]:
         raise ValueError("; ".join(problems))

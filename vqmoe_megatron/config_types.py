@@ -7,9 +7,11 @@ like.
 from __future__ import annotations
 
 import types
+from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
+@cache
 def declared_types(section_type: type) -> dict[str, Any]:
     """Return field name -> declared type, in the order of the fields."""
     return get_type_hints(section_type)
