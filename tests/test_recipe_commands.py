@@ -53,7 +53,7 @@ def baseline(path: Path) -> list[str]:
 
 
 @each_recipe
-@pytest.mark.parametrize("hardware", [[], ["--hardware", "CPU"], ["--hardware", "B200"]])
+@pytest.mark.parametrize("hardware", [[], ["--hardware", "CPU"]])
 def test_a_recipe_is_planned_in_tables(path: Path, hardware: list[str], vqmoe) -> None:
     code, out, err = vqmoe("plan", path, *hardware)
     assert (code, err) == (0, "")
@@ -98,6 +98,7 @@ def test_a_study_is_listed_and_told_what_it_would_submit(path: Path, vqmoe) -> N
     assert len(out.splitlines()) >= num_runs > 0
     code, out, err = vqmoe("study", "submit", name, "--dry-run")
     assert code == 0 and f"0-{num_runs - 1}" in out
-    for command in ("status", "report"):
-        code, out, err = vqmoe("study", command, name)
-        assert code in (0, 2) and "Traceback" not in out + err
+    code, out, err = vqmoe("study", "status", name)
+    assert (code, err) == (0, "") and f"{num_runs} waiting" in out
+    code, out, err = vqmoe("study", "report", name)
+    assert code == 2 and "has no runs yet" in err

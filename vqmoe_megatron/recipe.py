@@ -279,7 +279,7 @@ def _where_and_why(error: yaml.YAMLError) -> str:
 def _missing_file(path: Path) -> str:
     """Describe a missing recipe by listing the ones beside it and in ``recipes/``."""
     folders = dict.fromkeys((path.parent, Path("recipes")))
-    found = [str(file) for folder in folders for file in sorted(folder.glob("*.yaml"))]
+    found = [str(file) for folder in folders for file in sorted(folder.glob("[!.]*.yaml"))]
     listing = f"; recipes here: {', '.join(found)}" if found else " and no recipes/*.yaml is near"
     what = "is a folder, not a recipe file" if path.is_dir() else "does not exist"
     return f"recipe {path} {what}{listing}"

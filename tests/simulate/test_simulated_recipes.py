@@ -1,7 +1,7 @@
 """``vqmoe plan RECIPE --simulate``: every recipe, and the options that change a step.
 
 Recipes keep all their settings except depth, two layers or one for each pipeline chunk, and run on
-the fewest ranks that their layout fits on. All simulations share one process's imports.
+the fewest ranks that their layout fits on. The simulations share the imports of two processes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from counted_ranks import SIZES, SMALL
@@ -87,31 +89,45 @@ def small(sizes: str, overrides: str) -> list[str]:
 
 COMMANDS = {path.relative_to(ROOT / "recipes").as_posix(): shallow(path) for path in RECIPES}
 COMMANDS |= {name: small(*option) for name, option in OPTIONS.items()}
+NUM_WORKERS = 2
 NUMBERS = {name: str(number) for number, name in enumerate(COMMANDS)}
 
 
 @pytest.fixture(scope="module")
-def simulated(tmp_path_factory) -> Path:
-    """The folder with all results; one process makes them."""
+def simulated(tmp_path_factory) -> Callable[[str], Any]:
+    """Return what the command of a name ended with; all ran in a few processes."""
     folder = tmp_path_factory.mktemp("simulated")
-    commands = {NUMBERS[name]: [*words, "--simulate", "--json"] for name, words in COMMANDS.items()}
-    (folder / "commands.json").write_text(json.dumps(commands))
     driver = Path(__file__).with_name("forked_commands.py")
-    with (folder / "output.txt").open("w") as output:
-        ended = subprocess.run(
-            [sys.executable, str(driver), str(folder)],
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            timeout=900,
+    started = []
+    for worker in range(NUM_WORKERS):
+        names = list(COMMANDS)[worker::NUM_WORKERS]
+        own = folder / str(worker)
+        own.mkdir()
+        (own / "commands.json").write_text(
+            json.dumps({NUMBERS[name]: [*COMMANDS[name], "--simulate", "--json"] for name in names})
         )
-    assert ended.returncode == 0, (folder / "output.txt").read_text()[-3000:]
-    return folder
+        with (own / "output.txt").open("w") as output:
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, str(driver), str(own)],
+                    cwd=ROOT,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        for worker, process in enumerate(started):
+            assert process.wait(1200) == 0, (folder / f"{worker}/output.txt").read_text()[-3000:]
+    finally:
+        for process in started:
+            process.kill()
+    files = {file.stem: file for file in folder.glob("*/[0-9]*.json")}
+    return lambda name: json.loads(files[NUMBERS[name]].read_text())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_simulated_step_sends_what_the_plan_says(name: str, simulated: Path) -> None:
-    code, out, err = json.loads((simulated / f"{NUMBERS[name]}.json").read_text())
+def test_a_simulated_step_sends_what_the_plan_says(name: str, simulated) -> None:  # noqa: ANN001
+    code, out, err = simulated(name)
     assert (code, err) == (0, "")
     found = json.loads(out)["simulation"]
     assert found["matches"] is True and found["ranks"]
