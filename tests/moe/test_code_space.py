@@ -275,7 +275,7 @@ def test_a_rank_whose_codes_no_token_chose_takes_part(
     path: str,
     straight_through: str,
 ) -> None:
-    """Rows 0 and 1 of two slices of equal tokens may all be rank 0's: rank 1 gets no gradient row."""
+    """All rows of equal tokens, one per slice, are rank 0's: rank 1 gets no gradient row."""
     few = {"num_codes": 1} if path == "dual" else {"num_codes": 4}
     settings = {**PRODUCT, **few, "path": path, "straight_through": straight_through}
     for found in ranks(2).run(observe, settings, "one code", layout=EP2):
