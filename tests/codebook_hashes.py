@@ -6,11 +6,13 @@ import hashlib
 
 
 def codebook_hashes(model) -> dict[str, str]:
-    """sha256 of every codebook's whole state, by global layer number."""
+    """sha256 of every codebook's whole state, by global layer number; a baseline has none."""
     from vqmoe_megatron.moe.layer import VQMoELayer
 
     hashes = {}
     for layer in (m for chunk in model for m in chunk.modules() if isinstance(m, VQMoELayer)):
+        if layer.assigner is None:
+            continue
         codebook = layer.assigner.codebook
         tensors = [codebook.codes.data, codebook.usage]
         tensors += [codebook.ema_sum] if codebook.keeps_sums else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
@@ -50,11 +49,9 @@ def test_unknown_choice_lists_the_legal_ones(name: str) -> None:
     [
         (VQConfig, {"num_codes": 0}, "vq.num_codes=0 must be at least 1"),
         (VQConfig, {"commitment_coeff": -0.1}, "vq.commitment_coeff=-0.1 must be at least 0"),
-        (VQConfig, {"vq_loss_coeff": math.nan}, "vq.vq_loss_coeff=nan must be at least 0"),
-        (VQConfig, {"contribution_rate": 1.5}, r"contribution_rate=1.5 must lie in \[0, 1\]"),
-        (VQConfig, {"contribution_rate": math.nan}, "contribution_rate=nan"),
-        (VQConfig, {"ema_decay": 1.0}, "ema_decay=1.0 must lie strictly between 0 and 1"),
-        (VQConfig, {"dead_code_threshold": 1.0}, "dead_code_threshold=1.0 is a share"),
+        (VQConfig, {"contribution_rate": 1.5}, "contribution_rate=1.5 must be .* at most 1"),
+        (VQConfig, {"ema_decay": 1.0}, "ema_decay=1.0 must be above 0 and below 1"),
+        (VQConfig, {"dead_code_threshold": 1.0}, "dead_code_threshold=1.0 must be .* below 1"),
         (VQConfig, {"num_code_slices": 2}, "num_code_slices=2 needs vq.quantizer=product"),
         (
             VQConfig,
@@ -107,6 +104,8 @@ def test_unknown_choice_lists_the_legal_ones(name: str) -> None:
             {"table_per_step": True, "path": "continuous"},
             "this layer has none: vq.path=continuous, vq.execution=auto, vq.expert_input=code;",
         ),
+        (ModelConfig, {"hidden_size": 24}, r"rope turns .* % 2 != 0: 3 % 2 = 1"),
+        (ModelConfig, {"kv_channels": 7}, "use learned_absolute"),
         (ModelConfig, {"hidden_size": 65}, "hidden_size % num_attention_heads != 0: 65 % 8 = 1"),
         (ModelConfig, {"num_layers": 0}, "model.num_layers=0 must be at least 1"),
         (
@@ -118,7 +117,7 @@ def test_unknown_choice_lists_the_legal_ones(name: str) -> None:
         (ModelConfig, {"activation_func": "tanh"}, "choose one of gelu, relu, silu"),
         (ModelConfig, {"moe_router_dtype": "bf16"}, "choose one of fp32, fp64"),
         (ModelConfig, {"recompute_granularity": "half"}, "choose one of full, selective"),
-        (ModelConfig, {"hidden_dropout": 1.0}, "model.hidden_dropout=1.0 must lie in"),
+        (ModelConfig, {"hidden_dropout": 1.0}, "hidden_dropout=1.0 must be at least 0 and below 1"),
         (ParallelConfig, {"expert_model_parallel_size": 0}, "expert_model_parallel_size=0"),
         (
             ParallelConfig,
@@ -128,7 +127,6 @@ def test_unknown_choice_lists_the_legal_ones(name: str) -> None:
         (DataConfig, {"eval_split": "train"}, "choose one of valid, test"),
         (DataConfig, {"eval_stride_tokens": 0}, "data.eval_stride_tokens=0 must be at least 1"),
         (OptimizerSection, {"min_lr": 1.0}, "min_lr=1.0 must not exceed optimizer.lr=0.001"),
-        (OptimizerSection, {"lr": math.nan}, "optimizer.lr=nan"),
         (OptimizerSection, {"overlap_param_gather": True}, "overlap_param_gather needs"),
         (OptimizerSection, {"lr_decay_style": "step"}, "choose one of constant, linear, cosine"),
         (TrainConfig, {"exit_interval": 0}, "train.exit_interval=0 must be at least 1"),

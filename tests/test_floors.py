@@ -23,6 +23,8 @@ FLOORS = {
     "config": 0,
     "config_checks": 0,
     "own_outputs": 0,
+    "config_ranges": 0,
+    "config_types": 0,
     "vq_config": 0,
     "recipe": 0,
     "plan": 0,
@@ -42,9 +44,10 @@ FLOORS = {
 }
 # Folders of one floor that may import another of the same floor; must stay without cycles.
 SIDEWAYS = {
+    "config_checks": {"config_ranges", "config_types"},
     "vq_config": {"config_checks"},
     "config": {"config_checks", "vq_config"},
-    "recipe": {"config", "own_outputs"},
+    "recipe": {"config", "config_checks", "config_types", "own_outputs"},
     "plan": {"config"},
     "moe": {"runtime"},
     "analysis": {"data", "tracking"},  # metric names live in tracking's one table

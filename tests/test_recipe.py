@@ -178,6 +178,7 @@ def test_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
 def test_missing_file_lists_the_recipes_near_it(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "quickstart.yaml").write_text("")
+    (tmp_path / "recipes" / ".hidden.yaml").write_text("")
     monkeypatch.chdir(tmp_path)
     for wrong in ("recipes/quikstart.yaml", "quickstart"):
         text = failure(Path(wrong))

@@ -1,17 +1,18 @@
 """The typed run configuration: one small dataclass per recipe section.
 
-Field names are Megatron's wherever Megatron has one; units are in the names. Every rule that one
-section can check by itself is checked in its ``__post_init__`` with a ``ValueError`` that names the
-rule. Rules between sections and the number of ranks live in :mod:`vqmoe_megatron.plan.layout`.
+Field names are Megatron's wherever Megatron has one; units are in the names. The legal range of a
+number is a row of :mod:`vqmoe_megatron.config_ranges`; every other rule that one section can check
+by itself is checked in its ``__post_init__`` with a ``ValueError`` that names the rule. Rules
+between sections and the number of ranks live in :mod:`vqmoe_megatron.plan.layout`.
 Reading and overriding a recipe file lives in :mod:`vqmoe_megatron.recipe`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from vqmoe_megatron.config_checks import check_at_least, check_choice
+from vqmoe_megatron.config_checks import check_choice, check_settings
 from vqmoe_megatron.vq_config import VQConfig
 
 __all__ = [
@@ -69,6 +70,7 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = 128
 
     def __post_init__(self) -> None:
+        check_settings("model", self)
         check_choice("model", "activation_func", self.activation_func, ("gelu", "relu", "silu"))
         check_choice("model", "normalization", self.normalization, ("LayerNorm", "RMSNorm"))
         check_choice(
@@ -89,26 +91,19 @@ class ModelConfig:
             check_choice(
                 "model", "recompute_granularity", self.recompute_granularity, ("full", "selective")
             )
-        for name in (
-            "num_layers",
-            "hidden_size",
-            "num_attention_heads",
-            "moe_ffn_hidden_size",
-            "num_moe_experts",
-            "moe_layer_freq",
-            "moe_router_topk",
-            "seq_length",
-            "make_vocab_size_divisible_by",
-        ):
-            check_at_least("model", 1, **{name: getattr(self, name)})
-        for name in ("num_query_groups", "kv_channels", "ffn_hidden_size", "vocab_size"):
-            check_at_least("model", 1, **{name: getattr(self, name)})
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size % num_attention_heads != 0: {self.hidden_size} % "
                 f"{self.num_attention_heads} = "
                 f"{self.hidden_size % self.num_attention_heads}; change one, or set "
                 "model.kv_channels"
+            )
+        head_size = self.kv_channels or self.hidden_size // self.num_attention_heads
+        if self.position_embedding_type == "rope" and head_size % 2:
+            raise ValueError(
+                f"model.position_embedding_type=rope turns the numbers of a head in pairs, but "
+                f"kv_channels (default: hidden_size / num_attention_heads) % 2 != 0: {head_size} % "
+                "2 = 1; change it, or use learned_absolute"
             )
         if self.moe_router_topk > self.num_moe_experts:
             raise ValueError(
@@ -121,9 +116,6 @@ class ModelConfig:
                 "one selected "
                 "logit is always 1, so the router would get no gradient from the task"
             )
-        for name in ("hidden_dropout", "attention_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"model.{name}={getattr(self, name)} must lie in [0, 1)")
 
 
 @dataclass
@@ -139,9 +131,7 @@ class ParallelConfig:
     sequence_parallel: bool | None = None
 
     def __post_init__(self) -> None:
-        for spec in fields(self):
-            if spec.name != "sequence_parallel":
-                check_at_least("parallel", 1, **{spec.name: getattr(self, spec.name)})
+        check_settings("parallel", self)
 
 
 @dataclass
@@ -155,11 +145,10 @@ class DataConfig:
     cache_dir: str | None = None  # of sample orders; None: the corpus', or else the run directory's
 
     def __post_init__(self) -> None:
+        check_settings("data", self)
         if self.cache_dir == "":
             raise ValueError("data.cache_dir is empty; name a directory, or null for the default")
         check_choice("data", "eval_split", self.eval_split, ("valid", "test"))
-        check_at_least("data", 1, eval_stride_tokens=self.eval_stride_tokens)
-        check_at_least("data", 0, num_workers=self.num_workers)
 
 
 @dataclass
@@ -182,6 +171,7 @@ class OptimizerSection:
     overlap_param_gather: bool = False
 
     def __post_init__(self) -> None:
+        check_settings("optimizer", self)
         check_choice("optimizer", "optimizer", self.optimizer, ("adam",))
         check_choice(
             "optimizer",
@@ -189,16 +179,6 @@ class OptimizerSection:
             self.lr_decay_style,
             ("constant", "linear", "cosine", "inverse-square-root"),
         )
-        check_at_least(
-            "optimizer",
-            0,
-            lr=self.lr,
-            min_lr=self.min_lr,
-            weight_decay=self.weight_decay,
-            clip_grad=self.clip_grad,
-            lr_warmup_iters=self.lr_warmup_iters,
-        )
-        check_at_least("optimizer", 1, lr_decay_iters=self.lr_decay_iters)
         if self.min_lr > self.lr:
             raise ValueError(
                 f"optimizer.min_lr={self.min_lr} must not exceed optimizer.lr={self.lr}"
@@ -233,26 +213,9 @@ class TrainConfig:
     layout_independent_init: bool = True
 
     def __post_init__(self) -> None:
+        check_settings("train", self)
         check_choice("train", "device", self.device, ("auto", "cpu", "cuda"))
         check_choice("train", "nan_policy", self.nan_policy, ("stop", "skip", "rollback"))
-        check_at_least(
-            "train",
-            1,
-            train_iters=self.train_iters,
-            global_batch_size=self.global_batch_size,
-            micro_batch_size=self.micro_batch_size,
-            log_interval=self.log_interval,
-            exit_interval=self.exit_interval,
-        )
-        check_at_least(
-            "train",
-            0,
-            seed=self.seed,
-            eval_interval=self.eval_interval,
-            check_replicas_interval=self.check_replicas_interval,
-            eval_iters=self.eval_iters,
-            exit_duration_in_mins=self.exit_duration_in_mins,
-        )
         if not self.output_dir:
             raise ValueError("train.output_dir must name a directory")
 
@@ -268,8 +231,7 @@ class CheckpointConfig:
     remap: bool = False  # start from checkpoint.load with another number of codes or experts
 
     def __post_init__(self) -> None:
-        check_at_least("checkpoint", 0, save_interval=self.save_interval)
-        check_at_least("checkpoint", 1, keep_last=self.keep_last)
+        check_settings("checkpoint", self)
 
 
 @dataclass
@@ -284,6 +246,7 @@ class TrackingConfig:
     system_metrics: bool = True  # CPU, memory and GPU of rank 0's node, sampled by a thread
 
     def __post_init__(self) -> None:
+        check_settings("tracking", self)
         if self.mlflow_uri is not None and _may_hold_password(self.mlflow_uri):
             raise ValueError(  # without the value: it would end in logs
                 "tracking.mlflow_uri must not hold a user name or password (user:password@host), "

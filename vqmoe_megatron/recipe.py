@@ -3,39 +3,40 @@
 1. Every setting is collected with its origin (``file:line`` or the override's text).
 2. Unknown sections and keys are refused, with the nearest legal names.
 3. Settings are laid over the defaults, later ones winning, and ``${...}`` is resolved.
-4. Each value is checked against the type its dataclass declares.
+4. Each value is checked against the type its dataclass declares, and against its legal range.
 5. The dataclasses are built once, from the final values, so their rules never see a half-merged
-   recipe. Everything that is wrong is reported together in one ``ValueError``.
+   recipe; a section with a problem of steps 3 or 4 is not built, and none where 1 or 2 found one.
+   Everything that is wrong is reported together in one ``ValueError``.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
-import types
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml  # OmegaConf's own parser: for its error class and its line numbers
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.config_checks import setting_problem
+from vqmoe_megatron.config_types import alternatives, declared_types
 from vqmoe_megatron.own_outputs import replace_file
 
 OVERRIDE_EXAMPLE = "vq.num_codes=128"
 NULLS = ("null", "Null", "NULL", "~")  # of YAML, beside nothing at all
 QUOTES = ("'", '"')
 URI_CREDENTIALS = re.compile(r"://\S*@")
-SECTION_TYPES: dict[str, type] = get_type_hints(RunConfig)
+SECTION_TYPES: dict[str, type] = declared_types(RunConfig)
 # Declared type of every setting, by dotted key.
 LEGAL_TYPES: dict[str, Any] = {
     f"{section}.{name}": hint
     for section, section_type in SECTION_TYPES.items()
-    for name, hint in get_type_hints(section_type).items()
+    for name, hint in declared_types(section_type).items()
 }
 
 
@@ -65,13 +66,12 @@ def load_recipe(path: Path, overrides: list[str]) -> RunConfig:
         except OmegaConfBaseException as error:  # a ${ that is not well formed
             problems.append(f"{setting.key}={setting.value!r} ({setting.origin}): {error}")
         origins[setting.key] = setting.origin
+    is_read_whole = not problems
     values = _checked_values(tree, origins, problems)
-    if problems:
-        raise ValueError(_report(path, problems))
     sections: dict[str, Any] = {}
-    for section, section_type in SECTION_TYPES.items():
+    for section in values if is_read_whole else ():
         try:
-            sections[section] = section_type(**values[section])
+            sections[section] = SECTION_TYPES[section](**values[section])
         except ValueError as rule:
             problems.append(str(rule))
     if problems:
@@ -91,7 +91,7 @@ def save_recipe(config: RunConfig, path: Path) -> None:
 
 def holds_text(key: str) -> bool:
     """Tell whether the setting is declared as text, or as text or null."""
-    return str in _alternatives(LEGAL_TYPES.get(key))
+    return str in alternatives(LEGAL_TYPES.get(key))
 
 
 def text_override(key: str, value: str) -> str:
@@ -202,8 +202,12 @@ def _override_text(raw: str) -> str | None:
 def _checked_values(
     tree: DictConfig, origins: dict[str, str], problems: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """Resolve every setting and check it against its declared type; int becomes float if asked."""
+    """Resolve every setting and check its type and range; int becomes float where declared.
+
+    Returns the sections whose every value is legal by itself.
+    """
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTION_TYPES}
+    broken: set[str] = set()
     for key, hint in LEGAL_TYPES.items():
         section, name = key.split(".")
         where = origins.get(key, "default")
@@ -213,48 +217,18 @@ def _checked_values(
                 value = OmegaConf.to_container(value, resolve=True)
         except OmegaConfBaseException as error:
             problems.append(f"{key} ({where}) cannot be resolved: {str(error).splitlines()[0]}")
+            broken.add(section)
             continue
-        if not _has_type(value, hint):
-            got = "null" if value is None else f"{type(value).__name__} {value!r}"
-            problems.append(f"{key}: expected {_type_name(hint)}, got {got} ({where})")
-            continue
-        if type(value) is float and not math.isfinite(value):
-            problems.append(f"{key}={value} must be a finite number ({where})")
+        if problem := setting_problem(key, value, hint):
+            problems.append(f"{problem} ({where})")
+            broken.add(section)
             continue
         values[section][name] = float(value) if _is_float(value, hint) else value
-    return values
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    """Return the types a declaration allows: ``int | None`` gives ``(int, NoneType)``."""
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-    """Tell whether ``value`` is of a declared type; a bool is no number, an int may be a float."""
-    for kind in _alternatives(hint):
-        if get_origin(kind) is list:
-            (item,) = get_args(kind)
-            if isinstance(value, list) and all(_has_type(entry, item) for entry in value):
-                return True
-        elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return True
-        elif type(value) is kind:
-            return True
-    return False
+    return {section: values[section] for section in SECTION_TYPES if section not in broken}
 
 
 def _is_float(value: Any, hint: Any) -> bool:
-    return type(value) is int and int not in (kinds := _alternatives(hint)) and float in kinds
-
-
-def _type_name(hint: Any) -> str:
-    return " or ".join(
-        f"a list of {get_args(kind)[0].__name__}"
-        if get_origin(kind) is list
-        else {type(None): "null", bool: "true or false"}.get(kind, kind.__name__)
-        for kind in _alternatives(hint)
-    )
+    return type(value) is int and int not in (kinds := alternatives(hint)) and float in kinds
 
 
 def _unknown_section(key: str) -> str:
@@ -297,7 +271,7 @@ def _where_and_why(error: yaml.YAMLError) -> str:
 def _missing_file(path: Path) -> str:
     """Describe a missing recipe by listing the ones beside it and in ``recipes/``."""
     folders = dict.fromkeys((path.parent, Path("recipes")))
-    found = [str(file) for folder in folders for file in sorted(folder.glob("*.yaml"))]
+    found = [str(file) for folder in folders for file in sorted(folder.glob("[!.]*.yaml"))]
     listing = f"; recipes here: {', '.join(found)}" if found else " and no recipes/*.yaml is near"
     what = "is a folder, not a recipe file" if path.is_dir() else "does not exist"
     return f"recipe {path} {what}{listing}"

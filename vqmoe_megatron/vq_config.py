@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vqmoe_megatron.config_checks import check_at_least, check_choice
+from vqmoe_megatron.config_checks import check_choice, check_settings
 
 LEGAL_VQ_VALUES: dict[str, tuple[str, ...]] = {
     "code_map": ("mod", "balanced", "clustered"),
@@ -57,26 +57,9 @@ class VQConfig:
     freeze_codebook: bool = False
 
     def __post_init__(self) -> None:
+        check_settings("vq", self)
         for name, legal in LEGAL_VQ_VALUES.items():
             check_choice("vq", name, getattr(self, name), legal)
-        check_at_least("vq", 1, num_codes=self.num_codes, num_code_slices=self.num_code_slices)
-        check_at_least(
-            "vq",
-            0,
-            commitment_coeff=self.commitment_coeff,
-            vq_loss_coeff=self.vq_loss_coeff,
-            dead_code_threshold=self.dead_code_threshold,
-        )
-        if not 0.0 <= self.contribution_rate <= 1.0:
-            raise ValueError(f"vq.contribution_rate={self.contribution_rate} must lie in [0, 1]")
-        if not 0.0 < self.ema_decay < 1.0:
-            raise ValueError(f"vq.ema_decay={self.ema_decay} must lie strictly between 0 and 1")
-        if self.dead_code_threshold >= 1.0:
-            raise ValueError(
-                f"vq.dead_code_threshold={self.dead_code_threshold} is a share of uniform usage "
-                "and must be "
-                "below 1, or every code would be re-seeded at every step"
-            )
         if self.code_map != "mod" and self.init == "uniform":
             raise ValueError(
                 f"vq.code_map={self.code_map} is built from the load and the codes of the first "
@@ -88,7 +71,6 @@ class VQConfig:
                 f"vq.code_dim={self.code_dim} with vq.quantizer={self.quantizer}: low_dim needs "
                 "the dimension it searches in, for instance code_dim=32, and no other has one"
             )
-        check_at_least("vq", 1, code_dim=self.code_dim)
         self._check_code_space()
         if self.num_code_slices > 1 and self.quantizer != "product":
             raise ValueError(

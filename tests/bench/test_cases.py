@@ -19,6 +19,9 @@ from vqmoe_megatron.bench.cases import (
     [
         ({"num_tokens": 0}, "num_tokens=0 must be at least 1"),
         ({"hidden_size": -8}, "hidden_size=-8"),
+        ({"hidden_size": 18}, "hidden_size % 4 != 0: 18 % 4 = 2"),
+        ({"hidden_size": 20, "dtype": "bfloat16"}, "hidden_size % 8 != 0: 20 % 8 = 4"),
+        ({"ffn_hidden_size": 6}, r"moe_ffn_hidden_size % .* != 0: 6 % 4 = 2"),
         ({"num_experts": 8, "num_codes": 4}, "num_codes=4 < num_experts=8"),
         ({"routing": "random"}, "balanced, zipf, one-hot"),
         ({"norm": "both"}, "none, separate, shared"),

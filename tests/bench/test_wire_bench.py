@@ -91,5 +91,5 @@ def test_what_does_not_fit_is_refused_before_ranks_start() -> None:
         measure_wire(CASE, ["ep2"], ["B"])
     with pytest.raises(ValueError, match=r"ep4: num_experts % .* != 0: 6 % 4 = 2"):
         check_layout_fits(LayerCase(6, 12, 8, 16, 32), "ep4")
-    with pytest.raises(ValueError, match=r"etp2: ffn_hidden_size % .* 33 % 2 = 1"):
-        check_layout_fits(LayerCase(6, 12, 8, 16, 33), "etp2")
+    with pytest.raises(ValueError, match=r"etp2: moe_ffn_hidden_size % .* 36 % 8 = 4"):
+        check_layout_fits(LayerCase(6, 12, 8, 16, 36), "etp2")

@@ -266,3 +266,17 @@ def test_experts_that_hide_their_activations_are_warned_about(mode: str, is_warn
     assert ["Identity does not show its activations" in str(w.message) for w in said] == (
         [True] if is_warned else []
     )
+
+
+@pytest.mark.parametrize("path", ["dual", "discrete"])
+@pytest.mark.parametrize("straight_through", ["token", "group"])
+def test_a_rank_whose_codes_no_token_chose_takes_part(
+    ranks,  # noqa: ANN001
+    path: str,
+    straight_through: str,
+) -> None:
+    """All rows of equal tokens, one per slice, are rank 0's: rank 1 gets no gradient row."""
+    few = {"num_codes": 1} if path == "dual" else {"num_codes": 4}
+    settings = {**PRODUCT, **few, "path": path, "straight_through": straight_through}
+    for found in ranks(2).run(observe, settings, "one code", layout=EP2):
+        assert torch.isfinite(found["output"]).all()

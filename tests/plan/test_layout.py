@@ -121,6 +121,14 @@ BROKEN = {
         {"model__moe_ffn_hidden_size": 130, ETP: 2, "model__bf16": False}, 2,
         "moe_ffn_hidden_size % (ETP * 4 = 2 * 4) != 0: 130 % 8 = 2",
     ),
+    "gemm": (
+        {"model__kv_channels": 32, "model__hidden_size": 258, "model__bf16": False}, 1,
+        "hidden_size % 4 != 0: 258 % 4 = 2",
+    ),
+    "gemm_bf16": (
+        {"model__kv_channels": 32, "model__hidden_size": 260, "model__bf16": True}, 1,
+        "hidden_size % 8 != 0: 260 % 8 = 4",
+    ),
     "etp_bf16": (
         {"model__moe_ffn_hidden_size": 136, ETP: 2, "model__bf16": True}, 2,
         "moe_ffn_hidden_size % (ETP * 8 = 2 * 8) != 0: 136 % 16 = 8",

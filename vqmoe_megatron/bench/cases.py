@@ -5,10 +5,12 @@ T tokens, H hidden size, F expert hidden size, N experts, K codes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
+
+from vqmoe_megatron.plan.divisibility import expert_width_errors
 
 ROUTINGS = ("balanced", "zipf", "one-hot")
 PASSES = ("forward", "forward_backward")
@@ -22,7 +24,8 @@ class LayerCase:
     """One layer and its tokens.
 
     Raises:
-        ValueError: for a size that is not positive, an unknown choice, or fewer codes than experts.
+        ValueError: for a size that is not positive, an unknown choice, widths that the experts'
+            grouped GEMM does not take, or fewer codes than experts.
     """
 
     num_experts: int = 16  # N
@@ -41,11 +44,18 @@ class LayerCase:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name, legal in (("routing", ROUTINGS), ("norm", NORMS), ("dtype", DTYPES)):
             check_choice(name, getattr(self, name), legal)
+        for error in self.width_errors():
+            raise ValueError(error)
         if self.num_codes < self.num_experts:
             raise ValueError(
                 f"num_codes={self.num_codes} < num_experts={self.num_experts}: the discrete arms "
                 f"would leave {self.num_experts - self.num_codes} experts without any code"
             )
+
+    def width_errors(self, etp: int = 1) -> Iterator[str]:
+        """Yield what keeps the experts, cut over ``etp`` ranks, from the grouped GEMM."""
+        element_bytes = 2 if self.dtype == "bfloat16" else 4
+        return expert_width_errors(self.hidden_size, self.ffn_hidden_size, element_bytes, etp)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from vqmoe_megatron.bench.cases import PASSES, LayerCase, check_choice
 from vqmoe_megatron.bench.failures import RanksFailed
 from vqmoe_megatron.bench.plan_shape import layer_shape
 from vqmoe_megatron.bench.wire_rank import JOB_FILE, result_file, step_spec
+from vqmoe_megatron.plan.divisibility import remainder
 from vqmoe_megatron.plan.layer_shape import LayerShape
 from vqmoe_megatron.plan.wire_cost import RowTraffic, wire_cost
 from vqmoe_megatron.runtime.local_ranks import run_local_ranks
@@ -75,17 +76,15 @@ def measure_wire(
 
 
 def check_layout_fits(case: LayerCase, name: str) -> None:
-    """Raise ``ValueError`` when the layout does not divide the experts."""
+    """Raise ``ValueError`` when the layout does not divide the experts, or cuts them too small."""
     sizes = LAYOUTS[name][1]
-    for what, value, divisor in (
-        ("num_experts", case.num_experts, EP),
-        ("ffn_hidden_size", case.ffn_hidden_size, ETP),
+    for error in (
+        *remainder(
+            "num_experts", case.num_experts, "EP", sizes.get(EP, 1), "ranks own equally many"
+        ),
+        *case.width_errors(sizes.get(ETP, 1)),
     ):
-        if value % sizes.get(divisor, 1):
-            raise ValueError(
-                f"layout {name}: {what} % {divisor} != 0: {value} % {sizes[divisor]} = "
-                f"{value % sizes[divisor]}"
-            )
+        raise ValueError(f"layout {name}: {error}")
 
 
 def _run_world(

@@ -240,7 +240,7 @@ class CodeSpace:
             dx = norm_input_gradient(self.input_norm, table.inputs.raw, slots, dx)
         if self.code_inputs is None and self.vq.num_code_slices > 1:
             own_slice = (self.rows.local_rows // self.vq.num_codes)[slots]
-            dx = dx.view(dx.shape[0], self.vq.num_code_slices, -1)
+            dx = dx.unflatten(1, (self.vq.num_code_slices, -1))  # no row may have arrived
             dx = dx[torch.arange(dx.shape[0], device=dx.device), own_slice]
         if self.code_inputs is None:
             dx = self.assigner.codebook.lower(dx)

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from math import lcm
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
-from vqmoe_megatron.plan.divisibility import remainder
+from vqmoe_megatron.plan.divisibility import expert_width_errors, remainder
 from vqmoe_megatron.plan.run_rules import run_errors
-
-GEMM_BYTES = 16  # torch's grouped_mm refuses strides that are no multiple of it, on every device
 
 
 @dataclass(frozen=True)
@@ -216,14 +214,11 @@ def _expert_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
         layout.expert_model_parallel_size,
         "every expert-parallel rank owns as many experts as the others",
     )
-    etp, aligned = layout.expert_tensor_parallel_size, GEMM_BYTES // (2 if model.bf16 else 4)
-    yield from remainder(
-        "moe_ffn_hidden_size",
+    yield from expert_width_errors(
+        model.hidden_size,
         model.moe_ffn_hidden_size,
-        f"(ETP * {aligned} = {etp} * {aligned})",
-        etp * aligned,
-        "every expert-tensor-parallel rank holds an equal share, and the grouped GEMM takes shares "
-        f"of a multiple of {GEMM_BYTES} bytes",
+        2 if model.bf16 else 4,
+        layout.expert_tensor_parallel_size,
     )
     if (
         model.calculate_per_token_loss

@@ -66,7 +66,7 @@ def _recompute_errors(model: ModelConfig, layout: ParallelLayout) -> Iterator[st
         layout.virtual_pipeline_model_parallel_size or 1
     )
     per_chunk = model.num_layers // chunks
-    if num_layers is None or not 1 <= num_layers <= per_chunk:
+    if num_layers is None or num_layers > per_chunk:
         yield (
             "recompute_granularity=full needs 1 <= recompute_num_layers <= layers per pipeline "
             f"chunk: 1 <= {num_layers} <= {model.num_layers} // {chunks} = {per_chunk}"

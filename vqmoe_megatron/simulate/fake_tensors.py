@@ -3,7 +3,8 @@
 Torch's ``FakeTensorMode`` gives every tensor a shape and a dtype and no memory, so that a rank of
 any model fits here. Where a program reads a value, the mode raises; the answers below are those of
 a step that goes well. None of them decides what is sent: shapes do, and the splits of rows, which
-``stand_ins.py`` supplies.
+``stand_ins.py`` supplies. What the program itself wrote into a tensor of one element, such as the
+kind of attention mask that recompute hands through, torch remembers, and then that is the answer.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class FakeValues(TorchDispatchMode):
         """A flag is True, a count 0 and a measure 1.0; every element of a mask may be set."""
         if args and isinstance(args[0], FakeTensor):
             tensor = args[0]
+            if tensor.constant is not None:  # written by the program, not computed
+                return func(*args, **(kwargs or {}))
             if func is aten._local_scalar_dense.default:
                 if tensor.dtype == torch.bool:
                     return True  # all gradients are finite

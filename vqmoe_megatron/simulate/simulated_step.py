@@ -124,7 +124,10 @@ def simulate_step(
         SimulationFailed: when the process ends badly.
     """
     if not 1 <= world_size <= MAX_RANKS:
-        raise ValueError(f"1 <= world_size <= {MAX_RANKS} fails: {world_size}")
+        raise ValueError(
+            f"1 <= world_size <= {MAX_RANKS} fails: {world_size}; simulate fewer ranks, or plan "
+            "without a simulation, which knows no such limit"
+        )
     layout = check_layout(config, world_size, "cpu")
     _check_rows(config, layout)
     num_of_run = _num_microbatches(config, layout)
