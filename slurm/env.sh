@@ -17,6 +17,9 @@ export VQMOE_PREFLIGHT=${VQMOE_PREFLIGHT:-1}
 export VQMOE_MAX_RESTARTS=${VQMOE_MAX_RESTARTS:-50}
 export VQMOE_MAX_IDLE_ATTEMPTS=${VQMOE_MAX_IDLE_ATTEMPTS:-3}
 
+# sbatch --export=NONE or --export=NAME,... would hold for the job's own sruns, too, and keep from the
+# ranks what this file and the meeting place set.
+unset SLURM_EXPORT_ENV SRUN_EXPORT_ENV
 # Since Slurm 22.05 srun no longer takes over sbatch's --cpus-per-task: ranks would share one core.
 if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then
     export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}

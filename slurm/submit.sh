@@ -7,8 +7,8 @@ usage() {
 usage: slurm/submit.sh [sbatch options] slurm/pretrain.sbatch|slurm/study.sbatch ARGUMENT...
 
 Makes logs/slurm in the current folder (without it a job fails and says nothing), refuses a recipe
-that is not there and tasks per node that are not the GPUs per node, then calls sbatch with the same
-arguments.
+that is not there and tasks per node that are not the GPUs per node, tells the job where the
+repository is (VQMOE_ROOT), then calls sbatch with the same arguments.
 
 example
   slurm/submit.sh -N 4 --gpus-per-node=8 --ntasks-per-node=8 slurm/pretrain.sbatch \
@@ -73,4 +73,6 @@ if [[ "$gpus" =~ ^[0-9]+$ && "${VQMOE_LAUNCHER:-srun}" == srun && "$tasks" != gi
 fi
 command -v sbatch >/dev/null || refuse "no sbatch here; slurm/cluster/up.sh starts a Slurm to try"
 mkdir -p logs/slurm
+root=$(cd "$(dirname "$script")/.." && pwd)
+[[ ! -f "$root/launchers/slurm.sh" ]] || export VQMOE_ROOT=${VQMOE_ROOT:-$root}
 exec sbatch "$@"

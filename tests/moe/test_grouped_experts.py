@@ -168,4 +168,4 @@ def refusal() -> str:
 
 def test_shares_of_unequal_size_are_refused(ranks) -> None:  # noqa: ANN001
     for message in ranks(4).run(refusal, layout={"expert_tensor_parallel_size": 2}):
-        assert "moe_ffn_hidden_size % expert_tensor_parallel_size != 0: 49 % 2 = 1" in message
+        assert "moe_ffn_hidden_size % (ETP * 4 = 2 * 4) != 0: 49 % 8 = 1" in message

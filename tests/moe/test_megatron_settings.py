@@ -210,7 +210,7 @@ def built(module: str, settings: dict, vq: dict) -> str:
         ("layer", {"moe_expert_capacity_factor": 1.0}, {"path": "continuous"}, ""),
         ("layer", {"moe_router_force_load_balancing": True}, {}, "not drawn at random"),
         ("layer", {"hidden_size": 18, "num_attention_heads": 2}, {}, "hidden_size % 4 != 0"),
-        ("layer", {"moe_ffn_hidden_size": 18}, {}, "moe_ffn_hidden_size_per_rank % 4 != 0"),
+        ("layer", {"moe_ffn_hidden_size": 18}, {}, r"moe_ffn_hidden_size % (ETP * 4 = 1 * 4) != 0"),
         (
             "layer",
             {"hidden_size": 20, "bf16": True, "params_dtype": torch.bfloat16},

@@ -165,3 +165,11 @@ def test_site_profiles(tmp_path) -> None:
     assert colours(VQMOE_SITE="here", SHAPE="mine") == "site mine"
     refused = bash(script, "slurm_world", VQMOE_SITE="nowhere")
     assert refused.returncode == 2 and "there are here.sh" in refused.stderr
+
+
+def test_what_sbatch_was_told_to_export_does_not_hold_for_the_ranks() -> None:
+    """--export=NONE and --export=NAME,... reach srun as variables, and would keep MASTER_ADDR back."""
+    script = f"load_site '{ROOT}' >/dev/null; compgen -e | grep EXPORT_ENV || echo none"
+    for value in ("NONE", "HOME,PATH", "ALL"):
+        environment = {"SLURM_EXPORT_ENV": value, "SRUN_EXPORT_ENV": value}
+        assert bash(script, "slurm_world", **environment).stdout == "none\n"

@@ -7,25 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from vqmoe_megatron.plan.layout import GEMM_BYTES
-
 GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def check_aligned(dtype: torch.dtype, **widths: int) -> None:
-    """Raise ``ValueError`` for a width whose rows torch's ``grouped_mm`` refuses.
-
-    Its strides must be multiples of 16 bytes, on every device.
-    """
-    if dtype not in GROUPED_MM_DTYPES:
-        return
-    unit = GEMM_BYTES // dtype.itemsize
-    for name, width in widths.items():
-        if width % unit:
-            raise ValueError(
-                f"{name} % {unit} != 0: {width} % {unit} = {width % unit}; torch's grouped_mm "
-                f"takes rows of a multiple of {GEMM_BYTES} bytes, {unit} elements of {dtype}"
-            )
 
 
 def grouped_linear(

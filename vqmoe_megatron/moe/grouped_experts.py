@@ -22,7 +22,8 @@ from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from vqmoe_megatron.moe.expert_gemm import check_aligned, grouped_linear
+from vqmoe_megatron.moe.expert_gemm import grouped_linear
+from vqmoe_megatron.plan.divisibility import expert_width_errors
 
 
 class GroupedExperts(MegatronModule):
@@ -55,15 +56,12 @@ class GroupedExperts(MegatronModule):
         self.expt_dp_group = pg_collection.expt_dp
         num_shards = self.expt_tp_group.size()
         hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size
-        if ffn % num_shards:
-            raise ValueError(
-                f"moe_ffn_hidden_size % expert_tensor_parallel_size != 0: {ffn} % {num_shards} = "
-                f"{ffn % num_shards}; every expert-tensor-parallel rank holds an equal share"
-            )
+        element_bytes = config.params_dtype.itemsize
+        for error in expert_width_errors(hidden, ffn, element_bytes, num_shards):
+            raise ValueError(error)
         self.num_halves = 2 if config.gated_linear_unit else 1  # G
         width = ffn // num_shards
         fc1_width = self.num_halves * width
-        check_aligned(config.params_dtype, hidden_size=hidden, moe_ffn_hidden_size_per_rank=width)
         self.weight1 = self._parameter(num_local_experts, fc1_width, hidden)
         self.weight2 = self._parameter(num_local_experts, hidden, width)
         # As Megatron marks shards: every rank counts its own in the gradient norm. bias2 is a
