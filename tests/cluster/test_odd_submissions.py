@@ -1,4 +1,4 @@
-"""Jobs that users submit otherwise than we would: from a path with a space, without an environment."""
+"""Jobs submitted otherwise than we would: from a path with a space, without an environment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from slurm_job import ROOT, SMALL_EP4, Job
 
 def test_pretrain_job_without_environment_from_a_path_with_a_space(job_folder, job_corpus) -> None:
     """``sbatch --export=NONE`` would keep the meeting place from the ranks, and ``Command=`` of
-    ``scontrol`` is not quoted. Nothing but sbatch is called, so nobody sets VQMOE_ROOT or PYTHON."""
+    ``scontrol`` is not quoted. Only sbatch is called, so nobody sets VQMOE_ROOT or PYTHON."""
     repository = job_folder / "my own repo"
     repository.symlink_to(ROOT)
     (job_folder / "logs" / "slurm").mkdir(parents=True, exist_ok=True)

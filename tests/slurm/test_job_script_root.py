@@ -1,4 +1,4 @@
-"""A job script finds its repository from what ``scontrol show job`` prints, whatever the path holds.
+"""A job script finds its repository from what ``scontrol show job`` prints, whatever its path.
 
 Slurm runs a copy of the script, so its own place says nothing; ``Command=`` is not quoted.
 """
