@@ -1,3 +1,3 @@
 """Train vector-quantised sparse mixture-of-experts language models on Megatron-core."""
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"

@@ -168,7 +168,7 @@ def test_site_profiles(tmp_path) -> None:
 
 
 def test_what_sbatch_was_told_to_export_does_not_hold_for_the_ranks() -> None:
-    """--export=NONE and --export=NAME,... reach srun as variables, and would hold MASTER_ADDR back."""
+    """--export=NONE and --export=NAME,... reach srun as variables, and would hold for the ranks."""
     script = f"load_site '{ROOT}' >/dev/null; compgen -e | grep EXPORT_ENV || echo none"
     for value in ("NONE", "HOME,PATH", "ALL"):
         environment = {"SLURM_EXPORT_ENV": value, "SRUN_EXPORT_ENV": value}
