@@ -50,8 +50,11 @@ start_job() {
 # ends the job with its message.
 ask_vqmoe() {
     local code=0
-    answer=$(VQMOE_KEEP_SIGNALS=1 srun --nodes=1 --ntasks=1 --ntasks-per-node=1 \
-        "${rank[@]}" "${vqmoe[@]}" "$@" | tail -n1) || code=$?
+    local options=(--nodes=1 --ntasks=1 --ntasks-per-node=1)
+    # Unless told, a step wants the GPUs of all nodes.
+    if ((gpus_per_node)); then options+=(--gpus-per-node="$gpus_per_node"); fi
+    answer=$(VQMOE_KEEP_SIGNALS=1 srun "${options[@]}" "${rank[@]}" "${vqmoe[@]}" "$@" |
+        tail -n1) || code=$?
     num_steps=$((num_steps + 1))
     if was_told_to_stop "$code"; then queue_again "told to stop before training"; fi
     ((code == 0)) || exit "$code"

@@ -2,6 +2,9 @@
 # The world of a Slurm job: its name, its nodes and tasks, where its ranks meet. Sourced.
 # shellcheck disable=SC2034,SC2154  # the files of a job share their variables
 
+# shellcheck source=launchers/meeting_host.sh
+source "$(dirname "${BASH_SOURCE[0]}")/meeting_host.sh"
+
 refuse() {
     echo "error: $*" >&2
     exit 2
@@ -71,12 +74,13 @@ find_world() {
 # no scontrol inside, and a guessed address gives every node a world of its own and a silent hang.
 find_meeting_place() {
     local address
-    VQMOE_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
-    MASTER_ADDR=${VQMOE_MASTER_ADDR:-${VQMOE_NODES%% *}}
+    VQMOE_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ') || VQMOE_NODES=""
+    MASTER_ADDR=$(plain_host "${VQMOE_MASTER_ADDR:-${VQMOE_NODES%% *}}")
     [[ -n "$MASTER_ADDR" ]] || refuse "MASTER_ADDR is empty: 'scontrol show hostnames" \
         "$SLURM_JOB_NODELIST' named no node; set VQMOE_MASTER_ADDR to the first node's address"
-    if ! getent hosts "$MASTER_ADDR" >/dev/null; then
-        address=$(scontrol show node "$MASTER_ADDR" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    if ! resolves "$MASTER_ADDR"; then
+        # Not every answer of scontrol is a node: it says "not found" in the same place.
+        address=$(scontrol show node "$MASTER_ADDR" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p') || true
         [[ -n "$address" ]] || refuse "MASTER_ADDR=$MASTER_ADDR does not resolve, and Slurm knows" \
             "no NodeAddr for it; set VQMOE_MASTER_ADDR"
         echo "MASTER_ADDR: $MASTER_ADDR does not resolve here, using its NodeAddr $address"

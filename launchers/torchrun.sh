@@ -44,21 +44,29 @@ if [[ ! -f "$recipe" ]]; then
     exit 2
 fi
 
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=launchers/meeting_host.sh
+source "$repository/launchers/meeting_host.sh"
 nnodes=${NNODES:-1}
 nproc_per_node=${NPROC_PER_NODE:-1}
 if [[ "$nnodes" == 1 ]]; then
     node_rank=${NODE_RANK:-0}
-    master_addr=${MASTER_ADDR:-127.0.0.1}
+    master_addr=$(plain_host "${MASTER_ADDR:-127.0.0.1}")
 elif [[ -n "${NODE_RANK:-}" && -n "${MASTER_ADDR:-}" ]]; then
     node_rank=$NODE_RANK
-    master_addr=$MASTER_ADDR
+    master_addr=$(plain_host "$MASTER_ADDR")
+    # torchrun would wait for minutes. Its own check of an address takes no zone.
+    if [[ "$master_addr" == *%* ]] || ! resolves "$master_addr"; then
+        echo "torchrun.sh: MASTER_ADDR=$MASTER_ADDR is no host that this machine knows (or an IPv6" \
+            "address with a zone); give the name or the address of node 0, without a port" >&2
+        exit 2
+    fi
 else
     # A guessed address would give every node a world of its own and a silent hang.
     echo "torchrun.sh: NNODES=$nnodes needs NODE_RANK and MASTER_ADDR (the host of node 0)" >&2
     exit 2
 fi
 
-repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$repository/.venv/bin/python}
 if [[ -z "${PYTHON:-}" && ! -x "$python" ]]; then
     python=python3

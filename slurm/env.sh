@@ -17,13 +17,18 @@ export VQMOE_PREFLIGHT=${VQMOE_PREFLIGHT:-1}
 export VQMOE_MAX_RESTARTS=${VQMOE_MAX_RESTARTS:-50}
 export VQMOE_MAX_IDLE_ATTEMPTS=${VQMOE_MAX_IDLE_ATTEMPTS:-3}
 
-# sbatch --export=NONE or --export=NAME,... would hold for the job's own sruns, too, and keep from the
-# ranks what this file and the meeting place set.
-unset SLURM_EXPORT_ENV SRUN_EXPORT_ENV
 # Since Slurm 22.05 srun no longer takes over sbatch's --cpus-per-task: ranks would share one core.
 if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then
     export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
 fi
+# srun takes sbatch's --export for its own: after --export=NONE nothing that is set here, PATH included,
+# would reach a rank.
+unset SLURM_EXPORT_ENV SRUN_EXPORT_ENV
+# The same for a job's GPUs in all, more than a step on one node can have, and for tasks per GPU, which
+# srun refuses beside the tasks per node that every step is given.
+unset SLURM_GPUS SLURM_NTASKS_PER_GPU
+# Of a world that the job was submitted from; ranks would believe them before Slurm's.
+unset RANK LOCAL_RANK WORLD_SIZE TORCHELASTIC_USE_AGENT_STORE
 # torch would start a thread per core in every rank.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # In a container the user's own ~/.local packages, another torch perhaps, would stand before the image's.

@@ -72,6 +72,12 @@ if [[ "$gpus" =~ ^[0-9]+$ && "${VQMOE_LAUNCHER:-srun}" == srun && "$tasks" != gi
         "or VQMOE_LAUNCHER=torchrun with one task per node"
 fi
 command -v sbatch >/dev/null || refuse "no sbatch here; slurm/cluster/up.sh starts a Slurm to try"
+[[ "$PWD" != *%* ]] || refuse "the path of the current folder, $PWD, has a %, which Slurm replaces" \
+    "in the names of logs; submit from another folder"
+# A job's variables are not another job's: submitted from inside one, sbatch would hand them on.
+for name in $(compgen -e SLURM_); do
+    [[ "$name" == SLURM_CONF || "$name" == SLURM_CLUSTERS ]] || unset "$name"
+done
 mkdir -p logs/slurm
 root=$(cd "$(dirname "$script")/.." && pwd)
 [[ ! -f "$root/launchers/slurm.sh" ]] || export VQMOE_ROOT=${VQMOE_ROOT:-$root}

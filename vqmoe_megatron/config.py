@@ -9,6 +9,7 @@ Reading and overriding a recipe file lives in :mod:`vqmoe_megatron.recipe`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -253,6 +254,12 @@ class TrackingConfig:
                 "because the run writes it to its logs, run_config.yaml and MLflow; "
                 "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
             )
+        if self.mlflow_uri is not None and _has_cut_path(self.mlflow_uri):
+            raise ValueError(
+                f"tracking.mlflow_uri={self.mlflow_uri}: a SQLite URI ends its path at the first "
+                "?, and options such as timeout=30 follow; write a ? of the path as %3F and a % as "
+                "%25"
+            )
         if self.parent_run_id == "":
             raise ValueError(
                 "tracking.parent_run_id is empty; give an MLflow run id, or null for a run of its "
@@ -268,6 +275,13 @@ def _may_hold_password(uri: str) -> bool:
         return "@" in uri
     # Beyond the host part too: a password with / or # ends it early, and without // it is empty.
     return "@" in parts.netloc or ("@" in uri and parts.scheme not in ("", "file", "sqlite"))
+
+
+def _has_cut_path(uri: str) -> bool:
+    """Tell whether ``uri`` is of a SQLite file whose path has a ``?``: it would be cut there."""
+    head, _, options = uri.partition("?")
+    is_file = head.startswith("sqlite:") and head != uri
+    return is_file and not all(re.fullmatch(r"\w+=[^/]*", text) for text in options.split("&"))
 
 
 @dataclass

@@ -20,6 +20,9 @@ require_root() {
 # The folder is a cluster's, or new, and nobody else's: what is in it is overwritten and removed as
 # root, and its munge key is believed.
 require_own_folder() {
+    # slurm.conf ends a value at a space and replaces %n; the line of up.sh is for eval.
+    [[ "$cluster_dir" =~ ^/[A-Za-z0-9/._+-]+$ ]] || refuse "VQMOE_CLUSTER_DIR=$cluster_dir must be an" \
+        "absolute path of letters, digits and / . _ + -"
     [[ -e "$cluster_dir" ]] || return 0
     [[ -O "$cluster_dir" ]] || refuse "VQMOE_CLUSTER_DIR=$cluster_dir belongs to another user"
     if [[ -e "$conf" ]]; then

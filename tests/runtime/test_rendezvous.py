@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vqmoe_megatron.runtime.rendezvous import MeetingPlace
+from vqmoe_megatron.runtime.meeting_place import MeetingPlace
 
 pytestmark = pytest.mark.distributed
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import tenacity
 
+from vqmoe_megatron.runtime.waiting import tell, told_while_waiting
+
 TIMEOUT_S = 60
 NUM_ATTEMPTS = 4
 
@@ -57,15 +59,23 @@ def download_file(url: str, target: Path, first_wait_s: float = 1.0) -> None:
         stop=tenacity.stop_after_attempt(NUM_ATTEMPTS),
         wait=tenacity.wait_exponential(multiplier=first_wait_s),
         retry=tenacity.retry_if_exception(_worth_retrying),
+        before_sleep=lambda state: tell(_next_attempt(url, state)),
         reraise=True,
     )
     try:
-        retrying(_fetch, url, part)
+        with told_while_waiting(f"downloading {url}"):
+            retrying(_fetch, url, part)
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(
             f"cannot download {url} ({error}); fetch it by other means and pass it as --input"
         ) from error
     part.replace(target)
+
+
+def _next_attempt(url: str, state: tenacity.RetryCallState) -> str:
+    problem = state.outcome.exception() if state.outcome else None
+    wait_s = state.next_action.sleep if state.next_action else 0.0
+    return f"{url}: {problem}; attempt {state.attempt_number + 1} of {NUM_ATTEMPTS} in {wait_s:g} s"
 
 
 def _fetch(url: str, part: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from vqmoe_megatron.runtime.meeting_place import MeetingPlace
 from vqmoe_megatron.runtime.node_facts import (
     NodeFacts,
     Problem,
@@ -28,7 +29,7 @@ from vqmoe_megatron.runtime.node_facts import (
     nodes_of_ranks,
 )
 from vqmoe_megatron.runtime.rank_names import rank_names
-from vqmoe_megatron.runtime.rendezvous import MeetingPlace, meet
+from vqmoe_megatron.runtime.rendezvous import meet
 from vqmoe_megatron.runtime.world import RankVariables
 
 COLLECTIVE_SECONDS = 60.0

@@ -3,13 +3,14 @@
 ``init_process_group`` waits for its peers inside C++, where no Python signal handler runs. Here the
 waiting is a Python loop, and afterwards ``init_process_group`` finds every rank already there.
 
-1. Rank 0 hosts a TCPStore at MASTER_ADDR:MASTER_PORT; under torchrun its agent already does. The
-   others try to reach it, in a thread, because name resolution and TCPStore's own connecting cannot
-   be interrupted.
+1. MASTER_ADDR is looked up. Rank 0 hosts a TCPStore at MASTER_ADDR:MASTER_PORT; under torchrun its
+   agent already does. The others try to reach it. Looking up and connecting are done in threads,
+   because neither can be interrupted.
 2. Every rank announces itself.
 3. One verdict ends the wait for all: ``go`` once rank 0 sees every rank, ``stop`` when any rank is
    asked to stop, ``fail`` when time is over. The store accepts only the first, so no rank goes on
    while another turns back.
+   Meanwhile a line now and again says who is waited for.
 4. After ``stop`` and ``fail`` rank 0 keeps the store until the ranks that came have read why.
 """
 
@@ -19,14 +20,17 @@ import datetime
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
+from vqmoe_megatron.runtime.meeting_place import LOOKUP_SECONDS, HostLookup, MeetingPlace
 from vqmoe_megatron.runtime.rank_names import rank_names
+from vqmoe_megatron.runtime.waiting import WaitNotices, tell
 
 POLL_SECONDS = 0.1
+NOTICE_AFTER_SECONDS = 10.0  # ranks start one after another
 PROBE_SECONDS = 5.0  # for one attempt to open a connection
 LINGER_SECONDS = 1.5  # for others to read a verdict before rank 0 closes the store
 STORE_SECONDS = 60.0  # for one answer of a store that is there
@@ -55,41 +59,6 @@ def never_stop() -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class MeetingPlace:
-    """Where the ranks meet. ``prefix`` keeps the attempts of one torchrun apart."""
-
-    host: str
-    port: int
-    is_hosted: bool = False  # by torchrun's agent
-    prefix: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
-
-    @classmethod
-    def from_environ(cls, environ: Mapping[str, str]) -> MeetingPlace:
-        """Read MASTER_ADDR, MASTER_PORT and torchrun's variables.
-
-        Raises:
-            ValueError: when the place is not set or the port is not one.
-        """
-        if not environ.get("MASTER_ADDR"):
-            raise ValueError(
-                "MASTER_ADDR is not set; export the host name of rank 0's node (scontrol show "
-                "hostnames | head -n1) for all ranks"
-            )
-        port = environ.get("MASTER_PORT", "")
-        if not port:
-            raise ValueError("MASTER_PORT is not set; export one free port for all ranks")
-        if not (port.isdecimal() and 0 < int(port) < 2**16):
-            raise ValueError(f"MASTER_PORT={port!r} is not a port (1 to 65535)")
-        is_hosted = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        prefix = f"vqmoe/attempt_{attempt}/" if is_hosted else "vqmoe/"
-        return cls(environ["MASTER_ADDR"], int(port), is_hosted, prefix)
-
-
 def meet(
     place: MeetingPlace,
     rank: int,
@@ -109,10 +78,13 @@ def meet(
         wait_seconds: until the wait fails.
 
     Raises:
+        ValueError: there is no such host.
         StoppedWhileWaiting: ``should_stop`` said so, here or on another rank.
-        RendezvousFailed: a rank did not come, came twice, or rank 0 left.
+        RendezvousFailed: the host could not be looked up, a rank did not come, came twice, or rank
+            0 left.
     """
     wait = _Wait(place, rank, world_size, should_stop, wait_seconds)
+    _look_up(wait)
     is_host = rank == 0 and not place.is_hosted
     server = _host(place) if is_host else _reach(wait)
     store = PrefixStore(f"{place.prefix}meeting", server)
@@ -148,12 +120,45 @@ class _Wait:
     seconds: float
     started: float = field(default_factory=time.monotonic)
     missing: set[int] = field(default_factory=set)
+    notices: WaitNotices = field(default_factory=lambda: WaitNotices(tell, NOTICE_AFTER_SECONDS))
 
     def is_over(self) -> bool:
         return time.monotonic() - self.started >= self.seconds
 
+    def tell(self, what: Callable[[], str]) -> None:
+        """Say what this rank waits for, when it is time."""
+        self.notices.look(lambda: f"rank {self.rank} of {self.world_size}: {what()}")
 
-# 1. reach the store
+
+# 1. find the host, reach the store
+def _look_up(wait: _Wait) -> None:
+    """Wait until the host is known, briefly; rank 0 too, for whom the others would wait in vain."""
+    lookup = HostLookup(wait.place)
+    lookup.start()
+    deadline = wait.started + min(LOOKUP_SECONDS, wait.seconds)
+    notices = WaitNotices(tell, first_seconds=1.0)
+    try:
+        while lookup.is_alive():
+            lookup.join(POLL_SECONDS)
+            if wait.should_stop():
+                raise StoppedWhileWaiting(f"rank {wait.rank} was asked to stop")
+            if lookup.is_alive() and time.monotonic() >= deadline:
+                raise RendezvousFailed(
+                    f"rank {wait.rank} of {wait.world_size} could not look MASTER_ADDR="
+                    f"{wait.place.host} up within {deadline - wait.started:g} s: {lookup.problem}. "
+                    "Check this machine's name service, or give MASTER_ADDR as an address"
+                )
+            notices.look(
+                lambda: (
+                    f"rank {wait.rank} of {wait.world_size}: looking MASTER_ADDR="
+                    f"{wait.place.host} up: {lookup.problem}"
+                )
+            )
+    finally:
+        lookup.is_wanted = False
+    lookup.check()
+
+
 def _host(place: MeetingPlace) -> TCPStore:
     try:
         # Rank 0 talks to itself over the loopback, whatever MASTER_ADDR says.
@@ -180,6 +185,12 @@ def _reach(wait: _Wait) -> TCPStore:
                     f"{wait.place.host}, that MASTER_ADDR and MASTER_PORT are the same on all "
                     "ranks, and that no firewall is between them"
                 )
+            wait.tell(
+                lambda: (
+                    f"seeking rank 0 at {wait.place}, at most {wait.seconds:g} s; last attempt: "
+                    f"{attempt.problem}"
+                )
+            )
             attempt.join(POLL_SECONDS)
         return attempt.store
     finally:
@@ -230,6 +241,8 @@ def _agree(wait: _Wait, store: Store) -> str:
             return _decide(store, GO)
         if wait.is_over():
             return _decide(store, FAIL + _missing(wait, store))
+        if wait.rank == 0 or not store.check([_presence(0)]):  # one speaks for all
+            wait.tell(lambda: _waiting_for(wait, store))
         time.sleep(POLL_SECONDS)
 
 
@@ -244,6 +257,11 @@ def _decide(store: Store, verdict: str) -> str:
 
 def _present(store: Store, world_size: int) -> set[int]:
     return {rank for rank in range(world_size) if store.check([_presence(rank)])}
+
+
+def _waiting_for(wait: _Wait, store: Store) -> str:
+    missing = set(range(wait.world_size)) - _present(store, wait.world_size)
+    return f"waiting at {wait.place} for {rank_names(missing)}, at most {wait.seconds:g} s"
 
 
 def _missing(wait: _Wait, store: Store) -> str:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.runtime.rendezvous import MeetingPlace, meet, never_stop
+from vqmoe_megatron.runtime.meeting_place import MeetingPlace
+from vqmoe_megatron.runtime.rendezvous import meet, never_stop
 
 COLLECTIVE_TIMEOUT_MINUTES = 10
 RENDEZVOUS_SECONDS = 600.0

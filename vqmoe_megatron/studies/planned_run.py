@@ -29,6 +29,7 @@ from vqmoe_megatron.recipe import (
 from vqmoe_megatron.studies.axes import AXIS_KEYS, RANKS_KEY, Point
 from vqmoe_megatron.studies.budget import rule_train_iters, tokens_per_step
 from vqmoe_megatron.studies.study_file import StudyFile, key_of, listed
+from vqmoe_megatron.tracking.sqlite_uri import sqlite_uri
 
 PRODUCT = re.compile(r"\s*(\d+)\s*\*\s*([A-Za-z_.]+)\s*")
 PROBLEM_NAMES = 3  # runs that are named with a problem they share
@@ -94,7 +95,7 @@ class StudyPlanner:
         overrides.append(text_override("train.output_dir", str(run_dir)))
         config = load_recipe(self.file.recipe, overrides)
         if config.tracking.mlflow and config.tracking.mlflow_uri is None:
-            uri = f"sqlite:///{self.file.output_dir / 'mlflow.db'}"
+            uri = sqlite_uri(self.file.output_dir / "mlflow.db")
             overrides.append(text_override("tracking.mlflow_uri", uri))
             config = replace(config, tracking=replace(config.tracking, mlflow_uri=uri))
         num_ranks = num_ranks or minimum_world_size(config)

@@ -7,20 +7,23 @@ another, so that the concurrency limit holds for the study.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import vqmoe_megatron
 from vqmoe_megatron.own_outputs import replace_file
+from vqmoe_megatron.runtime.waiting import told_while_waiting
 from vqmoe_megatron.studies.slurm_queue import QueueUnknown, job_name, name_in_queue
 from vqmoe_megatron.studies.study import Study
 
 SCRIPT = Path("slurm/study.sbatch")
 SBATCH_SECONDS = 120
+SLURM_SETTINGS = ("SLURM_CONF", "SLURM_CLUSTERS")  # a user's, not a job's; as in slurm/submit.sh
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def sbatch_command(
         f"--job-name={job_name(study)}",
         f"--array={index_ranges(array.indices)}%{max_parallel}",
         f"--ntasks={array.num_ranks}",
-        f"--output={study.folder.logs}/slurm-%A_%a.log",
+        f"--output={str(study.folder.logs).replace('%', '%%')}/slurm-%A_%a.log",
         "--open-mode=append",
         *dependency,
         *options,
@@ -112,7 +115,14 @@ def submit_arrays(
         command = sbatch_command(study, array, script, max_parallel, options, after)
         say(shlex.join(command))
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SBATCH_SECONDS)
+            with told_while_waiting("waiting for sbatch"):
+                done = subprocess.run(
+                    command,
+                    capture_output=True,
+                    text=True,
+                    timeout=SBATCH_SECONDS,
+                    env=_without_our_job(os.environ),
+                )
         except subprocess.TimeoutExpired as error:
             raise ValueError(
                 f"sbatch did not answer in {SBATCH_SECONDS} s; look at squeue before trying again"
@@ -125,6 +135,15 @@ def submit_arrays(
             f"submitted job {after}: {len(array.indices)} runs of {array.num_ranks} "
             f"rank{'s' if array.num_ranks != 1 else ''}, at most {max_parallel} at a time"
         )
+
+
+def _without_our_job(environ: Mapping[str, str]) -> dict[str, str]:
+    """Leave out the variables of a job that we run in, which sbatch would hand on to the tasks."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith("SLURM_") or name in SLURM_SETTINGS
+    }
 
 
 def check_sbatch() -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 
+from vqmoe_megatron.runtime.waiting import told_while_waiting
 from vqmoe_megatron.studies.study import Study
 from vqmoe_megatron.studies.study_folder import StudyFolder
 
@@ -79,7 +80,8 @@ def _squeue(*options: str) -> str:
         raise QueueUnknown("there is no squeue on PATH")
     command = ["squeue", "--noheader", *options]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_SECONDS)
+        with told_while_waiting("waiting for squeue"):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise QueueUnknown(f"squeue: {error}") from error
     if done.returncode:

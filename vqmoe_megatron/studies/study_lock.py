@@ -5,18 +5,16 @@ The kernel lets go of it when its process ends, however it ends. The runs do not
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import os
-import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vqmoe_megatron.runtime.file_lock import LockHeld, LockWait, try_lock, wait_for_lock
+from vqmoe_megatron.runtime.waiting import tell_nobody
+
 RUN_LOCK = ".run.lock"
 PATIENCE_SECONDS = 1.0  # `vqmoe study status` holds the lock for an instant when it asks
-RETRY_SECONDS = 0.05
 
 
 @contextmanager
@@ -35,37 +33,22 @@ def study_lock(output_dir: Path) -> Iterator[None]:
             f"study.output_dir={output_dir} cannot be written: {error.strerror}; choose another"
         ) from error
     with file:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not _is_taken(file.fileno(), path):
-            if time.monotonic() > deadline:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise ValueError(
-                    f"runs of study {output_dir} are being started by {holder}; wait for it, or "
-                    "stop it first"
-                )
-            time.sleep(RETRY_SECONDS)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        try:
+            wait_for_lock(file, fcntl.lockf, LockWait(PATIENCE_SECONDS, tell_nobody))
+        except LockHeld as held:
+            raise ValueError(
+                f"runs of study {output_dir} are being started by {held.holder}; wait for it, or "
+                "stop it first"
+            ) from held
+        except OSError as error:
+            raise ValueError(f"{path} cannot be locked: {error.strerror}") from error
         yield
 
 
 def is_study_locked(output_dir: Path) -> bool:
     """Tell whether another process holds the lock; never makes a file."""
-    path = output_dir / RUN_LOCK
     try:
-        with path.open("r+", encoding="utf-8") as file:
-            return not _is_taken(file.fileno(), path)
-    except (OSError, ValueError):  # none yet, or one we may not ask
+        with (output_dir / RUN_LOCK).open("r+", encoding="utf-8") as file:
+            return not try_lock(file, fcntl.lockf)
+    except OSError:  # none yet, or one we may not ask
         return False
-
-
-def _is_taken(descriptor: int, path: Path) -> bool:
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        raise ValueError(f"{path} cannot be locked: {error.strerror}") from error
-    return True

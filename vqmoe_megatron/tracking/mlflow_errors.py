@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
+from vqmoe_megatron.runtime.file_lock import LockHeld, kernel_lock_holder
+from vqmoe_megatron.tracking.sqlite_uri import sqlite_path
+
 # 4xx answers that a later attempt can turn into success: timeout, conflict, rate limit, cancelled;
 # 401 and 403, because credentials, permissions and --allowed-hosts are mended on the server, too.
 _RETRYABLE_HTTP_STATUS = (401, 403, 408, 409, 429, 499)
@@ -35,6 +38,10 @@ def is_permanent(error: Exception) -> bool:
 def explained(error: Exception, uri: str) -> str:
     """Return the reason on one line and, where it is known, what to do about it."""
     status, text = _http_status(error), str(error)
+    if isinstance(error, LockHeld):
+        return text
+    if "database is locked" in text:
+        return f"the database is locked by {_database_user(uri)}; wait for it, or end it"
     if status == 401:
         return (
             "401: the server wants a user name and a password and got none, or others; set "
@@ -56,6 +63,15 @@ def explained(error: Exception, uri: str) -> str:
     if "timed out" in text.lower():
         return "no answer in time"
     return first_line(error)
+
+
+def _database_user(uri: str) -> str:
+    try:
+        database = sqlite_path(uri)
+        known = kernel_lock_holder(database.stat()) if database else None
+    except OSError:
+        known = None
+    return known or "another process"
 
 
 def first_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ commands call it. ``mlflow`` is imported on first use (about 2 s).
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from vqmoe_megatron.runtime.file_lock import LockHeld, LockWait, wait_for_lock
 from vqmoe_megatron.tracking.mlflow_errors import first_line, is_permanent
+from vqmoe_megatron.tracking.sqlite_uri import sqlite_path, sqlite_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-SQLITE_PREFIX = "sqlite:///"
 # A slow server costs a shipping attempt at most 2 x 5 s; a user's own value wins.
 CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -75,32 +76,35 @@ class RunRequest:
 
 def default_mlflow_uri(run_dir: str | Path) -> str:
     """Return the URI used when none is configured: ``mlflow.db`` beside the run directories."""
-    return f"{SQLITE_PREFIX}{Path(run_dir).resolve().parent / 'mlflow.db'}"
+    return sqlite_uri(Path(run_dir).resolve().parent / "mlflow.db")
 
 
 @contextmanager
-def _creation_lock(uri: str) -> Iterator[None]:
+def _creation_lock(uri: str, wait: LockWait | None) -> Iterator[None]:
     """Serialise the first use of a SQLite file: concurrent table creation fails in MLflow.
 
     Where the file system has no locks, the database is opened without one, and that is said.
     """
-    if not uri.startswith(SQLITE_PREFIX):
+    database = sqlite_path(uri)
+    if database is None:
         yield
         return
-    database = Path(uri.removeprefix(SQLITE_PREFIX))
     database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(f"{database.name}.lock").open("w") as lock:
+    with database.with_name(f"{database.name}.lock").open("a+", encoding="utf-8") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            wait_for_lock(lock, wait=wait)
+        except LockHeld:
+            raise
         except OSError as error:
             print(f"mlflow: {lock.name} cannot be locked ({error}); start one run first, alone")
         yield
 
 
-def connect(uri: str) -> MlflowClient:
+def connect(uri: str, wait: LockWait | None = None) -> MlflowClient:
     """Return a client of the store, creating a SQLite database when it is missing.
 
-    Safe when several processes start at once. Raises MLflow's or the operating system's errors.
+    Safe when several processes start at once; ``wait`` is for their lock. Raises MLflow's or the
+    operating system's errors, :class:`LockHeld` among them.
     """
     for name, value in CLIENT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -110,24 +114,48 @@ def connect(uri: str) -> MlflowClient:
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     for noisy in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    with _creation_lock(uri):
+    _check_database(uri)
+    with _creation_lock(uri, wait):
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def open_experiment(uri: str, experiment: str) -> tuple[MlflowClient, str]:
+def _check_database(uri: str) -> None:
+    """Refuse a SQLite file that cannot be used, for which MLflow would try 100 s long.
+
+    Among them one that SQLAlchemy takes for another: before 2.1 it decodes no %3F.
+    """
+    import sqlalchemy
+
+    database = sqlite_path(uri)
+    if database is None:
+        return
+    if database.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(database))
+    if database.exists() and not os.access(database, os.R_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(database))
+    if Path(sqlalchemy.make_url(uri).database or "") == database:
+        return
+    raise ValueError(
+        f"SQLAlchemy {sqlalchemy.__version__} cannot be told of the file {database}; upgrade it to "
+        "2.1, or choose a folder without %, ? and # in its path"
+    )
+
+
+def open_experiment(
+    uri: str, experiment: str, wait: LockWait | None = None
+) -> tuple[MlflowClient, str]:
     """Connect, creating the experiment when it is missing; return (client, experiment id).
 
     Safe when several processes start at once. A SQLite store keeps its artifacts in ``mlartifacts``
     beside the file; a server decides for itself. Raises MLflow's or the operating system's errors.
     """
-    client = connect(uri)
+    client = connect(uri, wait)
     from mlflow.exceptions import MlflowException
 
-    artifacts = None
-    if uri.startswith(SQLITE_PREFIX):
-        folder = Path(uri.removeprefix(SQLITE_PREFIX)).resolve().parent / "mlartifacts"
-        artifacts = folder.as_uri()
-    with _creation_lock(uri):
+    database, artifacts = sqlite_path(uri), None
+    if database is not None:
+        artifacts = (database.resolve().parent / "mlartifacts").as_uri()
+    with _creation_lock(uri, wait):
         found = client.get_experiment_by_name(experiment)
         if found is not None:
             return client, found.experiment_id
@@ -140,14 +168,16 @@ def open_experiment(uri: str, experiment: str) -> tuple[MlflowClient, str]:
             return client, found.experiment_id
 
 
-def open_run(uri: str, request: RunRequest, goes_on: bool = True) -> RunHandle:
+def open_run(
+    uri: str, request: RunRequest, goes_on: bool = True, wait: LockWait | None = None
+) -> RunHandle:
     """Open the run to write to: the known one, one made earlier for this run key, or a new one.
 
     A ``known_run_id`` that the store does not have, or has deleted, gives a new run tagged
     ``resumed_from_unknown_run`` with that id. ``goes_on`` sets the run RUNNING again.
     Raises MLflow's or the operating system's errors.
     """
-    client, experiment_id = open_experiment(uri, request.experiment)
+    client, experiment_id = open_experiment(uri, request.experiment, wait)
     from mlflow.exceptions import MlflowException
 
     known_id, tags, notice = request.known_run_id, request.tags, ""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from vqmoe_megatron.config import TrackingConfig
 from vqmoe_megatron.recipe import flatten_config, load_recipe
+from vqmoe_megatron.runtime.waiting import told_while_waiting
 from vqmoe_megatron.tracking.metrics_log import METRICS_FILE, SYSTEM_METRICS_FILE, read_metrics
 from vqmoe_megatron.tracking.mlflow_errors import MlflowUnavailable, explained
 from vqmoe_megatron.tracking.mlflow_record import open_record
@@ -111,23 +112,24 @@ def sync_run(run_dir: Path, uri: str | None, report: Callable[[str], None] = pri
     params = shortened(flatten_config(config), MAX_PARAM_CHARACTERS, report)
     tags = shortened(record.tags, MAX_TAG_CHARACTERS, report)
     try:
-        handle = open_run(uri, request, goes_on=False)
-        record.note_run(uri, handle.run_id)
-        if handle.notice:
-            report(f"{run_dir}: {handle.notice}")
-        history = _history(handle)
-        points = _points(records + system_records)
-        batches = metric_batches(
-            records + system_records, lambda name, step: (name, step) in history, changed_ms
-        )
-        for batch in batches:
-            send_metrics(handle, batch)
-        num_params = send_params(handle, params)
-        num_tags = send_tags(handle, tags)
-        num_files = _send_files(handle, run_dir)
-        outcome: Outcome = OUTCOME_OF_STATE.get(known.state, "KILLED") if known else "KILLED"
-        if handle.status != outcome:
-            handle.client.set_terminated(handle.run_id, outcome, end_time=_last_ms(records))
+        with told_while_waiting(f"MLflow at {uri} is at work for {run_dir}"):
+            handle = open_run(uri, request, goes_on=False)
+            record.note_run(uri, handle.run_id)
+            if handle.notice:
+                report(f"{run_dir}: {handle.notice}")
+            history = _history(handle)
+            points = _points(records + system_records)
+            batches = metric_batches(
+                records + system_records, lambda name, step: (name, step) in history, changed_ms
+            )
+            for batch in batches:
+                send_metrics(handle, batch)
+            num_params = send_params(handle, params)
+            num_tags = send_tags(handle, tags)
+            num_files = _send_files(handle, run_dir)
+            outcome: Outcome = OUTCOME_OF_STATE.get(known.state, "KILLED") if known else "KILLED"
+            if handle.status != outcome:
+                handle.client.set_terminated(handle.run_id, outcome, end_time=_last_ms(records))
     except Exception as error:
         raise MlflowUnavailable(f"MLflow at {uri}: {explained(error, uri)}") from error
     there = points.keys() & history.keys()

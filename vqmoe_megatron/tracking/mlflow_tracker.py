@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from vqmoe_megatron.runtime.file_lock import LockWait
+from vqmoe_megatron.runtime.waiting import tell_nobody
 from vqmoe_megatron.tracking.metrics_log import METRICS_FILE, SYSTEM_METRICS_FILE
 from vqmoe_megatron.tracking.metrics_tail import MetricsTail
 from vqmoe_megatron.tracking.mlflow_errors import first_line
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
 ARTIFACT_ATTEMPTS = 3  # a broken artifact store must not hold up the metrics
 MAX_PENDING_ITEMS = 1000  # params, tags and files; a run has a handful per checkpoint
 RECORDS_PER_READ = 100
+# Shorter than start_deadline_s, so that the first notice says who holds the lock; tried again then.
+LOCK_WAIT = LockWait(20.0, tell_nobody)
 IDLE_POLL_S = 5.0  # a call wakes the thread; this is for logs that could not be read
 
 
@@ -273,7 +277,7 @@ class MlflowTracker:
                 self._sent_until = max(self._sent_until, int(records[-1]["iteration"]))
 
     def _open_run(self) -> None:
-        handle = open_run(self.uri, self._request)
+        handle = open_run(self.uri, self._request, wait=LOCK_WAIT)
         self.record.note_run(self.uri, handle.run_id)
         self._handle = handle
         if handle.notice:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from vqmoe_megatron.runtime.waiting import told_while_waiting
 from vqmoe_megatron.tracking.mlflow_errors import MlflowUnavailable, explained
 from vqmoe_megatron.tracking.mlflow_store import Outcome, connect, open_experiment
 from vqmoe_megatron.tracking.run_params import MAX_TAG_CHARACTERS, shortened
@@ -78,6 +79,7 @@ def _at(uri: str | None, action: Callable[[str], _Result]) -> _Result:
             "one of the study's run directories"
         )
     try:
-        return action(uri)
+        with told_while_waiting(f"waiting for MLflow at {uri}"):
+            return action(uri)
     except Exception as error:
         raise MlflowUnavailable(f"MLflow at {uri}: {explained(error, uri)}") from error
