@@ -49,7 +49,9 @@ class CodebookSync:
 
     def __deepcopy__(self, memo: dict) -> CodebookSync:
         """A copied configuration is another model's: nothing of this model's step goes along."""
-        return CodebookSync(self.applies_at_once, self.finalize)
+        copied = type(self).__new__(type(self))
+        CodebookSync.__init__(copied, self.applies_at_once, self.finalize)
+        return copied
 
     def __call__(self, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
         """Differentiate kept tables, finalize gradients (Megatron's groups), then reduce

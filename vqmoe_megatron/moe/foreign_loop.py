@@ -15,7 +15,7 @@ pass of a layer calls :func:`follow`, and a codebook moves exactly once per opti
 4. What cannot be followed raises: weights that move without an optimizer of torch, a kept table
    whose gradient would come too late, trained codes among bf16 weights.
 
-A loop of its own that calls :class:`CodebookSync` is left alone.
+A loop that has made :class:`CodebookSync` its finalise function is left alone.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ _followed: weakref.WeakKeyDictionary[StepOwner, list[torch.Tensor]] = weakref.We
 _latest_config = 0  # id of the configuration whose model was evaluated last
 
 
+class ForeignSync(CodebookSync):
+    """Around a foreign loop's finalise function; applied before its optimizer steps."""
+
+
 def follow(owner: StepOwner, config: TransformerConfig) -> None:
     """See to it that ``owner``'s step ends once; called at each of its training forward passes.
 
@@ -58,13 +62,14 @@ def follow(owner: StepOwner, config: TransformerConfig) -> None:
     _latest_config = id(config)
     if not isinstance(config.finalize_model_grads_func, CodebookSync):
         owner.refuse_foreign_optimizer()
-        config.finalize_model_grads_func = CodebookSync(
+        config.finalize_model_grads_func = ForeignSync(
             applies_at_once=False, finalize=config.finalize_model_grads_func
         )
     if owner.sums is not None:  # reduced, and no optimizer stepped since
         owner.clear_step()
+    is_known = owner.has_ended_a_step or type(config.finalize_model_grads_func) is CodebookSync
     is_lost = owner.num_recorded_microbatches >= MOST_MICROBATCHES
-    sample = [] if owner.has_ended_a_step else _sample(owner)
+    sample = [] if is_known else _sample(owner)
     if owner.num_recorded_microbatches == 0:
         _followed[owner] = sample
     else:
