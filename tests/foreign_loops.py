@@ -191,6 +191,154 @@ def with_megatrons_schedule(
     }
 
 
+class OneLayer(torch.nn.Module):
+    """A model of layers one after the other, for Megatron's schedule."""
+
+    def __init__(self, *layers) -> None:  # noqa: ANN002
+        super().__init__()
+        from megatron.core.enums import ModelType
+
+        self.config, self.layers = layers[0].config, torch.nn.ModuleList(layers)
+        self.model_type = ModelType.encoder_or_decoder
+
+    def set_input_tensor(self, _tensor: object) -> None:
+        pass
+
+    def forward(self, x):  # noqa: ANN001, ANN202
+        for layer in self.layers:
+            x = layer(x)[0]
+        return x
+
+
+def scheduled(stream, *layers, forward=None):  # noqa: ANN001, ANN002, ANN201
+    """One call of Megatron's schedule over these layers in DDP; gradients are then in ``grad``."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    config = layers[0].config
+    if not hasattr(layers[0], "in_ddp"):
+        model = DistributedDataParallel(config, DistributedDataParallelConfig(), OneLayer(*layers))
+        layers[0].in_ddp = [model]  # in a list: it is no submodule
+        config.finalize_model_grads_func = finalize_model_grads
+    (model,) = layers[0].in_ddp
+    model.zero_grad_buffer()
+    forward = forward or (lambda m, x: m(x))
+    get_forward_backward_func()(
+        forward_step_func=lambda data, m: (
+            forward(m, next(data)),
+            lambda y: (y.square().mean(), {}),
+        ),
+        data_iterator=stream,
+        model=model,
+        num_microbatches=2,
+        seq_length=6,
+        micro_batch_size=2,
+        forward_only=False,
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = parameter.main_grad.clone()
+
+
+def trained(*layers):  # noqa: ANN002, ANN201
+    return [p for layer in layers for p in layer.parameters() if p.requires_grad]
+
+
+def schedule_and_then(way: str) -> list:
+    """Megatron's schedule, and weights moved by hand; or a look at the model before the step."""
+    layer, stream = build({})
+    optimizer = torch.optim.SGD(trained(layer), lr=1e-2)
+    found: list = []
+    for _ in range(3):
+        try:
+            scheduled(stream, layer)
+        except ValueError as error:
+            return [*found, str(error)]
+        if way == "data":
+            for parameter in trained(layer):
+                parameter.data -= 0.1 * parameter.grad
+        else:
+            with torch.no_grad():
+                layer(next(stream))
+            optimizer.step()
+        found.append(steps_of(layer))
+    return found
+
+
+def two_models(is_shared: bool, is_scheduled: bool) -> list[list[int]]:
+    """Both are differentiated, then both optimizers step, twice; code steps after each."""
+    one, stream = build({})
+    two, _ = build({})
+    if is_shared:
+        two.config = one.config
+    optimizers = [torch.optim.SGD(trained(layer), lr=1e-2) for layer in (one, two)]
+    found = []
+    for _ in range(2):
+        for layer in (one, two):
+            if is_scheduled:
+                scheduled(stream, layer)
+            else:
+                layer(next(stream))[0].sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            found.append([steps_of(one), steps_of(two)])
+    return found
+
+
+def stranger(kind: str) -> list[int]:
+    """An optimizer of something else steps between two microbatches; then the layer's own."""
+    layer, stream = build({})
+    other = torch.zeros(1, requires_grad=True)
+    if kind == "parameter":
+        other = torch.nn.Parameter(other.detach())
+    other.grad = torch.ones(1)
+    layer(next(stream))[0].sum().backward()
+    torch.optim.SGD([other], lr=0.1).step()
+    found = [steps_of(layer)]
+    layer(next(stream))[0].sum().backward()
+    torch.optim.SGD(trained(layer), lr=0.1).step()
+    return [*found, steps_of(layer)]
+
+
+def frozen_below() -> list[list]:
+    """Twelve steps of two layers of which the lower is frozen: code steps, and codes unmoved."""
+    below, stream = build({"dead_code_threshold": 0.5})
+    above, _ = build({"dead_code_threshold": 0.5})
+    above.config = below.config
+    for parameter in below.parameters():
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.SGD(trained(above), lr=1e-3)
+    before = [layer.assigner.codebook.codes.detach().clone() for layer in (below, above)]
+    for _ in range(12):
+        scheduled(stream, below, above)
+        optimizer.step()
+    return [
+        [steps_of(layer), bool(torch.equal(codes, layer.assigner.codebook.codes))]
+        for layer, codes in zip((below, above), before, strict=True)
+    ]
+
+
+def unused_on_one_rank() -> list[int]:
+    """Rank 1 passes the layer by in the second step."""
+    layer, stream = build({})
+    optimizer = torch.optim.SGD(trained(layer), lr=1e-2)
+    found = []
+    for step in range(3):
+        is_unused = step == 1 and torch.distributed.get_rank() == 1
+
+        def forward(model, x, is_unused=is_unused):  # noqa: ANN001, ANN202
+            return x.requires_grad_() * 1.0 if is_unused else model(x)
+
+        scheduled(stream, layer, forward=forward)
+        optimizer.step()
+        found.append(steps_of(layer))
+    return found
+
+
 def half_precision(update: str, is_frozen: bool, in_router: bool) -> str:
     """What bf16 training with codes of this kind is told at its first forward pass."""
     from tiny_layer import HIDDEN, transformer_config

@@ -96,6 +96,48 @@ def test_a_skipped_step_moves_nothing_and_leaves_nothing(ranks) -> None:
         assert usage == pytest.approx(1.0, abs=1e-5)  # still shares of one step's tokens
 
 
+@pytest.mark.parametrize("way", ["data", "between"])
+def test_a_schedule_without_an_optimizer_of_torch(ranks, way) -> None:
+    """Weights moved by hand are noticed; a look at the model before the optimizer costs nothing."""
+    (found,) = ranks(1).run(loops.schedule_and_then, way)
+    if way == "data":
+        assert found[:1] == [1] or "synchronize_codebooks" in str(found[-1])
+        assert "no optimizer of torch that holds them stepped" in found[-1]
+        assert len(found) == 2
+    else:
+        assert found == [1, 2, 3]
+
+
+@pytest.mark.parametrize("config", ["shared", "own"])
+@pytest.mark.parametrize("schedule", [False, True], ids=["by hand", "schedule"])
+def test_two_models_in_turn(ranks, config, schedule) -> None:
+    """Each moves with its own optimizer, also where both were differentiated before."""
+    (found,) = ranks(1).run(loops.two_models, config == "shared", schedule)
+    expected = [[1, 0], [1, 1], [2, 1], [2, 2]]
+    if config == "shared" and not schedule:  # nothing tells whose layers they are
+        expected = [[1, 1], [1, 1], [2, 2], [2, 2]]
+    assert found == expected
+
+
+def test_anothers_optimizer_moves_nothing(ranks) -> None:
+    (found,) = ranks(1).run(loops.stranger, "parameter")
+    assert found == [0, 1]
+    (found,) = ranks(1).run(loops.stranger, "tensor")
+    assert found == [0, 1]
+
+
+def test_a_layer_that_no_gradient_passes_keeps_its_codes(ranks) -> None:
+    """Its siblings move; it takes part in their reduction and is left as it is."""
+    for frozen, moving in ranks(2).run(loops.frozen_below, layout=EP2):
+        assert frozen == [0, True]
+        assert moving[0] == 12 and not moving[1]
+
+
+def test_a_rank_without_tokens_for_a_layer_takes_part(ranks) -> None:
+    results = ranks(2).run(loops.unused_on_one_rank, timeout_seconds=60)
+    assert results[0] == results[1] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("in_router", [False, True], ids=["layer", "router"])
 @pytest.mark.parametrize(
     ("update", "is_frozen", "is_refused"),
@@ -117,6 +159,6 @@ def test_a_copied_configuration_takes_nothing_along() -> None:
     from vqmoe_megatron.moe import CodebookSync
 
     sync = CodebookSync(applies_at_once=False, finalize=None)
-    sync.owners = [object()]
+    sync._owners = [object()]
     copied = copy.deepcopy(sync)
-    assert (copied.applies_at_once, copied.finalize, copied.owners) == (False, None, [])
+    assert (copied.applies_at_once, copied.finalize, copied._owners) == (False, None, [])

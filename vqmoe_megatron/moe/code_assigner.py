@@ -24,7 +24,7 @@ from vqmoe_megatron.moe.backward_hook import run_in_backward
 from vqmoe_megatron.moe.codebook_data_init import initialize_codebook
 from vqmoe_megatron.moe.step_statistics import KeepsStatistics
 from vqmoe_megatron.vq.code_map import CodeMap
-from vqmoe_megatron.vq.codebook import Codebook
+from vqmoe_megatron.vq.codebook import Codebook, code_usage_scalars
 from vqmoe_megatron.vq.codebook_update import StepStatistics
 from vqmoe_megatron.vq.losses import quantization_losses
 
@@ -173,13 +173,25 @@ class CodeAssigner(KeepsStatistics):
         losses, usage = next(reduced), next(reduced)
         total = next(reduced) if self.codebook.keeps_sums else None
         scalars = self.codebook.apply_step(StepStatistics(usage, total, next(reduced)))
-        num_microbatches = losses[2].clamp(min=1.0)
-        scalars["commitment_loss"] = losses[0] / num_microbatches
-        scalars["codebook_loss"] = losses[1] / num_microbatches
-        return scalars, usage
+        return scalars | _loss_scalars(losses), usage
+
+    @staticmethod
+    def scalars_of(parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Code usage and VQ losses of the sums over replicas, fp32 scalars. Moves nothing."""
+        losses, usage = next(parts), next(parts)
+        return code_usage_scalars(usage) | _loss_scalars(losses)
 
     def clear_step(self) -> None:
         """Forget the step's losses, candidates and what the codebook recorded."""
         self.step_losses.zero_()
         self.step_candidate_slots = None
         self.codebook.clear_step()
+
+
+def _loss_scalars(losses: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Means over microbatches of summed ``[commitment, codebook loss, microbatches]``."""
+    num_microbatches = losses[2].clamp(min=1.0)
+    return {
+        "commitment_loss": losses[0] / num_microbatches,
+        "codebook_loss": losses[1] / num_microbatches,
+    }

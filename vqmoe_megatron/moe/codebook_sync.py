@@ -9,6 +9,7 @@ A training loop needs nothing of this file: layers bring it along (``foreign_loo
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,6 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
 from vqmoe_megatron.moe.megatron_log import log_statistics
 from vqmoe_megatron.moe.step_owner import LayerStatistics, StepOwner, StepSums, step_owners
-
-# Of this process, called and neither applied nor discarded since; they wait for an optimizer.
-_waiting: list[CodebookSync] = []
 
 
 class CodebookSync:
@@ -45,7 +43,7 @@ class CodebookSync:
         self.applies_at_once = applies_at_once
         self.finalize = finalize
         self.layers: list[LayerStatistics] = []
-        self.owners: list[StepOwner] = []  # of the step that is reduced and not yet applied
+        self._owners: list[weakref.ref[StepOwner]] = []  # of the latest call
 
     def __deepcopy__(self, memo: dict) -> CodebookSync:
         """A copied configuration is another model's: nothing of this model's step goes along."""
@@ -67,30 +65,25 @@ class CodebookSync:
             owner.finish_table()
         if self.finalize is not None:
             self.finalize(model, *args, **kwargs)
-        reduce_statistics(owners)
-        self._wait_with(owners)
+        self._owners = [weakref.ref(owner) for owner in owners]
+        self._end(owners, model)
+
+    def _end(self, owners: list[StepOwner], model: list[torch.nn.Module]) -> None:
+        reduce_statistics(owners, model)
         if self.applies_at_once:
+            log_statistics(owners)
             self.apply()
-            log_statistics(owners, self.layers)
 
     def apply(self) -> None:
         """Move the codebooks by the reduced step. No communication."""
-        self.layers = apply_statistics(self.owners)
-        self._wait_with([])
+        owners = [owner for known in self._owners if (owner := known()) is not None]
+        self.layers = apply_statistics(owners)
 
     def discard(self, model: list[torch.nn.Module]) -> None:
         """Forget the step: accumulators are cleared, codebooks stay. No communication."""
         self.layers = []
         for owner in step_owners(model):
             owner.clear_step()
-        self._wait_with([])
-
-    def _wait_with(self, owners: list[StepOwner]) -> None:
-        self.owners = owners
-        if self in _waiting:
-            _waiting.remove(self)
-        if owners:
-            _waiting.append(self)
 
 
 def _refuse_early_reduction(model: list[torch.nn.Module]) -> None:
@@ -100,11 +93,6 @@ def _refuse_early_reduction(model: list[torch.nn.Module]) -> None:
                 "vq.table_per_step with overlap_grad_reduce: gradients are reduced before the "
                 "step's table has added its part; leave one of them out"
             )
-
-
-def waiting_for_an_optimizer() -> list[CodebookSync]:
-    """Every :class:`CodebookSync` with a reduced step, in the order of their calls."""
-    return list(_waiting)
 
 
 def synchronize_codebooks(model: list[torch.nn.Module]) -> list[LayerStatistics]:
@@ -124,29 +112,31 @@ def synchronize_codebooks(model: list[torch.nn.Module]) -> list[LayerStatistics]
     owners = step_owners(model)
     for owner in owners:
         owner.refuse_unfinished_table()
-    reduce_statistics(owners)
+    reduce_statistics(owners, model)
     return apply_statistics(owners)
 
 
-def reduce_statistics(owners: list[StepOwner]) -> None:
+def reduce_statistics(owners: list[StepOwner], model: list[torch.nn.Module]) -> None:
     """Sum every owner's accumulators over its replicas, without applying them.
 
-    Where none of them recorded a microbatch since its last step, nothing is done.
+    An owner whose sums wait already keeps them: a finalise function may call another. One that
+    recorded nothing takes part all the same, since its replicas may have.
 
     Communicates: one all-reduce over ``tp_dp_cp`` for all ``owners``.
     """
-    if not any(owner.num_recorded_microbatches for owner in owners):
+    owners = [owner for owner in owners if owner.sums is None]
+    if not owners:
         return
     parts = [owner.local_parts() for owner in owners]
     everything = [part for of_owner in parts for part in of_owner]
     flat = torch.cat([part.reshape(-1) for part in everything])
     torch.distributed.all_reduce(flat, group=owners[0].replica_group)
     pieces = iter(flat.split([part.numel() for part in everything]))
+    chunks = tuple(weakref.ref(chunk) for chunk in model)
     for owner, of_owner in zip(owners, parts, strict=True):
         reduced = [next(pieces).view_as(part) for part in of_owner]
-        owner.sums = StepSums(reduced, owner.num_recorded_microbatches)
+        owner.sums = StepSums(reduced, owner.num_recorded_microbatches, chunks)
         owner.num_recorded_microbatches = 0
-        owner.has_ended_a_step = True
 
 
 def apply_statistics(owners: list[StepOwner]) -> list[LayerStatistics]:

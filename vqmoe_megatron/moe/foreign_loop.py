@@ -6,14 +6,16 @@ pass of a layer calls :func:`follow`, and a codebook moves exactly once per opti
 1. ``follow`` puts :class:`CodebookSync` around what the loop has made
    ``config.finalize_model_grads_func``. Megatron's schedules read that field after the last
    microbatch, so it does not matter that a loop overwrote it when training began. There kept tables
-   are differentiated and statistics reduced.
+   are differentiated and statistics reduced and logged.
 2. Before a torch optimizer steps (torch's own hook for all optimizers, which Megatron's wrap) the
-   sums are applied. A loop that never called the schedule's hook gets the reduction here, too.
+   sums of its model are applied. A loop that never called the schedule's hook gets the reduction
+   here, too; there every rank must have trained the layers.
 3. A step that the loop skips has no optimizer step: the next forward pass forgets its sums. Without
    the schedule's hook nobody tells a skipped step from a microbatch, and its tokens count in the
    next step.
-4. What cannot be followed raises: weights that move without an optimizer of torch, a kept table
-   whose gradient would come too late, trained codes among bf16 weights.
+4. What is seen not to be followed raises: weights that moved while no optimizer of torch stepped, a
+   kept table whose gradient would come too late, trained codes among bf16 weights. A bare VQRouter
+   has no weights to look at; it raises after ``MOST_MICROBATCHES``.
 
 A loop that has made :class:`CodebookSync` its finalise function is left alone.
 """
@@ -21,32 +23,39 @@ A loop that has made :class:`CodebookSync` its finalise function is left alone.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from vqmoe_megatron.moe.codebook_sync import (
-    CodebookSync,
-    apply_statistics,
-    reduce_statistics,
-    waiting_for_an_optimizer,
-)
+from vqmoe_megatron.moe.codebook_sync import CodebookSync, apply_statistics, reduce_statistics
+from vqmoe_megatron.moe.held_tensors import HeldTensors
 from vqmoe_megatron.moe.megatron_log import log_statistics
-from vqmoe_megatron.moe.step_owner import StepOwner
+from vqmoe_megatron.moe.step_owner import StepOwner, StepSums
 
 NUM_SAMPLED_ELEMENTS = 64  # of each weight, to see that it moved
-MOST_MICROBATCHES = 65_536  # of one step, for where no weight is seen to move
+MOST_MICROBATCHES = 16_384  # of one step, for where no weight is seen to move
 
 # Every owner that trains, in the order of first forward passes, which is the same on all replicas;
 # and, until the end of a step was seen, elements of its weights before the first microbatch.
 _followed: weakref.WeakKeyDictionary[StepOwner, list[torch.Tensor]] = weakref.WeakKeyDictionary()
 _latest_config = 0  # id of the configuration whose model was evaluated last
+ADVICE = "call vqmoe_megatron.moe.synchronize_codebooks(model) once per step, before the update"
 
 
 class ForeignSync(CodebookSync):
-    """Around a foreign loop's finalise function; applied before its optimizer steps."""
+    """Around a foreign loop's finalise function; the optimizer's step applies what it reduces."""
+
+    def __init__(self, finalize: Callable[..., Any] | None) -> None:
+        super().__init__(applies_at_once=False, finalize=finalize)
+
+    def _end(self, owners: list[StepOwner], model: list[torch.nn.Module]) -> None:
+        had_ended = any(owner.sums is not None for owner in owners)  # within ``finalize``
+        super()._end(owners, model)
+        if not had_ended:
+            log_statistics(owners)
 
 
 def follow(owner: StepOwner, config: TransformerConfig) -> None:
@@ -55,88 +64,91 @@ def follow(owner: StepOwner, config: TransformerConfig) -> None:
     No communication; until the first step's end, one host synchronisation per microbatch.
 
     Raises:
-        ValueError: when the weights moved and no step's end was seen, or the loop's optimizer
+        ValueError: when no step's end is seen though the weights moved, or the loop's optimizer
             cannot hold the codes.
     """
     global _latest_config
     _latest_config = id(config)
     if not isinstance(config.finalize_model_grads_func, CodebookSync):
         owner.refuse_foreign_optimizer()
-        config.finalize_model_grads_func = ForeignSync(
-            applies_at_once=False, finalize=config.finalize_model_grads_func
-        )
-    if owner.sums is not None:  # reduced, and no optimizer stepped since
-        owner.clear_step()
-    is_known = owner.has_ended_a_step or type(config.finalize_model_grads_func) is CodebookSync
-    is_lost = owner.num_recorded_microbatches >= MOST_MICROBATCHES
-    sample = [] if is_known else _sample(owner)
-    if owner.num_recorded_microbatches == 0:
+        config.finalize_model_grads_func = ForeignSync(config.finalize_model_grads_func)
+    is_foreign = isinstance(config.finalize_model_grads_func, ForeignSync)
+    is_between_steps = owner.num_recorded_microbatches == 0 and owner.sums is None
+    sample = _sample(owner) if is_foreign and not owner.has_ended_a_step else []
+    if is_between_steps:
         _followed[owner] = sample
-    else:
-        is_lost |= not all(map(torch.equal, sample, _followed[owner]))
-    if is_lost:
+    elif not all(map(torch.equal, sample, _followed.get(owner, sample))):
         raise ValueError(
-            f"the weights of VQ layer {owner.layer_number} moved, but no optimizer of torch "
-            "stepped and no training schedule of Megatron ended, so its codebook would never move; "
-            "call vqmoe_megatron.moe.synchronize_codebooks(model) once per step, before the update"
+            f"the weights of VQ layer {owner.layer_number} moved, but no optimizer of torch that "
+            f"holds them stepped, so its codebook would never move; {ADVICE}"
         )
+    if owner.num_recorded_microbatches >= MOST_MICROBATCHES:
+        raise ValueError(
+            f"VQ layer {owner.layer_number} was trained on {owner.num_recorded_microbatches} "
+            f"microbatches, and no optimizer that holds its weights stepped; {ADVICE}, or put the "
+            "layer into evaluation"
+        )
+    if owner.sums is not None and torch.is_grad_enabled():  # and no optimizer stepped since
+        owner.clear_step()
 
 
 def _sample(owner: StepOwner) -> list[torch.Tensor]:
-    """Some elements of every parameter that only an optimizer moves, copied.
-
-    A bare VQRouter has none beside its codes, which are also set from data.
-    """
+    """Some elements of every parameter that only an optimizer moves, copied."""
     return [
         p.detach().flatten()[:: max(1, p.numel() // NUM_SAMPLED_ELEMENTS)].clone()
         for name, p in owner.named_parameters()
-        if p.requires_grad and not name.endswith("codebook.codes")
+        if p.requires_grad and not name.endswith("codebook.codes")  # also set from data
     ]
 
 
 def _before_an_optimizer_steps(
     optimizer: torch.optim.Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]
 ) -> None:
-    """Apply what waits, after reducing what no schedule has reduced.
+    """Apply what waits for this optimizer, after reducing what no schedule has reduced.
 
     Of several optimizers that step one after the other (Megatron chains dense and expert ones) the
     first finds everything, the others nothing.
 
-    Communicates: one all-reduce over ``tp_dp_cp`` where no schedule did, and ``log_statistics``.
+    Communicates: one all-reduce over ``tp_dp_cp`` where no schedule did.
     """
-    for sync in waiting_for_an_optimizer():
-        owners = sync.owners
-        sync.apply()
-        log_statistics(owners, sync.layers)
-    if owners := _unreduced_owners_of(optimizer):
+    reduced = [owner for owner in _followed if owner.sums is not None]
+    gathering = [o for o in _followed if o.sums is None and o.num_recorded_microbatches]
+    if not reduced and not gathering:
+        return
+    held = HeldTensors(optimizer)
+    apply_statistics([owner for owner in reduced if _is_stepped(owner.sums, held)])
+    if owners := _owners_stepped_with(held, gathering):
         for owner in owners:
             owner.refuse_unfinished_table()
-        reduce_statistics(owners)
-        log_statistics(owners, apply_statistics(owners))
+        reduce_statistics(owners, owners)
+        log_statistics(owners)
+        apply_statistics(owners)
 
 
-def _unreduced_owners_of(optimizer: torch.optim.Optimizer) -> list[StepOwner]:
-    """Owners whose step ends with this optimizer's, in a loop without a schedule's hook.
+def _is_stepped(sums: StepSums, held: HeldTensors) -> bool:
+    """Whether an optimizer belongs to the model that a schedule has finalised.
 
-    They belong to the model whose parameters it holds. The main copies of Megatron's mixed and
-    distributed optimizers tell nothing about that, and a rank may hold none of a layer's; then it
-    is the model that was evaluated last. Every replica must come to the same answer, so nothing
-    here may depend on what Python has or has not collected.
+    A rank may hold no shard of anything; only tensors that are none of the model's say no.
     """
-    gathering = [owner for owner in _followed if owner.num_recorded_microbatches]
-    if not gathering:
-        return []
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    ids = {id(p) for p in held}
-    are_parameters = all(isinstance(p, torch.nn.Parameter) for p in held)
+    chunks = [chunk for known in sums.chunks if (chunk := known()) is not None]
+    parameters = [p for chunk in chunks for p in chunk.parameters()]
+    return not held.has_any or held.holds_one_of(parameters)
 
-    def is_stepped(owner: StepOwner) -> bool:
-        trained = [p for p in owner.parameters() if p.requires_grad]
-        if trained and are_parameters:
-            return any(id(p) in ids for p in trained)
-        return id(owner.config) == _latest_config
 
-    models = {id(owner.config) for owner in gathering if is_stepped(owner)}
+def _owners_stepped_with(held: HeldTensors, gathering: list[StepOwner]) -> list[StepOwner]:
+    """Owners whose step ends with an optimizer's, in a loop without a schedule's hook.
+
+    Those it holds, and all of the same configuration. Of layers without trained weights, and where
+    Megatron keeps main copies that may lie on another rank, nothing is known: then it is the model
+    that was evaluated last.
+    """
+    models = {id(o.config) for o in gathering if held.holds_one_of(o.parameters())}
+    if not models:
+        models = {
+            id(owner.config)
+            for owner in gathering
+            if id(owner.config) == _latest_config and not held.is_a_stranger_to(owner.parameters())
+        }
     return [owner for owner in gathering if id(owner.config) in models]
 
 

@@ -23,6 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.moe.expert_gemm import grouped_linear
+from vqmoe_megatron.moe.megatron_settings import check_expert_settings
 from vqmoe_megatron.plan.divisibility import expert_width_errors
 
 
@@ -35,8 +36,8 @@ class GroupedExperts(MegatronModule):
     strict about those.
 
     Raises:
-        ValueError: without process groups, when E does not divide F, or for a width that torch's
-            grouped GEMM cannot take.
+        ValueError: without process groups, for a setting of Megatron's that it would not honour,
+            when E does not divide F, or for a width that torch's grouped GEMM cannot take.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class GroupedExperts(MegatronModule):
         self.ep_group = pg_collection.ep
         self.expt_tp_group = pg_collection.expt_tp
         self.expt_dp_group = pg_collection.expt_dp
+        check_expert_settings(config)
         num_shards = self.expt_tp_group.size()
         hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size
         element_bytes = config.params_dtype.itemsize

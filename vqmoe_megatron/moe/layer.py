@@ -161,11 +161,6 @@ class VQMoELayer(StepOwner, MoELayer):
             self.step_table.clear()  # evaluation announced again: the weights may be others
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
-        super()._load_from_state_dict(*args, **kwargs)
-        if self.step_table is not None:
-            self.step_table.clear()
-
     # What ends once per optimizer step (step_owner).
     @property
     def replica_group(self) -> torch.distributed.ProcessGroup:
@@ -197,13 +192,15 @@ class VQMoELayer(StepOwner, MoELayer):
         of_codes = [] if self.assigner is None else self.assigner.local_parts()
         return [self.step_expert_load, self.step_gate, *of_codes]
 
+    def scalars_of(self, parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Expert load, combine weight, and the assigner's code usage and losses."""
+        scalars = _routing_scalars(next(parts), next(parts))
+        return scalars if self.assigner is None else scalars | self.assigner.scalars_of(parts)
+
     def apply_parts(self, reduced: Iterator[torch.Tensor]) -> tuple[dict, ...]:
         """Move the codebook; return scalars, load ``[N]`` and usage ``[C, K]``."""
         load, gate = next(reduced), next(reduced)
-        scalars = {
-            "expert_load_imbalance": load.max() / load.mean().clamp(min=1e-12),
-            "combine_discrete_weight": gate[0] / gate[1].clamp(min=1.0),
-        }
+        scalars = _routing_scalars(load, gate)
         if self.assigner is None:
             return scalars, load, None
         of_codes, usage = self.assigner.apply_parts(reduced)
@@ -389,6 +386,14 @@ class VQMoELayer(StepOwner, MoELayer):
             self.recorded()
 
         return run_in_backward(output, record)
+
+
+def _routing_scalars(load: torch.Tensor, gate: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of rows per expert ``[N]`` and ``[sum of discrete weights, tokens]``: fp32 scalars."""
+    return {
+        "expert_load_imbalance": load.max() / load.mean().clamp(min=1e-12),
+        "combine_discrete_weight": gate[0] / gate[1].clamp(min=1.0),
+    }
 
 
 def _sum_slots(rows: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,9 @@ M metrics, L transformer layers of the whole model (multi-token prediction inclu
 
 Megatron's ``track_moe_metrics`` shows everything in its tracker, multiplied by 1 / microbatches and
 averaged over MoE layers, on the last pipeline stage; it sums over stages only the names its caller
-lists (``track_names``), and a training script does not know ours. So where every stage holds such
-layers the values are brought to the last stage here, and no other stage keeps any: the log is right
-whether the names are listed or not.
+lists (``track_names``), and a training script does not know ours. So the values are brought to the
+last stage here, and on the others they are zero: the log is right whether the names are listed or
+not. That needs every stage; where some may hold no VQMoE layer, nothing is logged, and said so.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
 
-from vqmoe_megatron.moe.step_owner import LayerStatistics, StepOwner
+from vqmoe_megatron.moe.step_owner import StepOwner
 
 # By the names of our own metrics; for ``track_names`` of a caller that lists them.
 METRIC_NAMES = {
@@ -23,38 +23,48 @@ METRIC_NAMES = {
     "combine_discrete_weight": "vq/combine_discrete_weight",
     "code_perplexity": "vq/code_perplexity",
     "dead_codes": "vq/dead_codes",
-    "revived_codes": "vq/revived_codes",
-    "assignment_change_rate": "vq/assignment_change_rate",
     "commitment_loss": "vq/commitment_loss",
     "codebook_loss": "vq/codebook_loss",
 }
+_said: set[str] = set()
 
 
-def log_statistics(owners: list[StepOwner], layers: list[LayerStatistics]) -> None:
-    """Add one step to Megatron's tracker; a no-op without layers.
+def log_statistics(owners: list[StepOwner]) -> None:
+    """Add the reduced sums of one step to Megatron's tracker.
 
-    Communicates: one all-reduce of [M, L] over the pipeline group, where ``owners`` say that every
-    stage has such layers; else every stage keeps its own.
+    Communicates: one all-reduce of [M, L] over the pipeline group, which every stage joins.
     """
-    if not layers:
+    if not owners:
         return
     config = owners[0].config
-    num_layers = config.num_layers + (config.mtp_num_layers or 0)
-    places = range(1, num_layers + 1)  # a layer outside a model may have none of them
-    layers = [layer for layer in layers if layer.layer_number in places]
-    values = torch.zeros(len(METRIC_NAMES), num_layers, device=torch.cuda.current_device())
-    for layer in layers:
-        nothing = values.new_zeros(())
-        column = torch.stack([layer.scalars.get(name, nothing) for name in METRIC_NAMES])
-        # Megatron divides by the number of microbatches.
-        values[:, layer.layer_number - 1] = column * layer.num_microbatches
-    numbers = [layer.layer_number for layer in layers]
-    if all(owner.on_every_stage for owner in owners):
-        torch.distributed.all_reduce(
-            values, group=parallel_state.get_pipeline_model_parallel_group()
+    num_stages = parallel_state.get_pipeline_model_parallel_world_size()
+    if num_stages > 1 and not all(owner.on_every_stage for owner in owners):
+        _say_once(
+            "VQ metrics are not in Megatron's MoE log: not every pipeline stage is known to hold a "
+            "VQMoE layer; get_vqmoe_block_spec and vqmoe_layer_spec know"
         )
-        is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        numbers = list(places) if is_last else []
+        return
+    num_layers = config.num_layers + (config.mtp_num_layers or 0)
+    values = torch.zeros(len(METRIC_NAMES), num_layers, device=torch.cuda.current_device())
+    for owner in owners:
+        # A layer outside a model may have no place among them.
+        if owner.sums is not None and owner.layer_number in range(1, num_layers + 1):
+            scalars = owner.scalars_of(iter(owner.sums.parts))
+            nothing = values.new_zeros(())
+            column = torch.stack([scalars.get(name, nothing) for name in METRIC_NAMES])
+            # Megatron divides by the number of microbatches.
+            values[:, owner.layer_number - 1] += column * owner.sums.num_microbatches
+    if num_stages > 1:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        torch.distributed.all_reduce(values, group=group)
+        if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+            values.zero_()
     for name, of_layers in zip(METRIC_NAMES.values(), values, strict=True):
-        for number in numbers:
-            save_to_aux_losses_tracker(name, of_layers[number - 1], number, num_layers)
+        for number, value in enumerate(of_layers, start=1):
+            save_to_aux_losses_tracker(name, value, number, num_layers)
+
+
+def _say_once(text: str) -> None:
+    if text not in _said and parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        _said.add(text)
+        print(text, flush=True)

@@ -116,26 +116,44 @@ REFUSED_WITH_CODES = {
     "moe_expert_capacity_factor": Refusal((None,), "codes have no capacity"),
     "moe_router_force_load_balancing": Refusal((False,), "codes are not drawn at random"),
 }
-# The learned router's; a codebook that routes alone has none of it.
+_NO_ROUTER = Refusal((None, False, 0.0), "no router weights are learned or corrected")
+# The learned router's; a path=discrete has none. Balance losses and topk are left to the recipe,
+# where one setting of the model serves every path.
+REFUSED_WITHOUT_ROUTER = {
+    "moe_router_enable_expert_bias": _NO_ROUTER,
+    "moe_router_num_groups": _NO_ROUTER,
+    "moe_router_group_topk": _NO_ROUTER,
+    "moe_router_topk_limited_devices": _NO_ROUTER,
+    "moe_router_topk_scaling_factor": _NO_ROUTER,
+    "moe_router_fusion": _NO_ROUTER,
+    "moe_router_score_function": Refusal(("softmax",), _NO_ROUTER.reason),
+}
+# A bare codebook as Megatron's router.
 REFUSED_BY_ROUTER = {
     **REFUSED_WITH_CODES,
-    **{
-        name: Refusal((None, False, 0.0), "VQRouter has no router weights to learn or to correct")
-        for name in (
-            "moe_pad_expert_input_to_capacity",
-            "moe_router_enable_expert_bias",
-            "moe_enable_routing_replay",
-            "moe_z_loss_coeff",
-            "moe_input_jitter_eps",
-            "moe_router_num_groups",
-            "moe_router_group_topk",
-            "moe_router_topk_limited_devices",
-            "moe_router_topk_scaling_factor",
-            "moe_router_padding_for_quantization",
-            "moe_router_padding_for_fp8",
-        )
-    },
+    **REFUSED_WITHOUT_ROUTER,
+    "moe_pad_expert_input_to_capacity": _NO_ROUTER,
+    "moe_enable_routing_replay": _NO_ROUTER,
+    "moe_z_loss_coeff": _NO_ROUTER,
+    "moe_input_jitter_eps": _NO_ROUTER,
+    "moe_router_padding_for_quantization": _NO_ROUTER,
+    "moe_router_padding_for_fp8": _NO_ROUTER,
 }
+# What GroupedExperts would not do, in whatever MoE layer they are.
+EXPERT_SETTINGS = (
+    "moe_apply_probs_on_input",
+    "moe_use_legacy_grouped_gemm",
+    "moe_latent_size",
+    "fp8",
+    "fp4",
+    "use_kitchen",
+    "activation_func_fp8_input_store",
+    "use_te_activation_func",
+    "use_fused_weighted_squared_relu",
+    "delay_wgrad_compute",
+    "use_cpu_initialization",
+    "init_model_with_meta_device",
+)
 
 
 def check_layer_settings(config: TransformerConfig, vq: VQConfig) -> None:
@@ -143,6 +161,8 @@ def check_layer_settings(config: TransformerConfig, vq: VQConfig) -> None:
     _refuse("VQMoELayer", config, REFUSED)
     if vq.path != "continuous":
         _refuse(f"VQMoELayer with vq.path={vq.path}", config, REFUSED_WITH_CODES)
+    if vq.path == "discrete":
+        _refuse("VQMoELayer with vq.path=discrete", config, REFUSED_WITHOUT_ROUTER)
     for name, parts in REFUSED_PARTS.items():
         if asked := [part for part in getattr(config, name) or () if part in parts]:
             raise ValueError(
@@ -161,12 +181,20 @@ def check_layer_settings(config: TransformerConfig, vq: VQConfig) -> None:
     _refuse_unknown(config)
 
 
+def check_expert_settings(config: TransformerConfig) -> None:
+    """Raise ``ValueError`` for a setting that :class:`GroupedExperts` would not honour."""
+    _refuse("GroupedExperts", config, {name: REFUSED[name] for name in EXPERT_SETTINGS})
+
+
 def check_router_settings(config: TransformerConfig) -> None:
     """Raise ``ValueError`` for a setting that :class:`VQRouter` would not honour."""
     _refuse("VQRouter", config, REFUSED_BY_ROUTER)
+    balancing = config.moe_router_load_balancing_type
+    if "sinkhorn" in balancing:
+        raise ValueError("VQRouter does not do moe_router_load_balancing_type=sinkhorn; use none")
     coefficients = config.moe_aux_loss_coeff
     coefficients = coefficients if isinstance(coefficients, list) else [coefficients]
-    if config.moe_router_load_balancing_type != "none" and any(coefficients):
+    if balancing != "none" and any(coefficients):
         raise ValueError(
             f"VQRouter has no balance loss, but moe_aux_loss_coeff={config.moe_aux_loss_coeff}; "
             "set it to 0 or moe_router_load_balancing_type to none"
@@ -237,11 +265,12 @@ def _refuse_captured_graphs(config: TransformerConfig) -> None:
 def _refuse_unknown(config: TransformerConfig) -> None:
     """Fields that this release has never seen must keep their defaults."""
     for field in dataclasses.fields(TransformerConfig):
-        value = getattr(config, field.name)
-        if not is_classified(field.name) and value != field.default:
+        value, default = getattr(config, field.name), field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if not is_classified(field.name) and value != default:
             raise ValueError(
-                f"VQMoELayer does not know Megatron's {field.name}={value}; leave it at "
-                f"{field.default}"
+                f"VQMoELayer does not know Megatron's {field.name}={value}; leave it at {default}"
             )
 
 

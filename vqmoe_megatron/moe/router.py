@@ -93,6 +93,10 @@ class VQRouter(StepOwner, MegatronModule):
         """What the assigner summed."""
         return self.assigner.local_parts()
 
+    def scalars_of(self, parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Code usage and VQ losses."""
+        return self.assigner.scalars_of(parts)
+
     def apply_parts(self, reduced: Iterator[torch.Tensor]) -> tuple[dict, ...]:
         """Move the codebook; return scalars, no expert load, and usage ``[C, K]``."""
         scalars, usage = self.assigner.apply_parts(reduced)

@@ -10,6 +10,7 @@ N experts, C code slices, K codes per slice.
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ class LayerStatistics:
     scalars: dict[str, torch.Tensor]  # fp32 scalars by metric name, without prefix
     expert_load: torch.Tensor | None  # fp32 [N] rows per expert; None for a bare VQRouter
     code_usage: torch.Tensor | None  # fp32 [C, K] tokens per code; None without a codebook
-    num_microbatches: int  # of this rank, in this step
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class StepSums:
     """An owner's sums over its replicas, waiting for the optimizer's step."""
 
     parts: list[torch.Tensor]  # as ``local_parts`` gives them
-    num_microbatches: int  # of this rank
+    num_microbatches: int  # recorded by this rank
+    chunks: tuple[weakref.ref, ...]  # of the model, which says whose optimizer is waited for
 
 
 class StepOwner(KeepsStatistics):
@@ -43,7 +44,7 @@ class StepOwner(KeepsStatistics):
 
     num_recorded_microbatches = 0  # since the last end of a step
     sums: StepSums | None = None
-    has_ended_a_step = False  # somebody reduced, so the loop is known to end its steps
+    has_ended_a_step = False  # its sums were applied once, so the loop is known to end its steps
     on_every_stage = False  # whether every pipeline stage holds such owners
 
     def recorded(self) -> None:
@@ -74,8 +75,16 @@ class StepOwner(KeepsStatistics):
         """This rank's fp32 sums, in the order in which :meth:`apply_parts` takes them."""
 
     @abstractmethod
+    def scalars_of(self, parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What reduced sums say by themselves: fp32 scalars by metric name. Moves nothing."""
+
+    @abstractmethod
     def apply_parts(self, reduced: Iterator[torch.Tensor]) -> tuple[dict, ...]:
         """Move by the reduced sums; return scalars, expert load and code usage."""
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
+        super()._load_from_state_dict(*args, **kwargs)
+        self.clear_step()  # of the weights that were
 
     def clear_step(self) -> None:
         """Forget the step. No communication."""
@@ -85,9 +94,9 @@ class StepOwner(KeepsStatistics):
     def apply_sums(self) -> LayerStatistics:
         """Take the step that ``sums`` describe, and clear it. No communication."""
         scalars, load, usage = self.apply_parts(iter(self.sums.parts))
-        num_microbatches = self.sums.num_microbatches
         self.clear_step()
-        return LayerStatistics(self.layer_number, scalars, load, usage, num_microbatches)
+        self.has_ended_a_step = True
+        return LayerStatistics(self.layer_number, scalars, load, usage)
 
 
 def step_owners(model: list[torch.nn.Module]) -> list[StepOwner]:

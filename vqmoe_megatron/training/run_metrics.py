@@ -80,7 +80,7 @@ def layer_metrics(layers: dict[int, dict[str, np.ndarray]]) -> dict[str, float]:
         for name, value in entry.items():
             if np.ndim(value):
                 continue
-            metric = METRIC_NAMES[name]
+            metric = METRIC_NAMES.get(name, f"vq/{name}")
             record[layer_metric_name(metric, number)] = float(value)
             collected.setdefault(metric, []).append(float(value))
     for metric, values in collected.items():

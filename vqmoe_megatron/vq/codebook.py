@@ -190,8 +190,8 @@ class Codebook(torch.nn.Module):
     def apply_step(self, statistics: StepStatistics) -> dict[str, torch.Tensor]:
         """Move the codebook by one step of reduced statistics and clear the accumulators.
 
-        Statistics with a NaN or Inf leave the codebook as it is. Deterministic in the statistics
-        and ``seed``, so replicas that start equal stay bit-equal. No communication.
+        Statistics with a NaN or Inf, or of no token, leave the codebook as it is. Deterministic in
+        the statistics and ``seed``, so replicas that start equal stay bit-equal. No communication.
 
         Returns:
             fp32 scalars: ``code_perplexity`` (mean over slices, 1..K), ``dead_codes`` and
@@ -199,13 +199,11 @@ class Codebook(torch.nn.Module):
             previous step's probe tokens that have another code since the codebook moved; absent in
             the first step, which has no previous one).
         """
-        finite = self._finite(statistics)
+        has_tokens = (statistics.count > 0).any()
+        finite = self._finite(statistics) & has_tokens
         old = CodebookState(self.codes.data, self.usage, getattr(self, "ema_sum", None))
-        metrics = {
-            "code_perplexity": code_perplexity(statistics.count),
-            "dead_codes": (statistics.count == 0).sum().float(),
-            "revived_codes": torch.zeros((), device=self.codes.device),
-        }
+        metrics = code_usage_scalars(statistics.count)
+        metrics["revived_codes"] = torch.zeros((), device=self.codes.device)
         if self.probe_ids is not None:  # not in the first step of a process
             metrics["assignment_change_rate"] = self._assignment_change_rate()
         if statistics.candidates is not None:  # with the codes that this step's tokens met
@@ -217,7 +215,7 @@ class Codebook(torch.nn.Module):
             self.usage.copy_(torch.where(finite, new.usage, old.usage))
             if new.ema_sum is not None and old.ema_sum is not None:
                 self.ema_sum.copy_(torch.where(finite, new.ema_sum, old.ema_sum))
-        self.num_steps += 1
+        self.num_steps += torch.isnan(statistics.count).any() | has_tokens
         self.clear_step()
         return metrics
 
@@ -289,6 +287,14 @@ class Codebook(torch.nn.Module):
             self.ema_sum.copy_(self.codes.data / self.num_codes)
         self.initialized.fill_(True)
         self.needs_data_init = False
+
+
+def code_usage_scalars(count: torch.Tensor) -> dict[str, torch.Tensor]:
+    """``code_perplexity`` and ``dead_codes`` (fp32 scalars) of ``[C, K]`` tokens per code."""
+    return {
+        "code_perplexity": code_perplexity(count),
+        "dead_codes": (count == 0).sum().float(),
+    }
 
 
 def code_perplexity(count: torch.Tensor) -> torch.Tensor:
