@@ -191,6 +191,23 @@ def test_a_tracking_uri_without_a_password_is_legal(uri) -> None:
     assert TrackingConfig(mlflow_uri=uri).mlflow_uri == uri
 
 
+@pytest.mark.parametrize(
+    "uri",
+    ["sqlite:///q?x/mlflow.db", "sqlite:////a?", "sqlite:///a?b=c/m.db", "sqlite:///a?timeout=3&b"],
+)
+def test_a_sqlite_path_that_would_be_cut_is_refused(uri) -> None:
+    with pytest.raises(ValueError, match="write a . of the path as %3F") as caught:
+        TrackingConfig(mlflow_uri=uri)
+    assert f"tracking.mlflow_uri={uri}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri", ["sqlite:////q%3Fx%2Fmlflow.db", "sqlite:///m.db?timeout=30", "http://host/?x/y"]
+)
+def test_a_quoted_path_and_options_are_legal(uri) -> None:
+    assert TrackingConfig(mlflow_uri=uri).mlflow_uri == uri
+
+
 def test_sections_are_the_documented_ones() -> None:
     assert [section.name for section in fields(RunConfig)] == [
         "model", "vq", "parallel", "data", "optimizer", "train", "checkpoint", "tracking",

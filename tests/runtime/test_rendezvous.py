@@ -100,6 +100,7 @@ class Ranks:
         wait_seconds: float = 30.0,
         late_seconds: float = 0.0,
         name: str = "",
+        address: str = "127.0.0.1",
     ) -> None:
         name = name or str(rank)
         self.pids[name] = self._ask(
@@ -107,7 +108,7 @@ class Ranks:
                 "RANK": str(rank),
                 "WORLD_SIZE": str(world_size),
                 "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_ADDR": address,
                 "MASTER_PORT": str(self.port),
             },
             argv=[str(self.script), str(wait_seconds), str(late_seconds)],
@@ -140,6 +141,15 @@ class Ranks:
 
     def ended_at(self, name: str | int) -> float:
         return float(self.text(name).split("ended_at=")[1].split()[0])
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 def free_port() -> int:
@@ -190,6 +200,15 @@ def test_a_rank_that_comes_3_s_late_is_waited_for(world, late) -> None:
     waited = [float(world.text(rank).split("waited=")[1]) for rank in (0, 1)]
     assert "sum=3" in world.text(0) and "sum=3" in world.text(1)
     assert waited[late] < 2 < waited[1 - late]
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 loopback here")
+@pytest.mark.parametrize("address", ["[::1]", "::1"])
+def test_ranks_meet_at_an_ipv6_address(world, address) -> None:
+    for rank in (0, 1):
+        world.start(rank, 2, address=address)
+    assert world.codes() == {"0": 0, "1": 0}
+    assert "sum=3" in world.text(0) and "sum=3" in world.text(1)
 
 
 def test_a_rank_that_never_comes_is_named_by_all_who_came(world) -> None:

@@ -27,6 +27,12 @@ def test_the_cluster_s_own_folder_is_taken(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("folder", ["/tmp/a b", "/tmp/x%n", "relative", "/tmp/it's", "/tmp/ü"])
+def test_a_path_that_slurm_conf_cannot_hold_is_refused(folder) -> None:
+    done = own_folder(folder)
+    assert done.returncode == 2 and f"VQMOE_CLUSTER_DIR={folder} must be an" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -118,6 +118,20 @@ def test_the_user_may_name_the_place(meet) -> None:
     assert meet("n1\\n", VQMOE_MASTER_ADDR="ib-n1").stdout.startswith("ib-n1 ")
 
 
+@pytest.mark.parametrize("text", ["[fd00::2]", "fd00::2"])
+def test_an_ipv6_address_is_taken_with_or_without_brackets(meet, text) -> None:
+    assert meet("n1\\n", VQMOE_MASTER_ADDR=text).stdout.startswith("fd00::2 ")
+
+
+@pytest.mark.parametrize("kind", ["hostnames", "node"])
+def test_a_scontrol_that_fails_does_not_end_the_job_without_a_word(tmp_path, kind) -> None:
+    fake_command(tmp_path, "scontrol", f"[[ $2 == {kind} ]] && exit 1; echo n1")
+    fake_command(tmp_path, "getent", "exit 2")
+    environment = {**JOB, "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = bash("find_meeting_place", "slurm_world", **environment)
+    assert done.returncode == 2 and done.stderr.startswith("error: MASTER_ADDR")
+
+
 @pytest.mark.parametrize(
     ("nodes", "resolves", "message"),
     [

@@ -18,10 +18,10 @@ def submit(tmp_path):
     fake_command(tmp_path, "sbatch", f'printf "%s\\n" "$@" >{tmp_path}/submitted')
     (tmp_path / "r.yaml").write_text("")
 
-    def run(*arguments: str, **environment: str):
+    def run(*arguments: str, cwd=tmp_path, **environment: str):
         return subprocess.run(
             [SUBMIT, *arguments],
-            cwd=tmp_path,
+            cwd=cwd,
             env={"PATH": f"{tmp_path}:/usr/bin:/bin", **environment},
             capture_output=True,
             text=True,
@@ -78,6 +78,26 @@ def test_nothing_is_submitted(submit, tmp_path, arguments, message) -> None:
     assert message in done.stderr and "nothing was submitted" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "submitted").exists()
+
+
+def test_a_percent_sign_in_the_path_would_move_the_logs(submit, tmp_path) -> None:
+    folder = tmp_path / "100%jobs"
+    folder.mkdir()
+    (folder / "r.yaml").write_text("")
+    done = submit(PRETRAIN, "r.yaml", cwd=folder)
+    assert done.returncode == 2 and f"{folder}, has a %" in done.stderr
+    assert list(folder.iterdir()) == [folder / "r.yaml"]
+    assert not (tmp_path / "submitted").exists()
+
+
+def test_variables_of_a_job_around_it_are_not_handed_on(submit, tmp_path) -> None:
+    mine = {"SLURM_CONF": "/c", "SLURM_CLUSTERS": "a", "SBATCH_ACCOUNT": "b", "PYTHON": "p"}
+    outer = {"SLURM_JOB_ID": "3", "SLURM_RESTART_COUNT": "9", "SLURM_MEM_PER_NODE": "1"}
+    outer |= {"SLURM_ARRAY_JOB_ID": "3", "SLURM_GPUS_PER_TASK": "1", "SLURM_CPU_BIND": "quiet"}
+    fake_command(tmp_path, "sbatch", f"env >{tmp_path}/environment")
+    assert submit(PRETRAIN, "r.yaml", **mine, **outer).returncode == 0
+    seen = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines())
+    assert mine.items() <= seen.items() and not outer.keys() & seen.keys()
 
 
 def test_torchrun_wants_one_task_per_node(submit, tmp_path) -> None:

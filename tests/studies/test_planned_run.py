@@ -10,6 +10,7 @@ import pytest
 from vqmoe_megatron.recipe import load_recipe
 from vqmoe_megatron.studies.planned_run import StudyPlanner
 from vqmoe_megatron.studies.study_file import read_study_file
+from vqmoe_megatron.tracking.sqlite_uri import sqlite_path
 
 
 def planned(path):
@@ -28,6 +29,15 @@ def test_the_overrides_lead_from_the_recipe_to_the_configuration(write_study) ->
     assert run.config.vq.path == "continuous" and run.num_ranks == 1
     assert run.run_dir.name == run.name and run.run_dir.parent.name == "runs"
     assert run.config.tracking.mlflow_uri.endswith("/study/mlflow.db")
+
+
+def test_the_store_of_a_study_in_an_odd_folder_is_quoted(write_study, tmp_path) -> None:
+    folder = tmp_path / "a?b %41" / "study"
+    path = write_study(study={"output_dir": str(folder)}, more=["tracking.mlflow=true"])
+    recipe = read_study_file(path).recipe
+    for run in planned(path).values():
+        assert sqlite_path(run.config.tracking.mlflow_uri) == folder / "mlflow.db"
+        assert load_recipe(Path(recipe), list(run.overrides)) == run.config
 
 
 def test_products_follow_the_point(write_study) -> None:

@@ -42,6 +42,28 @@ def test_the_users_options_come_last_and_a_second_array_waits(write_study, tmp_p
     assert f"--job-name={job_name(study)}" in command
 
 
+def test_a_percent_sign_of_the_folder_is_no_pattern_of_slurm(write_study, tmp_path) -> None:
+    study = load_study(write_study(study={"output_dir": str(tmp_path / "100%A %j")}))
+    command = sbatch_command(study, Array((0,), 1), tmp_path / "study.sbatch", 3, [])
+    (output,) = [text for text in command if text.startswith("--output=")]
+    assert output == f"--output={tmp_path}/100%%A %%j/logs/slurm-%A_%a.log"
+
+
+def test_a_job_around_the_submission_is_not_handed_on(
+    write_study, vqmoe, monkeypatch, tmp_path
+) -> None:
+    for name, body in (("sbatch", f"env >{tmp_path}/seen; echo 77"), ("squeue", "echo tiny")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n[ $# = 0 ] || {body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_GPUS_PER_NODE", "SLURM_CONF"):
+        monkeypatch.setenv(name, "9")
+    code, shown = vqmoe("study", "submit", write_study(grid={"experts": [4]}))
+    assert code == 0 and "submitted job 77" in shown, shown
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert [line for line in seen if line.startswith("SLURM_")] == ["SLURM_CONF=9"]
+
+
 def test_two_studies_of_one_name_have_other_job_names(write_study, tmp_path) -> None:
     one = load_study(write_study())
     two = load_study(write_study(study={"output_dir": str(tmp_path / "elsewhere")}))

@@ -3,6 +3,8 @@
 import fcntl
 import json
 import math
+import os
+import sqlite3
 import subprocess
 import sys
 
@@ -14,6 +16,8 @@ from typer.testing import CliRunner
 from vqmoe_megatron.cli import app
 from vqmoe_megatron.config import RunConfig, TrackingConfig
 from vqmoe_megatron.recipe import save_recipe
+from vqmoe_megatron.runtime.file_lock import LockWait, wait_for_lock
+from vqmoe_megatron.tracking import mlflow_store
 from vqmoe_megatron.tracking.metrics_log import MetricsLog
 from vqmoe_megatron.tracking.mlflow_errors import MlflowUnavailable
 from vqmoe_megatron.tracking.mlflow_record import open_record
@@ -174,6 +178,41 @@ def test_the_command_prints_a_table_and_says_what_is_wrong(runs_dir, store, tmp_
     secret = CliRunner().invoke(app, ["mlflow-sync", str(run_dir), "--uri", "http://u:pw@host"])
     assert "MLFLOW_TRACKING_PASSWORD" in str(secret.exception)
     assert "pw" not in str(secret.exception)
+
+
+def test_a_lock_that_stays_is_named_and_given_up(runs_dir, store, tmp_path, monkeypatch):
+    """Left over by a stopped process, or by a program that knows nothing of us."""
+    run_dir = make_run(tmp_path / "one")
+    database = tmp_path / "own.db"
+    with (tmp_path / "own.db.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        monkeypatch.setattr(
+            mlflow_store,
+            "wait_for_lock",
+            lambda file, wait: wait_for_lock(file, wait=LockWait(1.0)),
+        )
+        failed = CliRunner().invoke(
+            app, ["mlflow-sync", str(run_dir), "--uri", f"sqlite:///{database}"]
+        )
+    assert failed.exit_code == 1
+    said = f"the lock {database}.lock has been held by process {os.getpid()} on "
+    assert said in failed.stderr and "for 1 s; wait for that process or end it" in failed.stderr
+    assert failed.stderr.count("\n") == 1 and not database.exists()
+
+
+def test_a_database_that_is_locked_says_by_whom(runs_dir, store, tmp_path):
+    run_dir = make_run(tmp_path / "two")
+    uri = f"sqlite:///{runs_dir}/mlflow.db?timeout=0.2"
+    connection = sqlite3.connect(runs_dir / "mlflow.db", isolation_level=None)
+    connection.execute("BEGIN EXCLUSIVE")
+    try:
+        failed = CliRunner().invoke(app, ["mlflow-sync", str(run_dir), "--uri", uri])
+    finally:
+        connection.execute("ROLLBACK")
+        connection.close()
+    assert failed.exit_code == 1
+    said = f"MLflow at {uri}: the database is locked by process {os.getpid()} on "
+    assert said in failed.stderr and failed.stderr.count("\n") == 1
 
 
 def test_a_damaged_run_does_not_stop_the_others(runs_dir, store, tmp_path, monkeypatch):

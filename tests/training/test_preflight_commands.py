@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 from small_run import PARITY
 from typer.testing import CliRunner
@@ -25,6 +29,20 @@ def test_recipe_is_checked_for_a_world_and_its_directory_printed(small_corpus, t
     )
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines() == [f"{PARITY} is legal on 4 ranks", str(run_dir)]
+
+
+def test_a_host_that_does_not_exist_is_a_usage_error_at_once(tmp_path) -> None:
+    world = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}
+    done = subprocess.run(
+        [sys.executable, "-m", "vqmoe_megatron.cli", "preflight", "--run-dir", str(tmp_path)],
+        env={**os.environ, **world, "MASTER_ADDR": "[::1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: MASTER_ADDR=[::1 is no host that this machine knows")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_recipe_that_does_not_divide_is_refused(small_corpus, tmp_path) -> None:

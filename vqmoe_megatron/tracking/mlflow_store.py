@@ -112,8 +112,8 @@ def connect(uri: str, wait: LockWait | None = None) -> MlflowClient:
 
     # One notice per outage is the tracker's; each retry of each request would be another.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    for noisy in ("mlflow.store.db.utils", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks: we report
     _check_database(uri)
     with _creation_lock(uri, wait):
         return MlflowClient(tracking_uri=uri, registry_uri=uri)

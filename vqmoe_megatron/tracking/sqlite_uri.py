@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 SQLITE_PREFIX = "sqlite:///"
-_SPECIAL = re.compile(r"[%?#\x00-\x1f\x7f]")  # all else is itself in a URI of SQLAlchemy
+_SPECIAL = re.compile(r"[%?\x00-\x1f\x7f]")  # all else is itself in a URI of SQLAlchemy
 
 
 def sqlite_uri(path: str | Path) -> str:
