@@ -103,3 +103,21 @@ def test_variables_of_a_job_around_it_are_not_handed_on(submit, tmp_path) -> Non
 def test_torchrun_wants_one_task_per_node(submit, tmp_path) -> None:
     done = submit("--gpus-per-node=8", PRETRAIN, "r.yaml", VQMOE_LAUNCHER="torchrun")
     assert done.returncode == 0, done.stderr
+
+
+def test_the_job_is_told_where_the_repository_is(tmp_path) -> None:
+    """sbatch gets VQMOE_ROOT in its environment; what the user has set stays."""
+    fake_command(tmp_path, "sbatch", 'echo "$VQMOE_ROOT"')
+    (tmp_path / "r.yaml").write_text("")
+    for own, expected in ((None, str(ROOT)), ("/mine", "/mine")):
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        environment |= {} if own is None else {"VQMOE_ROOT": own}
+        done = subprocess.run(
+            [str(ROOT / "slurm/submit.sh"), str(ROOT / "slurm/pretrain.sbatch"), "r.yaml"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.stdout.strip() == expected, done.stderr
