@@ -9,7 +9,9 @@ try_often() {
     local try
     for ((try = 1; try <= CONTROLLER_TRIES; try++)); do
         "$@" && return 0
-        ((try == CONTROLLER_TRIES)) || sleep 10
+        ((try == CONTROLLER_TRIES)) && break
+        echo "waiting for Slurm's controller (try $try of $CONTROLLER_TRIES)" >&2
+        sleep 10
     done
     return 1
 }

@@ -1,7 +1,9 @@
 """MLflow tracking against real stores: SQLite files, a real server, and servers that misbehave."""
 
+import fcntl
 import json
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -10,6 +12,9 @@ import time
 import pytest
 from mlflow import MlflowClient
 
+from vqmoe_megatron.runtime.file_lock import LockWait
+from vqmoe_megatron.runtime.waiting import tell_nobody
+from vqmoe_megatron.tracking import mlflow_tracker
 from vqmoe_megatron.tracking.metric_table import layer_metric_name
 from vqmoe_megatron.tracking.metrics_log import MetricsLog
 from vqmoe_megatron.tracking.mlflow_record import open_record
@@ -118,6 +123,23 @@ def test_resume_sends_what_is_missing_and_repeats_neither_steps_nor_params(runs_
     repeats = [text for key, text in run.data.tags.items() if key.endswith("/repeats")]
     assert len(repeats) == 1 and repeats[0].startswith("iterations 21 to 30 are trained again")
     assert run.info.status == "FINISHED"
+
+
+def test_who_holds_the_lock_is_told_once_and_training_goes_on(runs_dir, store, monkeypatch):
+    monkeypatch.setattr(mlflow_tracker, "LOCK_WAIT", LockWait(0.3, tell_nobody))
+    notices = []
+    with (runs_dir / "mlflow.db.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        tracker = open_tracker(runs_dir / "held", report=notices.append)
+        assert tracker.run_id is None and len(notices) == 1
+        assert f"mlflow.db.lock has been held by process {os.getpid()} on" in notices[0]
+        assert log_losses(tracker, [(1, 1.0)]) < SLOWEST_CALL_S
+    deadline = time.monotonic() + 60
+    while tracker.run_id is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    tracker.finish("FINISHED")
+    assert history(store, tracker.run_id, "loss") == [(1, 1.0)]
+    assert len(notices) == 2 and notices[1].endswith("answers again")
 
 
 def test_steps_discarded_by_a_rollback_are_followed_by_their_new_values(runs_dir, store):

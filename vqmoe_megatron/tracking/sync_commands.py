@@ -38,6 +38,8 @@ def mlflow_sync(
     that is training now ships by itself and is left alone. Credentials come
     from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
 
+    A database that another process has locked is waited for, 60 s at most.
+
     Exits: 0 all is there, 1 a directory is damaged or its store could not be
     reached or refused (the others were still sent), 2 usage.
 
