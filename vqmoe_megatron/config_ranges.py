@@ -84,7 +84,7 @@ LEGAL_RANGES: dict[str, Range] = {
     "parallel.expert_model_parallel_size": COUNT,
     "parallel.expert_tensor_parallel_size": COUNT,
     "data.eval_stride_tokens": COUNT,
-    "data.num_workers": NOT_NEGATIVE,
+    "data.num_workers": Range(0, 1024),  # processes of every rank
     "optimizer.lr": NOT_NEGATIVE,
     "optimizer.min_lr": NOT_NEGATIVE,
     "optimizer.lr_warmup_iters": NOT_NEGATIVE,

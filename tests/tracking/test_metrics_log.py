@@ -93,6 +93,16 @@ def test_resume_goes_on_behind_lines_that_a_power_cut_left(tmp_path, capsys):
         log.append({"iteration": 2, "loss": 2.0})
     assert [record["iteration"] for record in read_metrics(tmp_path)] == [1, 2]
     assert "removed 2 lines that are no metrics records" in capsys.readouterr().out
+    kept = (tmp_path / "metrics.jsonl.before_1").read_bytes()
+    assert kept.endswith(b"\0" * 40 + b"\n[1]\n")
+
+
+def test_somebody_s_notes_are_kept_beside_the_log(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("my own notes")
+    with MetricsLog(tmp_path) as log:
+        log.truncate_after(0)
+    assert (tmp_path / "metrics.jsonl.before_1").read_text() == "my own notes"
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
 def test_kill_minus_9_loses_no_finished_record(tmp_path):

@@ -75,3 +75,9 @@ def test_a_reader_beside_a_writer_always_sees_a_whole_status(tmp_path):
     iterations = [status.iteration for status in seen]
     assert iterations == sorted(iterations)
     assert all(len(status.reason) == 5000 for status in seen)
+
+
+def test_a_status_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "status.json").write_bytes(b"\xd1\xff")
+    with pytest.raises(ValueError, match="status.json is not a run status"):
+        read_status(tmp_path)

@@ -75,7 +75,7 @@ def test_a_missing_tracker_is_refused_unless_its_next_one_was_about_to_be_named(
 def test_a_folder_without_its_description_is_no_empty_place(tmp_path):
     (write_checkpoint(tmp_path, 100) / "metadata.json").unlink()
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").unlink()
-    with pytest.raises(ValueError, match="none is left, so remove the file and every iter_ folder"):
+    with pytest.raises(ValueError, match="none is left: copy them again, or move"):
         find_checkpoint(tmp_path)
 
 

@@ -251,3 +251,9 @@ def test_a_requeued_attempt_waits_longer_for_the_last_ones_ranks() -> None:
     assert lock_patience_seconds({}) == lock_patience_seconds({"SLURM_RESTART_COUNT": "0"}) == 30.0
     requeued = lock_patience_seconds({"SLURM_RESTART_COUNT": "2"})
     assert COLLECTIVE_TIMEOUT_MINUTES * 60 >= RENDEZVOUS_SECONDS > requeued > 500.0
+
+
+def test_a_lock_leaves_the_file_of_its_name_as_it_was(tmp_path):
+    (tmp_path / ".lock").write_text("notes")
+    RunDirectory(tmp_path).lock(wait_seconds=0.0).close()
+    assert (tmp_path / ".lock").read_text() == "notes"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
@@ -119,8 +120,18 @@ class MetricsLog:
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
+            if not content[whole:].startswith(b"{"):  # nothing that this class writes
+                self._keep_a_copy()
             os.truncate(self.path, whole)
             print(f"{self.path}: removed a half-written last line of {len(content) - whole} bytes")
+
+    def _keep_a_copy(self) -> None:
+        """Copy the whole file beside itself: what is removed may be somebody's."""
+        number = 1
+        while (copy := self.path.with_name(f"{self.path.name}.before_{number}")).exists():
+            number += 1
+        shutil.copyfile(self.path, copy)
+        print(f"{self.path}: kept as it was in {copy.name}")
 
     def append(self, record: Mapping[str, object]) -> None:
         """Write one record; ``ValueError`` as in :func:`encode_record`.
@@ -145,7 +156,8 @@ class MetricsLog:
         """Remove the records beyond ``iteration`` atomically; return how many were removed.
 
         Called on resume, so that the log follows the checkpoint and not the lost attempt. Lines
-        that are no records, as a node without power may leave, go too, and that is said.
+        that are no records, as a node without power may leave, go too; that is said, and a copy of
+        the file is kept.
         """
         refused = _complete_lines(self._refused)
         still = [line for line in refused if json.loads(line)["iteration"] <= iteration]
@@ -153,6 +165,7 @@ class MetricsLog:
         lines = _complete_lines(self.path.read_bytes())
         iterations = [_iteration_of(line) for line in lines]
         if num_damaged := iterations.count(None):
+            self._keep_a_copy()
             print(f"{self.path}: removed {num_damaged} lines that are no metrics records")
         kept = [
             line

@@ -84,15 +84,15 @@ def read_status(run_dir: str | Path) -> RunStatus | None:
     """
     path = Path(run_dir) / STATUS_FILE
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        return RunStatus(**json.loads(text))
+        return RunStatus(**json.loads(content))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a run status ({error}); remove it to go on") from error
+        raise ValueError(f"{path} is not a run status ({error}); move it away to go on") from error
 
 
 def is_alive(run_dir: str | Path) -> bool:

@@ -62,9 +62,9 @@ def find_checkpoint(path: Path) -> Path | None:
             return folder / str(named)
         if not _checkpoint_names(folder):
             return None
+    ways = "none is left: copy them again, or move the file and every iter_ folder away"
     advice = (
-        f"write the iteration of a complete one into {tracker.name}: "
-        f"{', '.join(complete) or 'none is left, so remove the file and every iter_ folder'}"
+        f"write the iteration of a complete one into {tracker.name}: {', '.join(complete) or ways}"
     )
     if not tracker.exists():
         raise ValueError(

@@ -123,7 +123,7 @@ class RunDirectory:
         Raises:
             ValueError: when another run keeps it.
         """
-        file = (self.path / LOCK_FILE).open("w")
+        file = (self.path / LOCK_FILE).open("a")
         deadline = time.monotonic() + wait_seconds
         while True:
             try:

@@ -82,7 +82,8 @@ class Rank0Report(RunReport):
         if tracking.mlflow:
             self.tracker = self._open_tracker(run, resumed_run_id, is_same)
         self.mlflow_run_id = self.tracker.run_id
-        self._write_status("running", "training")
+        if start_iteration < run.config.train.train_iters:  # else a completed run stays one
+            self._write_status("running", "training")
 
     def _open_tracker(
         self, run: CheckedRun, resumed_run_id: str | None, is_same: bool
