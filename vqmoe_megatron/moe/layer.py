@@ -18,8 +18,6 @@ The method is that of arXiv 2411.19402, sections 3.1-3.3.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -37,20 +35,19 @@ from vqmoe_megatron.moe.discrete_input import discrete_rows
 from vqmoe_megatron.moe.dispatch import ResidentRows, combine, dispatch
 from vqmoe_megatron.moe.foreign_loop import follow
 from vqmoe_megatron.moe.grouped_experts import evaluate_experts
+from vqmoe_megatron.moe.layer_step import LayerStep
 from vqmoe_megatron.moe.megatron_settings import (
     check_layer_number,
     check_layer_settings,
-    refuse_trained_codes_in_half,
 )
 from vqmoe_megatron.moe.norms import ParallelNorm
-from vqmoe_megatron.moe.step_owner import StepOwner
 from vqmoe_megatron.moe.step_table import StepTable
 from vqmoe_megatron.moe.straight_through import with_gradient_to
 from vqmoe_megatron.vq.permutation import plan_permutation
 from vqmoe_megatron.vq.segment_sum import count_ids
 
 
-class VQMoELayer(StepOwner, MoELayer):
+class VQMoELayer(LayerStep, MoELayer):
     """A Megatron MoE layer with a discrete path beside the learned router.
 
     Args:
@@ -64,9 +61,6 @@ class VQMoELayer(StepOwner, MoELayer):
     Raises:
         ValueError: for a Megatron feature this layer does not compose with; the message names it.
     """
-
-    step_expert_load: torch.Tensor  # fp32 [N], this step's rows per expert, both paths
-    step_gate: torch.Tensor  # fp32 [2]: sum over tokens of the discrete weight, tokens
 
     def __init__(
         self,
@@ -160,61 +154,6 @@ class VQMoELayer(StepOwner, MoELayer):
         elif self.step_table is not None and not mode:
             self.step_table.clear()  # evaluation announced again: the weights may be others
         return super().train(mode)
-
-    # What ends once per optimizer step (step_owner).
-    @property
-    def replica_group(self) -> torch.distributed.ProcessGroup:
-        """``tp_dp_cp``."""
-        return self.pg_collection.tp_dp_cp
-
-    @property
-    def keeps_table(self) -> bool:
-        """``vq.table_per_step``."""
-        return self.step_table is not None
-
-    def finish_table(self) -> None:
-        """Differentiate the step's table; communicates as :meth:`StepTable.backward`."""
-        if self.keeps_table:
-            self.step_table.backward()
-
-    def refuse_unfinished_table(self) -> None:
-        """Raise ``ValueError`` where a table's gradient would come after the optimizer's step."""
-        if self.keeps_table:
-            self.step_table.refuse_unfinished()
-
-    def refuse_foreign_optimizer(self) -> None:
-        """Raise ``ValueError`` for trained codes among weights of half precision."""
-        if self.assigner is not None:
-            refuse_trained_codes_in_half(self.config, self.assigner.codebook.codes)
-
-    def local_parts(self) -> list[torch.Tensor]:
-        """Expert load ``[N]``, gate sums ``[2]`` and what the assigner summed."""
-        of_codes = [] if self.assigner is None else self.assigner.local_parts()
-        return [self.step_expert_load, self.step_gate, *of_codes]
-
-    def scalars_of(self, parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Expert load, combine weight, and the assigner's code usage and losses."""
-        scalars = _routing_scalars(next(parts), next(parts))
-        return scalars if self.assigner is None else scalars | self.assigner.scalars_of(parts)
-
-    def apply_parts(self, reduced: Iterator[torch.Tensor]) -> tuple[dict, ...]:
-        """Move the codebook; return scalars, load ``[N]`` and usage ``[C, K]``."""
-        load, gate = next(reduced), next(reduced)
-        scalars = _routing_scalars(load, gate)
-        if self.assigner is None:
-            return scalars, load, None
-        of_codes, usage = self.assigner.apply_parts(reduced)
-        return scalars | of_codes, load, usage
-
-    def clear_step(self) -> None:
-        """Forget the step: table, loads, and what the assigner recorded."""
-        super().clear_step()
-        self.step_expert_load.zero_()
-        self.step_gate.zero_()
-        if self.step_table is not None:
-            self.step_table.clear()
-        if self.assigner is not None:
-            self.assigner.clear_step()
 
     def forward(
         self,
@@ -386,14 +325,6 @@ class VQMoELayer(StepOwner, MoELayer):
             self.recorded()
 
         return run_in_backward(output, record)
-
-
-def _routing_scalars(load: torch.Tensor, gate: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of rows per expert ``[N]`` and ``[sum of discrete weights, tokens]``: fp32 scalars."""
-    return {
-        "expert_load_imbalance": load.max() / load.mean().clamp(min=1e-12),
-        "combine_discrete_weight": gate[0] / gate[1].clamp(min=1.0),
-    }
 
 
 def _sum_slots(rows: torch.Tensor) -> torch.Tensor:
