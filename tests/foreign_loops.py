@@ -88,7 +88,7 @@ def by_hand_with_a_call(num_steps: int) -> int:
     layer, stream = build({})
     for _ in range(num_steps):
         layer(next(stream))[0].sum().backward()
-        synchronize_codebooks([layer])
+        synchronize_codebooks(layer)  # as the message says
         with torch.no_grad():
             for parameter in layer.parameters():
                 if parameter.grad is not None:

@@ -95,11 +95,13 @@ def _refuse_early_reduction(model: list[torch.nn.Module]) -> None:
             )
 
 
-def synchronize_codebooks(model: list[torch.nn.Module]) -> list[LayerStatistics]:
+def synchronize_codebooks(
+    model: torch.nn.Module | list[torch.nn.Module],
+) -> list[LayerStatistics]:
     """Reduce the step's statistics and apply them to every codebook of ``model``.
 
     Args:
-        model: the model chunks of this rank.
+        model: the model, or the model chunks, of this rank.
 
     Returns:
         Statistics of this rank's layers, in layer order.
@@ -109,6 +111,7 @@ def synchronize_codebooks(model: list[torch.nn.Module]) -> list[LayerStatistics]
 
     Communicates: one all-reduce over ``tp_dp_cp`` for all layers of this rank.
     """
+    model = [model] if isinstance(model, torch.nn.Module) else model
     owners = step_owners(model)
     for owner in owners:
         owner.refuse_unfinished_table()
