@@ -24,7 +24,6 @@ def layer(number: int, perplexity: float, revived: float) -> LayerStatistics:
         },
         expert_load=torch.tensor([1.0, 3.0]),
         code_usage=torch.tensor([[1.0, 2.0, 1.0]]),
-        num_microbatches=2,
     )
 
 
