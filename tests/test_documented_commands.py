@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,14 @@ def test_every_named_file_exists(path: Path) -> None:
     named = set(SCRIPT.findall(path.read_text("utf-8")))
     missing = {name for name in named if not (ROOT / name).is_file()}
     assert missing <= {"slurm/sites/NAME.sh", "docker/.env"}
+
+
+def test_the_readme_s_program_learns_its_text() -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    losses = [float(line.split()[1]) for line in run.stdout.splitlines()]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] - 1.0

@@ -70,7 +70,9 @@ print(changed(before, after))
 def test_the_snapshot_sees_the_installed_layer() -> None:
     """The test above could not fail if the snapshot were blind."""
     script = """
+import os
 from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat
+os.environ['TORCHDYNAMO_DISABLE'] = '1'  # allows Megatron first
 import megatron.core.transformer.moe.token_dispatcher
 before = snapshot()
 install_cpu_compat()
@@ -90,6 +92,22 @@ try:
     cpu_compat.install_cpu_compat()
 except ValueError as error:
     print('CUDA is available here' in str(error))
+print(changed(before, snapshot()), os.environ == environment, cpu_compat.is_installed())
+"""
+    assert run(script).splitlines() == ["True", "[] True False"]
+
+
+def test_after_megatron_it_is_too_late_and_patches_nothing() -> None:
+    script = """
+import os
+os.environ.pop('TORCHDYNAMO_DISABLE', None)
+import vqmoe_megatron.moe
+from vqmoe_megatron.runtime import cpu_compat
+before, environment = snapshot(), dict(os.environ)
+try:
+    cpu_compat.install_cpu_compat()
+except ValueError as error:
+    print('comes too late' in str(error))
 print(changed(before, snapshot()), os.environ == environment, cpu_compat.is_installed())
 """
     assert run(script).splitlines() == ["True", "[] True False"]

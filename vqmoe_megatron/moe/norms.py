@@ -46,8 +46,10 @@ class ParallelNorm:
             raise ValueError(
                 f"normalization={config.normalization!r}: choose one of {', '.join(kinds)}"
             )
+        # A model drawn on the CPU is refused by the layer itself, which gives the reason.
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         norm = kinds[config.normalization](
-            hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device()
+            hidden_size, eps=eps, dtype=config.params_dtype, device=device
         )
         mark_sequence_parallel(norm, config)
         return norm
