@@ -11,7 +11,7 @@ def codebook_hashes(model) -> dict[str, str]:
 
     hashes = {}
     for layer in (m for chunk in model for m in chunk.modules() if isinstance(m, VQMoELayer)):
-        if layer.assigner is None:
+        if not layer.discrete_paths:
             continue
         codebook = layer.assigner.codebook
         tensors = [codebook.codes.data, codebook.usage]

@@ -25,9 +25,7 @@ def use_megatron_experts(layer: torch.nn.Module) -> None:
                 linear.weight.copy_(getattr(grouped, f"weight{number}")[e])
                 if linear.bias is not None:
                     linear.bias.copy_(getattr(grouped, f"bias{number}")[e])
-    layer.experts = own
-    if layer.code_space is not None:
-        layer.code_space.experts = own
+    layer.experts = layer.engine.experts = own
     layer.grouped_for_comparison = grouped
 
 

@@ -178,8 +178,9 @@ def copy_parameters(layer: torch.nn.Module, parameters: dict[str, torch.Tensor])
     for name, parameter in own.items():
         value = parameters[name]
         parameter.copy_(expert_slice(name, value) if name.startswith("experts.") else value)
-    if layer.assigner is not None:
-        layer.assigner.codebook.needs_data_init = False  # the codes are given
+    for path in layer.paths:
+        if path.is_discrete:
+            path.assigner.codebook.needs_data_init = False  # the codes are given
     if projection is not None:
         layer.assigner.codebook.projection.copy_(projection)
     if code_map is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -72,7 +74,9 @@ def sabotage(letter: str, what: str, pass_name: str) -> str:
     if what == "weight":
         layer.experts.weight2 = torch.nn.Parameter(1.01 * layer.experts.weight2.detach())
     elif what == "gradient":
-        layer.code_space.vq = layer.vq.__class__(**{**vars(layer.vq), "straight_through": "none"})
+        space = layer.paths[-1].execution
+        vq = dataclasses.replace(layer.vq, straight_through="none")
+        space.parts = dataclasses.replace(space.parts, vq=vq)
     elif what == "gate":
         layer.gate.linear.bias = torch.nn.Parameter(layer.gate.linear.bias.detach() * 2.0)
     elif what == "nan":
@@ -140,10 +144,10 @@ def steps() -> dict:
     for letter, arm in arms.items():
         arm.enter("forward_backward")
         builds = []
-        table = arm.module.step_table
-        if table is not None:
-            evaluate = table.evaluate
-            table.evaluate = lambda dtype, evaluate=evaluate, seen=builds: (
+        execution = arm.module.paths[-1].execution
+        if execution.keeps_table:
+            evaluate = execution.space.evaluate
+            execution.space.evaluate = lambda dtype, evaluate=evaluate, seen=builds: (
                 seen.append(1) or evaluate(dtype)
             )
         leaf = x.clone().requires_grad_()

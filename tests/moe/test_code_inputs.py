@@ -7,7 +7,11 @@ import torch
 from tiny_layer import HIDDEN, transformer_config
 
 from vqmoe_megatron.config import VQConfig
-from vqmoe_megatron.moe.code_inputs import LearnedCodeInputs, code_vectors_in_place
+from vqmoe_megatron.moe.code_inputs import (
+    CodebookInputs,
+    LearnedCodeInputs,
+    code_vectors_in_place,
+)
 from vqmoe_megatron.vq.codebook import Codebook
 
 PRODUCT = {"quantizer": "product", "num_code_slices": 4, "num_codes": 3}
@@ -17,7 +21,8 @@ TP2 = {"tensor_model_parallel_size": 2}
 def learned(settings: dict, dtype: str, layer_number: int, seed: int) -> dict:
     """In a rank: a layer's learned vectors, its marks, rows 2 5 2, and their gradient."""
     config = transformer_config(params_dtype=getattr(torch, dtype))
-    inputs = LearnedCodeInputs(config, VQConfig(code_input="learned", **settings), seed)
+    vq = VQConfig(code_input="learned", **settings)
+    inputs = LearnedCodeInputs(config, vq, Codebook(vq, HIDDEN, seed), seed)
     inputs.set_layer_number(layer_number)
     rows = inputs(torch.tensor([2, 5, 2]))
     rows.float().sum().backward()
@@ -111,3 +116,18 @@ def test_codes_of_a_low_dimensional_space_are_lifted() -> None:
     rows = code_vectors_in_place(book, torch.tensor([4, 0]))
     assert rows.shape == (2, HIDDEN) and not rows.requires_grad
     torch.testing.assert_close(rows, book.codes[0, [4, 0]] @ book.projection)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{"num_codes": 6}, PRODUCT], ids=["one slice", "product"])
+def test_tokens_send_what_code_space_evaluates(settings: dict, dtype: torch.dtype) -> None:
+    """A token's rows are the rows of its codes: exact, in their own slices, without gradient."""
+    book = codebook(**settings)
+    codes = torch.tensor([[0, 2, 1, 1], [2, 2, 0, 1], [1, 0, 0, 2]])[:, : book.num_slices]
+    ids = torch.arange(book.num_slices) * book.num_codes + codes
+    inputs = CodebookInputs(book)
+    rows = inputs.of_tokens(codes, ids, dtype)
+    assert rows.shape == (3, book.num_slices, HIDDEN)
+    assert rows.dtype == dtype and not rows.requires_grad
+    assert torch.equal(rows, inputs(ids.reshape(-1)).view_as(rows).to(dtype))
+    assert rows.any(dim=2).all()

@@ -64,12 +64,12 @@ def observe(settings: dict, which: str, dtype: str = "float32") -> dict:
         output, _ = layer(x)
     with logged_collectives() as backward:
         output.float().square().sum().backward()
-    codes = None if layer.assigner is None else layer.assigner(x.view(-1, HIDDEN)).codes
+    codes = [p.assigner(x.view(-1, HIDDEN)).codes for p in layer.paths if p.is_discrete]
     return {
         "forward": forward,
         "backward": backward,
         "read": reads.found + lists,
-        "codes": codes,
+        "codes": codes[0] if codes else None,
         "output": output.detach(),
     }
 
@@ -154,15 +154,16 @@ def row_gradients(num_tokens: int) -> dict:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(num_tokens, HIDDEN, generator=generator).bfloat16()
     assignment = layer.assigner(x)
-    table = layer.code_space.evaluate(torch.bfloat16)
+    space = layer.paths[-1].execution
+    table = space.evaluate(torch.bfloat16)
     table.values.retain_grad()
-    y = layer.code_space.output(table, assignment, torch.bfloat16)
+    y = space.output(table, assignment, torch.bfloat16)
     y.backward(torch.ones_like(y))
     return {
         "values": table.values.detach(),
         "y": y.detach(),
         "gradient": table.values.grad,
-        "slots": layer.code_space.rows.slot_of_row[assignment.rows][:, 0],
+        "slots": space.rows.slot_of_row[assignment.rows][:, 0],
         "of_weights": str(layer.experts.weight1.grad.dtype),
     }
 
@@ -198,8 +199,9 @@ def replaced_map(how: str) -> dict:
                 layer.assigner.code_map.expert_of_row = other_map.clone()
             found[f"{execution} after"] = layer(x)[0]
         if execution == "code_space":
-            rows = layer.code_space.rows
-            found["local rows"], found["is kept"] = rows.local_rows, rows is layer.code_space.rows
+            space = layer.paths[-1].execution
+            rows = space.rows
+            found["local rows"], found["is kept"] = rows.local_rows, rows is space.rows
     return found
 
 
@@ -224,7 +226,7 @@ def merged(norm: str) -> dict:
 
     vq = VQConfig(**BASE, norm=norm)
     layer = build_layer(vq, draw_parameters(vq))
-    space = layer.code_space
+    space = layer.paths[-1].execution
     whole = space.evaluate(torch.float64)
     inputs = space.inputs(torch.float64)
     outputs = evaluate_experts(layer.experts, inputs.normed, space.rows.rows_per_local_expert)
@@ -255,14 +257,12 @@ def test_experts_that_hide_their_activations_are_warned_about(mode: str, is_warn
     import warnings
     from types import SimpleNamespace
 
-    from vqmoe_megatron.config import VQConfig
-    from vqmoe_megatron.moe.code_space import CodeSpace
+    from vqmoe_megatron.moe.executions.code_space import CodeSpace
 
-    groups = SimpleNamespace(ep=None, expt_tp=None, tp=None)
-    vq = VQConfig(num_codes=4, straight_through=mode)
+    parts = SimpleNamespace(vq=VQConfig(num_codes=4, straight_through=mode), output_norm=None)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        CodeSpace(vq, torch.nn.Identity(), None, None, (None, None), groups)
+        CodeSpace(parts, SimpleNamespace(experts=torch.nn.Identity()))
     assert ["Identity does not show its activations" in str(w.message) for w in said] == (
         [True] if is_warned else []
     )

@@ -13,14 +13,16 @@ pytestmark = pytest.mark.distributed
 
 def gate_weights(combine: str, bias: float) -> dict:
     from vqmoe_megatron.moe.combine_gate import CombineGate, weighted_sum
+    from vqmoe_megatron.moe.part import DensePart
 
     gate = CombineGate(transformer_config(), VQConfig(combine=combine, combine_bias=bias))
     torch.nn.init.zeros_(gate.linear.weight)  # the start, whatever the token
     y_continuous, y_discrete = torch.full((3, HIDDEN), 2.0), torch.full((3, HIDDEN), 5.0)
     weights = gate(torch.randn(3, HIDDEN))
+    parts = [DensePart(y_continuous), DensePart(y_discrete)]
     return {
         "weights": [None if w is None else w.tolist() for w in weights],
-        "sum": weighted_sum(y_continuous, y_discrete, weights)[:, 0].tolist(),
+        "sum": weighted_sum(parts, weights)[:, 0].tolist(),
     }
 
 

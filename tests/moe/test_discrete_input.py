@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vqmoe_megatron.config import VQConfig
-from vqmoe_megatron.moe.discrete_input import code_input, mixed_input
+from vqmoe_megatron.moe.discrete_input import mixed_input
 
 RATE = 0.3
 HIDDEN = 8
@@ -44,26 +44,7 @@ def test_value_and_jacobian_of_mixed_inputs(
         torch.testing.assert_close(of_row, slope * eye)
 
 
-def test_code_values_are_exact_and_have_no_gradient() -> None:
-    x, v = tokens_and_codes()
-    rows = code_input(x, v, 1)
-    assert torch.equal(rows, v.unsqueeze(1)) and not rows.requires_grad
-
-
-def test_product_codes_fill_their_own_slices() -> None:
-    x, v = tokens_and_codes()
-    rows = code_input(x, v, 4)
-    expected = torch.zeros(3, 4, HIDDEN, dtype=torch.float64)
-    for c in range(4):
-        own = slice(2 * c, 2 * c + 2)
-        expected[:, c, own] = v[:, own]
-    assert torch.equal(rows, expected) and not rows.requires_grad
-
-
-@pytest.mark.parametrize("num_slices", [1, 4])
-def test_fp32_codes_take_the_dtype_of_tokens(num_slices: int) -> None:
+def test_fp32_codes_take_the_dtype_of_tokens() -> None:
     x, v = (part.detach() for part in tokens_and_codes())
-    rows = code_input(x.bfloat16(), v.float(), num_slices)
-    assert rows.dtype == torch.bfloat16 and rows.shape == (3, num_slices, HIDDEN)
     mixed = mixed_input(x.bfloat16(), v.float(), VQConfig(expert_input="blend"))
     assert mixed.dtype == torch.bfloat16

@@ -37,11 +37,12 @@ ARRIVED = ([1, 3, 102], [2, 100, 101, 0, 4])
 COUNTS = ([3, 0], [3, 2])
 
 
-def exchange(rows: list, experts: list, residents: list | None = None) -> dict:
+def exchange(rows: list, experts: list, residents: list | None = None, num_sets: int = 1) -> dict:
     """In a rank: dispatch rows (as [R, 1]), multiply by 10, bring them back, differentiate.
 
     Each of E shards contributes an equal part of the product. ``residents`` has, for each
-    expert-parallel rank, its resident rows and how many each local expert has.
+    expert-parallel rank, its resident rows and how many each local expert has; they come in
+    ``num_sets`` equal sets, the numbers of the second counted on from the first.
     """
     from megatron.core import parallel_state
 
@@ -55,20 +56,21 @@ def exchange(rows: list, experts: list, residents: list | None = None) -> dict:
     place = torch.distributed.get_rank() % len(rows)
     own = torch.tensor(rows[place], dtype=torch.float64).unsqueeze(1).requires_grad_()
     plan = plan_permutation(torch.tensor(experts[place], dtype=torch.int64), 4)
-    staying = joined = None
+    joined = []
     if residents is not None:
         numbers, counts = residents[groups[0].rank()]
-        staying = torch.tensor(numbers, dtype=torch.float64).unsqueeze(1).requires_grad_()
-        joined = ResidentRows(staying, torch.tensor(counts))
+        for number in range(num_sets):
+            staying = torch.tensor(numbers, dtype=torch.float64).unsqueeze(1) + 50 * number
+            joined.append(ResidentRows(staying.requires_grad_(), torch.tensor(counts)))
     arrived, receipt = dispatch(own, plan, *groups, joined)
     returned, evaluated = combine(10 / groups[1].size() * arrived, receipt, *groups)
     loss = (returned * (1 + own.detach())).sum()
-    if staying is not None:
-        loss = loss + (evaluated * (2 + staying.detach())).sum()
+    for answer, asked in zip(evaluated, joined, strict=True):
+        loss = loss + (answer * (2 + asked.rows.detach())).sum()
     loss.backward()
     return {
-        "residents": evaluated.detach().squeeze(1),
-        "residents' gradient": None if staying is None else staying.grad.squeeze(1),
+        "residents": [answer.detach().squeeze(1) for answer in evaluated],
+        "residents' gradient": [asked.rows.grad.squeeze(1) for asked in joined],
         "arrived": arrived.detach().squeeze(1),
         "counts": receipt.tokens_per_local_expert,
         "returned": returned.detach().squeeze(1),
@@ -141,9 +143,11 @@ def test_shards_without_a_single_row(ranks) -> None:  # noqa: ANN001
 
 def check_residents(result: dict, residents: list[int], num_shards: int = 1) -> None:
     """Each shard keeps its own part of the outputs: here an equal one."""
-    own = torch.tensor(residents, dtype=torch.float64)
-    assert torch.equal(result["residents"], 10 / num_shards * own)
-    assert torch.equal(result["residents' gradient"], 10 / num_shards * (2 + own))
+    assert len(result["residents"]) == len(result["residents' gradient"]) >= 1
+    for number, found in enumerate(result["residents"]):
+        own = torch.tensor(residents, dtype=torch.float64) + 50 * number
+        assert torch.equal(found, 10 / num_shards * own)
+        assert torch.equal(result["residents' gradient"][number], 10 / num_shards * (2 + own))
 
 
 RESIDENTS = [[[500, 501, 502], [1, 2]], [[600], [0, 1]]]
@@ -151,7 +155,7 @@ RESIDENTS = [[[500, 501, 502], [1, 2]], [[600], [0, 1]]]
 
 def test_without_residents_none_return(ranks) -> None:  # noqa: ANN001
     (result,) = ranks(1).run(exchange, [[3, 4]], [[1, 0]])
-    assert result["residents"].shape == (0,)
+    assert result["residents"] == []
 
 
 def test_residents_join_their_experts_and_stay(ranks) -> None:  # noqa: ANN001
@@ -173,6 +177,18 @@ def test_residents_of_a_single_rank(ranks) -> None:  # noqa: ANN001
     assert results[0]["counts"].tolist() == [3, 0, 3, 2]
     check_residents(results[0], [500, 501, 502])
     check_returned(results, [list(range(5))])
+
+
+@pytest.mark.parametrize("layout", [{}, {"expert_model_parallel_size": 2}], ids=["EP1", "EP2"])
+def test_two_sets_of_residents_are_answered_apart(ranks, layout: dict) -> None:  # noqa: ANN001
+    world_size = 2 if layout else 1
+    residents = RESIDENTS if layout else [[[500, 501, 502], [1, 0, 2, 0]]]
+    rows, experts = list(ROWS)[:world_size], list(EXPERTS)[:world_size]
+    results = ranks(world_size).run(exchange, rows, experts, residents, 2, layout=layout)
+    for rank, result in enumerate(results):
+        assert len(result["residents"]) == 2
+        check_residents(result, residents[rank][0])
+    check_returned(results, rows)
 
 
 @pytest.mark.parametrize("world_size", [1, 4])

@@ -282,8 +282,7 @@ def evaluate_layer(case: dict) -> dict:
     assert bias is None
     output = output.reshape(-1, HIDDEN)
     (output * weights.chunk(world)[rank]).sum().backward()
-    if layer.step_table is not None:
-        layer.step_table.backward()
+    layer.finish_table()
     if case.get("megatron_experts"):
         stack_gradients(layer)
     gradients = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}

@@ -7,7 +7,7 @@ import torch
 from tiny_layer import transformer_config
 
 from vqmoe_megatron.moe import norms
-from vqmoe_megatron.moe.norms import ParallelNorm, norm_input_gradient
+from vqmoe_megatron.moe.norms import ParallelNorm
 
 HIDDEN = 8
 KINDS = ["LayerNorm", "RMSNorm"]
@@ -80,7 +80,7 @@ def test_input_gradient_at_looked_up_rows(kind: str) -> None:
     inputs = table[ids].requires_grad_()
     (expected,) = torch.autograd.grad(module(inputs), inputs, grads)
     with torch.no_grad():
-        found = norm_input_gradient(module, table, ids, grads)
+        found = module.input_gradient(table, ids, grads)
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
     assert not found.requires_grad
     assert all(parameter.grad is None for parameter in module.parameters())
@@ -90,15 +90,15 @@ def test_input_gradient_is_taken_in_the_dtype_of_the_gradients() -> None:
     module, table = norm("LayerNorm", torch.bfloat16), rows(4, dtype=torch.bfloat16)
     ids = torch.tensor([1, 3, 1])
     grads = rows(3, dtype=torch.float32)
-    found = norm_input_gradient(module, table, ids, grads)
-    expected = norm_input_gradient(module.double(), table.double(), ids, grads.double())
+    found = module.input_gradient(table, ids, grads)
+    expected = module.double().input_gradient(table.double(), ids, grads.double())
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_no_rows_have_no_gradients() -> None:
     no_ids = torch.zeros(0, dtype=torch.int64)
-    found = norm_input_gradient(norm("RMSNorm", torch.float32), rows(4), no_ids, rows(0))
+    found = norm("RMSNorm", torch.float32).input_gradient(rows(4), no_ids, rows(0))
     assert found.shape == (0, HIDDEN)
 
 

@@ -8,8 +8,8 @@ from collective_log import logged_collectives, names_of
 from tiny_layer import HIDDEN, build_layer, draw_parameters
 
 from vqmoe_megatron.config import VQConfig
-from vqmoe_megatron.moe.code_space import CodeInputs, CodeTable
-from vqmoe_megatron.moe.step_table import StepTable
+from vqmoe_megatron.moe.executions.code_space import CodeTable, ExpertInputs
+from vqmoe_megatron.moe.executions.step_table import StepTable
 
 NUM_MICROBATCHES = 4
 EP2 = {"expert_model_parallel_size": 2}
@@ -36,21 +36,24 @@ class Recorded:
         self.weight = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
         self.num_built = 0
 
+    def weights(self) -> list[torch.Tensor]:
+        return []
+
     def evaluate(self, dtype: torch.dtype) -> CodeTable:
         self.num_built += 1
         values = (2 * self.weight).to(dtype)
-        return CodeTable(values, values.detach(), CodeInputs(values.detach(), values.detach()))
+        return CodeTable(values, values.detach(), ExpertInputs(values.detach(), values.detach()))
 
 
 def test_gradients_of_all_readers_arrive_in_one_pass() -> None:
     made = Recorded()
-    table = StepTable(made.evaluate)
+    table = StepTable(made)
     passes = []
     made.weight.register_hook(passes.append)
     for factor in (1.0, 10.0, 100.0):
         (factor * table.get(True, torch.float64).values).sum().backward()
         assert made.weight.grad is None
-    table.backward()
+    table.finish_table()
     assert made.num_built == 1 and len(passes) == 1
     assert made.weight.grad.unique().tolist() == [222.0]
     table.get(True, torch.float64)
@@ -60,30 +63,30 @@ def test_gradients_of_all_readers_arrive_in_one_pass() -> None:
 def test_a_step_without_readers_is_differentiated_all_the_same() -> None:
     """Its collectives have to run wherever those of the other ranks do."""
     made = Recorded()
-    table = StepTable(made.evaluate)
+    table = StepTable(made)
     table.get(True, torch.float64)
-    table.backward()
+    table.finish_table()
     assert torch.equal(made.weight.grad, torch.zeros(3, 2, dtype=torch.float64))
-    table.backward()  # without a table there is nothing to do
+    table.finish_table()  # without a table there is nothing to do
     assert made.num_built == 1
 
 
 def test_cleared_tables_leave_no_gradient() -> None:
     made = Recorded()
-    table = StepTable(made.evaluate)
+    table = StepTable(made)
     table.get(True, torch.float64).values.sum().backward()
     table.clear()
-    table.backward()
+    table.finish_table()
     assert made.weight.grad is None
 
 
 def test_training_keeps_a_graph_even_inside_no_grad_and_evaluation_none() -> None:
     made = Recorded()
-    table = StepTable(made.evaluate)
+    table = StepTable(made)
     with torch.no_grad():  # as in the first pass of recompute
         assert table.get(True, torch.float64).values.requires_grad
     table.get(True, torch.float64).values.sum().backward()
-    table.backward()
+    table.finish_table()
     assert made.weight.grad.unique().tolist() == [2.0]
     assert not table.get(False, torch.float64).values.requires_grad
 
@@ -114,8 +117,7 @@ def run_step(layer: torch.nn.Module, recompute: str = "none") -> dict:
             output.square().sum().backward()
             outputs.append(output.detach())
             of_x.append(x.grad)
-        if layer.step_table is not None:
-            layer.step_table.backward()
+        layer.finish_table()
     gradients = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
     layer.zero_grad()
     return {"output": outputs, "x": of_x, "gradients": gradients, "calls": names_of(calls)}
@@ -196,7 +198,7 @@ def finalized(settings: dict) -> dict:
             "x": [],
             "gradients": {n: p.main_grad for n, p in layer.named_parameters() if p.requires_grad},
         }
-        found[f"{name} is forgotten"] = layer.step_table is None or layer.step_table._leaf is None
+        found[f"{name} is forgotten"] = not per_step or layer.paths[-1].execution._leaf is None
     return found
 
 
@@ -226,7 +228,7 @@ def modes() -> dict:
     phase("evaluation", 3)
     layer.train()
     phase("training again", 2, True)
-    layer.step_table.backward()
+    layer.finish_table()
     with torch.no_grad():
         layer.experts.weight2.mul_(2.0)
         layer.experts.bias2.mul_(2.0)
@@ -282,7 +284,7 @@ def refused_misuse() -> list[str]:
         layer.eval()
     told.append(str(refused.value))
     layer.train()  # the same mode again loses nothing
-    assert layer.step_table._leaf.values.grad.any()
+    assert layer.paths[-1].execution._leaf.values.grad.any()
     layer.assigner.codebook.codes.grad = None
     layer.input_norm.weight.grad = torch.ones_like(layer.input_norm.weight)
     with pytest.raises(ValueError, match="the optimizer steps before") as refused:

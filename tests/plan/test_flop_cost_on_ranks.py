@@ -77,8 +77,7 @@ def count(vq: VQConfig, gated: bool) -> list[int]:
         output, _ = layer(x)
         forward = counter.get_total_flops()
         output.square().sum().backward()
-        if layer.step_table is not None:
-            layer.step_table.backward()
+        layer.finish_table()
     return [forward, counter.get_total_flops() - forward]
 
 

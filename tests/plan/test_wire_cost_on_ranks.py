@@ -128,12 +128,12 @@ def count(vq_settings: dict, num_microbatches: int, dtype: str) -> dict:
             output, _ = layer(x)
             is_backward = True
             output.float().square().sum().backward()
-        if layer.step_table is not None:
-            layer.step_table.backward()
+        layer.finish_table()
     with torch.no_grad():
         tokens = x.reshape(-1, HIDDEN)
         continuous = [] if layer.router is None else layer._select(x)[1].flatten().tolist()
-        discrete = [] if layer.assigner is None else layer.assigner(tokens).experts.flatten()
+        found = [p.assigner(tokens).experts.flatten() for p in layer.paths if p.is_discrete]
+        discrete = found[0] if found else []
     return {
         "sent": sent,
         "continuous": continuous,

@@ -33,6 +33,7 @@ def logits_here(recipe: str, overrides: list[str], tables: str) -> dict:
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+    from vqmoe_megatron.moe.combine_gate import OnePath
     from vqmoe_megatron.moe.layer import VQMoELayer
     from vqmoe_megatron.recipe import load_recipe
     from vqmoe_megatron.training.preflight import check_run
@@ -47,7 +48,7 @@ def logits_here(recipe: str, overrides: list[str], tables: str) -> dict:
             super().__init__()
             self.table = table
             self.continuous = layer if layer.vq.path == "dual" else None
-            layer.assigner = layer.code_space = layer.step_table = layer.gate = None
+            layer.paths, layer.gate = layer.paths[:1], OnePath()
 
         def forward(self, hidden_states, *_args, **_kwargs):
             if self.continuous is None:

@@ -44,6 +44,7 @@ def compare(settings: dict, dtype_name: str) -> dict:
     from tiny_layer import ACTIVATIONS, HIDDEN, build_layer, draw_parameters
 
     from vqmoe_megatron.config import VQConfig
+    from vqmoe_megatron.moe.combine_gate import OnePath
     from vqmoe_megatron.training.layer_table import layer_table
     from vqmoe_megatron.vq.table_layer import TableLayer
 
@@ -68,7 +69,7 @@ def compare(settings: dict, dtype_name: str) -> dict:
         if vq.path == "discrete":
             found, distinct = table(x), expected.reshape(-1, HIDDEN).unique(dim=0)
         else:
-            layer.assigner = layer.code_space = layer.step_table = layer.gate = None
+            layer.paths, layer.gate = layer.paths[:1], OnePath()
             found, distinct = table.combine(x, layer(x)[0]), table.discrete(x)
     return {
         "error": float((found - expected).abs().max() / expected.abs().max()),

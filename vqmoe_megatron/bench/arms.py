@@ -84,9 +84,8 @@ class Arm:
             enter_pass(True)
             roots = [output] if loss is None else [output, loss]
             torch.autograd.backward(roots, [grad, None][: len(roots)])
-        table = getattr(self.module, "step_table", None)
-        if table is not None:
-            table.backward()
+        if isinstance(self.module, VQMoELayer):
+            self.module.finish_table()
         return output.detach()
 
     def result(self, x: torch.Tensor, grad: torch.Tensor, pass_name: str) -> ArmResult:
@@ -140,8 +139,8 @@ def build_arm(spec: ArmSpec, case: LayerCase, tokens: RoutedTokens, weights: Wei
         return Arm(spec, released, vq, released.named())
     layer = VQMoELayer(transformer_config(case, spec.topk), own_submodules(), layer_number=1, vq=vq)
     share_weights(layer, weights)
-    if layer.assigner is not None:
-        layer.assigner.codebook.adopt(_sliced(codes, vq.num_code_slices))
+    for path in layer.discrete_paths:
+        path.assigner.codebook.adopt(_sliced(codes, vq.num_code_slices))
     shared = {name: [p] for name, p in layer.named_parameters() if name in weights}
     return Arm(spec, layer, vq, shared)
 

@@ -86,8 +86,7 @@ def count_saved_bytes(arm: Arm, x: torch.Tensor) -> int:
         return output if loss is None else output.sum() + loss
 
     num_bytes, _ = saved_bytes(forward, excluded)
-    if getattr(module, "step_table", None) is not None:
-        module.step_table.clear()
+    arm.forget()
     return num_bytes
 
 

@@ -103,7 +103,7 @@ def _count(arm: Any, x: torch.Tensor) -> dict[str, Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from vqmoe_megatron.bench.arm_table import FORWARD_BACKWARD
-    from vqmoe_megatron.bench.wire_count import WireCounter, counting
+    from vqmoe_megatron.bench.wire_count import WireCounter
 
     names = ("ep", "expt_tp", "tp", "tp_ep")
     collection = ProcessGroupCollection.use_mpu_process_groups(list(names))
@@ -112,7 +112,7 @@ def _count(arm: Any, x: torch.Tensor) -> dict[str, Any]:
     arm.forget()
     leaf = x.detach().clone().requires_grad_()
     grad = torch.ones_like(x)
-    with counting(counter):
+    with counter:
         arm.step(leaf, grad, counter.enter_pass)
     arm.forget()
     return {
@@ -130,9 +130,8 @@ def _experts(arm: Any, x: torch.Tensor) -> dict[str, list[int]]:
     if arm.spec.kind != "vqmoe":
         return {"continuous": [], "discrete": []}
     layer = arm.module
-    continuous, discrete = [], []
-    if layer.router is not None:
-        continuous = layer.route(x)[1].nonzero()[:, 1].tolist()
-    if layer.assigner is not None:
-        discrete = layer.assigner(x.flatten(0, 1)).experts.flatten().tolist()
-    return {"continuous": continuous, "discrete": discrete}
+    found: dict[str, list[int]] = {"continuous": [], "discrete": []}
+    for path in layer.paths:
+        experts = path.ask(x).experts.flatten().tolist()
+        found["discrete" if path.is_discrete else "continuous"] += experts
+    return found

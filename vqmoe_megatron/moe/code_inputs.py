@@ -8,6 +8,8 @@ moves the codebook. learned: a vector of full width per row, trained by the task
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -17,14 +19,60 @@ from vqmoe_megatron.vq.codebook import Codebook
 from vqmoe_megatron.vq.segment_sum import lookup_rows
 
 
+class CodebookInputs:
+    """The codes' own vectors: the task never moves them."""
+
+    is_sliced = True  # row c of a token stands in the place of slice c
+
+    def __init__(self, codebook: Codebook) -> None:
+        self.codebook = codebook
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """None: the codebook moves in its own way."""
+        return iter(())
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Nothing is drawn here."""
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Row ids int64 ``[R]`` -> ``[R, H]``, without gradient. No communication."""
+        return code_vectors_in_place(self.codebook, rows)
+
+    def of_tokens(
+        self, codes: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Codes and row ids int64 ``[T, C]`` -> ``[T, C, H]``, without gradient."""
+        quantized = self.codebook.lift(self.codebook.lookup(codes))
+        return slices_in_place(quantized.detach().to(dtype), codes.shape[1])
+
+    def own_gradient(self, dx: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Gradients ``[R', H]`` of expert inputs of row ids ``[R']`` -> ``[R', D]`` of their slice
+        in the codebook's space."""
+        num_slices, num_codes, _ = self.codebook.codes.shape
+        if num_slices > 1:
+            dx = dx.unflatten(1, (num_slices, -1))  # no row may have arrived
+            dx = dx[torch.arange(dx.shape[0], device=dx.device), rows // num_codes]
+        return self.codebook.lower(dx)
+
+    def token_gradient(self, dx: torch.Tensor) -> torch.Tensor:
+        """``[T, C, D]`` of :meth:`own_gradient` -> ``[T, H]`` of the tokens in its space."""
+        return dx.flatten(1)
+
+
 class LearnedCodeInputs(torch.nn.Module):
     """One trained vector per row, ``[C, K, H]``, replicated on all ranks of the layer.
 
-    Drawn from a standard normal, the scale of normalised hidden states.
+    Drawn from a standard normal, the scale of normalised hidden states. Gradients that go on to
+    the tokens are brought into the space of ``codebook``, which is another module's.
     """
 
-    def __init__(self, config: TransformerConfig, vq: VQConfig, seed: int) -> None:
+    is_sliced = False
+
+    def __init__(
+        self, config: TransformerConfig, vq: VQConfig, codebook: Codebook, seed: int
+    ) -> None:
         super().__init__()
+        self._lower = codebook.lower
         self.shape = (vq.num_code_slices, vq.num_codes, config.hidden_size)
         self.base_seed = seed
         self.vectors = torch.nn.Parameter(
@@ -42,6 +90,33 @@ class LearnedCodeInputs(torch.nn.Module):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Row ids int64 ``[R]`` -> ``[R, H]``, differentiable. No communication."""
         return lookup_rows(self.vectors.flatten(0, 1), rows)
+
+    def of_tokens(
+        self, codes: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Codes and row ids int64 ``[T, C]`` -> ``[T, C, H]``, differentiable."""
+        return self(rows.reshape(-1)).view(*rows.shape, -1)
+
+    def own_gradient(self, dx: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Gradients ``[R', H]`` of expert inputs, as they are."""
+        return dx
+
+    def token_gradient(self, dx: torch.Tensor) -> torch.Tensor:
+        """``[T, C, H]`` of the rows -> ``[T, H]`` of the tokens in the codebook's space."""
+        return self._lower(dx.sum(dim=1))
+
+
+ExpertCodeInputs = CodebookInputs | LearnedCodeInputs
+
+
+def slices_in_place(vectors: torch.Tensor, num_slices: int) -> torch.Tensor:
+    """Code vectors ``[T, H]`` -> ``[T, C, H]``: row c holds slice c in its place, else zeros."""
+    if num_slices == 1:
+        return vectors.unsqueeze(1)
+    num_tokens = vectors.shape[0]
+    slices = vectors.view(num_tokens, 1, num_slices, -1)
+    own_place = torch.eye(num_slices, dtype=vectors.dtype, device=vectors.device)
+    return (own_place[None, :, :, None] * slices).view(num_tokens, num_slices, -1)
 
 
 def code_vectors_in_place(codebook: Codebook, rows: torch.Tensor) -> torch.Tensor:

@@ -1,28 +1,37 @@
-"""The combine gate: how much of each path reaches the output.
+"""The combine: how much of each path reaches the output, and their sum.
 
-T tokens, H hidden size.
+T tokens, H hidden size, n paths.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.moe.norms import mark_sequence_parallel
+from vqmoe_megatron.moe.part import Part
+
+Weights = tuple[torch.Tensor | None, ...]  # of each path [T], fp32 (fp64); None: one
 
 
 class CombineGate(torch.nn.Module):
     """softmax: p_c y_c + p_d y_d (arXiv 2411.19402, section 3.2); sigmoid: y_c + s y_d.
 
-    ``vq.combine_bias`` is the initial logit in favour of the continuous path. Started at one half,
-    the discrete path starves the continuous one before its router has learned.
+    ``vq.combine_bias`` is the initial logit in favour of the first, the continuous path. Started at
+    one half, the discrete path starves the continuous one before its router has learned. Further
+    paths are weighed like the second.
     """
 
-    def __init__(self, config: TransformerConfig, vq: VQConfig) -> None:
+    def __init__(self, config: TransformerConfig, vq: VQConfig, num_paths: int = 2) -> None:
         super().__init__()
         self.is_softmax = vq.combine == "softmax"
-        bias = [vq.combine_bias, 0.0] if self.is_softmax else [-vq.combine_bias]
+        others = num_paths - 1
+        bias = (
+            [vq.combine_bias] + others * [0.0] if self.is_softmax else others * [-vq.combine_bias]
+        )
         self.linear = torch.nn.Linear(
             config.hidden_size,
             len(bias),
@@ -35,8 +44,8 @@ class CombineGate(torch.nn.Module):
             self.linear.bias.copy_(torch.tensor(bias))
         mark_sequence_parallel(self, config)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Weights of the continuous path (None: one) and of the discrete path for tokens [T, H].
+    def forward(self, x: torch.Tensor) -> Weights:
+        """Weights of n paths for tokens ``[T, H]``; for sigmoid the first has none.
 
         ``[T]`` each, fp32 (fp64 for fp64). No communication.
         """
@@ -44,17 +53,22 @@ class CombineGate(torch.nn.Module):
         if logits.dtype not in (torch.float32, torch.float64):
             logits = logits.float()
         if not self.is_softmax:
-            return None, logits.sigmoid().squeeze(1)
-        p = logits.softmax(dim=-1)
-        return p[:, 0], p[:, 1]
+            return None, *logits.sigmoid().unbind(dim=1)
+        return logits.softmax(dim=-1).unbind(dim=1)
 
 
-def weighted_sum(
-    y_continuous: torch.Tensor,
-    y_discrete: torch.Tensor,
-    weights: tuple[torch.Tensor | None, torch.Tensor],
-) -> torch.Tensor:
-    """``[T, H]`` outputs of both paths -> ``[T, H]`` in the dtype of the first."""
-    p_continuous, p_discrete = weights
-    first = y_continuous if p_continuous is None else p_continuous.unsqueeze(1) * y_continuous
-    return (first + p_discrete.unsqueeze(1) * y_discrete).to(y_continuous.dtype)
+class OnePath(torch.nn.Module):
+    """The gate of a layer with one path, whose weight is one."""
+
+    def forward(self, x: torch.Tensor) -> Weights:
+        """One weight, which is none."""
+        return (None,)
+
+
+def weighted_sum(parts: Sequence[Part], weights: Weights) -> torch.Tensor:
+    """Parts of n paths -> ``[T, H]`` in the dtype of the first. Communicates as the parts do."""
+    output, p_first = parts[0].value(), weights[0]
+    for part, p in zip(parts[1:], weights[1:], strict=True):
+        output = part.added_to(output, p_first, p)
+        p_first = None
+    return output

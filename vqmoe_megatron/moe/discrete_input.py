@@ -17,19 +17,8 @@ import torch
 
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.moe.code_assigner import Assignment
-from vqmoe_megatron.moe.code_inputs import LearnedCodeInputs
+from vqmoe_megatron.moe.discrete_parts import DiscreteParts
 from vqmoe_megatron.moe.straight_through import input_gradient_to_token
-from vqmoe_megatron.vq.codebook import Codebook
-
-
-def code_input(x: torch.Tensor, quantized: torch.Tensor, num_slices: int) -> torch.Tensor:
-    """Code vectors ``[T, H]`` in the places of their slices ``[T, C, H]``, with no gradient."""
-    quantized = quantized.detach().to(x.dtype)
-    if num_slices == 1:
-        return quantized.unsqueeze(1)
-    slices = quantized.view(x.shape[0], 1, num_slices, -1)
-    own_place = torch.eye(num_slices, dtype=x.dtype, device=x.device)
-    return (own_place[None, :, :, None] * slices).view(x.shape[0], num_slices, -1)
 
 
 def mixed_input(x: torch.Tensor, quantized: torch.Tensor, vq: VQConfig) -> torch.Tensor:
@@ -54,44 +43,30 @@ def mixed_input(x: torch.Tensor, quantized: torch.Tensor, vq: VQConfig) -> torch
     return mixed.unsqueeze(1).expand(-1, vq.num_code_slices, -1)
 
 
-def discrete_rows(
-    x: torch.Tensor,
-    assignment: Assignment,
-    codebook: Codebook,
-    code_inputs: LearnedCodeInputs | None,
-    vq: VQConfig,
-    tp_group: torch.distributed.ProcessGroup,
-) -> torch.Tensor:
+def discrete_rows(x: torch.Tensor, assignment: Assignment, parts: DiscreteParts) -> torch.Tensor:
     """Build the C rows that every token sends to the experts, before the input norm.
 
     Args:
         x: ``[T, H]`` tokens.
         assignment: their codes.
-        codebook: whose codes they are.
-        code_inputs: with code_input=learned.
-        vq: names the input and its gradient.
-        tp_group: for straight_through=group.
+        parts: of the path; its settings name the input and its gradient.
 
     Returns:
-        ``[T, C, H]`` in the dtype of ``x``. Communicates over ``tp_group`` in the backward pass,
-        for straight_through=group.
+        ``[T, C, H]`` in the dtype of ``x``. Communicates over the tensor-parallel group in the
+        backward pass, for straight_through=group.
     """
+    vq, codebook = parts.vq, parts.assigner.codebook
     if vq.expert_input != "code":
         # The token as it came, also for cosine codes; a blend where distances are taken.
         is_raw = vq.expert_input == "token" or vq.quantizer == "low_dim"
         quantized = codebook.lift(codebook.lookup(assignment.codes))
         return mixed_input(x if is_raw else assignment.prepared, quantized, vq)
-    if code_inputs is not None:
-        rows = code_inputs(assignment.rows.reshape(-1)).view(x.shape[0], vq.num_code_slices, -1)
-    else:
-        quantized = codebook.lift(codebook.lookup(assignment.codes))
-        rows = code_input(x, quantized, vq.num_code_slices)
     return input_gradient_to_token(
-        rows,
+        parts.code_inputs.of_tokens(assignment.codes, assignment.rows, x.dtype),
         assignment.prepared,
         assignment.codes,
         vq.straight_through,
-        code_inputs is None,
+        parts.code_inputs.is_sliced,
         codebook,
-        tp_group,
+        parts.tp_group,
     )

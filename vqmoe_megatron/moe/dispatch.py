@@ -18,6 +18,7 @@ ranks hold one shard each of the same n experts, and have different tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,7 @@ class ResidentRows:
 
     rows: torch.Tensor  # [S, H], sorted by local expert
     rows_per_local_expert: torch.Tensor  # int64 [n], summing to S
+    rows_per_expert: int | None = None  # S / n where the host knows that all experts have as many
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class DispatchReceipt:
     input_splits: list[int]  # rows sent to each of P ranks; empty at P = 1
     output_splits: list[int]  # rows received from each of P ranks; empty at P = 1
     gathered_sizes: list[int]  # rows received by each of E ranks; empty at E = 1
-    num_residents: int = 0  # S
+    num_residents: tuple[int, ...] = ()  # S of each set
 
 
 class _Permute(torch.autograd.Function):
@@ -71,7 +73,8 @@ def dispatch(
     plan: PermutationPlan,
     ep_group: torch.distributed.ProcessGroup,
     expt_tp_group: torch.distributed.ProcessGroup,
-    residents: ResidentRows | None = None,
+    residents: Sequence[ResidentRows] = (),
+    read_sizes: Callable[[torch.Tensor], list[int]] = lambda sizes: sizes.tolist(),
 ) -> tuple[torch.Tensor, DispatchReceipt]:
     """Send every row to the ranks of its expert.
 
@@ -80,7 +83,8 @@ def dispatch(
         plan: of the R rows over N experts.
         ep_group: the P expert-parallel ranks; N must divide by P.
         expt_tp_group: the E ranks that hold shards of this rank's experts.
-        residents: rows to evaluate along with those that arrive.
+        residents: sets of rows to evaluate along with those that arrive.
+        read_sizes: reads the 2 P + E split sizes on the host.
 
     Returns:
         ``[R' + S, H]`` rows sorted by local expert, equal on the ranks of ``expt_tp_group``, and
@@ -91,11 +95,11 @@ def dispatch(
     synchronisation (none at P = E = 1).
     """
     num_sources, num_shards = ep_group.size(), expt_tp_group.size()
-    num_residents = 0 if residents is None else residents.rows.shape[0]
+    num_residents = tuple(set_.rows.shape[0] for set_ in residents)
     if num_sources == num_shards == 1:
-        if residents is not None:
-            rows = torch.cat([rows, residents.rows])
-            plan = append_residents(plan, residents.rows_per_local_expert, num_residents)
+        for set_, num_rows in zip(residents, num_residents, strict=True):
+            rows = torch.cat([rows, set_.rows])
+            plan = append_residents(plan, set_.rows_per_local_expert, num_rows)
         permuted = _Permute.apply(rows, plan.order, plan.inverse)
         return permuted, DispatchReceipt(
             plan, plan.tokens_per_expert, None, [], [], [], num_residents
@@ -106,7 +110,7 @@ def dispatch(
     counts = _exchange_counts(sent, ep_group, expt_tp_group)  # [E, P, n]
     received = counts[expt_tp_group.rank()]  # [P, n]
     sizes = torch.cat([sent.sum(dim=1), received.sum(dim=1), counts.sum(dim=(1, 2))])
-    sizes = sizes.tolist()  # host synchronisation
+    sizes = read_sizes(sizes)  # host synchronisation
     arrived, input_splits, output_splits, gathered_sizes = permuted, [], [], []
     if num_sources > 1:
         input_splits, output_splits = sizes[:num_sources], sizes[num_sources : 2 * num_sources]
@@ -116,9 +120,9 @@ def dispatch(
         arrived = gather_rows(arrived, gathered_sizes, expt_tp_group)
 
     blocks = counts.reshape(-1, sent.shape[1])  # [E P, n]
-    if residents is not None:
-        arrived = torch.cat([arrived, residents.rows])
-        blocks = torch.cat([blocks, residents.rows_per_local_expert.unsqueeze(0)])
+    for set_ in residents:
+        arrived = torch.cat([arrived, set_.rows])
+        blocks = torch.cat([blocks, set_.rows_per_local_expert.unsqueeze(0)])
     regroup = None
     if blocks.shape[1] > 1:
         local_expert = torch.arange(blocks.shape[1], device=rows.device).repeat(blocks.shape[0])
@@ -162,14 +166,14 @@ def combine(
     receipt: DispatchReceipt,
     ep_group: torch.distributed.ProcessGroup,
     expt_tp_group: torch.distributed.ProcessGroup,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Bring expert outputs ``[R' + S, H]`` back to the order of the rows given to :func:`dispatch`.
 
     At E > 1 they are this shard's part of each output; the parts of travelled rows are summed,
     those of residents are not.
 
-    Returns ``[R, H]`` and the residents' ``[S, H]``. Communicates over ``expt_tp_group`` one
-    reduce-scatter (none at E = 1), over ``ep_group`` one all-to-all (none at P = 1).
+    Returns ``[R, H]`` and each set of residents' ``[S, H]``. Communicates over ``expt_tp_group``
+    one reduce-scatter (none at E = 1), over ``ep_group`` one all-to-all (none at P = 1).
     """
     if not receipt.input_splits and not receipt.gathered_sizes:
         rows = _Permute.apply(rows, receipt.plan.inverse, receipt.plan.order)
@@ -184,8 +188,10 @@ def combine(
     return _Permute.apply(rows, receipt.plan.inverse, receipt.plan.order), residents
 
 
-def _split_residents(rows: torch.Tensor, num_residents: int) -> tuple[torch.Tensor, torch.Tensor]:
-    if num_residents == 0:  # a split's gradient would copy all rows
-        return rows, rows.new_empty(0, rows.shape[1])
-    travelled, residents = rows.split([rows.shape[0] - num_residents, num_residents])
+def _split_residents(
+    rows: torch.Tensor, num_residents: tuple[int, ...]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    if not num_residents:  # a split's gradient would copy all rows
+        return rows, []
+    travelled, *residents = rows.split([rows.shape[0] - sum(num_residents), *num_residents])
     return travelled, residents

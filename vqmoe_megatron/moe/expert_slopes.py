@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 
 from vqmoe_megatron.moe.code_rows import CodeRows
-from vqmoe_megatron.moe.expert_gemm import grouped_linear
 from vqmoe_megatron.moe.grouped_experts import GroupedExperts
 from vqmoe_megatron.vq.segment_sum import count_ids
 
@@ -45,15 +44,15 @@ def expert_input_gradient(
     )
     if not isinstance(experts, GroupedExperts):
         return _by_repetition(experts, inputs.index_select(0, slots), tokens_per_expert, grads)
-    hidden = grouped_linear(
+    hidden = experts.matmul(
         inputs, experts.weight1, code_rows.rows_per_local_expert, code_rows.rows_per_expert
     )
     hidden = experts.add_bias(hidden, experts.bias1, code_rows.rows_per_local_expert)
-    at_hidden = grouped_linear(grads, experts.weight2.transpose(1, 2), tokens_per_expert)
+    at_hidden = experts.matmul(grads, experts.weight2.transpose(1, 2), tokens_per_expert)
     slopes = _activation_slopes(experts, hidden).to(grads.dtype)  # [S, G F]
     before = slopes.index_select(0, slots)  # [R', G F], becomes the gradient of fc1's outputs
     before.unflatten(1, (experts.num_halves, -1)).mul_(at_hidden.unsqueeze(1))
-    return grouped_linear(before, experts.weight1.transpose(1, 2), tokens_per_expert)
+    return experts.matmul(before, experts.weight1.transpose(1, 2), tokens_per_expert)
 
 
 def _activation_slopes(experts: GroupedExperts, hidden: torch.Tensor) -> torch.Tensor:

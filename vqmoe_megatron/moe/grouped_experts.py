@@ -35,10 +35,14 @@ class GroupedExperts(MegatronModule):
     tensors. Only its empty ``_extra_state`` entries are missing here, so a load into it must not be
     strict about those.
 
+    ``matmul`` is one product per expert (:func:`grouped_linear`); a simulation has another.
+
     Raises:
         ValueError: without process groups, for a setting of Megatron's that it would not honour,
             when E does not divide F, or for a width that torch's grouped GEMM cannot take.
     """
+
+    matmul = staticmethod(grouped_linear)
 
     def __init__(
         self,
@@ -119,9 +123,9 @@ class GroupedExperts(MegatronModule):
         """
         rows = permuted_local_hidden_states
         counts = tokens_per_expert.to(rows.device)
-        hidden = grouped_linear(rows, self.weight1, counts, equal_count)
+        hidden = self.matmul(rows, self.weight1, counts, equal_count)
         hidden = self.activate(self.add_bias(hidden, self.bias1, counts))
-        output = grouped_linear(hidden, self.weight2, counts, equal_count)
+        output = self.matmul(hidden, self.weight2, counts, equal_count)
         output = self.add_bias(output, self._bias2_part(), counts)
         if permuted_probs is not None:
             output = (output * permuted_probs.unsqueeze(-1)).to(output.dtype)

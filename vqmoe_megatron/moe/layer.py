@@ -3,15 +3,15 @@
 S sequence length, B batch, T = S * B local tokens, H hidden size, k selected experts of the
 continuous path, C codes of the discrete path, R = T (k + C) rows, N experts.
 
-1. Continuous path: Megatron's TopKRouter selects k experts and their weights.
-2. Discrete path: the codebook assigns C codes; code -> expert.
-3. Token dispatch: C rows per token join the continuous ones. Code space: the experts' own code rows
-   do, which never travel (``code_space``). Either way one permutation plan, one all-to-all each way
-   and one grouped GEMM serve both paths; under expert tensor parallelism also one gather and one
-   reduce-scatter. A discrete path alone in code space, or with one table per step, needs none of
-   it.
-4. Continuous rows are summed with the router's weights, discrete rows with weight 1 / sqrt(C).
-5. The combine gate weighs the two outputs; VQ losses and statistics ride on the result.
+1. Every path (``paths``) asks for work. Continuous: Megatron's TopKRouter selects k experts and
+   their weights. Discrete: the codebook assigns C codes, code -> expert; its execution
+   (``executions``) sends C rows per token along, or evaluates code rows that never travel.
+2. One expert engine (``expert_engine``) serves all of them: one permutation plan, one all-to-all
+   each way and one grouped GEMM; under expert tensor parallelism also one gather and one
+   reduce-scatter. Where nothing travels, nothing of it happens.
+3. Every path makes its part of the answers: continuous rows summed with the router's weights,
+   discrete rows with weight 1 / sqrt(C).
+4. The combine gate weighs the parts; VQ losses and statistics ride on their sum.
 
 The method is that of arXiv 2411.19402, sections 3.1-3.3.
 """
@@ -27,23 +27,20 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.moe.backward_hook import run_in_backward
-from vqmoe_megatron.moe.code_assigner import Assignment, CodeAssigner
-from vqmoe_megatron.moe.code_inputs import LearnedCodeInputs
-from vqmoe_megatron.moe.code_space import CodeInputs, CodeSpace
-from vqmoe_megatron.moe.combine_gate import CombineGate, weighted_sum
-from vqmoe_megatron.moe.discrete_input import discrete_rows
-from vqmoe_megatron.moe.dispatch import ResidentRows, combine, dispatch
+from vqmoe_megatron.moe.code_assigner import CodeAssigner
+from vqmoe_megatron.moe.code_inputs import CodebookInputs, LearnedCodeInputs
+from vqmoe_megatron.moe.combine_gate import CombineGate, OnePath, Weights, weighted_sum
+from vqmoe_megatron.moe.discrete_parts import DiscreteParts
+from vqmoe_megatron.moe.executions.code_space import CodeSpace
+from vqmoe_megatron.moe.executions.execution import Execution
+from vqmoe_megatron.moe.executions.step_table import StepTable
+from vqmoe_megatron.moe.executions.tokens import Tokens
+from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
 from vqmoe_megatron.moe.foreign_loop import follow
-from vqmoe_megatron.moe.grouped_experts import evaluate_experts
 from vqmoe_megatron.moe.layer_step import LayerStep
-from vqmoe_megatron.moe.megatron_settings import (
-    check_layer_number,
-    check_layer_settings,
-)
-from vqmoe_megatron.moe.norms import ParallelNorm
-from vqmoe_megatron.moe.step_table import StepTable
-from vqmoe_megatron.moe.straight_through import with_gradient_to
-from vqmoe_megatron.vq.permutation import plan_permutation
+from vqmoe_megatron.moe.megatron_settings import check_layer_number, check_layer_settings
+from vqmoe_megatron.moe.norms import NoNorm, ParallelNorm
+from vqmoe_megatron.moe.paths import ContinuousPath, DiscretePath, Path
 from vqmoe_megatron.vq.segment_sum import count_ids
 
 
@@ -56,6 +53,7 @@ class VQMoELayer(LayerStep, MoELayer):
         seed: of codebook initialisation and revival, the same on all ranks.
         on_every_stage: whether every pipeline stage holds such layers, so that their metrics may be
             summed over stages for Megatron's log.
+        engine: builds the expert engine; others count or simulate what this one sends.
         of_newer_megatron: what newer Megatrons pass to a MoE layer besides; theirs takes it.
 
     Raises:
@@ -71,6 +69,7 @@ class VQMoELayer(LayerStep, MoELayer):
         vq: VQConfig | None = None,
         seed: int = 1234,
         on_every_stage: bool = False,
+        engine: EngineType = ExpertEngine,
         **of_newer_megatron: object,
     ) -> None:
         vq = vq or VQConfig(num_codes=4 * config.num_moe_experts)
@@ -83,15 +82,13 @@ class VQMoELayer(LayerStep, MoELayer):
         self.pg_collection = pg_collection
         self.expt_tp_group = pg_collection.expt_tp
         self.vq = vq
-        self.token_dispatcher = None  # Megatron's is not used: rows of both paths travel together
-        self.assigner = self.gate = self.input_norm = self.output_norm = self.code_inputs = None
-        self.code_space = self.step_table = None
-        if self.vq.path == "discrete":
+        self.token_dispatcher = None  # Megatron's is not used: rows of all paths travel together
+        if vq.path == "discrete":
             self.router = None
-        if self.vq.path != "continuous":
-            self._build_discrete_path(config, pg_collection, seed)
-        if self.vq.path == "dual":
-            self.gate = CombineGate(config, self.vq)
+        self.engine = engine(self.experts, config.num_moe_experts, pg_collection)
+        self.paths = self.build_paths(seed)
+        several = len(self.paths) > 1
+        self.gate = CombineGate(config, vq, len(self.paths)) if several else OnePath()
         device = torch.cuda.current_device()
         num_experts = config.num_moe_experts
         self.register_buffer(
@@ -101,33 +98,42 @@ class VQMoELayer(LayerStep, MoELayer):
         if layer_number is not None:
             self.set_layer_number(layer_number)
 
-    def _build_discrete_path(
-        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, seed: int
-    ) -> None:
-        self.assigner = CodeAssigner(config, self.vq, pg_collection, seed)
-        if self.vq.code_input == "learned":
-            self.code_inputs = LearnedCodeInputs(config, self.vq, seed)
-        norm_size = config.hidden_size, config.layernorm_epsilon
-        if self.vq.norm != "none":
-            self.input_norm = ParallelNorm(config, *norm_size)
-        if self.vq.norm == "separate":
-            self.output_norm = ParallelNorm(config, *norm_size)
-        if self.vq.in_code_space:
-            norms = self.input_norm, self._discrete_output_norm
-            self.code_space = CodeSpace(
-                self.vq, self.experts, self.assigner, self.code_inputs, norms, pg_collection
-            )
-        if self.vq.table_per_step:
-            self.step_table = StepTable(self.code_space.evaluate, self._table_weights)
-
-    def _table_weights(self) -> list[torch.Tensor]:
-        parts = (self.experts, self.input_norm, self.output_norm, self.code_inputs)
-        weights = [p for part in parts if part is not None for p in part.parameters()]
-        return [*weights, self.assigner.codebook.codes]
+    def build_paths(self, seed: int) -> list[Path]:
+        """The paths of ``vq.path``; a subclass may add further ones, whose modules it owns."""
+        paths: list[Path] = []
+        if self.vq.path != "discrete":
+            paths.append(ContinuousPath(self.router, self._select))
+        if self.vq.path != "continuous":
+            paths.append(self._discrete_path(seed))
+        return paths
 
     @property
-    def _discrete_output_norm(self) -> torch.nn.Module | None:
-        return self.input_norm if self.vq.norm == "shared" else self.output_norm
+    def discrete_paths(self) -> list[DiscretePath]:
+        """Those with a codebook."""
+        return [path for path in self.paths if isinstance(path, DiscretePath)]
+
+    def _discrete_path(self, seed: int) -> DiscretePath:
+        config, vq = self.config, self.vq
+        self.assigner = CodeAssigner(config, vq, self.pg_collection, seed)
+        codebook = self.assigner.codebook
+        self.code_inputs = CodebookInputs(codebook)
+        if vq.code_input == "learned":
+            self.code_inputs = LearnedCodeInputs(config, vq, codebook, seed)
+        norm_size = config.hidden_size, config.layernorm_epsilon
+        self.input_norm = NoNorm() if vq.norm == "none" else ParallelNorm(config, *norm_size)
+        output_norm = self.input_norm
+        if vq.norm == "separate":
+            output_norm = self.output_norm = ParallelNorm(config, *norm_size)
+        parts = DiscreteParts(
+            vq, self.assigner, self.code_inputs, self.input_norm, output_norm, self.tp_group
+        )
+        return DiscretePath(self.assigner, self.code_inputs, self._execution(parts))
+
+    def _execution(self, parts: DiscreteParts) -> Execution:
+        if not self.vq.in_code_space:
+            return Tokens(parts)
+        space = CodeSpace(parts, self.engine)
+        return StepTable(space) if self.vq.table_per_step else space
 
     def set_layer_number(self, layer_number: int) -> None:
         """Called by the transformer layer; decides this layer's random choices.
@@ -137,11 +143,8 @@ class VQMoELayer(LayerStep, MoELayer):
         """
         self.layer_number = layer_number + self.num_layers_before
         check_layer_number(self.config, self.layer_number)
-        if self.router is not None:
-            self.router.set_layer_number(layer_number)
-        for part in (self.assigner, self.code_inputs):
-            if part is not None:
-                part.set_layer_number(self.layer_number)
+        for path in self.paths:
+            path.set_layer_number(layer_number, self.layer_number)
 
     def train(self, mode: bool = True) -> VQMoELayer:
         """Switch between training and evaluation; a kept table is forgotten.
@@ -149,10 +152,8 @@ class VQMoELayer(LayerStep, MoELayer):
         Raises:
             ValueError: in the middle of a step with one table, whose gradient would be lost.
         """
-        if self.step_table is not None and mode != self.training:
-            self.step_table.leave()
-        elif self.step_table is not None and not mode:
-            self.step_table.clear()  # evaluation announced again: the weights may be others
+        for path in self.paths:
+            path.enter(mode, self.training)
         return super().train(mode)
 
     def forward(
@@ -184,65 +185,16 @@ class VQMoELayer(LayerStep, MoELayer):
         return self._evaluate(hidden_states), None
 
     def _evaluate(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        requests = [path.ask(hidden_states) for path in self.paths]
+        results = self.engine.run([request.work for request in requests])
+        parts = [request.answer(result) for request, result in zip(requests, results, strict=True)]
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
-        probs = selected = assignment = table = None
-        rows, experts = [], []  # of each path: [T, k or C, H] and int64 [T, k or C]
-        if self.router is not None:  # 1. continuous path
-            probs, selected = self._select(hidden_states)  # [T, k] twice
-            rows.append(x.unsqueeze(1).expand(-1, selected.shape[1], -1))
-            experts.append(selected)
-        if self.assigner is not None:  # 2. discrete path
-            had_codes = not self.assigner.codebook.needs_data_init
-            assignment = self.assigner(x)
-            if self.step_table is not None and not had_codes:
-                self.step_table.clear()  # of the codes before data came
-            if self.code_space is None:
-                sent = discrete_rows(
-                    x, assignment, self.assigner.codebook, self.code_inputs, self.vq, self.tp_group
-                )
-                rows.append(sent if self.input_norm is None else self.input_norm(sent))
-                experts.append(assignment.experts)
-
-        outputs = []  # 3. [T, k or C, H] of each path whose rows travelled
-        if self.step_table is not None and (self.training or not torch.is_grad_enabled()):
-            table = self.step_table.get(self.training, x.dtype)
-        elif self.code_space is not None and not rows:
-            table = self.code_space.evaluate(x.dtype)
-        if rows:
-            codes = assignment.rows if assignment is not None and len(rows) == 2 else None
-            wants_table = self.code_space is not None and table is None
-            code_rows = self.code_space.inputs(x.dtype) if wants_table else None
-            outputs, code_outputs = self._run_experts(rows, experts, codes, code_rows)
-            if wants_table:
-                table = self.code_space.table(code_rows, code_outputs)
-
-        y_continuous = y_discrete = None
-        if probs is not None:  # 4.
-            y_continuous = _sum_slots(outputs.pop(0) * probs.unsqueeze(-1)).to(x.dtype)
-        is_read_while_combined = (
-            table is not None and y_continuous is not None and self.code_space.reads_final_rows
-        )
-        if table is not None and not is_read_while_combined:
-            y_discrete = self.code_space.output(table, assignment, x.dtype)
-        elif outputs:
-            y_discrete = _sum_slots(outputs.pop(0)) / self.vq.num_code_slices**0.5
-        if y_discrete is not None:
-            y_discrete = self._finish_discrete(y_discrete, assignment).to(x.dtype)
-
-        weights = None if self.gate is None else self.gate(x)  # 5.
-        if is_read_while_combined:
-            output = self.code_space.combined_output(table, assignment, y_continuous, weights)
-        elif weights is not None:
-            output = weighted_sum(y_continuous, y_discrete, weights)
-        else:
-            output = y_continuous if y_discrete is None else y_discrete
-        load = [selected] if selected is not None else []
-        if assignment is not None:
-            output = self.assigner.attach(output, assignment)
-            load.append(assignment.experts)
-        weight = None if weights is None else weights[1]
-        output = self._attach_load(output, torch.cat([e.reshape(-1) for e in load]), weight)
-        return output.view_as(hidden_states)
+        weights = self.gate(x)
+        output = weighted_sum(parts, weights)
+        for request in requests:
+            output = request.attach(output)
+        experts = torch.cat([request.experts.reshape(-1) for request in requests])
+        return self._attach_load(output, experts, weights).view_as(hidden_states)
 
     def _select(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Router probabilities and experts of the k selected experts, ``[T, k]`` each.
@@ -254,79 +206,24 @@ class VQMoELayer(LayerStep, MoELayer):
         selected = routing_map.to(torch.float32).add(probs.detach()).topk(k, dim=1).indices
         return probs.gather(1, selected), selected
 
-    def _run_experts(
-        self,
-        rows: list[torch.Tensor],
-        experts: list[torch.Tensor],
-        codes: torch.Tensor | None,
-        code_rows: CodeInputs | None,
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Evaluate travelling rows of each path, and this rank's own code rows along with them.
-
-        ``codes`` [T, C] orders the last path's rows within their expert, behind the continuous
-        ones; ``code_rows`` is None where no table is wanted.
-        """
-        sizes = [part.shape[:2] for part in rows]
-        parts = [part.reshape(-1, part.shape[-1]) for part in rows]
-        flat = torch.cat(parts) if len(parts) > 1 else parts[0]  # [R, H]
-        plan = plan_permutation(
-            torch.cat([e.reshape(-1) for e in experts]),
-            self.config.num_moe_experts,
-            self._order_within_expert(experts, codes),
-        )
-        residents = None
-        if code_rows is not None:
-            rows_per_expert = self.code_space.rows.rows_per_local_expert
-            residents = ResidentRows(code_rows.normed, rows_per_expert)
-        groups = self.ep_group, self.expt_tp_group
-        arrived, receipt = dispatch(flat, plan, *groups, residents)
-        evaluated = evaluate_experts(self.experts, arrived, receipt.tokens_per_local_expert)
-        returned, code_outputs = combine(evaluated, receipt, *groups)
-        parts = returned.split([t * c for t, c in sizes]) if len(sizes) > 1 else [returned]
-        outputs = [part.view(*size, -1) for part, size in zip(parts, sizes, strict=True)]
-        return outputs, code_outputs
-
-    @staticmethod
-    def _order_within_expert(
-        experts: list[torch.Tensor], codes: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        if codes is None:
-            return None
-        ranks = [torch.zeros_like(e) for e in experts[:-1]] + [codes + 1]
-        return torch.cat([rank.reshape(-1) for rank in ranks])
-
-    def _finish_discrete(self, y: torch.Tensor, assignment: Assignment) -> torch.Tensor:
-        """[T, H]: output norm and the identity's gradient, unless the table's rows are final."""
-        if self.code_space is not None and self.code_space.reads_final_rows:
-            return y
-        if self._discrete_output_norm is not None:
-            y = self._discrete_output_norm(y)
-        if self.vq.straight_through == "identity" and self.vq.expert_input == "code":
-            y = with_gradient_to(y, assignment.prepared, self.assigner.codebook.lower)
-        return y
-
     def _attach_load(
-        self, output: torch.Tensor, experts: torch.Tensor, weight: torch.Tensor | None
+        self, output: torch.Tensor, experts: torch.Tensor, weights: Weights
     ) -> torch.Tensor:
+        """``output`` [T, H] whose backward pass counts ``experts`` and discrete weights, once."""
         if not (self.training and torch.is_grad_enabled()):
             return output
 
         num_tokens = float(output.shape[0])  # the output itself must not be kept
+        of_discrete = [
+            weight for path, weight in zip(self.paths, weights, strict=True) if path.is_discrete
+        ]
 
         def record() -> None:
-            num_experts = self.config.num_moe_experts
-            self.step_expert_load += count_ids(experts, num_experts)
-            discrete = self.step_gate.new_tensor(
-                0.0 if self.vq.path == "continuous" else num_tokens
-            )
-            if weight is not None:
-                discrete = weight.detach().float().sum()
+            self.step_expert_load += count_ids(experts, self.config.num_moe_experts)
+            discrete = self.step_gate.new_zeros(())
+            for weight in of_discrete:
+                discrete += num_tokens if weight is None else weight.detach().float().sum()
             self.step_gate += torch.stack([discrete, self.step_gate.new_tensor(num_tokens)])
             self.recorded()
 
         return run_in_backward(output, record)
-
-
-def _sum_slots(rows: torch.Tensor) -> torch.Tensor:
-    """[T, k, H] -> [T, H]; one slot needs no sum."""
-    return rows.squeeze(1) if rows.shape[1] == 1 else rows.sum(dim=1)

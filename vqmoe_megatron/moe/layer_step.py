@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vqmoe_megatron.moe.megatron_settings import refuse_trained_codes_in_half
+from vqmoe_megatron.moe.paths import Path
 from vqmoe_megatron.moe.step_owner import StepOwner
 
 
@@ -18,6 +18,7 @@ class LayerStep(StepOwner):
 
     step_expert_load: torch.Tensor  # fp32 [N], this step's rows per expert, both paths
     step_gate: torch.Tensor  # fp32 [2]: sum over tokens of the discrete weight, tokens
+    paths: list[Path]
 
     @property
     def replica_group(self) -> torch.distributed.ProcessGroup:
@@ -27,51 +28,53 @@ class LayerStep(StepOwner):
     @property
     def keeps_table(self) -> bool:
         """``vq.table_per_step``."""
-        return self.step_table is not None
+        return any(path.keeps_table for path in self.paths)
 
     def finish_table(self) -> None:
-        """Differentiate the step's table; communicates as :meth:`StepTable.backward`."""
-        if self.keeps_table:
-            self.step_table.backward()
+        """Differentiate the step's table; communicates as :meth:`StepTable.finish_table`."""
+        for path in self.paths:
+            path.finish_table()
 
     def refuse_unfinished_table(self) -> None:
         """Raise ``ValueError`` where a table's gradient would come after the optimizer's step."""
-        if self.keeps_table:
-            self.step_table.refuse_unfinished()
+        for path in self.paths:
+            path.refuse_unfinished_table()
 
     def refuse_foreign_optimizer(self) -> None:
         """Raise ``ValueError`` for trained codes among weights of half precision."""
-        if self.assigner is not None:
-            refuse_trained_codes_in_half(self.config, self.assigner.codebook.codes)
+        for path in self.paths:
+            path.refuse_foreign_optimizer(self.config)
 
     def local_parts(self) -> list[torch.Tensor]:
-        """Expert load ``[N]``, gate sums ``[2]`` and what the assigner summed."""
-        of_codes = [] if self.assigner is None else self.assigner.local_parts()
-        return [self.step_expert_load, self.step_gate, *of_codes]
+        """Expert load ``[N]``, gate sums ``[2]`` and what the paths summed."""
+        of_paths = [part for path in self.paths for part in path.local_parts()]
+        return [self.step_expert_load, self.step_gate, *of_paths]
 
     def scalars_of(self, parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Expert load, combine weight, and the assigner's code usage and losses."""
+        """Expert load, combine weight, and the paths' code usage and losses."""
         scalars = _routing_scalars(next(parts), next(parts))
-        return scalars if self.assigner is None else scalars | self.assigner.scalars_of(parts)
+        for path in self.paths:
+            scalars |= path.scalars_of(parts)
+        return scalars
 
     def apply_parts(self, reduced: Iterator[torch.Tensor]) -> tuple[dict, ...]:
-        """Move the codebook; return scalars, load ``[N]`` and usage ``[C, K]``."""
+        """Move the codebooks; return scalars, load ``[N]`` and usage ``[C, K]`` (of several
+        codebooks the first's, None without one)."""
         load, gate = next(reduced), next(reduced)
-        scalars = _routing_scalars(load, gate)
-        if self.assigner is None:
-            return scalars, load, None
-        of_codes, usage = self.assigner.apply_parts(reduced)
-        return scalars | of_codes, load, usage
+        scalars, usages = _routing_scalars(load, gate), []
+        for path in self.paths:
+            of_path, usage = path.apply_parts(reduced)
+            scalars |= of_path
+            usages += usage
+        return scalars, load, next(iter(usages), None)
 
     def clear_step(self) -> None:
-        """Forget the step: table, loads, and what the assigner recorded."""
+        """Forget the step: loads, and what the paths kept and recorded."""
         super().clear_step()
         self.step_expert_load.zero_()
         self.step_gate.zero_()
-        if self.step_table is not None:
-            self.step_table.clear()
-        if self.assigner is not None:
-            self.assigner.clear_step()
+        for path in self.paths:
+            path.clear_step()
 
 
 def _routing_scalars(load: torch.Tensor, gate: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -15,7 +15,42 @@ def mark_sequence_parallel(module: torch.nn.Module, config: TransformerConfig) -
         parameter.sequence_parallel = config.sequence_parallel
 
 
-class LayerNorm(torch.nn.LayerNorm):
+class _InputGradient:
+    """Gradients back through a norm at looked-up rows."""
+
+    def input_gradient(
+        self, rows: torch.Tensor, ids: torch.Tensor, grads: torch.Tensor
+    ) -> torch.Tensor:
+        """Bring gradients back through the norm where input ``t`` was ``rows[ids[t]]``.
+
+        Args:
+            rows: ``[R, H]``.
+            ids: int64 ``[T]``.
+            grads: ``[T, H]`` of the outputs.
+
+        Returns:
+            ``[T, H]`` of the inputs; nothing is added to the norm's own gradients. No
+            communication.
+        """
+        with torch.enable_grad():
+            inputs = rows.detach().to(grads.dtype).index_select(0, ids).requires_grad_()
+            weights = {name: parameter.detach() for name, parameter in self.named_parameters()}
+            weights = {name: value.to(grads.dtype) for name, value in weights.items()}
+            outputs = torch.func.functional_call(self, weights, (inputs,))
+        return torch.autograd.grad(outputs, inputs, grads)[0]
+
+
+class NoNorm(torch.nn.Identity):
+    """The place of a norm that is not there."""
+
+    def input_gradient(
+        self, rows: torch.Tensor, ids: torch.Tensor, grads: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the gradients ``[T, H]``."""
+        return grads
+
+
+class LayerNorm(_InputGradient, torch.nn.LayerNorm):
     """In the dtype of its input: fp32 rows of a table meet bf16 weights."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -24,7 +59,7 @@ class LayerNorm(torch.nn.LayerNorm):
         return torch.nn.functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
-class RMSNorm(torch.nn.RMSNorm):
+class RMSNorm(_InputGradient, torch.nn.RMSNorm):
     """Likewise."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -53,25 +88,3 @@ class ParallelNorm:
         )
         mark_sequence_parallel(norm, config)
         return norm
-
-
-def norm_input_gradient(
-    norm: torch.nn.Module, rows: torch.Tensor, ids: torch.Tensor, grads: torch.Tensor
-) -> torch.Tensor:
-    """Bring gradients back through ``norm`` where input ``t`` was ``rows[ids[t]]``.
-
-    Args:
-        norm: of width H.
-        rows: ``[R, H]``.
-        ids: int64 ``[T]``.
-        grads: ``[T, H]`` of the outputs.
-
-    Returns:
-        ``[T, H]`` of the inputs; nothing is added to the norm's own gradients. No communication.
-    """
-    with torch.enable_grad():
-        inputs = rows.detach().to(grads.dtype).index_select(0, ids).requires_grad_()
-        weights = {name: parameter.detach() for name, parameter in norm.named_parameters()}
-        weights = {name: value.to(grads.dtype) for name, value in weights.items()}
-        outputs = torch.func.functional_call(norm, weights, (inputs,))
-    return torch.autograd.grad(outputs, inputs, grads)[0]

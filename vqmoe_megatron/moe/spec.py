@@ -31,6 +31,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.moe.balanced_router import BalancedRouter
+from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
 from vqmoe_megatron.moe.grouped_experts import GroupedExperts
 from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.moe.megatron_settings import is_moe_layer
@@ -68,15 +69,24 @@ def get_vqmoe_layer_spec(
 
 
 def get_vqmoe_block_spec(
-    config: TransformerConfig, vq: VQConfig, seed: int = 1234, vp_stage: int | None = None
+    config: TransformerConfig,
+    vq: VQConfig,
+    seed: int = 1234,
+    vp_stage: int | None = None,
+    engine: EngineType = ExpertEngine,
 ) -> TransformerBlockSubmodules:
     """Build this pipeline stage's layers: VQMoE every ``moe_layer_freq`` layers, dense between.
+
+    ``engine`` builds the expert engine of every layer.
 
     Raises:
         ValueError: when ``vq`` does not fit ``config``.
     """
     moe_layer = get_vqmoe_layer_spec(config, vq, seed)
-    moe_layer.submodules.mlp.params["on_every_stage"] = are_on_every_stage(config)
+    moe_layer.submodules.mlp.params |= {
+        "on_every_stage": are_on_every_stage(config),
+        "engine": engine,
+    }
     dense_layer = _dense_layer_spec(config)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     layers = [

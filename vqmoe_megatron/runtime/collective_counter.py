@@ -86,9 +86,13 @@ class CollectiveCounter(TorchDispatchMode):
             # Between two stages only, though Megatron uses the world's group as a second channel
             # where both directions run at once.
             axis = "pp" if collective == "send" else self.axes.get(group.group_name, OTHER)
-            key = collective, axis
-            self._calls[key] += 1
-            self._bytes[key] = self._bytes.get(key, Fraction(0)) + num_bytes
+            self.add(collective, axis, num_bytes)
+
+    def add(self, collective: str, axis: str, num_bytes: Fraction) -> None:
+        """Add one call to the sums."""
+        key = collective, axis
+        self._calls[key] += 1
+        self._bytes[key] = self._bytes.get(key, Fraction(0)) + num_bytes
 
 
 def process_group_axes() -> dict[str, str]:

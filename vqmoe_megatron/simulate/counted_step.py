@@ -1,32 +1,28 @@
 """Training steps on real ranks, counted: what each rank really sends, step by step.
 
 R rows of a dispatch, P expert-parallel ranks. The steps are those of the trainer, on batches of
-the caller's; only the routing can be replaced (``balanced_routing``), to have the balance that a
-plan assumes. With the routing of the model the count comes with the rows that travelled, from which
-the plan's formulas give the same bytes again.
+the caller's; only the expert engine is another, which counts rows, and can send them with the
+balance that a plan assumes. With the routing of the model the count comes with the rows that
+travelled, from which the plan's formulas give the same bytes again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
-from unittest import mock
+from functools import partial
 
-import torch
 from megatron.core import parallel_state
 
 from vqmoe_megatron.config import RunConfig
-from vqmoe_megatron.moe import code_space, layer
 from vqmoe_megatron.moe.dispatch import DispatchReceipt
 from vqmoe_megatron.plan.exact import Exact, exact
 from vqmoe_megatron.plan.layer_wire import MeanTraffic
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.wire_cost import RowTraffic
 from vqmoe_megatron.runtime.collective_counter import CollectiveCounter, process_group_axes
-from vqmoe_megatron.simulate.balanced_routing import balanced_routing
+from vqmoe_megatron.simulate.engines import BalancedCountedEngine, CountedEngine
 from vqmoe_megatron.training.batches import Batch
 from vqmoe_megatron.training.step_builder import build_step
 
@@ -63,9 +59,7 @@ class _Rows:
         self.num_dispatches += 1
 
     @property
-    def mean(self) -> RowTraffic | None:
-        if not self.num_dispatches:
-            return None
+    def mean(self) -> RowTraffic:
         return RowTraffic(*(exact(Fraction(s, self.num_dispatches)) for s in self.sums))
 
 
@@ -88,46 +82,32 @@ def count_steps(
 
     Communicates as training does.
     """
-    parts = build_step(config, layout)
+    rows: dict[str, _Rows] = {}
+
+    def record(direction: str, receipt: DispatchReceipt, num_rows: int) -> None:
+        rows.setdefault(direction, _Rows()).add(receipt, num_rows)
+
+    engine = BalancedCountedEngine if is_balanced else CountedEngine
+    parts = build_step(config, layout, partial(engine, record))
     for chunk in parts.model:
         chunk.train()
     iterators = [batches() for _ in parts.model]
     found = []
-    with ExitStack() as stack:
-        if is_balanced:
-            stack.enter_context(balanced_routing())
-        parts.step(iterators, 0, False)
-        for _ in range(num_steps):
-            counter = CollectiveCounter(process_group_axes())
-            with _recorded_rows() as (forward, backward), counter:
-                result = parts.step(iterators, 0, False)
-            traffic = forward.mean or backward.mean
-            found.append(
-                CountedStep(
-                    result.loss,
-                    {key: (calls, exact(sent)) for key, (calls, sent) in counter.counted.items()},
-                    # Where a path sends nothing its formula asks for no traffic.
-                    traffic and MeanTraffic(forward.mean or traffic, backward.mean),
-                )
-            )
+    parts.step(iterators, 0, False)
+    for _ in range(num_steps):
+        rows.clear()
+        with CollectiveCounter(process_group_axes()) as counter:
+            result = parts.step(iterators, 0, False)
+        counted = {key: (calls, exact(sent)) for key, (calls, sent) in counter.counted.items()}
+        found.append(CountedStep(result.loss, counted, _traffic(rows)))
     return found
 
 
-@contextmanager
-def _recorded_rows() -> Iterator[tuple[_Rows, _Rows]]:
-    """Write down the receipts of rows that travel forward, and of code space's gradient rows."""
-    forward, backward = _Rows(), _Rows()
-
-    def recording(real: Callable[..., Any], rows: _Rows) -> Callable[..., Any]:
-        def dispatch(sent: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            arrived, receipt = real(sent, *args, **kwargs)
-            rows.add(receipt, sent.shape[0])
-            return arrived, receipt
-
-        return dispatch
-
-    with (
-        mock.patch.object(layer, "dispatch", recording(layer.dispatch, forward)),
-        mock.patch.object(code_space, "dispatch", recording(code_space.dispatch, backward)),
-    ):
-        yield forward, backward
+def _traffic(rows: dict[str, _Rows]) -> MeanTraffic | None:
+    """Mean rows of a step's dispatches in both directions."""
+    means = {direction: of.mean for direction, of in rows.items()}
+    if not means:
+        return None
+    # Where a path sends nothing forward its formula asks for no traffic there.
+    backward = means.get("backward")
+    return MeanTraffic(means.get("forward", backward), backward)

@@ -3,7 +3,7 @@
 Torch's ``FakeTensorMode`` gives every tensor a shape and a dtype and no memory, so that a rank of
 any model fits here. Where a program reads a value, the mode raises; the answers below are those of
 a step that goes well. None of them decides what is sent: shapes do, and the splits of rows, which
-``stand_ins.py`` supplies. What the program itself wrote into a tensor of one element, such as the
+``engines.py`` supplies. What the program itself wrote into a tensor of one element, such as the
 kind of attention mask that recompute hands through, torch remembers, and then that is the answer.
 """
 

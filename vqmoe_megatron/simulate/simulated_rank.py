@@ -71,15 +71,16 @@ def simulate_rank(
     from megatron.core import parallel_state
 
     from vqmoe_megatron.runtime.collective_counter import process_group_axes
-    from vqmoe_megatron.simulate.balanced_routing import balanced_routing
+    from vqmoe_megatron.runtime.cpu_compat.fake_world import fake_world
+    from vqmoe_megatron.simulate.engines import SimulatedEngine
     from vqmoe_megatron.simulate.fake_collectives import SimulatedCollectives
     from vqmoe_megatron.simulate.fake_tensors import FakeValues
-    from vqmoe_megatron.simulate.stand_ins import stand_ins
     from vqmoe_megatron.training.step_builder import build_step
 
     counter = SimulatedCollectives(process_group_axes())
-    with stand_ins(mode), balanced_routing(), mode, FakeValues(), counter:
-        parts = build_step(config, layout)
+    with fake_world(), mode, FakeValues(), counter:
+        # Gloo groups beside fake ones would look for the other ranks.
+        parts = build_step(config, layout, SimulatedEngine, has_gloo_groups=False)
         for chunk in parts.model:
             chunk.train()
         counter.reset()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from vqmoe_megatron.moe.executions.step_table import StepTable
 from vqmoe_megatron.moe.layer import VQMoELayer
+from vqmoe_megatron.moe.norms import NoNorm
 from vqmoe_megatron.vq.table_layer import TableSettings
 
 
@@ -27,7 +29,9 @@ def layer_table(layer: VQMoELayer, iteration: int) -> tuple[dict[str, torch.Tens
     Raises:
         ValueError: when the codebook has not seen any data yet.
     """
-    space, codebook = layer.code_space, layer.assigner.codebook
+    (path,) = layer.discrete_paths
+    execution, codebook = path.execution, path.assigner.codebook
+    space = execution.space if isinstance(execution, StepTable) else execution
     if codebook.needs_data_init:
         raise ValueError(
             f"layer {layer.layer_number}: its codes are not initialised, which the first training "
@@ -41,20 +45,20 @@ def layer_table(layer: VQMoELayer, iteration: int) -> tuple[dict[str, torch.Tens
     }
     if layer.vq.quantizer == "low_dim":
         tensors["projection"] = codebook.projection
-    norm, place = space.output_norm, "none"
-    if norm is not None:
-        place = "in_table" if space.table_norm is not None else "after_sum"
+    norm, has_norm = space.parts.output_norm, not isinstance(space.parts.output_norm, NoNorm)
+    place = "none" if not has_norm else "in_table" if space.table_norm is norm else "after_sum"
     if place == "after_sum":
         tensors |= {f"output_norm.{name}": part for name, part in norm.named_parameters()}
-    if layer.gate is not None:
+    is_dual = layer.vq.path == "dual"
+    if is_dual:
         tensors |= {f"gate.{name}": part for name, part in layer.gate.linear.named_parameters()}
     settings = TableSettings(
         quantizer=layer.vq.quantizer,
         path=layer.vq.path,
-        combine=layer.vq.combine if layer.gate is not None else "none",
+        combine=layer.vq.combine if is_dual else "none",
         num_code_slices=layer.vq.num_code_slices,
-        normalization=layer.config.normalization if norm is not None else "none",
-        normalization_eps=float(norm.eps) if norm is not None else 0.0,
+        normalization=layer.config.normalization if has_norm else "none",
+        normalization_eps=float(norm.eps) if has_norm else 0.0,
         output_norm=place,
         layer_number=layer.layer_number,
         iteration=iteration,

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
+from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
 from vqmoe_megatron.moe.spec import get_vqmoe_block_spec
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.training.layout_independent_init import redraw_parameters
@@ -98,15 +99,20 @@ def build_transformer_config(config: RunConfig, layout: ParallelLayout) -> Trans
 
 
 def build_model(
-    config: RunConfig, transformer: TransformerConfig, layout: ParallelLayout
+    config: RunConfig,
+    transformer: TransformerConfig,
+    layout: ParallelLayout,
+    engine: EngineType = ExpertEngine,
 ) -> list[torch.nn.Module]:
     """Build this rank's chunks, wrapped in Megatron's DDP and, for bf16, its Float16Module.
+
+    ``engine`` builds the expert engine of every layer.
 
     Communicates: DDP broadcasts parameters of the data-parallel group.
     """
     num_chunks = layout.virtual_pipeline_model_parallel_size or 1
     chunks = [
-        _build_chunk(config, transformer, stage if num_chunks > 1 else None)
+        _build_chunk(config, transformer, stage if num_chunks > 1 else None, engine)
         for stage in range(num_chunks)
     ]
     if config.train.layout_independent_init:
@@ -132,12 +138,12 @@ def build_model(
 
 
 def _build_chunk(
-    config: RunConfig, transformer: TransformerConfig, vp_stage: int | None
+    config: RunConfig, transformer: TransformerConfig, vp_stage: int | None, engine: EngineType
 ) -> GPTModel:
     place = {"ignore_virtual": False, "vp_stage": vp_stage}
     model = GPTModel(
         transformer,
-        get_vqmoe_block_spec(transformer, config.vq, config.train.seed, vp_stage),
+        get_vqmoe_block_spec(transformer, config.vq, config.train.seed, vp_stage, engine),
         vocab_size=padded_vocab_size(config.model),
         max_sequence_length=config.model.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(**place),

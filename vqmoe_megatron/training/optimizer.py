@@ -22,7 +22,7 @@ CODE_DECAY = 1e-30
 
 
 def build_optimizer(
-    config: RunConfig, model: list[torch.nn.Module]
+    config: RunConfig, model: list[torch.nn.Module], has_gloo_groups: bool = True
 ) -> tuple[Any, OptimizerParamScheduler]:
     """Return Megatron's optimizer and scheduler for ``model``.
 
@@ -51,7 +51,9 @@ def build_optimizer(
     # Codes stay fp32 in bf16 training, and Megatron's distributed optimizer mixes up the states of
     # a group that holds both kinds, so codes have a group of their own.
     overrides[ParamKey(name="*.codebook.codes")] = ParamGroupOverride(wd_mult=CODE_DECAY)
-    optimizer = get_megatron_optimizer(settings, model, config_overrides=overrides)
+    optimizer = get_megatron_optimizer(
+        settings, model, config_overrides=overrides, use_gloo_process_groups=has_gloo_groups
+    )
     _count_experts_in_the_gradient_norm(optimizer)
     batch = config.train.global_batch_size
     decay_iters = section.lr_decay_iters or config.train.train_iters

@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_t
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.moe.codebook_sync import CodebookSync
+from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.training.model_builder import build_model, build_transformer_config
 from vqmoe_megatron.training.optimizer import build_optimizer
@@ -31,8 +32,16 @@ class StepParts:
     step: TrainStep
 
 
-def build_step(config: RunConfig, layout: ParallelLayout) -> StepParts:
+def build_step(
+    config: RunConfig,
+    layout: ParallelLayout,
+    engine: EngineType = ExpertEngine,
+    has_gloo_groups: bool = True,
+) -> StepParts:
     """Build this rank's parts in a joined world with its process groups.
+
+    ``engine`` builds the expert engine of every layer; ``has_gloo_groups`` says whether Megatron
+    made gloo groups beside the others.
 
     Communicates as :func:`build_model` does.
     """
@@ -42,8 +51,8 @@ def build_step(config: RunConfig, layout: ParallelLayout) -> StepParts:
     codebook_sync = CodebookSync(applies_at_once=False)
     transformer = build_transformer_config(config, layout)
     transformer.finalize_model_grads_func = codebook_sync
-    model = build_model(config, transformer, layout)
-    optimizer, scheduler = build_optimizer(config, model)
+    model = build_model(config, transformer, layout, engine)
+    optimizer, scheduler = build_optimizer(config, model, has_gloo_groups)
     transformer.grad_scale_func = optimizer.scale_loss
     if config.optimizer.overlap_grad_reduce:
         transformer.no_sync_func = [chunk.no_sync for chunk in model]

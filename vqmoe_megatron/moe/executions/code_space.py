@@ -22,25 +22,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 
-from vqmoe_megatron.config import VQConfig
-from vqmoe_megatron.moe.code_assigner import Assignment, CodeAssigner
-from vqmoe_megatron.moe.code_inputs import LearnedCodeInputs, code_vectors_in_place
-from vqmoe_megatron.moe.code_rows import CodeRows, place_code_rows
-from vqmoe_megatron.moe.dispatch import combine, dispatch
-from vqmoe_megatron.moe.expert_slopes import expert_input_gradient
-from vqmoe_megatron.moe.grouped_experts import GroupedExperts, evaluate_experts
-from vqmoe_megatron.moe.norms import norm_input_gradient
+from vqmoe_megatron.moe.code_assigner import Assignment
+from vqmoe_megatron.moe.code_rows import CodeRows
+from vqmoe_megatron.moe.discrete_parts import DiscreteParts
+from vqmoe_megatron.moe.dispatch import ResidentRows
+from vqmoe_megatron.moe.executions.execution import Answer, Execution
+from vqmoe_megatron.moe.expert_engine import ExpertEngine, Result, Work
+from vqmoe_megatron.moe.grouped_experts import GroupedExperts
+from vqmoe_megatron.moe.norms import NoNorm
+from vqmoe_megatron.moe.part import DensePart, Part
 from vqmoe_megatron.moe.straight_through import mean_over_tokens, with_gradient_to
 from vqmoe_megatron.moe.table_combine import combine_with_table
 from vqmoe_megatron.moe.table_exchange import gather_table, sum_over_shards
-from vqmoe_megatron.vq.permutation import PermutationPlan, plan_permutation
+from vqmoe_megatron.vq.permutation import PermutationPlan
 from vqmoe_megatron.vq.segment_sum import sum_looked_up_rows
 
 
 @dataclass(frozen=True)
-class CodeInputs:
+class ExpertInputs:
     """This rank's rows on their way to the experts."""
 
     raw: torch.Tensor  # [S, H], before the input norm
@@ -53,67 +53,67 @@ class CodeTable:
 
     values: torch.Tensor  # fp32 (fp64) [P * S, H], what tokens read
     before_norm: torch.Tensor  # [P * S, H] without gradient; values without output norm
-    inputs: CodeInputs  # without gradient
+    inputs: ExpertInputs  # without gradient
 
 
-class CodeSpace:
+class CodeSpace(Execution):
     """One layer's table: how it is built, read and differentiated. Owns no parameters."""
 
-    def __init__(
-        self,
-        vq: VQConfig,
-        experts: torch.nn.Module,
-        assigner: CodeAssigner,
-        code_inputs: LearnedCodeInputs | None,
-        norms: tuple[torch.nn.Module | None, torch.nn.Module | None],
-        pg_collection: ProcessGroupCollection,
-    ) -> None:
-        self.vq = vq
-        self.experts = experts
-        self.assigner = assigner
-        self.code_inputs = code_inputs
-        self.input_norm, self.output_norm = norms
-        self.groups = pg_collection.ep, pg_collection.expt_tp
-        self.tp_group = pg_collection.tp
-        if vq.straight_through in ("token", "group") and not isinstance(experts, GroupedExperts):
+    def __init__(self, parts: DiscreteParts, engine: ExpertEngine) -> None:
+        self.parts = parts
+        self.engine = engine
+        mode, experts = parts.vq.straight_through, engine.experts
+        if mode in ("token", "group") and not isinstance(experts, GroupedExperts):
             warnings.warn(
-                f"vq.straight_through={vq.straight_through}: {type(experts).__name__} does not "
-                "show its activations, so its forward pass is repeated on the tokens' rows, twice "
-                "the cost of GroupedExperts",
+                f"vq.straight_through={mode}: {type(experts).__name__} does not show its "
+                "activations, so its forward pass is repeated on the tokens' rows, twice the cost "
+                "of GroupedExperts",
                 stacklevel=2,
             )
+        sums_slices = parts.vq.num_code_slices > 1
+        # The output norm acts on rows of the table; a sum of slices is normed after it.
+        self.table_norm = NoNorm() if sums_slices else parts.output_norm
+        # Whether a token's output is its rows' scaled sum, with no norm behind it.
+        self.reads_final_rows = not sums_slices or isinstance(parts.output_norm, NoNorm)
         self._rows: CodeRows | None = None
         self._rows_version: tuple[int, int] | None = None
 
     @property
     def rows(self) -> CodeRows:
         """Where every row is evaluated; found again when the code map was replaced."""
-        code_map = self.assigner.code_map
+        code_map = self.parts.assigner.code_map
         version = (code_map.expert_of_row.data_ptr(), code_map.expert_of_row._version)
         if self._rows is None or version != self._rows_version:
-            group = self.groups[0]
             with torch.inference_mode(False):  # kept, and saved for backward passes later
-                self._rows = place_code_rows(
-                    code_map.expert_of_row, code_map.num_experts, group.size(), group.rank()
-                )
+                self._rows = self.engine.place(code_map.expert_of_row)
             self._rows_version = version
         return self._rows
 
-    @property
-    def table_norm(self) -> torch.nn.Module | None:
-        """The output norm where it acts on rows of the table: a sum of slices is normed later."""
-        return self.output_norm if self.vq.num_code_slices == 1 else None
+    def ask(self, x: torch.Tensor, assignment: Assignment) -> tuple[Work, Answer]:
+        """This rank's code rows stay where they are; the answer reads the table they make."""
+        inputs = self.inputs(x.dtype)
+
+        def answer(result: Result) -> Part:
+            return self.read(self.table(inputs, result.residents[0]), assignment, x.dtype)
+
+        return self._work(inputs), answer
+
+    def weights(self) -> list[torch.Tensor]:
+        """Everything that the table is made of."""
+        modules = (self.engine.experts, *self.parts.modules)
+        weights = [weight for module in modules for weight in module.parameters()]
+        return [*weights, self.parts.assigner.codebook.codes]
 
     # 1.
-    def inputs(self, dtype: torch.dtype) -> CodeInputs:
+    def inputs(self, dtype: torch.dtype) -> ExpertInputs:
         """Build this rank's expert inputs. No communication."""
-        raw = self._raw_inputs(self.rows.local_rows).to(dtype)
-        return CodeInputs(raw, raw if self.input_norm is None else self.input_norm(raw))
+        raw = self.parts.code_inputs(self.rows.local_rows).to(dtype)
+        return ExpertInputs(raw, self.parts.input_norm(raw))
 
-    def _raw_inputs(self, rows: torch.Tensor) -> torch.Tensor:
-        if self.code_inputs is not None:
-            return self.code_inputs(rows)
-        return code_vectors_in_place(self.assigner.codebook, rows)
+    def _work(self, inputs: ExpertInputs) -> Work:
+        rows = self.rows
+        residents = ResidentRows(inputs.normed, rows.rows_per_local_expert, rows.rows_per_expert)
+        return Work(residents=(residents,))
 
     # 2. and 3.
     def evaluate(self, dtype: torch.dtype) -> CodeTable:
@@ -123,29 +123,25 @@ class CodeSpace:
         (one all-gather), in the backward pass one all-reduce and one reduce-scatter.
         """
         inputs = self.inputs(dtype)
-        outputs = evaluate_experts(
-            self.experts,
-            inputs.normed,
-            self.rows.rows_per_local_expert,
-            self.rows.rows_per_expert,
-        )
-        return self.table(inputs, outputs)
+        (result,) = self.engine.run([self._work(inputs)])
+        return self.table(inputs, result.residents[0])
 
-    def table(self, inputs: CodeInputs, outputs: torch.Tensor) -> CodeTable:
+    def table(self, inputs: ExpertInputs, outputs: torch.Tensor) -> CodeTable:
         """Build the table from this rank's expert outputs ``[S, H]``; communicates as above."""
-        ep_group, expt_tp_group = self.groups
+        ep_group, expt_tp_group = self.engine.groups
         values = gather_table(sum_over_shards(outputs, expt_tp_group), ep_group)
         before_norm = values.detach()
-        if self.table_norm is not None:
-            values = self.table_norm(values)
-        detached = CodeInputs(inputs.raw.detach(), inputs.normed.detach())
+        values = self.table_norm(values)
+        detached = ExpertInputs(inputs.raw.detach(), inputs.normed.detach())
         return CodeTable(values, before_norm, detached)
 
     # 4.
-    @property
-    def reads_final_rows(self) -> bool:
-        """Whether a token's output is its rows' scaled sum, with no norm behind it."""
-        return self.output_norm is None or self.table_norm is not None
+    def read(self, table: CodeTable, assignment: Assignment, dtype: torch.dtype) -> Part:
+        """What tokens read, ``[T, H]`` in ``dtype``; where possible, while it is added."""
+        if self.reads_final_rows:
+            return TablePart(self, table, assignment, dtype)
+        y = self.output(table, assignment, dtype)
+        return DensePart(self.parts.finish(y, assignment).to(dtype))
 
     def output(self, table: CodeTable, assignment: Assignment, dtype: torch.dtype) -> torch.Tensor:
         """Read every token's rows: ``[T, H]`` in ``dtype``, scaled by 1 / sqrt(C).
@@ -162,17 +158,17 @@ class CodeSpace:
         self,
         table: CodeTable,
         assignment: Assignment,
-        y_continuous: torch.Tensor,
+        first: torch.Tensor,
         weights: tuple[torch.Tensor | None, torch.Tensor],
     ) -> torch.Tensor:
-        """The dual path's output; the discrete one is read from the table and never stored.
+        """The weighted sum with another path's output; this one's is never stored.
 
         Only where :attr:`reads_final_rows`. Communicates as :meth:`output`.
         """
         slots = self.rows.slot_of_row[assignment.rows]
         gradient = self._gradient_to_tokens(table, slots)
         return combine_with_table(
-            y_continuous,
+            first,
             weights,
             table.values,
             slots,
@@ -183,19 +179,19 @@ class CodeSpace:
 
     @property
     def _scale(self) -> float:
-        return self.vq.num_code_slices**-0.5
+        return self.parts.vq.num_code_slices**-0.5
 
     def _gradient_to_tokens(
         self, table: CodeTable, slots: torch.Tensor
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """From the gradient of the scaled sums [T, H] to that of the tokens in the codebook's
         space; None: none."""
-        if self.vq.straight_through == "token":
+        if self.parts.vq.straight_through == "token":
             return lambda grad: self._token_gradient(table, slots, self._scaled(grad))
-        if self.vq.straight_through == "group":
+        if self.parts.vq.straight_through == "group":
             return lambda grad: self._group_gradient(table, slots, self._scaled(grad))
-        if self.vq.straight_through == "identity" and self.reads_final_rows:
-            return self.assigner.codebook.lower
+        if self.parts.vq.straight_through == "identity" and self.reads_final_rows:
+            return self.parts.assigner.codebook.lower
         return None
 
     def _scaled(self, grad: torch.Tensor) -> torch.Tensor:
@@ -205,49 +201,55 @@ class CodeSpace:
         self, table: CodeTable, slots: torch.Tensor, grad: torch.Tensor
     ) -> torch.Tensor:
         """grad [T, H] of the tokens' rows -> [T, H] of the tokens."""
-        if self.table_norm is not None:
-            grad = norm_input_gradient(self.table_norm, table.before_norm, slots[:, 0], grad)
+        grad = self.table_norm.input_gradient(table.before_norm, slots[:, 0], grad)
         rows = grad.unsqueeze(1).expand(-1, slots.shape[1], -1).reshape(-1, grad.shape[1])
         flat = slots.reshape(-1)
-        dx = self._row_gradients(table, plan_permutation(flat, self.rows.num_slots), rows)
-        return self._join_slices(dx.view(*slots.shape, -1))
+        dx = self._row_gradients(table, self.engine.plan(flat, self.rows.num_slots), rows)
+        return self.parts.code_inputs.token_gradient(dx.view(*slots.shape, -1))
 
     def _group_gradient(
         self, table: CodeTable, slots: torch.Tensor, grad: torch.Tensor
     ) -> torch.Tensor:
         """grad [T, H] of the tokens' rows -> [T, H]: each row's mean over its tokens, J^T of it."""
         num_slots = self.rows.num_slots
-        sums = mean_over_tokens(grad, slots, num_slots, self.tp_group)
+        sums = mean_over_tokens(grad, slots, num_slots, self.parts.tp_group)
         every = torch.arange(num_slots, device=slots.device)
-        if self.table_norm is not None:
-            sums = norm_input_gradient(self.table_norm, table.before_norm, every, sums)
+        sums = self.table_norm.input_gradient(table.before_norm, every, sums)
         plan = PermutationPlan(every, torch.ones_like(every))
         of_rows = self._row_gradients(table, plan, sums.to(grad.dtype))
-        return self._join_slices(of_rows[slots])
+        return self.parts.code_inputs.token_gradient(of_rows[slots])
 
     def _row_gradients(
         self, table: CodeTable, plan: PermutationPlan, rows: torch.Tensor
     ) -> torch.Tensor:
         """rows [R, H], planned over all slots -> J^T of them in the same order, of slice width with
         code vectors as inputs, else [R, H]. Communicates: dispatch and combine."""
-        arrived, receipt = dispatch(rows, plan, *self.groups)
-        local = torch.arange(self.rows.num_local_slots, device=rows.device)
-        slots = local.repeat_interleave(
-            receipt.tokens_per_local_expert, output_size=arrived.shape[0]
-        )
-        dx = expert_input_gradient(self.experts, table.inputs.normed, self.rows, slots, arrived)
-        if self.input_norm is not None:
-            dx = norm_input_gradient(self.input_norm, table.inputs.raw, slots, dx)
-        if self.code_inputs is None and self.vq.num_code_slices > 1:
-            own_slice = (self.rows.local_rows // self.vq.num_codes)[slots]
-            dx = dx.unflatten(1, (self.vq.num_code_slices, -1))  # no row may have arrived
-            dx = dx[torch.arange(dx.shape[0], device=dx.device), own_slice]
-        if self.code_inputs is None:
-            dx = self.assigner.codebook.lower(dx)
-        return combine(dx, receipt, *self.groups)[0]
 
-    def _join_slices(self, dx: torch.Tensor) -> torch.Tensor:
-        """[T, C, D or H] -> [T, H or D], of the tokens in the codebook's space."""
-        if self.code_inputs is None:
-            return dx.flatten(1)
-        return self.assigner.codebook.lower(dx.sum(dim=1))
+        def at_owner(arrived: torch.Tensor, tokens_per_slot: torch.Tensor) -> torch.Tensor:
+            local = torch.arange(self.rows.num_local_slots, device=rows.device)
+            slots = local.repeat_interleave(tokens_per_slot, output_size=arrived.shape[0])
+            dx = self.engine.input_gradient(table.inputs.normed, self.rows, slots, arrived)
+            dx = self.parts.input_norm.input_gradient(table.inputs.raw, slots, dx)
+            return self.parts.code_inputs.own_gradient(dx, self.rows.local_rows[slots])
+
+        return self.engine.send_gradients(rows, plan, at_owner)
+
+
+@dataclass(frozen=True)
+class TablePart(Part):
+    """An output whose rows are final in the table, and are read while they are added."""
+
+    space: CodeSpace
+    table: CodeTable
+    assignment: Assignment
+    dtype: torch.dtype
+
+    def value(self) -> torch.Tensor:
+        """As :meth:`CodeSpace.output`."""
+        return self.space.output(self.table, self.assignment, self.dtype)
+
+    def added_to(
+        self, first: torch.Tensor, p_first: torch.Tensor | None, p: torch.Tensor
+    ) -> torch.Tensor:
+        """As :meth:`CodeSpace.combined_output`."""
+        return self.space.combined_output(self.table, self.assignment, first, (p_first, p))

@@ -6,7 +6,7 @@ and one backward pass brings the sum to the weights before they are reduced.
 
 1. ``get`` builds the table at its first call of a step (also inside a recomputed forward pass,
    whose own graph is thrown away) and hands out a leaf, in whose gradient the microbatches add up.
-2. ``backward`` runs once, after the last microbatch and before gradients are reduced.
+2. ``finish_table`` runs once, after the last microbatch and before gradients are reduced.
 3. ``clear`` forgets the table: after the step, and whenever training turns to evaluation or back.
    In evaluation one table serves until then, or until a weight is seen to change.
 """
@@ -14,26 +14,36 @@ and one backward pass brings the sum to the weights before they are reduced.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 
-from vqmoe_megatron.moe.code_space import CodeTable
+from vqmoe_megatron.moe.code_assigner import Assignment
+from vqmoe_megatron.moe.executions.code_space import CodeSpace, CodeTable
+from vqmoe_megatron.moe.executions.execution import Answer, Execution
+from vqmoe_megatron.moe.expert_engine import Work
 
 
-class StepTable:
-    """Keeps one layer's table, built by ``evaluate`` of ``weights``, between microbatches."""
+class StepTable(Execution):
+    """Keeps one layer's table of code space between microbatches."""
 
-    def __init__(
-        self,
-        evaluate: Callable[[torch.dtype], CodeTable],
-        weights: Callable[[], list[torch.Tensor]] = list,
-    ) -> None:
-        self.evaluate = evaluate
-        self.weights = weights
+    keeps_table = True
+
+    def __init__(self, space: CodeSpace) -> None:
+        self.space = space
         self._built: CodeTable | None = None  # with its graph
         self._leaf: CodeTable | None = None
         self._versions: list[tuple[int, int]] = []  # of the weights the table was built of
+
+    def ask(self, x: torch.Tensor, assignment: Assignment) -> tuple[Work, Answer]:
+        """Nothing, since the table is there; communicates as :meth:`get`.
+
+        An evaluation that differentiates builds a table of its own.
+        """
+        is_training = self.space.parts.assigner.training
+        if not is_training and torch.is_grad_enabled():
+            return self.space.ask(x, assignment)
+        table = self.get(is_training, x.dtype)
+        return Work(), lambda _: self.space.read(table, assignment, x.dtype)
 
     def get(self, is_training: bool, dtype: torch.dtype) -> CodeTable:
         """Return the table; ``values`` collects the step's gradient. The experts run in ``dtype``.
@@ -44,7 +54,7 @@ class StepTable:
             ValueError: when an optimizer moved the weights and the table's gradient never reached
                 them. Writes through ``.data``, as Megatron's optimizers do, are not seen.
         """
-        versions = [(weight.data_ptr(), weight._version) for weight in self.weights()]
+        versions = [(weight.data_ptr(), weight._version) for weight in self.space.weights()]
         if self._leaf is not None and versions != self._versions:
             if is_training:
                 raise ValueError(
@@ -56,12 +66,12 @@ class StepTable:
         if self._leaf is None:
             self._versions = versions
             with torch.set_grad_enabled(is_training):
-                self._built = self.evaluate(dtype)
+                self._built = self.space.evaluate(dtype)
             values = self._built.values.detach().requires_grad_(is_training)
             self._leaf = dataclasses.replace(self._built, values=values)
         return self._leaf
 
-    def backward(self) -> None:
+    def finish_table(self) -> None:
         """Bring the collected gradient to the weights, then forget the table.
 
         Communicates as the backward pass of :meth:`CodeSpace.evaluate`; all ranks of its groups
@@ -82,13 +92,16 @@ class StepTable:
                 "in the place of finalize_model_grads(model)"
             )
 
-    def leave(self) -> None:
-        """Forget the table because training turns to evaluation or back.
+    def enter(self, is_training: bool, was_training: bool) -> None:
+        """Forget the table: training turns to evaluation or back, or the weights may be others.
 
         Raises:
             ValueError: in the middle of a step, whose gradient would be lost.
         """
-        if self._leaf is not None and self._leaf.values.grad is not None:
+        if is_training and was_training:
+            return  # the same step goes on
+        is_unfinished = self._leaf is not None and self._leaf.values.grad is not None
+        if is_unfinished and is_training != was_training:
             raise ValueError(
                 "training turned to evaluation between two microbatches of one step; with "
                 "vq.table_per_step the step must be finished first (CodebookSync)"

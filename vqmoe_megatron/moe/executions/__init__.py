@@ -1,0 +1,1 @@
+"""How a discrete path is evaluated: once per token, once per code, or once per code and step."""
