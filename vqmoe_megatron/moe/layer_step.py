@@ -54,17 +54,19 @@ class LayerStep(StepOwner):
         """Expert load, combine weight, and the paths' code usage and losses."""
         scalars = _routing_scalars(next(parts), next(parts))
         for path in self.paths:
-            scalars |= path.scalars_of(parts)
+            scalars = path.scalars_of(parts) | scalars
         return scalars
 
     def apply_parts(self, reduced: Iterator[torch.Tensor]) -> tuple[dict, ...]:
-        """Move the codebooks; return scalars, load ``[N]`` and usage ``[C, K]`` (of several
-        codebooks the first's, None without one)."""
+        """Move the codebooks; return scalars, load ``[N]`` and usage ``[C, K]``.
+
+        Of several codebooks the first one's are shown; without one usage is None.
+        """
         load, gate = next(reduced), next(reduced)
         scalars, usages = _routing_scalars(load, gate), []
         for path in self.paths:
             of_path, usage = path.apply_parts(reduced)
-            scalars |= of_path
+            scalars = of_path | scalars
             usages += usage
         return scalars, load, next(iter(usages), None)
 
