@@ -16,7 +16,7 @@ import torch
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.recipe import load_saved_recipe
 from vqmoe_megatron.training.checkpoint_folder import (
     CONFIG_FILE,
     CORPUS_COPY,
@@ -94,7 +94,7 @@ def _check_format(path: Path) -> None:
 
 def _recipe(path: Path) -> RunConfig:
     try:
-        return load_recipe(path, [])
+        return load_saved_recipe(path)
     except ValueError as error:
         raise ValueError(f"damaged checkpoint: {path} cannot be used: {error}") from error
 

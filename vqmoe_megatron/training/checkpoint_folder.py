@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.recipe import load_saved_recipe
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 NEXT_TRACKER_FILE = f"{TRACKER_FILE}.tmp"  # written before a checkpoint gets its name
@@ -37,6 +38,7 @@ FREE_PREFIXES = ("model.recompute_",)
 REMAPPED_SETTINGS = ("model.num_moe_experts", "vq.num_codes")
 # Of section train: what the data order and the learning-rate schedule count in.
 FIXED_TRAIN_SETTINGS = ("global_batch_size", "seed")
+DECAY = "optimizer.lr_decay_iters"
 
 
 def find_checkpoint(path: Path) -> Path | None:
@@ -151,7 +153,7 @@ def check_resumable(folder: Path, config: RunConfig) -> None:
 
     The layout may be another one. ``config`` with ``model.vocab_size`` filled in.
     """
-    differences = fixed_differences(load_recipe(folder / CONFIG_FILE, []), config)
+    differences = fixed_differences(load_saved_recipe(folder / CONFIG_FILE), config)
     if not differences:
         return
     advice = "set these back, or start in another train.output_dir"
@@ -160,14 +162,31 @@ def check_resumable(folder: Path, config: RunConfig) -> None:
             "; to begin a new run from these weights with other codes or experts, use an empty "
             f"train.output_dir with checkpoint.load={folder} checkpoint.remap=true"
         )
-    listed = "\n  ".join(
-        f"{name}: checkpoint {theirs!r}, recipe {ours!r}"
-        for name, (theirs, ours) in differences.items()
-    )
+    words = differences_in_words(differences, config, "checkpoint")
+    listed = "\n  ".join(f"{name}: {text}" for name, text in words.items())
     raise ValueError(
         f"{folder} cannot be resumed with this recipe:\n  {listed}\na checkpoint goes on with the "
         f"same model, data order and schedule, at any layout; {advice}"
     )
+
+
+def differences_in_words(
+    differences: Mapping[str, tuple[object, object]], config: RunConfig, where: str
+) -> dict[str, str]:
+    """Return setting -> both values in words, what is stored named ``where``.
+
+    A schedule that only follows ``train.train_iters`` says how the stored one is kept.
+    """
+    words = {
+        name: f"{where} {theirs!r}, recipe {ours!r}" for name, (theirs, ours) in differences.items()
+    }
+    if DECAY in words and config.optimizer.lr_decay_iters is None:
+        kept = f"{DECAY}={differences[DECAY][0]}"
+        words[DECAY] += (
+            f" (not set, so it follows train.train_iters; {kept} keeps the old schedule: behind "
+            "it the learning rate stays where that one ended)"
+        )
+    return words
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -193,9 +212,7 @@ def _fixed_settings(config: RunConfig) -> dict[str, object]:
     }
     settings |= {f"train.{name}": getattr(config.train, name) for name in FIXED_TRAIN_SETTINGS}
     # Unset, it follows train.train_iters, and another length is another schedule.
-    settings["optimizer.lr_decay_iters"] = (
-        config.optimizer.lr_decay_iters or config.train.train_iters
-    )
+    settings[DECAY] = config.optimizer.lr_decay_iters or config.train.train_iters
     return {
         name: value
         for name, value in settings.items()
