@@ -51,9 +51,10 @@ def find_checkpoint(path: Path) -> Path | None:
 
     Raises:
         ValueError: when the tracker is damaged, names a folder that is not there, or is missing
-            beside checkpoints.
+            beside checkpoints, and for a folder that has lost its ``metadata.json``.
     """
     if FOLDER_PATTERN.match(path.name):
+        _check_described(path)
         return path if (path / FORMAT_FILE).exists() else None
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     tracker, next_tracker = folder / TRACKER_FILE, folder / NEXT_TRACKER_FILE
@@ -76,6 +77,7 @@ def find_checkpoint(path: Path) -> Path | None:
     if named is None:
         text = _first_text(tracker)
         raise ValueError(f"{tracker} holds {text!r} instead of an iteration number; {advice}")
+    _check_described(folder / named)
     if named not in complete:
         raise ValueError(
             f"{tracker} names {named}, but that checkpoint is missing or incomplete; {advice}"
@@ -88,9 +90,35 @@ def complete_checkpoints(folder: Path) -> list[str]:
     return [name for name in _checkpoint_names(folder) if (folder / name / FORMAT_FILE).exists()]
 
 
+def damaged(path: Path, problem: str) -> ValueError:
+    """Return the error about an ``iter_`` folder, or a file of it, with the ways on."""
+    return ValueError(f"damaged checkpoint: {path} {problem}; {ways_on(path)}")
+
+
+def ways_on(path: Path) -> str:
+    """What to do about a damaged ``iter_`` folder, or a file of it."""
+    folder = path if FOLDER_PATTERN.match(path.name) else path.parent
+    ways = f"copy {path.name} again from where it is whole"
+    others = [name for name in complete_checkpoints(folder.parent) if name != folder.name]
+    if not others:
+        return f"{ways}, or use another checkpoint; no other one is in {folder.parent}"
+    before = [name for name in others if name < folder.name] or others
+    other = folder.parent / before[-1]
+    return (
+        f"{ways}, or use {other} instead, which a run goes on from when {iteration_of(other)} is "
+        f"written into {TRACKER_FILE}"
+    )
+
+
 def iteration_of(folder: Path) -> int:
     """Return the iteration of an ``iter_`` folder, by its name."""
     return int(folder.name.removeprefix("iter_"))
+
+
+def _check_described(folder: Path) -> None:
+    """Refuse files without a description: a save names its folder when all is there."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / FORMAT_FILE).exists():
+        raise damaged(folder / FORMAT_FILE, "is missing")
 
 
 def _checkpoint_names(folder: Path) -> list[str]:
@@ -196,11 +224,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ValueError: when it cannot be read or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if text else None
     except (OSError, ValueError) as error:
-        raise ValueError(f"damaged checkpoint: {path} cannot be read: {error}") from error
+        raise damaged(path, f"cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"damaged checkpoint: {path} holds no object")
+        raise damaged(path, "holds no object" if text else "is empty")
     return content
 
 

@@ -55,8 +55,8 @@ def check_records(
     has_unknown_recipe = run_dir.config.exists() and (
         status is None or run_dir.config.name in differences
     )
-    if own is not None and status is not None and not run_dir.config.exists():
-        return  # its checkpoint and its status say whose the rest is
+    if own is not None and not run_dir.config.exists():
+        return  # the checkpoint says whose the rest is
     if differences and (records or has_unknown_recipe):
         listed = "\n  ".join(f"{name}: {text}" for name, text in differences.items())
         present = [*records, *([run_dir.config.name] if run_dir.config.exists() else [])]
