@@ -1,7 +1,7 @@
 """Which checkpoint a run starts from, and whether it may: files only, before any rank starts.
 
 - ``checkpoints/iter_0000100/``: complete, or not there; with ``run_config.yaml``, ``layout.json``
-  and ``corpus.json``, what it was trained with
+  and ``corpus.json``, what it was trained with, and ``checksums.json`` of all files
 - ``checkpoints/latest_checkpointed_iteration.txt``: names the newest; written last
 """
 
