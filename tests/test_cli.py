@@ -20,6 +20,7 @@ from vqmoe_megatron import cli
 from vqmoe_megatron.recipe import load_recipe, save_recipe
 from vqmoe_megatron.runtime import local_ranks
 from vqmoe_megatron.tracking.run_status import read_status, write_status
+from vqmoe_megatron.training.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 PARITY = str(ROOT / "recipes" / "parity.yaml")
@@ -205,6 +206,22 @@ def test_ranks_that_refuse_leave_a_completed_run_as_it_is(
         assert vqmoe(*pretrain(corpus, tmp_path))[0] == ended.code
     status = read_status(tmp_path / "run")
     assert (status.state, status.reason) == ("failed", "rank 1 ended with exit code 1")
+
+
+def test_the_last_line_is_the_first_cause_and_not_what_a_peer_said(
+    vqmoe, corpus, tmp_path, monkeypatch
+):
+    run_dir = RunDirectory(tmp_path / "run")
+
+    def killed(*_):
+        run_dir.record_end(0, ConnectionError("Connection closed by peer"))
+        print("Traceback of rank 0")
+        return local_ranks.RanksEnded(137, "rank 1 was killed by SIGKILL", was_killed=True)
+
+    monkeypatch.setattr(local_ranks, "run_local_ranks", killed)
+    code, shown = vqmoe(*pretrain(corpus, tmp_path))
+    assert code == 137
+    assert shown.splitlines()[-1] == "error: the run failed: rank 1 was killed by SIGKILL"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
-from vqmoe_megatron.recipe import flatten_config, load_recipe, save_recipe, text_override
+from vqmoe_megatron.recipe import (
+    flatten_config,
+    load_recipe,
+    load_saved_recipe,
+    save_recipe,
+    text_override,
+)
 
 
 @pytest.fixture
@@ -278,3 +284,14 @@ def test_flat_settings_cover_everything_as_scalars() -> None:
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("recipes/*.yaml")))
 def test_shipped_recipe_is_legal(path: Path) -> None:
     assert isinstance(load_recipe(path, []), RunConfig)
+
+
+def test_a_saved_recipe_that_was_emptied_or_cut_is_no_recipe_of_defaults(tmp_path):
+    saved = tmp_path / "run_config.yaml"
+    save_recipe(RunConfig(), saved)
+    assert load_saved_recipe(saved) == RunConfig()
+    text = saved.read_text()
+    for content, missing in (("", "model, vq"), (text[: text.index("tracking:")], "tracking")):
+        saved.write_text(content)
+        with pytest.raises(ValueError, match=f"emptied or cut: it lacks {missing}"):
+            load_saved_recipe(saved)

@@ -181,6 +181,7 @@ def _start_local_ranks(config: RunConfig, arguments: list[str], world_size: int)
     """Refuse what can be refused, start the ranks, record how they failed; the exit code."""
     from vqmoe_megatron.runtime.local_ranks import run_local_ranks
     from vqmoe_megatron.runtime.world import choose_device
+    from vqmoe_megatron.tracking.run_status import read_status
     from vqmoe_megatron.training.preflight import check_run
 
     device, reason = choose_device(config.train.device)
@@ -196,6 +197,10 @@ def _start_local_ranks(config: RunConfig, arguments: list[str], world_size: int)
                     is_first_cause=ended.was_killed,
                     is_refusal=ended.code == EXIT_USAGE,
                 )
+                known = read_status(run.run_dir.path)
+                if ended.code != EXIT_USAGE and known is not None:  # a refusal has been said
+                    # Last, behind what the other ranks said for want of the first one that failed.
+                    print(f"error: the run failed: {known.reason}", file=sys.stderr)
         except (OSError, ValueError) as error:
             print(f"the failure was not recorded: {error}", file=sys.stderr)
     return ended.code

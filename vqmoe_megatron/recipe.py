@@ -89,6 +89,19 @@ def save_recipe(config: RunConfig, path: Path) -> None:
     replace_file(path, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
+def load_saved_recipe(path: Path) -> RunConfig:
+    """Read what :func:`save_recipe` wrote.
+
+    Raises ``ValueError`` as :func:`load_recipe`, and for an emptied or cut file, whose settings
+    would otherwise be the defaults.
+    """
+    config = load_recipe(path, [])
+    missing = [section for section in SECTION_TYPES if section not in OmegaConf.load(path)]
+    if missing:
+        raise ValueError(f"{path} was emptied or cut: it lacks {', '.join(missing)}")
+    return config
+
+
 def holds_text(key: str) -> bool:
     """Tell whether the setting is declared as text, or as text or null."""
     return str in alternatives(LEGAL_TYPES.get(key))

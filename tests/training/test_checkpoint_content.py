@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_run import PARITY, TINY, run_on
-from troubled_run import refusal_of_resuming
+from troubled_run import refusal_of_exporting, refusal_of_resuming
 
 from vqmoe_megatron.recipe import load_recipe, save_recipe
 from vqmoe_megatron.tracking.run_status import write_status
@@ -100,8 +100,10 @@ DAMAGES = {
         holding("metadata.json", '{"sharded_backend": "zarr", "common_backend": "torch"}'),
         "metadata.json names the formats .*zarr",
     ),
-    "metadata.json empty": (holding("metadata.json", ""), "metadata.json cannot be read"),
+    "metadata.json empty": (holding("metadata.json", ""), "metadata.json is empty"),
+    "no metadata.json": (removed("metadata.json"), "metadata.json is missing; copy metadata.json"),
     "no recipe": (removed("run_config.yaml"), f"{NEWEST} lacks run_config.yaml"),
+    "recipe empty": (holding("run_config.yaml", ""), "run_config.yaml was emptied or cut"),
     "recipe no YAML": (holding("run_config.yaml", "a: [1"), "run_config.yaml cannot be used"),
     "recipe binary": (holding("run_config.yaml", b"\xff\x00"), "run_config.yaml cannot be used"),
     "recipe of a wrong value": (
@@ -119,6 +121,8 @@ DAMAGES = {
         "layout.json describes no layout",
     ),
     "no corpus": (removed("corpus.json"), f"{NEWEST} lacks corpus.json"),
+    "layout empty": (holding("layout.json", ""), "layout.json is empty"),
+    "corpus empty": (holding("corpus.json", ""), "corpus.json is empty"),
     "corpus cut": (cut("corpus.json", 10), "corpus.json cannot be read"),
 }
 
@@ -158,6 +162,7 @@ def test_a_format_that_cannot_be_loaded_is_refused_though_it_can_be_described(
 ):
     folder = run_dir / "checkpoints" / NEWEST
     torch.save(values, folder / "common.pt")
+    (folder / "checksums.json").unlink()  # as of a release before them
     with pytest.raises(ValueError, match=says):
         start(run_dir, small_corpus)
     inspect_checkpoint(run_dir)
@@ -213,11 +218,17 @@ def test_what_is_whole_is_gone_on_with(run_dir, small_corpus):
     assert content.common["progress"]["iteration"] == 3
 
 
-def test_data_that_is_long_enough_but_no_tensor_is_a_sentence_too(
+def test_without_checksums_data_that_is_no_tensor_is_a_sentence_too(
     ranks, run_dir, small_corpus, tmp_path
 ):
-    (file,) = (run_dir / "checkpoints" / NEWEST).glob("__0_0.distcp")
+    folder = run_dir / "checkpoints" / NEWEST
+    (folder / "checksums.json").unlink()
+    file = folder / "__0_0.distcp"
     file.write_bytes(b"\x01" * file.stat().st_size)
     every = [*STEPS, f"data.path={small_corpus}", f"train.output_dir={run_dir}"]
-    (said,) = ranks(1).run(refusal_of_resuming, str(PARITY), every)
-    assert said.startswith("damaged checkpoint: the tensors of") and NEWEST in said
+    (resumed,) = ranks(1).run(refusal_of_resuming, str(PARITY), every)
+    (exported,) = ranks(1).run(refusal_of_exporting, str(run_dir), str(tmp_path / "tables"))
+    for said in (resumed, exported):
+        assert said.startswith(f"damaged checkpoint: {folder} holds tensors that cannot be read")
+        assert "weights_only" not in said  # torch's advice is to trust what is damaged
+    assert not (tmp_path / "tables").exists()

@@ -105,6 +105,8 @@ def test_another_model_or_schedule_is_refused(tmp_path, override, named):
     with pytest.raises(ValueError, match="cannot be resumed") as refused:
         check_resumable(folder, config)
     assert named in str(refused.value)
+    is_schedule = override.startswith("train.train_iters")
+    assert ("optimizer.lr_decay_iters=200 keeps the old" in str(refused.value)) == is_schedule
     is_remappable = override.startswith(("vq.num_codes", "model.num_moe_experts"))
     assert ("checkpoint.remap=true" in str(refused.value)) == is_remappable
 

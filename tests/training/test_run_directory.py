@@ -122,11 +122,15 @@ def test_room_is_that_of_the_fuller_disk(tmp_path, monkeypatch):
     assert run_dir.free_bytes() == 3
 
 
-@pytest.mark.parametrize("kind", ["folder", "link to nothing", "pipe"])
-@pytest.mark.parametrize("name", ["metrics.jsonl", "status.json", "run_config.yaml", ".lock"])
+@pytest.mark.parametrize("kind", ["folder", "link to nothing", "link to a file", "pipe"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "status.json", "run_config.yaml", ".lock", "plots/loss.png"]
+)
 def test_what_stands_in_the_place_of_a_runs_file_is_found_at_the_start(name, kind, tmp_path):
+    (tmp_path / "plots").mkdir()
     in_the_way(tmp_path / name, kind)
-    with pytest.raises(ValueError, match=f"cannot be written: it is no file .*{name}"):
+    what = "a link" if "link" in kind else "no file"
+    with pytest.raises(ValueError, match=f"cannot be written: it is {what}; .*{name}"):
         RunDirectory(tmp_path).create()
 
 

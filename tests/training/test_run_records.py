@@ -13,7 +13,7 @@ import pytest
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.recipe import load_recipe, save_recipe
 from vqmoe_megatron.tracking.run_status import write_status
-from vqmoe_megatron.training.run_directory import RunDirectory
+from vqmoe_megatron.training.run_directory import RECORDS, RunDirectory
 from vqmoe_megatron.training.run_records import check_records, is_same_run
 
 RECORD = '{"iteration": 1, "loss": 5.0}\n'
@@ -67,7 +67,7 @@ def test_the_same_run_goes_on_by_itself(overrides, killed):
         (["train.seed=99"], "train.seed: there 1234, recipe 99"),
         (["vq.num_codes=32"], "vq.num_codes: there 64, recipe 32"),
         (["optimizer.lr=0.5"], "optimizer.lr: there 0.001, recipe 0.5"),
-        (["train.train_iters=9"], "optimizer.lr_decay_iters: there 200, recipe 9"),
+        (["train.train_iters=9"], "optimizer.lr_decay_iters: there 200, recipe 9 (not set,"),
         (["train.global_batch_size=8"], "train.global_batch_size: there 32, recipe 8"),
         (["data.path=data/other"], "data.path: there 'data/stdlib', recipe 'data/other'"),
         (["checkpoint.load=runs/x"], "checkpoint.load: there None, recipe 'runs/x'"),
@@ -89,13 +89,47 @@ def test_another_run_is_refused_and_told_the_ways_on(overrides, named, killed):
     check_records(killed, config, None, 0)  # it never got as far as a record
 
 
-@pytest.mark.parametrize("recipe", [None, "model: {num_layers: two}", "{{", "other: 1"])
-def test_records_whose_run_is_not_known_are_kept(recipe, killed):
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        (None, "so these may be anybody's"),
+        ("model: {num_layers: two}", "no recipe of this release"),
+        ("{{", "no recipe of this release"),
+        ("other: 1", "no recipe of this release"),
+        ("", "emptied or cut: it lacks model, vq,"),
+    ],
+)
+def test_records_whose_run_is_not_known_are_kept(recipe, says, killed):
     killed.config.unlink()
     if recipe is not None:
         killed.config.write_text(recipe)
-    with pytest.raises(ValueError, match="run_config.yaml: missing, or not of this release"):
+    with pytest.raises(ValueError, match=f"run_config.yaml: .*{says}"):
         check_records(killed, CONFIG, None, 0)
+
+
+@pytest.mark.parametrize("content", ["foo: bar", ""])
+@pytest.mark.parametrize("has_status", [True, False])
+def test_a_recipe_of_somebody_else_beside_an_own_checkpoint_is_kept(content, has_status, killed):
+    own = killed.checkpoints / "iter_0000010"
+    for name in ("metrics.jsonl", "system_metrics.jsonl"):
+        (killed.path / name).unlink()
+    if not has_status:
+        (killed.path / "status.json").unlink()
+    killed.config.write_text(content)
+    with pytest.raises(ValueError, match="copy .*iter_0000010/run_config.yaml there"):
+        check_records(killed, CONFIG, own, 10)
+
+
+@pytest.mark.parametrize("name", [*RECORDS, "mlflow.json"])
+def test_where_no_run_lived_a_file_with_a_runs_name_is_somebodys(name, tmp_path):
+    run_dir = RunDirectory(tmp_path)
+    (tmp_path / "plots").mkdir()
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"somebody's files, .* \({name}\)"):
+        check_records(run_dir, CONFIG, None, 0)
+    save_recipe(CONFIG, run_dir.config)
+    write_status(tmp_path, "running", 0, "training")
+    check_records(run_dir, CONFIG, None, 0)  # of this run, killed before its first checkpoint
 
 
 def test_a_recipe_of_somebody_else_is_no_place_for_a_run(tmp_path):

@@ -147,14 +147,43 @@ def train_behind_a_bad_batch(recipe: str, overrides: list[str], passed_over: int
 
 def refusal_of_resuming(recipe: str, overrides: list[str]) -> str:
     """What the trainer says when it cannot load the checkpoint."""
+    import torch
+
     from vqmoe_megatron.recipe import load_recipe
     from vqmoe_megatron.training.preflight import check_run
     from vqmoe_megatron.training.stop_requests import StopRequests
     from vqmoe_megatron.training.trainer import Trainer
 
-    run = check_run(load_recipe(Path(recipe), overrides), 1, "cpu")
+    world_size = torch.distributed.get_world_size()
+    run = check_run(load_recipe(Path(recipe), overrides), world_size, "cpu")
     try:
         Trainer(run, StopRequests({})).resume()
     except ValueError as error:
         return str(error)
     return "it was loaded"
+
+
+def refusal_of_exporting(run_dir: str, out: str) -> str:
+    """What the export says when it cannot load the checkpoint."""
+    from table_model import export_here
+
+    try:
+        export_here(run_dir, out)
+    except ValueError as error:
+        return str(error)
+    return "it was exported"
+
+
+def finish_again_without_data(recipe: str, overrides: list[str]) -> dict:
+    """As ``train_here``, where opening the training data is an error."""
+    from vqmoe_megatron.training import trainer
+
+    def opened(*arguments):
+        raise AssertionError("the training data was opened")
+
+    original = trainer.training_iterators
+    trainer.training_iterators = opened
+    try:
+        return train_here(recipe, overrides)
+    finally:
+        trainer.training_iterators = original

@@ -24,9 +24,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from vqmoe_megatron.tracking.metric_table import LAYER_NAME
-from vqmoe_megatron.tracking.metrics_log import METRICS_FILE, read_metrics
+from vqmoe_megatron.tracking.metrics_log import (
+    METRICS_FILE,
+    PLOT_FILES,
+    ROUTING_FILE,
+    read_metrics,
+)
 
-ROUTING_FILE = "routing.npz"
 ROUTING_DIMENSIONS = {
     "expert_load": 2,
     "code_usage": 3,
@@ -51,20 +55,19 @@ def draw_run_plots(run_dir: str | Path) -> list[Path]:
     run_dir = Path(run_dir)
     records = read_metrics(run_dir) if (run_dir / METRICS_FILE).exists() else []
     routing = read_routing(run_dir / ROUTING_FILE) if (run_dir / ROUTING_FILE).exists() else {}
-    drawings: list[tuple[str, Callable[[], Figure | str]]] = [
-        ("loss", lambda: draw_loss(records)),
-        ("expert_load", lambda: draw_expert_load(routing)),
-        ("code_usage", lambda: draw_code_usage(routing)),
-        ("combine_weights", lambda: draw_combine_weights(records)),
+    drawings: list[Callable[[], Figure | str]] = [
+        lambda: draw_loss(records),
+        lambda: draw_expert_load(routing),
+        lambda: draw_code_usage(routing),
+        lambda: draw_combine_weights(records),
     ]
     written = []
-    for name, draw in drawings:
+    for path, draw in zip(map(run_dir.joinpath, PLOT_FILES), drawings, strict=True):
         with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False}):
             result = draw()
             if isinstance(result, str):
-                print(f"plots: {name} skipped: {result}")
+                print(f"plots: {path.stem} skipped: {result}")
                 continue
-            path = run_dir / "plots" / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             result.savefig(path, dpi=120)
             written.append(path)

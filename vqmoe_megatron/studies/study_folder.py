@@ -26,7 +26,7 @@ import yaml
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.own_outputs import refuse_foreign, replace_file
-from vqmoe_megatron.recipe import flatten_config, load_recipe
+from vqmoe_megatron.recipe import flatten_config, load_saved_recipe
 from vqmoe_megatron.studies.planned_run import PlannedRun, decides_training
 from vqmoe_megatron.studies.study_file import StudyFile
 
@@ -185,7 +185,7 @@ def check_started_runs(file: StudyFile, runs: Iterable[PlannedRun]) -> None:
     for run in runs:
         stored = run.run_dir / "run_config.yaml"
         if stored.is_file():
-            differences = changed_settings(load_recipe(stored, []), run.config)
+            differences = changed_settings(load_saved_recipe(stored), run.config)
             if differences:
                 changed[run.name] = differences
     if not changed:

@@ -21,6 +21,11 @@ from vqmoe_megatron.tracking.metric_table import check_metric_names
 
 METRICS_FILE = "metrics.jsonl"
 SYSTEM_METRICS_FILE = "system_metrics.jsonl"  # the machine's load, of the same form
+# What is drawn of a run, and from what besides its metrics.
+ROUTING_FILE = "routing.npz"
+PLOT_FILES = tuple(
+    f"plots/{name}.png" for name in ("loss", "expert_load", "code_usage", "combine_weights")
+)
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqmoe_megatron.config import TrackingConfig
-from vqmoe_megatron.recipe import flatten_config, load_recipe
+from vqmoe_megatron.recipe import flatten_config, load_saved_recipe
 from vqmoe_megatron.runtime.waiting import told_while_waiting
 from vqmoe_megatron.tracking.metrics_log import METRICS_FILE, SYSTEM_METRICS_FILE, read_metrics
 from vqmoe_megatron.tracking.mlflow_errors import MlflowUnavailable, explained
@@ -87,7 +87,7 @@ def sync_run(run_dir: Path, uri: str | None, report: Callable[[str], None] = pri
         MlflowUnavailable: the store cannot be reached or refuses; one line that says why.
     """
     check_run_directory(run_dir)
-    config = load_recipe(run_dir / CONFIG_FILE, [])
+    config = load_saved_recipe(run_dir / CONFIG_FILE)
     tracking = config.tracking
     uri = uri or tracking.mlflow_uri or default_mlflow_uri(run_dir)
     record = open_record(run_dir, report)

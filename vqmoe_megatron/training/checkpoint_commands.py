@@ -47,7 +47,7 @@ def inspect(
 ) -> None:
     """Show what is in a checkpoint, which layout wrote it, and what takes how many bytes.
 
-    Reads the index only: no ranks, no GPU, no tensor data.
+    Every file is read once and compared with its checksum. No ranks, no GPU.
 
     Example: vqmoe checkpoint inspect runs/quickstart --tensors
     """
@@ -120,6 +120,7 @@ def _summary(contents: CheckpointContents) -> Table:
         ("corpus", f"{contents.corpus}, tokenizer {contents.tokenizer.get('kind', 'unknown')}"),
         ("recipe", f"sha256 {contents.recipe_sha256[:12]} of run_config.yaml"),
         ("parameters", f"{contents.num_parameters:,}"),
+        ("checksums", _checksums(contents)),
         ("complete here", _folders(contents.checkpoints)),
         ("unfinished saves", _folders(contents.incomplete)),
     ):
@@ -131,6 +132,12 @@ def _progress(contents: CheckpointContents) -> str:
     if not contents.progress:
         return NOT_PLAIN
     return ", ".join(f"{name} {value}" for name, value in contents.progress.items())
+
+
+def _checksums(contents: CheckpointContents) -> str:
+    if contents.num_verified_files is None:
+        return "no checksums, written before 0.5: presence and length of files are verified"
+    return f"all {contents.num_verified_files} files are as they were written"
 
 
 def _folders(folders: list[FolderSize]) -> str:

@@ -6,23 +6,29 @@ and torch's index.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.recipe import load_saved_recipe
+from vqmoe_megatron.training.checkpoint_checksums import check_small_files
 from vqmoe_megatron.training.checkpoint_folder import (
     CONFIG_FILE,
     CORPUS_COPY,
     FORMAT_FILE,
     LAYOUT_FILE,
+    damaged,
     read_json_object,
+    ways_on,
 )
 from vqmoe_megatron.training.checkpoint_metadata import (
     INDEX_FILE,
@@ -61,16 +67,36 @@ def read_content(folder: Path) -> CheckpointContent:
     if missing:
         raise ValueError(
             f"{folder} lacks {', '.join(missing)}: it is damaged, or no checkpoint of vqmoe; "
-            "copy it again with all its files, or use another one"
+            f"{ways_on(folder)}"
         )
     _check_format(folder / FORMAT_FILE)
-    return CheckpointContent(
+    content = CheckpointContent(
         config=_recipe(folder / CONFIG_FILE),
         layout=_layout(folder / LAYOUT_FILE),
         corpus=read_json_object(folder / CORPUS_COPY),
         common=_plain_values(folder / COMMON_FILE),
         stored=read_stored_content(folder),
     )
+    check_small_files(folder)  # last: what is wrong with a file says more than that it differs
+    return content
+
+
+@contextlib.contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turn what torch raises, on all ranks, for tensors that cannot be read into a ``ValueError``.
+
+    Of a damaged file without checksums torch only advises to trust it, which is left out.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        causes = sorted(
+            {
+                str(cause) if isinstance(cause, OSError) else type(cause).__name__
+                for cause, _ in error.failures.values()
+            }
+        )
+        raise damaged(folder, f"holds tensors that cannot be read ({'; '.join(causes)})") from error
 
 
 def check_format_version(folder: Path, content: CheckpointContent) -> None:
@@ -86,17 +112,14 @@ def _check_format(path: Path) -> None:
     """Check Megatron's own description, which is written last and decides how to read the rest."""
     found = {name: read_json_object(path).get(name) for name in BACKENDS}
     if found != BACKENDS:
-        raise ValueError(
-            f"damaged checkpoint: {path} names the formats {found} instead of {BACKENDS}; use "
-            "another one, or copy this one again"
-        )
+        raise damaged(path, f"names the formats {found} instead of {BACKENDS}")
 
 
 def _recipe(path: Path) -> RunConfig:
     try:
-        return load_recipe(path, [])
+        return load_saved_recipe(path)
     except ValueError as error:
-        raise ValueError(f"damaged checkpoint: {path} cannot be used: {error}") from error
+        raise damaged(path, f"cannot be used: {error}") from error
 
 
 def _layout(path: Path) -> ParallelLayout:
@@ -108,16 +131,16 @@ def _layout(path: Path) -> ParallelLayout:
         problem = f"{layout.world_size} ranks are less than one copy of the model takes"
     except (TypeError, ZeroDivisionError) as error:
         problem = str(error)
-    raise ValueError(f"damaged checkpoint: {path} describes no layout: {problem}")
+    raise damaged(path, f"describes no layout: {problem}")
 
 
 def _plain_values(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"damaged checkpoint: {path} is not a file of torch; use another one")
+        raise damaged(path, "is not a file of torch")
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         return {}
     except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"damaged checkpoint: {path} cannot be read: {error}") from error
+        raise damaged(path, f"cannot be read: {error}") from error
     return values if isinstance(values, dict) else {}

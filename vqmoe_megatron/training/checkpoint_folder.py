@@ -1,7 +1,7 @@
 """Which checkpoint a run starts from, and whether it may: files only, before any rank starts.
 
 - ``checkpoints/iter_0000100/``: complete, or not there; with ``run_config.yaml``, ``layout.json``
-  and ``corpus.json``, what it was trained with
+  and ``corpus.json``, what it was trained with, and ``checksums.json`` of all files
 - ``checkpoints/latest_checkpointed_iteration.txt``: names the newest; written last
 """
 
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.recipe import load_saved_recipe
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 NEXT_TRACKER_FILE = f"{TRACKER_FILE}.tmp"  # written before a checkpoint gets its name
@@ -37,6 +38,7 @@ FREE_PREFIXES = ("model.recompute_",)
 REMAPPED_SETTINGS = ("model.num_moe_experts", "vq.num_codes")
 # Of section train: what the data order and the learning-rate schedule count in.
 FIXED_TRAIN_SETTINGS = ("global_batch_size", "seed")
+DECAY = "optimizer.lr_decay_iters"
 
 
 def find_checkpoint(path: Path) -> Path | None:
@@ -49,9 +51,10 @@ def find_checkpoint(path: Path) -> Path | None:
 
     Raises:
         ValueError: when the tracker is damaged, names a folder that is not there, or is missing
-            beside checkpoints.
+            beside checkpoints, and for a folder that has lost its ``metadata.json``.
     """
     if FOLDER_PATTERN.match(path.name):
+        _check_described(path)
         return path if (path / FORMAT_FILE).exists() else None
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     tracker, next_tracker = folder / TRACKER_FILE, folder / NEXT_TRACKER_FILE
@@ -74,6 +77,7 @@ def find_checkpoint(path: Path) -> Path | None:
     if named is None:
         text = _first_text(tracker)
         raise ValueError(f"{tracker} holds {text!r} instead of an iteration number; {advice}")
+    _check_described(folder / named)
     if named not in complete:
         raise ValueError(
             f"{tracker} names {named}, but that checkpoint is missing or incomplete; {advice}"
@@ -86,9 +90,35 @@ def complete_checkpoints(folder: Path) -> list[str]:
     return [name for name in _checkpoint_names(folder) if (folder / name / FORMAT_FILE).exists()]
 
 
+def damaged(path: Path, problem: str) -> ValueError:
+    """Return the error about an ``iter_`` folder, or a file of it, with the ways on."""
+    return ValueError(f"damaged checkpoint: {path} {problem}; {ways_on(path)}")
+
+
+def ways_on(path: Path) -> str:
+    """What to do about a damaged ``iter_`` folder, or a file of it."""
+    folder = path if FOLDER_PATTERN.match(path.name) else path.parent
+    ways = f"copy {path.name} again from where it is whole"
+    others = [name for name in complete_checkpoints(folder.parent) if name != folder.name]
+    if not others:
+        return f"{ways}, or use another checkpoint; no other one is in {folder.parent}"
+    before = [name for name in others if name < folder.name] or others
+    other = folder.parent / before[-1]
+    return (
+        f"{ways}, or use {other} instead, which a run goes on from when {iteration_of(other)} is "
+        f"written into {TRACKER_FILE}"
+    )
+
+
 def iteration_of(folder: Path) -> int:
     """Return the iteration of an ``iter_`` folder, by its name."""
     return int(folder.name.removeprefix("iter_"))
+
+
+def _check_described(folder: Path) -> None:
+    """Refuse files without a description: a save names its folder when all is there."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / FORMAT_FILE).exists():
+        raise damaged(folder / FORMAT_FILE, "is missing")
 
 
 def _checkpoint_names(folder: Path) -> list[str]:
@@ -151,7 +181,7 @@ def check_resumable(folder: Path, config: RunConfig) -> None:
 
     The layout may be another one. ``config`` with ``model.vocab_size`` filled in.
     """
-    differences = fixed_differences(load_recipe(folder / CONFIG_FILE, []), config)
+    differences = fixed_differences(load_saved_recipe(folder / CONFIG_FILE), config)
     if not differences:
         return
     advice = "set these back, or start in another train.output_dir"
@@ -160,14 +190,31 @@ def check_resumable(folder: Path, config: RunConfig) -> None:
             "; to begin a new run from these weights with other codes or experts, use an empty "
             f"train.output_dir with checkpoint.load={folder} checkpoint.remap=true"
         )
-    listed = "\n  ".join(
-        f"{name}: checkpoint {theirs!r}, recipe {ours!r}"
-        for name, (theirs, ours) in differences.items()
-    )
+    words = differences_in_words(differences, config, "checkpoint")
+    listed = "\n  ".join(f"{name}: {text}" for name, text in words.items())
     raise ValueError(
         f"{folder} cannot be resumed with this recipe:\n  {listed}\na checkpoint goes on with the "
         f"same model, data order and schedule, at any layout; {advice}"
     )
+
+
+def differences_in_words(
+    differences: Mapping[str, tuple[object, object]], config: RunConfig, where: str
+) -> dict[str, str]:
+    """Return setting -> both values in words, what is stored named ``where``.
+
+    A schedule that only follows ``train.train_iters`` says how the stored one is kept.
+    """
+    words = {
+        name: f"{where} {theirs!r}, recipe {ours!r}" for name, (theirs, ours) in differences.items()
+    }
+    if DECAY in words and config.optimizer.lr_decay_iters is None:
+        kept = f"{DECAY}={differences[DECAY][0]}"
+        words[DECAY] += (
+            f" (not set, so it follows train.train_iters; {kept} keeps the old schedule: behind "
+            "it the learning rate stays where that one ended)"
+        )
+    return words
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -177,11 +224,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ValueError: when it cannot be read or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if text else None
     except (OSError, ValueError) as error:
-        raise ValueError(f"damaged checkpoint: {path} cannot be read: {error}") from error
+        raise damaged(path, f"cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"damaged checkpoint: {path} holds no object")
+        raise damaged(path, "holds no object" if text else "is empty")
     return content
 
 
@@ -193,9 +241,7 @@ def _fixed_settings(config: RunConfig) -> dict[str, object]:
     }
     settings |= {f"train.{name}": getattr(config.train, name) for name in FIXED_TRAIN_SETTINGS}
     # Unset, it follows train.train_iters, and another length is another schedule.
-    settings["optimizer.lr_decay_iters"] = (
-        config.optimizer.lr_decay_iters or config.train.train_iters
-    )
+    settings[DECAY] = config.optimizer.lr_decay_iters or config.train.train_iters
     return {
         name: value
         for name, value in settings.items()

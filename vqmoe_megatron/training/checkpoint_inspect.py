@@ -1,7 +1,7 @@
 """What is in a checkpoint: the model, the layout that wrote it, what takes how many bytes.
 
-Works in one process on files alone: no ranks, no tensor data, nothing unpickled but plain values
-and torch's index.
+Works in one process on files alone: no ranks, nothing unpickled but plain values and torch's index.
+Tensor data is read for its checksums only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vqmoe_megatron.training.checkpoint_checksums import check_all_files
 from vqmoe_megatron.training.checkpoint_content import read_content
 from vqmoe_megatron.training.checkpoint_folder import (
     CONFIG_FILE,
@@ -118,6 +119,7 @@ class CheckpointContents:
     num_objects: int
     object_bytes: int
     disk_bytes: int
+    num_verified_files: int | None  # compared with their checksums; None: it has none
     tensors: list[StoredTensor]
 
 
@@ -132,6 +134,7 @@ def inspect_checkpoint(path: Path) -> CheckpointContents:
     """
     folder = _find(Path(os.path.abspath(path)))
     content = read_content(folder)
+    num_verified_files = check_all_files(folder)
     config, stored, common, corpus = content.config, content.stored, content.common, content.corpus
     groups = _groups(stored.tensors)
     return CheckpointContents(
@@ -161,6 +164,7 @@ def inspect_checkpoint(path: Path) -> CheckpointContents:
         num_objects=stored.num_objects,
         object_bytes=stored.object_bytes,
         disk_bytes=_disk_bytes(folder),
+        num_verified_files=num_verified_files,
         tensors=stored.tensors,
     )
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from vqmoe_megatron.training.checkpoint_folder import damaged
+
 INDEX_FILE = ".metadata"
 # What torch 2.13 and megatron-core 0.16 write into an index, by module.
 INDEX_NAMES = {
@@ -98,7 +100,7 @@ def read_stored_content(folder: Path) -> StoredContent:
             info.length for place, info in index.storage_data.items() if place.fqn in objects
         )
     except (AttributeError, TypeError) as error:
-        raise ValueError(_damaged(folder / INDEX_FILE, f"is no index: {error}")) from error
+        raise damaged(folder / INDEX_FILE, f"is no index: {error}") from error
     return StoredContent(tensors, len(objects), object_bytes)
 
 
@@ -117,7 +119,7 @@ def _read_index(path: Path) -> Any:
         with path.open("rb") as file:
             return _IndexUnpickler(file).load()
     except (OSError, pickle.UnpicklingError, *DAMAGE) as error:
-        raise ValueError(_damaged(path, f"cannot be read: {error}")) from error
+        raise damaged(path, f"cannot be read: {error}") from error
 
 
 def _check_files(folder: Path, storage_data: dict[Any, Any]) -> None:
@@ -129,10 +131,10 @@ def _check_files(folder: Path, storage_data: dict[Any, Any]) -> None:
     for name, needed in sorted(needed_bytes.items()):
         file = folder / name
         if not file.is_file():
-            raise ValueError(_damaged(file, "is missing"))
+            raise damaged(file, "is missing")
         if file.stat().st_size < needed:
             found = file.stat().st_size
-            raise ValueError(_damaged(file, f"has {found:,} bytes instead of {needed:,}"))
+            raise damaged(file, f"has {found:,} bytes instead of {needed:,}")
 
 
 def _stored_tensor(folder: Path, name: str, entry: Any) -> StoredTensor:
@@ -140,7 +142,7 @@ def _stored_tensor(folder: Path, name: str, entry: Any) -> StoredTensor:
     num_elements = math.prod(entry.size)
     if covered != num_elements:
         problem = f"holds {covered:,} of the {num_elements:,} elements of {name}"
-        raise ValueError(_damaged(folder, problem))
+        raise damaged(folder, problem)
     return StoredTensor(
         name=name,
         shape=tuple(entry.size),
@@ -148,7 +150,3 @@ def _stored_tensor(folder: Path, name: str, entry: Any) -> StoredTensor:
         num_bytes=num_elements * entry.properties.dtype.itemsize,
         num_pieces=len(entry.chunks),
     )
-
-
-def _damaged(path: Path, problem: str) -> str:
-    return f"damaged checkpoint: {path} {problem}; use another one, or copy this one again"

@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 
 from vqmoe_megatron.config import RunConfig
-from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.recipe import load_saved_recipe
 from vqmoe_megatron.training.checkpoint_folder import CONFIG_FILE
 from vqmoe_megatron.training.checkpoint_remap_rules import check_remap
 from vqmoe_megatron.vq.codebook import Codebook
@@ -62,7 +62,7 @@ def load_remapped(
     Raises:
         ValueError: on all ranks alike, for what cannot be remapped, by setting or by tensor.
     """
-    stored_config = load_recipe(folder / CONFIG_FILE, [])
+    stored_config = load_saved_recipe(folder / CONFIG_FILE)
     sentences = check_remap(stored_config, config)
     reader = _RemappingReader(folder, stored_config, config)
     with torch.no_grad():

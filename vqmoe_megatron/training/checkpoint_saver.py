@@ -2,10 +2,11 @@
 
 1. All ranks agree on the size; the first rank makes room, checks the disk and creates
    ``iter_0000100.<attempt>.incomplete``.
-2. Every rank writes its tensors, itself or in a fork. In the background the fork sees the memory of
-   this moment, whatever training does to it afterwards.
-3. When the writers of all ranks are done the folder is renamed to ``iter_0000100``, then named by
-   ``latest_checkpointed_iteration.txt``, and the oldest checkpoints go.
+2. Every rank writes its tensors and sums its files, itself or in a fork. In the background the fork
+   sees the memory of this moment, whatever training does to it afterwards.
+3. When the writers of all ranks are done ``checksums.json`` is written and the folder is renamed to
+   ``iter_0000100``, then named by ``latest_checkpointed_iteration.txt``, and the oldest checkpoints
+   go.
 
 A kill at any moment leaves the previous checkpoint in place; what it leaves besides is removed by
 the next save.
@@ -15,11 +16,14 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import shutil
 import time
 import uuid
+from collections import ChainMap
 from dataclasses import asdict, dataclass
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import torch
@@ -35,6 +39,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from vqmoe_megatron.recipe import save_recipe
 from vqmoe_megatron.training.checkpoint import Progress, TrainingState, sharded_state
+from vqmoe_megatron.training.checkpoint_checksums import Checksum, write_checksums
 from vqmoe_megatron.training.checkpoint_folder import (
     CONFIG_FILE,
     CORPUS_COPY,
@@ -62,6 +67,7 @@ class _Save:
     partial: Path
     folder: Path
     iteration: int
+    checksums: SimpleQueue[dict[str, Checksum]]  # from this rank's writer, perhaps a fork
 
 
 class CheckpointSaver:
@@ -97,7 +103,9 @@ class CheckpointSaver:
         save = self._prepare(progress.iteration, _global_bytes(state))
         request = dist_checkpointing.save(state, str(save.partial), async_sharded_save=True)
         if request.async_fn is not None:  # None: this rank has nothing to write
-            write = functools.partial(write_buckets, *request.async_fn.args)
+            write = functools.partial(
+                write_buckets, *request.async_fn.args, checksums=save.checksums
+            )
             request = request._replace(async_fn=write)
         request.add_finalize_fn(lambda: self._publish(save))
         self._current = save
@@ -169,9 +177,9 @@ class CheckpointSaver:
         partial_name, problem = answer
         if partial_name is None:
             raise SaveFailed(f"the checkpoint of iteration {iteration} was not written: {problem}")
-        return _Save(
-            checkpoints / partial_name, checkpoints / partial_name.split(".")[0], iteration
-        )
+        folder = checkpoints / partial_name.split(".")[0]
+        queue = multiprocessing.get_context("fork").SimpleQueue()
+        return _Save(checkpoints / partial_name, folder, iteration, queue)
 
     def _make_room(self, num_bytes: int) -> None:
         checkpoints = self.run.run_dir.checkpoints
@@ -184,10 +192,13 @@ class CheckpointSaver:
 
     def _publish(self, save: _Save) -> None:
         """Let the first rank name the folder; all ranks learn how it went."""
+        mine = {} if save.checksums.empty() else save.checksums.get()
+        checksums: list[dict[str, Checksum]] = [{}] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(checksums, mine)
         problem: list[str | None] = [None]
         if torch.distributed.get_rank() == 0:
             try:
-                self._give_name(save)
+                self._give_name(save, dict(ChainMap(*checksums)))
             except OSError as error:
                 problem = [str(error)]
         torch.distributed.broadcast_object_list(problem, src=0)
@@ -196,12 +207,13 @@ class CheckpointSaver:
                 f"the checkpoint of iteration {save.iteration} was not published: {problem[0]}"
             )
 
-    def _give_name(self, save: _Save) -> None:
+    def _give_name(self, save: _Save, checksums: dict[str, Checksum]) -> None:
         checkpoints, folder = self.run.run_dir.checkpoints, save.folder
         save_recipe(self.run.config, save.partial / CONFIG_FILE)
         (save.partial / CORPUS_COPY).write_bytes(self.run.corpus.content)
         layout = json.dumps(asdict(self.run.layout), indent=2)
         (save.partial / LAYOUT_FILE).write_text(layout + "\n")
+        write_checksums(save.partial, checksums)
         _sync_files(save.partial)
         # Ready before the folder has its name: between the two renames it says that this counts.
         next_tracker = checkpoints / NEXT_TRACKER_FILE

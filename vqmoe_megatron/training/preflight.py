@@ -11,7 +11,7 @@ from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.data.corpus import Corpus, check_tokenizer, load_corpus
 from vqmoe_megatron.data.sample_order import check_cache_dir, order_name
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
-from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.recipe import load_saved_recipe
 from vqmoe_megatron.training.checkpoint_content import check_format_version, read_content
 from vqmoe_megatron.training.checkpoint_folder import (
     CONFIG_FILE,
@@ -75,7 +75,7 @@ def check_run(
         check_tokenizer(corpus, config.model.vocab_size, stored_tokenizer(folder))
     # A remapped run that has saved is a run like any other, and goes on from its own checkpoints.
     if folder is not None and config.checkpoint.remap and not is_own:
-        check_remap(load_recipe(folder / CONFIG_FILE, []), config)
+        check_remap(load_saved_recipe(folder / CONFIG_FILE), config)
         resume_from, remap_from = None, folder
     else:
         resume_from, remap_from = folder, None
@@ -113,7 +113,7 @@ def _check_same_data_order(folder: Path, config: RunConfig, corpus: Corpus) -> N
     Megatron shuffles all passes over a corpus together, so a longer run of several passes reads
     other samples from the start on.
     """
-    stored = load_recipe(folder / CONFIG_FILE, []).train
+    stored = load_saved_recipe(folder / CONFIG_FILE).train
     ours, theirs = (train.train_iters * train.global_batch_size for train in (config.train, stored))
     pass_samples = (corpus.split("train").num_tokens - 1) // config.model.seq_length
     if ours != theirs and max(ours, theirs) > pass_samples:

@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import TextIO
 from uuid import uuid4
 
-from vqmoe_megatron.tracking.metrics_log import METRICS_FILE, SYSTEM_METRICS_FILE
+from vqmoe_megatron.tracking.metrics_log import (
+    METRICS_FILE,
+    PLOT_FILES,
+    ROUTING_FILE,
+    SYSTEM_METRICS_FILE,
+)
+from vqmoe_megatron.tracking.mlflow_record import RECORD_FILE
 from vqmoe_megatron.tracking.run_status import (
     LOCK_FILE,
     LOST_PEER,
@@ -23,15 +29,10 @@ from vqmoe_megatron.tracking.run_status import (
     write_status,
 )
 
-# What a run writes beside its checkpoints and cannot do without.
-WRITTEN_FILES = (
-    LOCK_FILE,
-    STATUS_FILE,
-    "run_config.yaml",
-    METRICS_FILE,
-    SYSTEM_METRICS_FILE,
-    "bad_batches.jsonl",
-)
+# What a run found out; without it the files that say which run it was mean little.
+RECORDS = (METRICS_FILE, SYSTEM_METRICS_FILE, "bad_batches.jsonl", ROUTING_FILE, *PLOT_FILES)
+# All that a run writes beside its checkpoints.
+WRITTEN_FILES = (LOCK_FILE, STATUS_FILE, "run_config.yaml", RECORD_FILE, *RECORDS)
 LOCK_WAIT_SECONDS = 30.0
 REQUEUED_LOCK_WAIT_SECONDS = 570.0  # less than the other ranks wait for this one
 
@@ -65,7 +66,7 @@ class RunDirectory:
     @property
     def routing(self) -> Path:
         """Expert load and code usage of the last logged steps."""
-        return self.path / "routing.npz"
+        return self.path / ROUTING_FILE
 
     @property
     def bad_batches(self) -> Path:
@@ -187,12 +188,14 @@ def _prove_writable(folder: Path) -> None:
 def _prove_replaceable(path: Path) -> None:
     """What stands in a file's place must be one, which can be written.
 
-    Asked without opening it: closing the lock's file again would give the lock back.
+    A link would be replaced by a file, or lead to somebody's. Asked without opening it: closing the
+    lock's file again would give the lock back.
     """
     if not os.path.lexists(path):
         return
-    if not path.is_file():
-        raise OSError(errno.EEXIST, "it is no file", str(path))
+    if path.is_symlink() or not path.is_file():
+        what = "it is a link" if path.is_symlink() else "it is no file"
+        raise OSError(errno.EEXIST, f"{what}; move it away", str(path))
     if not os.access(path, os.W_OK):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 

@@ -22,6 +22,7 @@ from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.moe.spec import get_vqmoe_layer_spec
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.training.checkpoint import FORMAT_VERSION
+from vqmoe_megatron.training.checkpoint_content import readable
 from vqmoe_megatron.training.model_builder import build_transformer_config
 
 CODES = re.compile(r"^(decoder\.layers\.(?:(\d+)\.)?mlp\.)assigner\.codebook\.codes$")
@@ -91,7 +92,9 @@ def _load(layer: VQMoELayer, folder: Path, place: LayerPlace, stored: set[str]) 
         raise ValueError(f"{folder} lacks tensors of its own recipe: {', '.join(lacking)}")
     asked = {"layer": {name: _one_of_stacked(part) for name, part in wanted.items()}}
     # One layer of several is asked for on purpose, which Megatron's check takes for a mistake.
-    loaded = dist_checkpointing.load(asked, str(folder), validate_access_integrity=False)["layer"]
+    with readable(folder):
+        loaded = dist_checkpointing.load(asked, str(folder), validate_access_integrity=False)
+    loaded = loaded["layer"]
     layer.load_state_dict(
         {
             name.removeprefix(place.prefix): loaded[name].reshape(part.local_shape)

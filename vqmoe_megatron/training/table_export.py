@@ -20,7 +20,7 @@ from vqmoe_megatron import __version__
 from vqmoe_megatron.config import ParallelConfig, RunConfig, VQConfig
 from vqmoe_megatron.own_outputs import check_new_folder, new_folder
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.recipe import load_saved_recipe
 from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
 from vqmoe_megatron.runtime.world import (
     build_process_groups,
@@ -75,7 +75,7 @@ def export_tables(checkpoint: Path, out: Path) -> Export:
             is one of several ranks.
     """
     contents = inspect_checkpoint(checkpoint)
-    config = load_recipe(Path(contents.folder) / CONFIG_FILE, [])
+    config = load_saved_recipe(Path(contents.folder) / CONFIG_FILE)
     check_has_table(config.vq)
     check_new_folder(out)
     with _world_of_one(config) as layout, new_folder(out) as partial:

@@ -7,13 +7,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
 from vqmoe_megatron.runtime.determinism import require_determinism
 from vqmoe_megatron.training.bad_batches import (
@@ -24,6 +21,8 @@ from vqmoe_megatron.training.bad_batches import (
 )
 from vqmoe_megatron.training.batches import TimedIterator, evaluation_windows, training_iterators
 from vqmoe_megatron.training.checkpoint import Progress, TrainingState, load_checkpoint
+from vqmoe_megatron.training.checkpoint_checksums import check_data_together
+from vqmoe_megatron.training.checkpoint_content import readable
 from vqmoe_megatron.training.checkpoint_folder import find_checkpoint, has_same_layout
 from vqmoe_megatron.training.checkpoint_remap import load_remapped
 from vqmoe_megatron.training.checkpoint_saver import CheckpointSaver, SaveFailed
@@ -45,19 +44,6 @@ class Outcome:
     state: str  # completed | requeue
     iteration: int
     reason: str
-
-
-@contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Turn what torch raises on all ranks for unreadable data into a sentence."""
-    try:
-        yield
-    except CheckpointException as error:
-        causes = sorted({repr(cause[0]) for cause in error.failures.values()})
-        raise ValueError(
-            f"damaged checkpoint: the tensors of {folder} cannot be read: {'; '.join(causes)}; use "
-            "another one, or copy this one again"
-        ) from error
 
 
 class Trainer:
@@ -95,23 +81,30 @@ class Trainer:
             return [self._load(self.run.resume_from)]
         done: list[str] = []
         if self.run.remap_from is not None:
-            with _readable(self.run.remap_from):
+            check_data_together(self.run.remap_from)
+            with readable(self.run.remap_from):
                 load_remapped(self.run.remap_from, self.model, self.config, done.append)
             self.optimizer.reload_model_params()
         return done
 
     def _load(self, folder: Path) -> str:
         is_same = has_same_layout(folder, self.run.layout)
-        with _readable(folder):
+        has_checksums = check_data_together(folder)
+        with readable(folder):
             self.progress = load_checkpoint(folder, self.state, is_same)
+        done = f"resumed from {folder}"
+        if not has_checksums:
+            done += ", which has no checksums: damage in its data would not be noticed"
         if is_same:
-            return f"resumed from {folder}"
+            return done
         seed_generators(self.config.train.seed, self.progress.iteration)
-        return f"resumed from {folder}, written at another layout: random states start anew"
+        return f"{done}, written at another layout: random states start anew"
 
     def train(self, report: RunReport) -> Outcome:
         """Run to the end or to a stop request. Communicates over every group of the layout."""
         train = self.config.train
+        if self.progress.iteration >= train.train_iters:  # before data is opened and workers start
+            return Outcome("completed", self.progress.iteration, "all iterations done")
         for chunk in self.model:
             chunk.train()
         if self.progress.iteration == 0:
@@ -127,9 +120,6 @@ class Trainer:
 
         outcome = None
         while outcome is None:
-            if self.progress.iteration >= train.train_iters:
-                outcome = Outcome("completed", self.progress.iteration, "all iterations done")
-                break
             result = self.step(
                 self.iterators, self.stop_requests.current(), self.stop_requests.wants_save()
             )

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from vqmoe_megatron.config import RunConfig
-from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.recipe import load_recipe, load_saved_recipe
 from vqmoe_megatron.studies.planned_run import PlannedRun
 from vqmoe_megatron.studies.report.planned import Planned, planned_quantities
 from vqmoe_megatron.studies.run_state import run_state
@@ -190,7 +190,7 @@ def _config(
     """Return the run's own configuration, or the one it will have; None where the recipe is gone
     and the run has not started. The copy beside runs.json goes first: the study may have moved."""
     if (run_dir / CONFIG_FILE).is_file():
-        return load_recipe(run_dir / CONFIG_FILE, [])
+        return load_saved_recipe(run_dir / CONFIG_FILE)
     for recipe in (directory / RECIPE_FILE, Path(str(settings.get("recipe", "")))):
         if recipe.is_file():
             return load_recipe(recipe, overrides)
