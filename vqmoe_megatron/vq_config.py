@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vqmoe_megatron import registry
 from vqmoe_megatron.config_checks import check_choice, check_settings
 
 LEGAL_VQ_VALUES: dict[str, tuple[str, ...]] = {
     "code_map": ("mod", "balanced", "clustered"),
-    "quantizer": ("euclidean", "cosine", "product", "low_dim"),
     "expert_input": ("code", "blend", "blend_convex", "token"),
     "code_input": ("codebook", "learned"),
     "straight_through": ("token", "group", "identity", "none"),
@@ -58,6 +58,8 @@ class VQConfig:
 
     def __post_init__(self) -> None:
         check_settings("vq", self)
+        registry.check_name("quantizer", self.quantizer)
+        takes = registry.takes("quantizer", self.quantizer)
         for name, legal in LEGAL_VQ_VALUES.items():
             check_choice("vq", name, getattr(self, name), legal)
         if self.code_map != "mod" and self.init == "uniform":
@@ -66,13 +68,13 @@ class VQConfig:
                 "data, which vq.init=uniform never looks at; use init=data or kmeans, or "
                 "code_map=mod"
             )
-        if (self.code_dim is not None) != (self.quantizer == "low_dim"):
+        if (self.code_dim is not None) != ("code_dim" in takes):
             raise ValueError(
                 f"vq.code_dim={self.code_dim} with vq.quantizer={self.quantizer}: low_dim needs "
                 "the dimension it searches in, for instance code_dim=32, and no other has one"
             )
         self._check_code_space()
-        if self.num_code_slices > 1 and self.quantizer != "product":
+        if self.num_code_slices > 1 and "num_code_slices" not in takes:
             raise ValueError(
                 f"vq.num_code_slices={self.num_code_slices} needs vq.quantizer=product; "
                 f"{self.quantizer} gives one code per token"

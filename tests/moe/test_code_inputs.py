@@ -12,7 +12,7 @@ from vqmoe_megatron.moe.code_inputs import (
     LearnedCodeInputs,
     code_vectors_in_place,
 )
-from vqmoe_megatron.vq.codebook import Codebook
+from vqmoe_megatron.vq.codebook import Codebook, build_codebook
 
 PRODUCT = {"quantizer": "product", "num_code_slices": 4, "num_codes": 3}
 TP2 = {"tensor_model_parallel_size": 2}
@@ -79,7 +79,7 @@ def test_replicas_over_tensor_ranks_are_marked_for_their_reduction(ranks) -> Non
 
 def codebook(**settings: object) -> Codebook:
     vq = VQConfig(codebook_update="gradient", init="uniform", **settings)
-    book = Codebook(vq, HIDDEN, seed=3)
+    book = build_codebook(vq, HIDDEN, seed=3)
     with torch.no_grad():
         book.codes.copy_(torch.randn(book.codes.shape, generator=torch.Generator().manual_seed(0)))
     return book

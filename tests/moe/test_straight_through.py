@@ -11,7 +11,7 @@ from vqmoe_megatron.moe.straight_through import (
     mean_over_tokens,
     with_gradient_to,
 )
-from vqmoe_megatron.vq.codebook import Codebook
+from vqmoe_megatron.vq.codebook import Codebook, build_codebook
 
 TP2 = {"tensor_model_parallel_size": 2}
 NUM_TOKENS, HIDDEN, NUM_CODES = 12, 6, 5
@@ -69,7 +69,7 @@ def codebook(num_slices: int, code_dim: int | None = None) -> Codebook:
     vq = VQConfig(
         num_codes=NUM_CODES, quantizer=kind, num_code_slices=num_slices, code_dim=code_dim
     )
-    return Codebook(vq, HIDDEN, seed=1).double()
+    return build_codebook(vq, HIDDEN, seed=1).double()
 
 
 def input_gradients(

@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from vqmoe_megatron.config import VQConfig
-from vqmoe_megatron.vq.codebook import Codebook, code_perplexity
+from vqmoe_megatron.vq.codebook import Codebook, build_codebook, code_perplexity
 from vqmoe_megatron.vq.codebook_update import StepStatistics
 
 HIDDEN = 8
 
 
 def make(**settings: object) -> Codebook:
-    return Codebook(VQConfig(**{"num_codes": 6, "init": "uniform", **settings}), HIDDEN, seed=3)
+    return build_codebook(
+        VQConfig(**{"num_codes": 6, "init": "uniform", **settings}), HIDDEN, seed=3
+    )
 
 
 def step(codebook: Codebook, x: torch.Tensor) -> dict[str, torch.Tensor]:

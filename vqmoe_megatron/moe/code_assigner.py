@@ -24,7 +24,7 @@ from vqmoe_megatron.moe.backward_hook import run_in_backward
 from vqmoe_megatron.moe.codebook_data_init import initialize_codebook
 from vqmoe_megatron.moe.step_statistics import KeepsStatistics
 from vqmoe_megatron.vq.code_map import CodeMap
-from vqmoe_megatron.vq.codebook import Codebook, code_usage_scalars
+from vqmoe_megatron.vq.codebook import build_codebook, code_usage_scalars
 from vqmoe_megatron.vq.codebook_update import StepStatistics
 from vqmoe_megatron.vq.losses import quantization_losses
 
@@ -59,7 +59,7 @@ class CodeAssigner(KeepsStatistics):
         self.vq = vq
         self.pg_collection = pg_collection
         self.base_seed = seed
-        self.codebook = Codebook(vq, config.hidden_size, seed)
+        self.codebook = build_codebook(vq, config.hidden_size, seed)
         self.code_map = CodeMap(vq.num_code_slices, vq.num_codes, config.num_moe_experts)
         self.register_buffer("step_losses", torch.zeros(3), persistent=False)
         self.step_candidate_slots: torch.Tensor | None = None

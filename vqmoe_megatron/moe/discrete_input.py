@@ -58,7 +58,7 @@ def discrete_rows(x: torch.Tensor, assignment: Assignment, parts: DiscreteParts)
     vq, codebook = parts.vq, parts.assigner.codebook
     if vq.expert_input != "code":
         # The token as it came, also for cosine codes; a blend where distances are taken.
-        is_raw = vq.expert_input == "token" or vq.quantizer == "low_dim"
+        is_raw = vq.expert_input == "token" or codebook.is_projected
         quantized = codebook.lift(codebook.lookup(assignment.codes))
         return mixed_input(x if is_raw else assignment.prepared, quantized, vq)
     return input_gradient_to_token(

@@ -43,8 +43,7 @@ def layer_table(layer: VQMoELayer, iteration: int) -> tuple[dict[str, torch.Tens
         "codes": codebook.code_vectors(),
         "table": values.index_select(0, space.rows.slot_of_row),
     }
-    if layer.vq.quantizer == "low_dim":
-        tensors["projection"] = codebook.projection
+    tensors |= codebook.space
     norm, has_norm = space.parts.output_norm, not isinstance(space.parts.output_norm, NoNorm)
     place = "none" if not has_norm else "in_table" if space.table_norm is norm else "after_sum"
     if place == "after_sum":

@@ -2,8 +2,8 @@
 
 T tokens, H hidden size, C code slices, K codes per slice, D = H / C (``vq.code_dim`` for low_dim).
 
-1. ``prepare`` brings tokens into the codebook's space (normalised for cosine, projected for
-   low_dim).
+1. ``prepare`` brings tokens into the codebook's space, which a quantizer (``quantizers``) defines
+   by overriding what is under 1 and 2 below.
 2. ``search`` finds the nearest codes, int64 [T, C]; ``lookup`` reads their vectors, [T, H].
 3. ``record`` adds a microbatch to the step's accumulators. It is called from the backward pass, so
    evaluation never reaches it and recomputed forwards are counted once.
@@ -13,17 +13,13 @@ T tokens, H hidden size, C code slices, K codes per slice, D = H / C (``vq.code_
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
+from vqmoe_megatron import registry
 from vqmoe_megatron.config import VQConfig
-from vqmoe_megatron.vq.codebook_init import (
-    data_codes,
-    kmeans_codes,
-    orthonormal_rows,
-    uniform_codes,
-)
+from vqmoe_megatron.vq.codebook_init import data_codes, kmeans_codes, uniform_codes
 from vqmoe_megatron.vq.codebook_update import (
     CodebookState,
     StepStatistics,
@@ -40,7 +36,7 @@ NUM_PROBES = 256  # tokens kept from step to step to measure how many change the
 
 
 class Codebook(torch.nn.Module):
-    """Code vectors, their moving statistics, and the rules that move them.
+    """Code vectors, their moving statistics, and the rules that move them; of every quantizer.
 
     ``codes`` is fp32 whatever the model's dtype: codebook updates are far below bf16 resolution.
     ``seed`` decides every random choice and must be equal on all replicas of the layer.
@@ -49,8 +45,10 @@ class Codebook(torch.nn.Module):
         ValueError: when H does not divide by C.
     """
 
+    takes: frozenset[str] = frozenset()  # of a package's own: code_dim, num_code_slices
+    is_projected = False  # whether its space has another width than the hidden vectors
+
     usage: torch.Tensor  # fp32 [C, K], EMA of the fraction of tokens per code
-    projection: torch.Tensor  # fp32 [D, H], fixed, with orthonormal rows; only for low_dim
     ema_sum: torch.Tensor  # fp32 [C, K, D], only for codebook_update=ema
     initialized: torch.Tensor  # bool scalar; uniform codes count as initialised
     num_steps: torch.Tensor  # int64 scalar, steps applied; seeds revival
@@ -75,8 +73,9 @@ class Codebook(torch.nn.Module):
         self.codes = torch.nn.Parameter(codes, requires_grad=trained)
         uniform = torch.full(shape[:2], 1.0 / self.num_codes)
         self.register_buffer("usage", uniform)
-        if vq.quantizer == "low_dim":
-            self.register_buffer("projection", orthonormal_rows(self.width, hidden_size, seed))
+        self.hidden_size = hidden_size
+        for name, constant in self.draw_constants(seed).items():
+            self.register_buffer(name, constant)
         if self.keeps_sums:
             self.register_buffer("ema_sum", codes / self.num_codes)
         self.register_buffer("initialized", torch.tensor(vq.init == "uniform"))
@@ -106,39 +105,40 @@ class Codebook(torch.nn.Module):
         return super()._apply(keep_dtype, recurse)
 
     # 1. into the codebook's space
-    def prepare(self, x: torch.Tensor) -> torch.Tensor:
-        """``[T, H]`` tokens in the space where distances are taken.
+    @staticmethod
+    def constant_shapes(width: int, hidden_size: int) -> dict[str, list[int]]:
+        """What the space is made of and never moves: shape by buffer name, for D and H."""
+        return {}
 
-        cosine: each token is scaled to length sqrt(H), so that its elements stay of order one.
-        low_dim: each token is projected, fp32 (fp64) ``[T, D]``; fixed random projections keep
-        distances, cannot collapse, and cost D / H of the search (as in arXiv 2202.01855).
-        """
-        if self.vq.quantizer == "low_dim":
-            return x.to(self.projection.dtype) @ self.projection.t()
-        if self.vq.quantizer != "cosine":
-            return x
-        return torch.nn.functional.normalize(x, dim=-1) * x.shape[-1] ** 0.5
+    def draw_constants(self, seed: int) -> dict[str, torch.Tensor]:
+        """Those constants, drawn from ``seed``."""
+        return {}
+
+    @property
+    def space(self) -> dict[str, torch.Tensor]:
+        """Those constants as they are now."""
+        return {name: getattr(self, name) for name in self.constant_shapes(0, 0)}
+
+    @staticmethod
+    def into_space(x: torch.Tensor, constants: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """``[T, H]`` tokens in the space where distances are taken, ``[T, C * D]``."""
+        return x
+
+    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        """:meth:`into_space` of this codebook."""
+        return self.into_space(x, self.space)
 
     def code_vectors(self) -> torch.Tensor:
         """``[C, K, D]`` the vectors that tokens are compared with and replaced by."""
-        if self.vq.quantizer != "cosine":
-            return self.codes
-        return torch.nn.functional.normalize(self.codes, dim=-1) * self.width**0.5
+        return self.codes
 
     def lift(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Vectors of the codebook's space ``[..., H]`` (low_dim: ``[..., D]``) -> hidden vectors.
-
-        The shortest vector whose projection it is: P^T v.
-        """
-        if self.vq.quantizer != "low_dim":
-            return vectors
-        return vectors.to(self.projection.dtype) @ self.projection
+        """Vectors of the codebook's space ``[..., C * D]`` -> hidden vectors ``[..., H]``."""
+        return vectors
 
     def lower(self, grads: torch.Tensor) -> torch.Tensor:
         """Gradients of lifted vectors ``[..., H]`` -> of the vectors; the transpose of lift."""
-        if self.vq.quantizer != "low_dim":
-            return grads
-        return grads.to(self.projection.dtype) @ self.projection.t()
+        return grads
 
     # 2. search and lookup
     def search(self, prepared: torch.Tensor) -> torch.Tensor:
@@ -259,8 +259,8 @@ class Codebook(torch.nn.Module):
             self.codes.data.copy_(codes)
             if self.keeps_sums:
                 self.ema_sum.copy_(codes / self.num_codes)
-            if self.vq.quantizer == "low_dim":
-                self.projection.copy_(orthonormal_rows(*self.projection.shape, seed))
+            for name, constant in self.draw_constants(seed).items():
+                getattr(self, name).copy_(constant)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
         super()._load_from_state_dict(*args, **kwargs)
@@ -287,6 +287,11 @@ class Codebook(torch.nn.Module):
             self.ema_sum.copy_(self.codes.data / self.num_codes)
         self.initialized.fill_(True)
         self.needs_data_init = False
+
+
+def build_codebook(vq: VQConfig, hidden_size: int, seed: int) -> Codebook:
+    """Build the codebook of ``vq.quantizer``; arguments and errors as :class:`Codebook`."""
+    return registry.load("quantizer", vq.quantizer)(vq, hidden_size, seed)
 
 
 def code_usage_scalars(count: torch.Tensor) -> dict[str, torch.Tensor]:

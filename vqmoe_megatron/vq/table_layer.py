@@ -29,19 +29,18 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from vqmoe_megatron import registry
 from vqmoe_megatron.vq.combine import gather_scale_add
 from vqmoe_megatron.vq.search import nearest_code
 
 TABLE_FORMAT_VERSION = 1
 LEGAL_SETTINGS = {
-    "quantizer": ("euclidean", "cosine", "product", "low_dim"),
     "path": ("discrete", "dual"),
     "combine": ("none", "softmax", "sigmoid"),
     "normalization": ("none", "LayerNorm", "RMSNorm"),
     "output_norm": ("none", "in_table", "after_sum"),
 }
 OPTIONAL_TENSORS = (
-    "projection",
     "output_norm.weight",
     "output_norm.bias",
     "gate.weight",
@@ -66,6 +65,7 @@ class TableSettings:
     format_version: int = TABLE_FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        registry.check_name("quantizer", self.quantizer)
         for name, legal in LEGAL_SETTINGS.items():
             if getattr(self, name) not in legal:
                 raise ValueError(
@@ -125,6 +125,10 @@ class TableLayer(torch.nn.Module):
         self.register_buffer("rows", tensors["table"] * self.num_slices**-0.5)
         for name in OPTIONAL_TENSORS:
             self.register_buffer(name.replace(".", "_"), tensors.get(name))
+        self.quantizer = registry.load("quantizer", self.settings.quantizer)
+        self.constants = tuple(self.quantizer.constant_shapes(0, 0))
+        for name in self.constants:
+            self.register_buffer(name, tensors[name])
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):  # noqa: ANN202
         """Follow device moves and nothing else."""
@@ -205,12 +209,8 @@ class TableLayer(torch.nn.Module):
 
     def _row_ids(self, tokens: torch.Tensor) -> torch.Tensor:
         """``[T, H]`` -> int64 ``[T, C]``; as ``Codebook.prepare`` and ``CodeMap.row_ids``."""
-        if self.settings.quantizer == "cosine":
-            length = tokens.shape[-1] ** 0.5
-            tokens = torch.nn.functional.normalize(tokens, dim=-1) * length
-        elif self.settings.quantizer == "low_dim":
-            tokens = tokens.to(self.projection.dtype) @ self.projection.t()
-        codes = nearest_code(tokens, self.codes)
+        space = {name: getattr(self, name) for name in self.constants}
+        codes = nearest_code(self.quantizer.into_space(tokens, space), self.codes)
         return codes + torch.arange(self.num_slices, device=codes.device) * self.num_codes
 
     def _gate(self, tokens: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -256,24 +256,25 @@ def load_table_layer(path: str | Path) -> TableLayer:
 def _check_shapes(tensors: Mapping[str, torch.Tensor], settings: TableSettings) -> None:
     """Refuse tensors that are missing, left over, or of a shape that the others exclude."""
     codes, table = tensors.get("codes"), tensors.get("table")
-    is_low_dim = settings.quantizer == "low_dim"
+    quantizer = registry.load("quantizer", settings.quantizer)
+    is_projected = quantizer.is_projected
     if (
         codes is None
         or table is None
         or (codes.dim(), table.dim()) != (3, 2)
         or codes.shape[0] != settings.num_code_slices
         or table.shape[0] != codes.shape[0] * codes.shape[1]
-        or not (is_low_dim or table.shape[1] == codes.shape[0] * codes.shape[2])
+        or not (is_projected or table.shape[1] == codes.shape[0] * codes.shape[2])
     ):
+        of_width = "" if is_projected else " with H = C * D"
         codes, table = ("none" if part is None else list(part.shape) for part in (codes, table))
         raise ValueError(
             f"codes {codes} and table {table} do not fit: need codes [C, K, D] with C = "
-            f"{settings.num_code_slices}, table [C * K, H]{'' if is_low_dim else ' with H = C * D'}"
+            f"{settings.num_code_slices}, table [C * K, H]{of_width}"
         )
     hidden = table.shape[1]
     wanted = {"codes": list(codes.shape), "table": list(table.shape)}
-    if is_low_dim:
-        wanted["projection"] = [codes.shape[2], hidden]
+    wanted |= quantizer.constant_shapes(codes.shape[2], hidden)
     if settings.output_norm == "after_sum":
         wanted["output_norm.weight"] = [hidden]
         if settings.normalization == "LayerNorm":

@@ -1,0 +1,116 @@
+"""What can be chosen by name: quantizers, routers, tasks, engines, trackers and the like.
+
+A line here makes a part known: ``name -> "module:attribute"``. Nothing is imported before it is
+asked for, so that messages, ``--help`` and plans can name every choice without torch. A package of
+the user's adds its own through entry points of the group ``vqmoe_megatron``, named ``kind.name``:
+
+    [options.entry_points]
+    vqmoe_megatron =
+        quantizer.mine = my_package.mine:Mine
+
+The interface that a kind has to implement is the class named beside it in :data:`KINDS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from dataclasses import dataclass
+from typing import Any
+
+GROUP = "vqmoe_megatron"
+Target = str  # "module:attribute"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of ours: where it is, and what must be known of it before it is imported."""
+
+    target: Target
+    takes: frozenset[str] = frozenset()  # settings that only some parts of the kind have
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of part: the interface it implements, the key that names it, those that we ship."""
+
+    interface: Target
+    key: str  # recipe key whose value is a name of this kind
+    built_in: dict[str, Part]
+
+
+KINDS: dict[str, Kind] = {
+    "quantizer": Kind(
+        "vqmoe_megatron.vq.codebook:Codebook",
+        "vq.quantizer",
+        {
+            "euclidean": Part("vqmoe_megatron.vq.quantizers.euclidean:Euclidean"),
+            "cosine": Part("vqmoe_megatron.vq.quantizers.cosine:Cosine"),
+            "product": Part(
+                "vqmoe_megatron.vq.quantizers.product:Product", frozenset({"num_code_slices"})
+            ),
+            "low_dim": Part("vqmoe_megatron.vq.quantizers.low_dim:LowDim", frozenset({"code_dim"})),
+        },
+    ),
+}
+
+
+@functools.cache
+def _installed() -> dict[str, dict[str, Target]]:
+    """Targets of installed packages, by kind and name.
+
+    Raises:
+        ValueError: for an entry point of our group that is named wrongly or names one of ours.
+    """
+    found: dict[str, dict[str, Target]] = {kind: {} for kind in KINDS}
+    for point in importlib.metadata.entry_points(group=GROUP):
+        kind, _, name = point.name.partition(".")
+        where = f"entry point {point.name} = {point.value} of group {GROUP}"
+        if kind not in KINDS or not name:
+            raise ValueError(f"{where}: write KIND.NAME with a kind of {', '.join(KINDS)}")
+        if name in KINDS[kind].built_in or name in found[kind]:
+            raise ValueError(f"{where}: there is a {kind} {name} already; choose another name")
+        found[kind][name] = point.value
+    return found
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """All names of a kind: ours, then those of installed packages. Imports none of them."""
+    return (*KINDS[kind].built_in, *_installed()[kind])
+
+
+def check_name(kind: str, name: object) -> None:
+    """Raise ``ValueError`` with the legal names when ``name`` is not one of them."""
+    if name not in KINDS[kind].built_in and name not in (legal := names(kind)):
+        raise ValueError(
+            f"{KINDS[kind].key}={name!r} is not legal; choose one of {', '.join(legal)}"
+        )
+
+
+def load(kind: str, name: str) -> Any:
+    """Import what a name stands for.
+
+    Raises:
+        ValueError: when the name is not known, or cannot be imported; says from where.
+    """
+    check_name(kind, name)
+    ours = KINDS[kind].built_in.get(name)
+    target = _installed()[kind][name] if ours is None else ours.target
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{KINDS[kind].key}={name} stands for {target}, which cannot be loaded: {error}"
+        ) from error
+
+
+def takes(kind: str, name: str) -> frozenset[str]:
+    """Settings that the part has and others of its kind may lack; imports no part of ours.
+
+    A part of an installed package says so in its attribute ``takes``.
+    """
+    check_name(kind, name)
+    ours = KINDS[kind].built_in.get(name)
+    return load(kind, name).takes if ours is None else ours.takes

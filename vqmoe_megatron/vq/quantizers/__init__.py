@@ -1,0 +1,1 @@
+"""Quantizers: the space in which a token's nearest code is found, one file each."""
