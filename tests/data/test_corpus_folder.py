@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vqmoe_megatron.data import corpus_folder, prepare
-from vqmoe_megatron.data.corpus import current_corpus, load_corpus
+from vqmoe_megatron.data.corpus import COMPLETE_DIR, current_corpus, load_corpus
 from vqmoe_megatron.data.corpus_folder import BUILDING_DIR, LOCK_FILE
 from vqmoe_megatron.data.evaluation_windows import EvaluationWindows
 from vqmoe_megatron.data.indexed_writer import IndexedWriter
@@ -85,6 +85,56 @@ def test_a_folder_that_is_no_corpus_is_left_as_it_is(tmp_path, text, files, over
     with pytest.raises(ValueError, match="choose a(nother|  ?new) (--out|directory)|choose a new"):
         prepare_corpus("text", out, [text], overwrite=overwrite)
     assert tree(tmp_path) == before and not (out / LOCK_FILE).exists()
+
+
+WORK_NAMES_OF_OTHERS = {
+    "a folder of the building's name": {f"{BUILDING_DIR}/corpus/thesis.tex": "mine"},
+    "a file of the building's name": {BUILDING_DIR: "mine"},
+    "a folder of the new corpus's name": {f"{COMPLETE_DIR}/thesis.tex": "mine"},
+    "a file of the new corpus's name": {COMPLETE_DIR: "mine"},
+    "a lock with content": {LOCK_FILE: "mine"},
+}
+
+
+@pytest.mark.parametrize("files", WORK_NAMES_OF_OTHERS.values(), ids=WORK_NAMES_OF_OTHERS.keys())
+@pytest.mark.parametrize("is_corpus", [False, True])
+def test_a_work_name_that_is_someones_own_is_left_as_it_is(tmp_path, text, files, is_corpus):
+    out = tmp_path / "proj"
+    if is_corpus:
+        prepare_corpus("text", out, [text])
+    for name, content in files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(content)
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match="vqmoe prepare did not write it"):
+        prepare_corpus("text", out, [text], "char", overwrite=True)
+    assert tree(tmp_path) == before
+    assert all((out / name).read_text() == content for name, content in files.items())
+
+
+def test_a_new_corpus_with_a_file_of_anothers_beside_it_is_left_as_it_is(tmp_path, text):
+    prepare_corpus("text", tmp_path / "proj", [text])
+    prepare_corpus("text", tmp_path / "proj" / COMPLETE_DIR, [text], "char")
+    (tmp_path / "proj" / COMPLETE_DIR / LOCK_FILE).unlink()
+    (tmp_path / "proj" / COMPLETE_DIR / "notes.md").write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match="vqmoe prepare did not write it"):
+        prepare_corpus("text", tmp_path / "proj", [text], overwrite=True)
+    assert tree(tmp_path) == before
+
+
+def test_a_building_folder_half_removed_is_still_ours(tmp_path, text, monkeypatch):
+    def killed(path, **options):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(corpus_folder.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_corpus("text", out, [text])
+    assert [path.name for path in (out / BUILDING_DIR).iterdir()] != []
+    prepare_corpus("text", out, [text], overwrite=True)
+    assert not (out / BUILDING_DIR).exists()
 
 
 @pytest.mark.parametrize("kind", ["file", "dangling link", "link to a file", "below a file"])

@@ -108,6 +108,11 @@ REFUSED = {
     "parquet": b"PAR1" + TEXT,
     "arrow": b"ARROW1\0\0" + TEXT,
     "pdf": b"%PDF-1.7" + TEXT,
+    "png": b"\x89PNG\r\n\x1a\n" + TEXT,
+    "jpeg": b"\xff\xd8\xff\xe0" + TEXT,
+    "sqlite": b"SQLite format 3\0" + TEXT,
+    "ELF": b"\x7fELF" + TEXT,
+    "ELF within gz": gzip.compress(b"\x7fELF" + TEXT),
     "tar": tarred(),
     "tar, ustar": tarred(format=tarfile.USTAR_FORMAT),
     "tar within gz": tarred("w:gz"),
@@ -156,6 +161,47 @@ def test_another_packing_is_refused_by_its_name(tmp_path, kind, content):
     with pytest.raises(ValueError, match=f"mine.txt (is )?{message}"):
         prepare_corpus("text", tmp_path / "out", [path])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gz"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_byte_order_mark_is_refused_with_what_converts_it(tmp_path, encoding, pack):
+    path = tmp_path / "mine.txt"
+    path.write_bytes(pack(TEXT.decode().encode(encoding)))
+    with pytest.raises(ValueError, match=f"iconv -f {encoding.upper()} -t UTF-8"):
+        prepare_corpus("text", tmp_path / "out", [path])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine.txt"]
+
+
+WITH_NULS = {
+    "UTF-16 without a mark": (TEXT.decode().encode("utf-16-le"), 1),
+    "UTF-32 without a mark": (TEXT.decode().encode("utf-32-be"), 0),
+    "self-extracting zip": (b"#!/bin/sh\nexec unzip $0\n" + ZIP, 29),
+    "an unknown binary": (bytes(range(200, -1, -1)) * 20, 200),
+    "one far behind the head": (TEXT + b"\0" + TEXT, len(TEXT)),
+}
+
+
+@pytest.mark.parametrize("pack", [bytes, bz2.compress], ids=["plain", "bz2"])
+@pytest.mark.parametrize(("content", "at"), WITH_NULS.values(), ids=WITH_NULS.keys())
+def test_a_nul_anywhere_is_refused_with_its_place(tmp_path, content, at, pack):
+    path = tmp_path / "mine.txt"
+    path.write_bytes(pack(content))
+    with pytest.raises(ValueError, match=f"mine.txt is no text: byte {at} is NUL") as refused:
+        prepare_corpus("text", tmp_path / "out", [path])
+    assert "\n" not in str(refused.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_eight_bit_text_is_bytes_and_refused_where_characters_are_read(tmp_path):
+    path, latin = tmp_path / "mine.txt", TEXT + "caf\xe9\n".encode("latin-1") * 3000
+    path.write_bytes(latin)
+    corpus = prepare_corpus("text", tmp_path / "out", [path])
+    assert b"".join(split.bin_path.read_bytes() for split in corpus.splits.values()) == latin
+    for tokenizer in ("char", "word", "sentencepiece"):
+        with pytest.raises(ValueError, match=f"not UTF-8 at byte {len(TEXT) + 3} .0xe9"):
+            prepare_corpus("text", tmp_path / "other", [path], tokenizer)
+        assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char", "word", "sentencepiece"])

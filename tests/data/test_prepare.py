@@ -1,5 +1,6 @@
 """prepare end to end: what Megatron reads back, what a kill leaves, what a second run does."""
 
+import gzip
 import hashlib
 import os
 import signal
@@ -160,7 +161,7 @@ def test_two_at_once_are_refused(tmp_path, library_file):
 
 def test_what_cannot_be_read_or_written_is_explained(tmp_path, library_file):
     blocker = tmp_path / "file"
-    blocker.write_bytes(b"\xff\xfe not utf-8\n" * 1000)
+    blocker.write_bytes(b"\xff not utf-8\n" * 1000)
     with pytest.raises(ValueError, match="cannot prepare a corpus in"):
         prepare_corpus("text", blocker / "out", [library_file])
     for tokenizer in ("char", "word", "sentencepiece"):
@@ -171,6 +172,17 @@ def test_what_cannot_be_read_or_written_is_explained(tmp_path, library_file):
     (tmp_path / "blank").write_bytes(b" " * 100)
     with pytest.raises(ValueError, match="valid split .* holds no word token"):
         prepare_corpus("text", tmp_path / "out", [library_file, tmp_path / "blank"], "word")
+
+
+def test_splits_of_the_same_bytes_are_said(tmp_path, library_file, capsys):
+    text = library_file.read_bytes()
+    (tmp_path / "copy.gz").write_bytes(gzip.compress(text))
+    (tmp_path / "other").write_bytes(text + b"\n")
+    inputs = [library_file, tmp_path / "copy.gz", tmp_path / "other"]
+    prepare_corpus("text", tmp_path / "out", inputs)
+    shown = capsys.readouterr().out
+    assert "valid (copy.gz) is the text of train, byte for byte" in shown
+    assert "test (other)" not in shown
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,14 @@ LEGAL_CORPORA = ("stdlib", "text", *KNOWN_TEXTS, *RELEASED_CORPORA)
 
 @dataclass(frozen=True)
 class Source:
-    """A described text: ``description`` goes to ``corpus.json``, ``documents`` are per split."""
+    """A described text: ``description`` goes to ``corpus.json``, ``documents`` are per split.
+
+    ``notices``: lines about it that the user should read.
+    """
 
     description: dict[str, Any]
     documents: dict[str, list[Document]]
+    notices: tuple[str, ...] = ()
 
 
 def check_corpus_request(corpus: str, inputs: list[Path], download: bool) -> None:
@@ -188,6 +193,7 @@ def _text_source(inputs: list[Path], keep_characters: bool) -> Source:
                 split: [Document(path, 0, entry["num_bytes"])]
                 for split, path, entry in zip(SPLITS, inputs, described, strict=False)
             },
+            tuple(_repetitions(described)),
         )
     path, num_bytes = inputs[0], described[0]["num_bytes"]
     bounds = [0, 0, 0, num_bytes]
@@ -199,6 +205,21 @@ def _text_source(inputs: list[Path], keep_characters: bool) -> Source:
             "valid and test as three --input"
         )
     return Source(description, _split_at(path, bounds))
+
+
+def _repetitions(described: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield a line for each split with the bytes of an earlier one.
+
+    Said, not refused: to overfit on purpose is a use, and a copy behind another name looks the same.
+    """
+    first: dict[str, str] = {}
+    for split, entry in zip(SPLITS, described, strict=False):
+        earlier = first.setdefault(entry["sha256"], split)
+        if earlier != split:
+            yield (
+                f"{split} ({entry['name']}) is the text of {earlier}, byte for byte: give another "
+                f"--input unless {split} is meant to score what {earlier} holds"
+            )
 
 
 def _stdlib_source(root: Path) -> Source:

@@ -15,7 +15,9 @@ next prepare goes on from there. All of it happens inside DIR, which may be a mo
 a folder that cannot be written.
 
 Nothing is replaced or removed but the names above, what ``corpus.json`` lists, and the sample
-orders of that corpus in ``cache/``. A folder with anything else and no corpus is refused.
+orders of that corpus in ``cache/``. A folder with anything else and no corpus is refused, and so is
+one of the names above that prepare did not write: the lock is empty, the building folder holds
+``MARK_FILE`` (or nothing) and a complete corpus the files that its ``corpus.json`` lists.
 """
 
 from __future__ import annotations
@@ -46,9 +48,11 @@ from vqmoe_megatron.own_outputs import refuse_foreign, sync
 
 LOCK_FILE = ".prepare.lock"
 BUILDING_DIR = ".prepare-building"
+MARK_FILE = ".written-by-vqmoe-prepare"  # the first to come into the building folder, last to go
 WORK_NAMES = {LOCK_FILE, BUILDING_DIR, COMPLETE_DIR}
 TOKENIZER_FILES = {cls.file_name for cls in TOKENIZER_CLASSES.values() if cls.file_name}
 CORPUS_NAMES = {CORPUS_FILE, *TOKENIZER_FILES, *(n for split in SPLITS for n in split_files(split))}
+LINK_SUFFIX = ".link"
 LISTED_NAMES = 3  # of foreign files, in a message
 
 
@@ -62,6 +66,7 @@ def check_out_folder(out_dir: Path, inputs: Iterable[Path], own_download: str | 
     """
     for path in inputs:
         _check_input(path, out_dir)
+    _check_work_names(out_dir)
     if not out_dir.is_dir():
         if os.path.lexists(out_dir):
             raise ValueError(f"--out {out_dir} is no directory; choose another one")
@@ -88,6 +93,26 @@ def check_outputs(out_dir: Path, names: Iterable[str]) -> None:
     for name in names:
         path = out_dir / name
         if os.path.lexists(path) and (name not in own or path.is_dir()):
+            refuse_foreign(path, "vqmoe prepare")
+
+
+def _check_work_names(out_dir: Path) -> None:
+    """Raise ``ValueError`` for a lock, building or complete folder that prepare did not write."""
+    lock, building = out_dir / LOCK_FILE, out_dir / BUILDING_DIR
+    complete = out_dir / COMPLETE_DIR
+    links = {f"{name}{LINK_SUFFIX}" for name in CORPUS_NAMES}
+    is_ours = {
+        lock: lambda: lock.is_file() and not lock.stat().st_size,
+        building: lambda: (
+            building.is_dir() and ((building / MARK_FILE).is_file() or not any(building.iterdir()))
+        ),
+        complete: lambda: (
+            complete.is_dir()
+            and {path.name for path in complete.iterdir()} <= recorded_names(complete) | links
+        ),
+    }
+    for path, judge in is_ours.items():
+        if os.path.lexists(path) and (path.is_symlink() or not judge()):
             refuse_foreign(path, "vqmoe prepare")
 
 
@@ -166,20 +191,33 @@ def building_folder(out_dir: Path, progress: PrepareProgress) -> Iterator[Path]:
         out_dir.mkdir(parents=True, exist_ok=True)
         with _open_lock(out_dir / LOCK_FILE, progress):
             try:
-                if building.exists():
-                    shutil.rmtree(building)
+                _check_work_names(out_dir)
+                _remove_building(building)
                 building.mkdir()
+                (building / MARK_FILE).touch()
                 if (out_dir / COMPLETE_DIR).exists():
                     _finish(out_dir)
                 yield building
             finally:
-                shutil.rmtree(building, ignore_errors=True)
+                with suppress(OSError, ValueError):
+                    _check_work_names(out_dir)
+                    _remove_building(building)
                 if not (out_dir / CORPUS_FILE).exists():
                     (out_dir / LOCK_FILE).unlink(missing_ok=True)
     finally:
         with suppress(OSError):  # not empty
             for path in made:
                 path.rmdir()
+
+
+def _remove_building(building: Path) -> None:
+    """Remove our own building folder; its mark goes last, so that a kill leaves it our own."""
+    if building.exists():
+        for path in building.iterdir():
+            if path.name != MARK_FILE:
+                shutil.rmtree(path)
+        (building / MARK_FILE).unlink(missing_ok=True)
+        building.rmdir()
 
 
 def put_in_place(corpus_dir: Path, out_dir: Path) -> None:
@@ -218,7 +256,7 @@ def _link(source: Path, target: Path) -> None:
     """Give ``source`` the name ``target`` as well; a process that maps the old file keeps it."""
     if target.exists() and target.samefile(source):
         return
-    link = source.parent / f"{source.name}.link"
+    link = source.parent / f"{source.name}{LINK_SUFFIX}"
     link.unlink(missing_ok=True)
     try:
         os.link(source, link)

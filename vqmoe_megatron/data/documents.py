@@ -15,10 +15,23 @@ MAX_UNCUT_BYTES = 16 * 2**20  # text without a place to cut is refused beyond th
 
 
 def hash_text(path: Path, algorithms: tuple[str, ...]) -> dict[str, str]:
-    """Return the hex digests of the uncompressed bytes, one per algorithm."""
+    """Return the hex digests of the uncompressed bytes, one per algorithm.
+
+    Raises:
+        ValueError: for a NUL byte: what has one is no text in UTF-8 or any 8-bit encoding, but a
+            binary file, or UTF-16 or UTF-32 without its byte order mark.
+    """
     digests = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
+    num_bytes = 0
     with open_text(path) as stream:
         while chunk := stream.read(CHUNK_BYTES):
+            if (at := chunk.find(0)) >= 0:
+                raise ValueError(
+                    f"{path} is no text: byte {num_bytes + at} is NUL, as in a binary file or "
+                    "UTF-16; convert it (iconv -f UTF-16LE -t UTF-8), or delete stray NULs with "
+                    "tr -d '\\000'"
+                )
+            num_bytes += len(chunk)
             for digest in digests.values():
                 digest.update(chunk)
     return {name: digest.hexdigest() for name, digest in digests.items()}

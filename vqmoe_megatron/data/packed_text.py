@@ -1,11 +1,14 @@
 """Text files, plain or packed. What a file is, its first bytes say, not its name.
 
+A file of no text that no mark here names has a NUL byte somewhere, which documents.py refuses.
+
 | packing | |
 |---|---|
 | none | read as it is |
 | gz, bz2, xz | read as a stream, or as several behind each other |
 | zip of one file | that file is read |
 | anything else of :data:`REFUSED`, an archive of several files, packing within packing | refused |
+| UTF-16 or UTF-32, by its byte order mark | refused |
 
 What cannot be unpacked (damaged, cut, encrypted, of another method) is a one-line ``ValueError``.
 """
@@ -13,6 +16,7 @@ What cannot be unpacked (damaged, cut, encrypted, of another method) is a one-li
 from __future__ import annotations
 
 import bz2
+import codecs
 import lzma
 import tarfile
 import zipfile
@@ -43,6 +47,14 @@ REFUSED = {
     "parquet": (b"PAR1",),
     "arrow": (b"ARROW1\x00\x00",),
     "pdf": (b"%PDF-",),
+    "png": (b"\x89PNG\r\n\x1a\n",),
+    "jpeg": (b"\xff\xd8\xff",),
+    "sqlite": (b"SQLite format 3\x00",),
+    "ELF": (b"\x7fELF",),
+    "numpy": (b"\x93NUMPY",),
+    "hdf5": (b"\x89HDF\r\n\x1a\n",),
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # before UTF-16, whose mark begins it
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
 UNREADABLE = (
     EOFError,
@@ -221,6 +233,11 @@ def _only_member(path: Path) -> IO[bytes]:
 
 
 def _refuse(path: Path, kind: str) -> NoReturn:
+    if kind.startswith("UTF"):
+        encoding = kind.split()[0]
+        raise ValueError(
+            f"{path} is {kind}, by its first bytes; convert it: iconv -f {encoding} -t UTF-8"
+        )
     raise ValueError(
         f"{path} is no text but {kind}, by its first bytes; unpack or convert it and give the text "
         "(read as they are: plain text, gz, bz2, xz, a zip of one file)"

@@ -98,6 +98,8 @@ def prepare_corpus(
             download_dir, unpack_dir = out_dir if download else None, building / UNPACK_DIR
             source = open_source(corpus, inputs, download_dir, keep_characters, unpack_dir)
             check_outputs(out_dir, _output_names(source, tokenizer))
+            for line in source.notices:
+                progress.note(line)
             _write_corpus(building / "corpus", request, source, progress)
             put_in_place(building / "corpus", out_dir)
         written = load_corpus(out_dir)
