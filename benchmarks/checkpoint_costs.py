@@ -64,11 +64,11 @@ def measure(recipe: str, overrides: list[str], num_steps: int, num_repeats: int)
     """Run in every rank; return seconds, bytes, and when (``time.monotonic``) each arm ran."""
     import torch
 
-    from vqmoe_megatron.recipe import load_recipe
-    from vqmoe_megatron.training.batches import training_iterators
-    from vqmoe_megatron.training.preflight import check_run
-    from vqmoe_megatron.training.stop_requests import NO_REQUEST, StopRequests
-    from vqmoe_megatron.training.trainer import Trainer
+    from vqmoe_megatron.config.recipe import load_recipe
+    from vqmoe_megatron.data.batches import training_iterators
+    from vqmoe_megatron.train.preflight import check_run
+    from vqmoe_megatron.train.stop_requests import NO_REQUEST, StopRequests
+    from vqmoe_megatron.train.trainer import Trainer
 
     run = check_run(load_recipe(Path(recipe), overrides), torch.distributed.get_world_size(), "cpu")
     trainer = Trainer(run, StopRequests({}))
@@ -141,8 +141,8 @@ def _save_in_background(
 
 
 def _load(trainer: Any) -> dict[str, Any]:
-    from vqmoe_megatron.training.checkpoint import load_checkpoint
-    from vqmoe_megatron.training.checkpoint_folder import find_checkpoint
+    from vqmoe_megatron.checkpoint.folder import find_checkpoint
+    from vqmoe_megatron.checkpoint.state import load_checkpoint
 
     folder = find_checkpoint(trainer.run.run_dir.path)
     started = time.monotonic()

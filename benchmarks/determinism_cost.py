@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [
-    str(ROOT / folder) for folder in (".", "tests", "tests/training", "benchmarks")
+    str(ROOT / folder) for folder in (".", "tests", "benchmarks")
 ]  # also in the ranks, which import this file
 
 from gloo_ranks import RankPool  # noqa: E402

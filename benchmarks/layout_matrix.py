@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "training")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from gloo_ranks import RankPool, RanksFailed  # noqa: E402
 from layout_difference import COMPARED, LIMIT, Cell, compare  # noqa: E402
@@ -45,8 +45,8 @@ from layout_rows import (  # noqa: E402
 from provenance import provenance  # noqa: E402
 from small_run import PARITY, layout_overrides, run_on  # noqa: E402
 
+from vqmoe_megatron.config.recipe import load_recipe  # noqa: E402
 from vqmoe_megatron.plan.layout import check_layout  # noqa: E402
-from vqmoe_megatron.recipe import load_recipe  # noqa: E402
 
 RECIPE_ITERATIONS = 20
 

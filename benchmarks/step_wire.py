@@ -28,10 +28,10 @@ from gloo_ranks import RankPool  # noqa: E402
 from provenance import provenance  # noqa: E402
 from step_wire_ranks import as_rows, count  # noqa: E402
 
+from vqmoe_megatron.config.recipe import load_recipe  # noqa: E402
 from vqmoe_megatron.data.corpus import load_corpus  # noqa: E402
 from vqmoe_megatron.plan.layout import check_layout  # noqa: E402
 from vqmoe_megatron.plan.step_wire import step_wire  # noqa: E402
-from vqmoe_megatron.recipe import load_recipe  # noqa: E402
 from vqmoe_megatron.simulate.simulated_step import simulate_step  # noqa: E402
 
 RECIPE = ROOT / "recipes" / "parity.yaml"

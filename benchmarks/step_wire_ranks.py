@@ -13,12 +13,12 @@ def count(recipe: str, overrides: list[str], corpus_path: str, num_steps: int) -
     the corpus. Tables are [collective, axis, calls, bytes as text]."""
     from megatron.core import parallel_state
 
+    from vqmoe_megatron.config.recipe import load_recipe
+    from vqmoe_megatron.data.batches import training_iterators
     from vqmoe_megatron.data.corpus import load_corpus
     from vqmoe_megatron.plan.layout import check_layout
     from vqmoe_megatron.plan.step_wire import stage_wire
-    from vqmoe_megatron.recipe import load_recipe
     from vqmoe_megatron.simulate.counted_step import count_steps
-    from vqmoe_megatron.training.batches import training_iterators
 
     config = load_recipe(Path(recipe), overrides)
     layout = check_layout(config, torch.distributed.get_world_size(), "cpu")

@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from vqmoe_megatron.config import RunConfig  # noqa: E402
+from vqmoe_megatron.config.recipe import load_recipe  # noqa: E402
 from vqmoe_megatron.plan.layout import minimum_world_size  # noqa: E402
 from vqmoe_megatron.plan.run_plan import RunPlan, plan_run  # noqa: E402
-from vqmoe_megatron.recipe import load_recipe  # noqa: E402
 
 GROUPS = {
     ".": "To start with",

@@ -53,7 +53,7 @@ store_uris() {
 import sys
 from pathlib import Path
 
-from vqmoe_megatron.tracking.sqlite_uri import sqlite_uri
+from vqmoe_megatron.track.mlflow.sqlite_uri import sqlite_uri
 
 folder = Path(sys.argv[1])
 print(sqlite_uri(folder / "mlflow.db"))

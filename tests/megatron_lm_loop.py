@@ -22,10 +22,10 @@ class MegatronLM:
         import torch
         from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
+        from vqmoe_megatron.config.recipe import load_recipe
+        from vqmoe_megatron.engines.megatron.model import build_transformer_config
         from vqmoe_megatron.plan.layout import ParallelLayout
-        from vqmoe_megatron.recipe import load_recipe
-        from vqmoe_megatron.training.model_builder import build_transformer_config
-        from vqmoe_megatron.training.preflight import check_run
+        from vqmoe_megatron.train.preflight import check_run
 
         run = check_run(
             load_recipe(Path(recipe), overrides), torch.distributed.get_world_size(), "cpu"
@@ -55,9 +55,9 @@ class MegatronLM:
             get_num_layers_to_build,
         )
 
+        from vqmoe_megatron.engines.megatron.layout_independent_init import redraw_parameters
+        from vqmoe_megatron.engines.megatron.model import padded_vocab_size
         from vqmoe_megatron.moe.norms import ParallelNorm
-        from vqmoe_megatron.training.layout_independent_init import redraw_parameters
-        from vqmoe_megatron.training.model_builder import padded_vocab_size
 
         spec = import_module(("vqmoe_megatron.moe", "vqmoe_layer_spec"))
         num_chunks = self.layout.virtual_pipeline_model_parallel_size
@@ -143,7 +143,7 @@ class MegatronLM:
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.utils import get_model_config
 
-        from vqmoe_megatron.training.batches import training_iterators
+        from vqmoe_megatron.data.batches import training_iterators
 
         config = get_model_config(self.model[0])
         config.grad_scale_func = self.optimizer.scale_loss
@@ -167,7 +167,7 @@ class MegatronLM:
         return steps
 
     def _train_step(self, iterators: list) -> tuple[float, float]:
-        from vqmoe_megatron.training.train_step import run_microbatches
+        from vqmoe_megatron.engines.megatron.step import run_microbatches
 
         train = self.recipe.train
         for chunk in self.model:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vqmoe_megatron.config import RunConfig
-from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.config.recipe import load_recipe
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "parity.yaml"
 SMALL = [
@@ -35,8 +35,8 @@ def measure_state(overrides: list[str]) -> dict[str, Any]:
     """Train one step on random tokens; return this rank's place, parameters and bytes kept."""
     from megatron.core import parallel_state
 
+    from vqmoe_megatron.engines.megatron.step_parts import build_step
     from vqmoe_megatron.plan.layout import check_layout
-    from vqmoe_megatron.training.step_builder import build_step
 
     config = recipe(overrides)
     layout = check_layout(config, torch.distributed.get_world_size(), "cpu")
@@ -105,8 +105,8 @@ def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 def measure_activations(overrides: list[str]) -> int:
     """Bytes that one microbatch's forward pass keeps on this rank (one model chunk)."""
     from vqmoe_megatron.bench.saved_tensors import saved_bytes
+    from vqmoe_megatron.engines.megatron.step_parts import build_step
     from vqmoe_megatron.plan.layout import check_layout
-    from vqmoe_megatron.training.step_builder import build_step
 
     config = recipe(overrides)
     layout = check_layout(config, torch.distributed.get_world_size(), "cpu")
@@ -146,8 +146,8 @@ class _PeakBytes(TorchDispatchMode):
 
 def measure_peak(overrides: list[str]) -> int:
     """Most bytes that a training step makes and holds at once, beside what it keeps anyway."""
+    from vqmoe_megatron.engines.megatron.step_parts import build_step
     from vqmoe_megatron.plan.layout import check_layout
-    from vqmoe_megatron.training.step_builder import build_step
 
     config = recipe(overrides)
     layout = check_layout(config, torch.distributed.get_world_size(), "cpu")
@@ -181,8 +181,8 @@ def measure_flops(overrides: list[str]) -> list[int]:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
+    from vqmoe_megatron.engines.megatron.model import build_model, build_transformer_config
     from vqmoe_megatron.plan.layout import check_layout
-    from vqmoe_megatron.training.model_builder import build_model, build_transformer_config
 
     config = recipe([*overrides, "model.moe_router_dtype=fp64"])
     layout = check_layout(config, torch.distributed.get_world_size(), "cpu")

@@ -22,44 +22,36 @@ FLOORS = {
     "__init__": 0,
     "registry": 0,
     "config": 0,
-    "config_checks": 0,
-    "own_outputs": 0,
-    "config_ranges": 0,
-    "config_types": 0,
-    "vq_config": 0,
-    "recipe": 0,
+    "rundir": 0,
     "plan": 0,
     "vq": 1,
     "moe": 2,
     "runtime": 2,
-    "bench": 3,
+    "launch": 3,
     "data": 3,
-    "training": 3,
-    "tracking": 3,
+    "engines": 3,
+    "checkpoint": 3,
+    "track": 3,
+    "train": 3,
     "analysis": 3,
-    "studies": 3,
     "simulate": 3,
-    "plan_tables": 3,
-    "plan_commands": 3,
+    "study": 3,
+    "bench": 3,
     "cli": 4,
 }
 # Folders of one floor that may import another of the same floor; must stay without cycles.
 SIDEWAYS = {
-    "config_checks": {"config_ranges", "config_types"},
-    "vq_config": {"config_checks", "registry"},
-    "config": {"config_checks", "vq_config"},
-    "recipe": {"config", "config_checks", "config_types", "own_outputs"},
+    "config": {"registry", "rundir"},
     "plan": {"config"},
     "moe": {"runtime"},
-    "analysis": {"data", "tracking"},  # metric names live in tracking's one table
-    "training": {"analysis", "data", "tracking"},
-    # simulate: the step that is counted is the trainer's own
-    "simulate": {"training"},
-    # the command: a corpus tells its vocabulary, a simulated step is laid beside the plan
-    "plan_tables": {"simulate"},
-    "plan_commands": {"data", "plan_tables", "simulate"},
+    "analysis": {"track"},  # metric names live in its one table
+    "bench": {"launch"},
+    "engines": {"data"},  # what a batch is
+    "checkpoint": {"engines"},
+    "simulate": {"data", "engines"},  # the step that is counted is the trainer's own
     # bench: a report states its machine and commit as every measured result does
-    "studies": {"analysis", "bench", "data", "tracking", "training"},
+    "study": {"bench", "data", "launch", "track"},
+    "train": {"analysis", "checkpoint", "data", "engines", "launch", "track"},
 }
 # Third-party packages by floor; from floor 3 up anything goes.
 THIRD_PARTY = {
@@ -74,7 +66,7 @@ THIRD_PARTY_EXTRA = {
     # reads safetensors; nothing else
     "vq/table_layer.py": {"safetensors"},
 }
-FOREIGN_NAMES = {"utils", "dist", "types", "logging", "megatron"}
+FOREIGN_NAMES = {"utils", "dist", "types", "logging"}
 
 
 def module_unit(path: str) -> str:
@@ -180,7 +172,7 @@ def parsed(path: str) -> ast.Module:
 
 
 def test_the_scan_sees_the_package() -> None:
-    assert {"config.py", "recipe.py", "plan/layout.py", "vq/__init__.py"} <= set(sources())
+    assert {"config/recipe.py", "registry.py", "plan/layout.py", "vq/__init__.py"} <= set(sources())
 
 
 def test_every_file_and_folder_has_a_floor() -> None:
@@ -225,7 +217,7 @@ def test_sideways_imports_stay_on_one_floor_without_cycles() -> None:
     ("path", "source", "expected"),
     [
         ("plan/x.py", "import torch", "floor 0 may not use torch"),
-        ("config.py", "from megatron.core import parallel_state", "may not use megatron"),
+        ("config/x.py", "from megatron.core import parallel_state", "may not use megatron"),
         ("plan/x.py", "def f():\n    import torch.nn", "plan/x.py:2"),
         ("vq/x.py", "import torch.distributed as dist", "nothing below floor 2"),
         ("vq/x.py", "from torch import distributed", "nothing below floor 2"),
@@ -248,7 +240,7 @@ def test_import_violation_is_caught(path: str, source: str, expected: str) -> No
         ("plan/x.py", "from vqmoe_megatron.config import RunConfig\nimport math, omegaconf"),
         ("vq/x.py", "import torch\nfrom vqmoe_megatron import __version__"),
         ("moe/x.py", "import torch.distributed\nfrom megatron.core import parallel_state"),
-        ("training/x.py", "import mlflow, vqmoe_megatron.data.x, vqmoe_megatron.moe"),
+        ("train/x.py", "import mlflow, vqmoe_megatron.data.x, vqmoe_megatron.moe"),
     ],
 )
 def test_legal_imports_pass(path: str, source: str) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from vqmoe_megatron import cli, plan_commands
+from vqmoe_megatron import cli
+from vqmoe_megatron.cli import plan as plan_commands
+from vqmoe_megatron.config.recipe import load_recipe
 from vqmoe_megatron.plan.layout import minimum_world_size
-from vqmoe_megatron.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "recipes"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from vqmoe_megatron.config.recipe import flatten_config, load_recipe
 from vqmoe_megatron.plan.layout import check_layout
-from vqmoe_megatron.recipe import flatten_config, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINE = 110

@@ -14,7 +14,7 @@ from vqmoe_megatron.analysis.plots import (
     draw_run_plots,
     read_routing,
 )
-from vqmoe_megatron.tracking.metrics_log import MetricsLog, read_metrics
+from vqmoe_megatron.track.metrics_log import MetricsLog, read_metrics
 
 NUM_LAYERS, NUM_EXPERTS, NUM_SLICES, NUM_CODES = 3, 4, 2, 8
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vqmoe_megatron.bench.arm_table import ARMS, choose_arms
-from vqmoe_megatron.vq_config import VQConfig
+from vqmoe_megatron.config.vq import VQConfig
 
 
 def test_the_contract_s_letters_are_there() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vqmoe_megatron.bench.released import ReleasedLayer
-from vqmoe_megatron.vq_config import VQConfig
+from vqmoe_megatron.config.vq import VQConfig
 
 N, K, H, F = 3, 5, 8, 12
 

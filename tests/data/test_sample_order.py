@@ -10,7 +10,7 @@ from vqmoe_megatron.config import DataConfig, RunConfig, TrainConfig
 from vqmoe_megatron.data.corpus import load_corpus
 from vqmoe_megatron.data.datasets import build_training_dataset
 from vqmoe_megatron.data.sample_order import cache_folders, check_cache_dir, order_name
-from vqmoe_megatron.training.preflight import check_run
+from vqmoe_megatron.train.preflight import check_run
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.config.recipe import load_recipe
 
 REPOSITORY = Path(__file__).parents[2]
 COMPOSE = REPOSITORY / "docker" / "compose.yaml"

@@ -7,13 +7,9 @@ from dataclasses import dataclass, field
 
 from killed_run import KilledRun
 
-from vqmoe_megatron.tracking.run_status import read_status
-from vqmoe_megatron.training.checkpoint_folder import (
-    CONFIG_FILE,
-    CORPUS_COPY,
-    LAYOUT_FILE,
-    find_checkpoint,
-)
+from vqmoe_megatron.checkpoint.folder import CORPUS_COPY, LAYOUT_FILE, find_checkpoint
+from vqmoe_megatron.rundir.file_names import CONFIG_FILE
+from vqmoe_megatron.rundir.status import read_status
 
 CHECKPOINT_FILES = ("metadata.json", ".metadata", "common.pt")
 # What depends on the clock and the machine; everything else is compared.

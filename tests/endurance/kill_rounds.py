@@ -32,7 +32,7 @@ from kill_checks import Round, checkpoint_problems, curve_problems, outcome_prob
 from killed_run import KilledRun  # noqa: E402
 from provenance import provenance  # noqa: E402
 
-from vqmoe_megatron.tracking.metrics_log import read_metrics  # noqa: E402
+from vqmoe_megatron.track.metrics_log import read_metrics  # noqa: E402
 
 ACTIONS = ("sigterm-one", "sigusr1-all", "kill-one", "kill-all-in-save")
 NUM_RANKS = 4

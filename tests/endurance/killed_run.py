@@ -9,13 +9,13 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "training")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from small_run import PARITY, TINY, layout_overrides, start_vqmoe  # noqa: E402
 
-from vqmoe_megatron.tracking.metrics_log import read_metrics  # noqa: E402
-from vqmoe_megatron.tracking.run_status import read_status  # noqa: E402
-from vqmoe_megatron.training.checkpoint_folder import find_checkpoint  # noqa: E402
+from vqmoe_megatron.checkpoint.folder import find_checkpoint  # noqa: E402
+from vqmoe_megatron.rundir.status import read_status  # noqa: E402
+from vqmoe_megatron.track.metrics_log import read_metrics  # noqa: E402
 
 OVERRIDES = [
     *TINY,

@@ -10,7 +10,7 @@ from kill_checks import curve_problems
 from kill_rounds import ACTIONS, hit_rounds
 from killed_run import KilledRun
 
-from vqmoe_megatron.tracking.metrics_log import read_metrics
+from vqmoe_megatron.track.metrics_log import read_metrics
 
 pytestmark = pytest.mark.distributed
 

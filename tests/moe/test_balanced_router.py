@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-
 from small_run import PARITY, TINY, layout_overrides, train_here  # noqa: E402
 
 pytestmark = pytest.mark.distributed

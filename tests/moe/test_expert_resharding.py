@@ -145,8 +145,8 @@ def train_layer(gated: bool, distributed: bool, seeds: list[int], load: str, sav
     from megatron.core import dist_checkpointing
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    from vqmoe_megatron.training.optimizer import build_optimizer
-    from vqmoe_megatron.training.optimizer_state import (
+    from vqmoe_megatron.engines.megatron.optimizer import build_optimizer
+    from vqmoe_megatron.engines.megatron.optimizer_state import (
         OPTIMIZER_METADATA,
         prepare_for_loading,
         restore_adam_steps,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.config.recipe import load_recipe, save_recipe
 from vqmoe_megatron.plan.layout import layout_errors
-from vqmoe_megatron.recipe import load_recipe, save_recipe
 
 
 @pytest.mark.parametrize(

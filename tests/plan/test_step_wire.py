@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.config.recipe import load_recipe
 from vqmoe_megatron.plan.layer_shape import LayerShape
 from vqmoe_megatron.plan.layer_wire import MeanTraffic
 from vqmoe_megatron.plan.layout import check_layout
 from vqmoe_megatron.plan.step_wire import stage_wire, step_wire
 from vqmoe_megatron.plan.step_wire_terms import StageWire, StepTerm, StepWire
 from vqmoe_megatron.plan.wire_cost import RowTraffic, wire_cost
-from vqmoe_megatron.recipe import load_recipe
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "parity.yaml"
 TP, PP, VPP, EP = (

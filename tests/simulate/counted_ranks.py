@@ -29,7 +29,7 @@ SMALL = [
 
 def small_recipe(layout: dict[str, int], overrides: list[str]) -> Any:
     """The parity recipe made smaller, at ``layout`` (short names of SIZES)."""
-    from vqmoe_megatron.recipe import load_recipe
+    from vqmoe_megatron.config.recipe import load_recipe
 
     sizes = [f"parallel.{SIZES[name]}={size}" for name, size in layout.items()]
     return load_recipe(RECIPE, [*SMALL, *sizes, *overrides])

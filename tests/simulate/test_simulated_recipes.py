@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from counted_ranks import SIZES, SMALL
 
-from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.config.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = [

@@ -7,7 +7,7 @@ import sys
 import pytest
 from shell_run import ROOT, bash, fake_command
 
-from vqmoe_megatron.tracking.sqlite_uri import sqlite_path
+from vqmoe_megatron.track.mlflow.sqlite_uri import sqlite_path
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from shell_run import bash
 
-from vqmoe_megatron.tracking.run_status import write_status
+from vqmoe_megatron.rundir.status import write_status
 
 
 def make_run(run_dir: Path, state: str | None, saved: int, reason: str = "why") -> None:

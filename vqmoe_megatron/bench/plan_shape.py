@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from vqmoe_megatron.bench.arm_table import ArmSpec
 from vqmoe_megatron.bench.cases import LayerCase
+from vqmoe_megatron.config.vq import VQConfig
 from vqmoe_megatron.plan.layer_shape import LayerShape
-from vqmoe_megatron.vq_config import VQConfig
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vqmoe_megatron.own_outputs import (
+from vqmoe_megatron.rundir.own_outputs import (
     is_sealed,
     refuse_foreign,
     replace_file,

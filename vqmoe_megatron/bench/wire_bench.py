@@ -23,10 +23,10 @@ from vqmoe_megatron.bench.cases import PASSES, LayerCase, check_choice
 from vqmoe_megatron.bench.failures import RanksFailed
 from vqmoe_megatron.bench.plan_shape import layer_shape
 from vqmoe_megatron.bench.wire_rank import JOB_FILE, result_file, step_spec
+from vqmoe_megatron.launch.local_ranks import run_local_ranks
 from vqmoe_megatron.plan.divisibility import remainder
 from vqmoe_megatron.plan.layer_shape import LayerShape
 from vqmoe_megatron.plan.wire_cost import RowTraffic, wire_cost
-from vqmoe_megatron.runtime.local_ranks import run_local_ranks
 
 TP, EP, ETP = (
     f"{name}_parallel_size" for name in ("tensor_model", "expert_model", "expert_tensor")

@@ -19,7 +19,7 @@ import torch
 
 from vqmoe_megatron.bench.arm_table import ArmSpec
 from vqmoe_megatron.bench.cases import LayerCase
-from vqmoe_megatron.runtime.local_ranks import STOP_SIGNALS
+from vqmoe_megatron.launch.local_ranks import STOP_SIGNALS
 
 JOB_FILE = "job.json"
 NUM_MICROBATCHES = 4  # of a step with one table

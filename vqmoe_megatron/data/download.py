@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tenacity
 
-from vqmoe_megatron.runtime.waiting import tell, told_while_waiting
+from vqmoe_megatron.rundir.waiting import tell, told_while_waiting
 
 TIMEOUT_S = 60
 NUM_ATTEMPTS = 4

@@ -149,7 +149,7 @@ def settings_from_environment() -> tuple[VQConfig | None, int]:
     path = os.environ.get(CONFIG_VARIABLE)
     if not path:
         return None, 1234
-    from vqmoe_megatron.recipe import load_recipe
+    from vqmoe_megatron.config.recipe import load_recipe
 
     recipe = load_recipe(Path(path), [])
     return recipe.vq, recipe.train.seed

@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
+from vqmoe_megatron.rundir.waiting import WaitNotices, tell
 from vqmoe_megatron.runtime.meeting_place import LOOKUP_SECONDS, HostLookup, MeetingPlace
 from vqmoe_megatron.runtime.rank_names import rank_names
-from vqmoe_megatron.runtime.waiting import WaitNotices, tell
 
 POLL_SECONDS = 0.1
 NOTICE_AFTER_SECONDS = 10.0  # ranks start one after another

@@ -1,7 +1,7 @@
 """Join a world of ranks: who am I, how many are we, which device, which process groups.
 
 Rank discovery order: torchrun's variables, else Slurm's, else a single process. Local ranks that
-:mod:`vqmoe_megatron.runtime.local_ranks` starts get torchrun's variables.
+:mod:`vqmoe_megatron.launch.local_ranks` starts get torchrun's variables.
 """
 
 from __future__ import annotations

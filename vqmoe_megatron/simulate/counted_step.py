@@ -16,6 +16,8 @@ from functools import partial
 from megatron.core import parallel_state
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.data.batches import Batch
+from vqmoe_megatron.engines.megatron.step_parts import build_step
 from vqmoe_megatron.moe.dispatch import DispatchReceipt
 from vqmoe_megatron.plan.exact import Exact, exact
 from vqmoe_megatron.plan.layer_wire import MeanTraffic
@@ -23,8 +25,6 @@ from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.wire_cost import RowTraffic
 from vqmoe_megatron.runtime.collective_counter import CollectiveCounter, process_group_axes
 from vqmoe_megatron.simulate.engines import BalancedCountedEngine, CountedEngine
-from vqmoe_megatron.training.batches import Batch
-from vqmoe_megatron.training.step_builder import build_step
 
 ByCollective = dict[tuple[str, str], tuple[int, Exact]]  # (collective, axis) -> calls, bytes
 

@@ -28,12 +28,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.config.recipe import load_recipe
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
-from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat
 from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
 
-JOB_FILE, CONFIG_FILE, RESULT_FILE = "job.json", "run_config.yaml", "result.json"
+JOB_FILE, RESULT_FILE = "job.json", "result.json"
 
 
 def run_job(folder: Path) -> None:
@@ -70,12 +71,12 @@ def simulate_rank(
     _join_fake_world(layout, rank)
     from megatron.core import parallel_state
 
+    from vqmoe_megatron.engines.megatron.step_parts import build_step
     from vqmoe_megatron.runtime.collective_counter import process_group_axes
     from vqmoe_megatron.runtime.cpu_compat.fake_world import fake_world
     from vqmoe_megatron.simulate.engines import SimulatedEngine
     from vqmoe_megatron.simulate.fake_collectives import SimulatedCollectives
     from vqmoe_megatron.simulate.fake_tensors import FakeValues
-    from vqmoe_megatron.training.step_builder import build_step
 
     counter = SimulatedCollectives(process_group_axes())
     with fake_world(), mode, FakeValues(), counter:

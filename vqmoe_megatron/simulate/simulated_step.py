@@ -17,14 +17,15 @@ from fractions import Fraction
 from pathlib import Path
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.config.recipe import save_recipe
 from vqmoe_megatron.plan.exact import Exact, exact
 from vqmoe_megatron.plan.layer_shape import LayerShape
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
 from vqmoe_megatron.plan.step_wire import step_wire
 from vqmoe_megatron.plan.step_wire_terms import StepWire
-from vqmoe_megatron.recipe import save_recipe
+from vqmoe_megatron.rundir.file_names import CONFIG_FILE
+from vqmoe_megatron.simulate.simulated_rank import JOB_FILE, RESULT_FILE
 
-JOB_FILE, CONFIG_FILE, RESULT_FILE = "job.json", "run_config.yaml", "result.json"
 MAX_RANKS = 4096
 MICROBATCHES_PER_STAGE = 1  # simulated: a pipeline fills and drains
 TIMEOUT_SECONDS = 1800

@@ -1,0 +1,207 @@
+"""A model with exported tables in its layers' places gives the checkpoint's own logits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from safetensors import safe_open
+from small_run import PARITY, ROOT, TINY, run_on
+from table_model import export_here, logits_here
+from typer.testing import CliRunner
+
+from vqmoe_megatron.checkpoint.table_export import check_has_table
+from vqmoe_megatron.checkpoint.table_folder import sha256
+from vqmoe_megatron.cli.export import export
+from vqmoe_megatron.config import VQConfig
+
+pytestmark = pytest.mark.distributed
+
+EP2 = {"expert_model_parallel_size": 2}
+STEPS = [*TINY, "train.train_iters=6", "optimizer.lr_warmup_iters=0", "optimizer.lr=1e-2"]
+DISCRETE = [*STEPS, "vq.path=discrete", "vq.quantizer=product", "vq.num_code_slices=2"]
+DENSE_BETWEEN = [*STEPS, "model.num_layers=3", "model.moe_layer_freq=2", "vq.quantizer=cosine"]
+BF16 = [*STEPS, "vq.path=discrete", "model.bf16=true", "vq.code_input=learned"]
+
+
+def with_tables(pool, corpus: Path, run_dir: Path, overrides: list[str], tables: Path) -> dict:
+    every = [f"data.path={corpus}", f"train.output_dir={run_dir}", *overrides]
+    return pool.run(logits_here, str(PARITY), every, str(tables))[0]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.fixture(scope="module")
+def discrete_run(ranks, small_corpus, tmp_path_factory) -> Path:
+    """A run of 6 steps at EP = 2, path=discrete, two slices."""
+    out = tmp_path_factory.mktemp("discrete")
+    run_on(ranks(2), small_corpus, out, DISCRETE, EP2)
+    return out
+
+
+@pytest.fixture(scope="module")
+def exported(discrete_run, tmp_path_factory) -> tuple[Path, str]:
+    """Its tables, written by the real command, and what that printed."""
+    out = tmp_path_factory.mktemp("exported") / "tables"
+    done = subprocess.run(
+        [sys.executable, "-m", "vqmoe_megatron.cli", "export", discrete_run, "--tables", out],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_tables_give_the_logits_of_a_checkpoint_of_two_ranks(
+    exported, discrete_run, ranks, small_corpus
+):
+    found = with_tables(ranks(1), small_corpus, discrete_run, DISCRETE, exported[0])
+    assert "another layout" in found["said"][0]  # written at EP = 2, read on one rank
+    assert found["numbers"] == [1, 2]
+    assert torch.equal(found["tables"], found["model"])
+    assert relative_error(found["wrong"], found["model"]) > 1e-2
+
+
+def test_a_dual_layer_needs_its_continuous_path_and_the_table(ranks, small_corpus, tmp_path):
+    run_on(ranks(1), small_corpus, tmp_path / "run", DENSE_BETWEEN, {})
+    out = tmp_path / "tables"
+    (written,) = ranks(1).run(export_here, str(tmp_path / "run"), str(out))
+    assert written["replaced"] == [0, 0]
+    found = with_tables(ranks(1), small_corpus, tmp_path / "run", DENSE_BETWEEN, out)
+    assert found["numbers"] == [1, 3]
+    assert relative_error(found["tables"], found["model"]) < 1e-5
+    assert relative_error(found["wrong"], found["model"]) > 1e-2
+
+
+def test_bf16_tables_give_the_same_rounding(ranks, small_corpus, tmp_path):
+    run_on(ranks(1), small_corpus, tmp_path / "run", BF16, {})
+    ranks(1).run(export_here, str(tmp_path / "run"), str(tmp_path / "tables"))
+    found = with_tables(ranks(1), small_corpus, tmp_path / "run", BF16, tmp_path / "tables")
+    assert torch.equal(found["tables"], found["model"])
+    assert relative_error(found["wrong"], found["model"]) > 1e-2
+
+
+def test_the_index_describes_the_files(exported, discrete_run):
+    out, _ = exported
+    index = json.loads((out / "tables.json").read_text())
+    assert index["checkpoint"]["folder"] == str(discrete_run / "checkpoints" / "iter_0000006")
+    assert index["checkpoint"]["iteration"] == 6
+    assert index["vq"]["num_code_slices"] == 2 and index["model"]["hidden_size"] == 32
+    names = ["layer_0001.safetensors", "layer_0002.safetensors"]
+    assert [layer["file"] for layer in index["layers"]] == names
+    assert sorted(entry.name for entry in out.iterdir()) == [*names, "tables.json"]
+    for number, layer in enumerate(index["layers"], start=1):
+        path = out / layer["file"]
+        assert layer["layer"] == number
+        assert layer["num_rows"] == 2 * 16
+        assert layer["num_bytes"] == path.stat().st_size
+        assert layer["sha256"] == sha256(path)
+        assert layer["replaced_expert_bytes"] == 4 * 8 * (2 * 64 * 32 + 64 + 32)
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: list(file.get_tensor(name).shape) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+        assert shapes == {
+            "codes": [2, 16, 16],
+            "table": [32, 32],
+            "output_norm.weight": [32],
+            "output_norm.bias": [32],
+        }
+        assert {name: part["shape"] for name, part in layer["tensors"].items()} == shapes
+        assert metadata["iteration"] == "6" and metadata["layer_number"] == str(number)
+
+
+def test_the_command_prints_one_line_per_layer(exported):
+    out, shown = exported
+    assert "exporting on cpu" in shown
+    lines = [line.split() for line in shown.splitlines()]
+    for number in (1, 2):
+        name = f"layer_000{number}.safetensors"
+        size = f"{(out / name).stat().st_size:,}"
+        assert [name, str(number), "32", size, "134,144", "134,144"] in lines
+    assert "in place of 268,288 bytes of experts" in shown
+
+
+@pytest.fixture
+def refused():
+    """Run the command in this process; it must refuse, and the message is returned."""
+    app = typer.Typer()
+    app.command()(export)
+
+    def run(checkpoint: Path, out: Path) -> str:
+        with pytest.raises(ValueError) as error:
+            arguments = [str(checkpoint), "--tables", str(out)]
+            CliRunner().invoke(app, arguments, catch_exceptions=False)
+        return str(error.value)
+
+    return run
+
+
+def test_a_folder_with_something_in_it_is_refused_and_left_alone(refused, discrete_run, exported):
+    out, _ = exported
+    before = {entry.name: entry.stat().st_mtime_ns for entry in out.iterdir()}
+    assert "is not empty" in refused(discrete_run, out)
+    assert {entry.name: entry.stat().st_mtime_ns for entry in out.iterdir()} == before
+
+
+@pytest.fixture
+def copy(discrete_run, tmp_path) -> Path:
+    folder = tmp_path / "iter_0000006"
+    return Path(shutil.copytree(discrete_run / "checkpoints" / "iter_0000006", folder))
+
+
+@pytest.mark.parametrize(
+    ("lacks", "says"),
+    [
+        ("metadata.json", "metadata.json is missing; copy"),
+        ("layout.json", "no checkpoint of vqmoe"),
+    ],
+)
+def test_an_incomplete_or_foreign_checkpoint_is_refused(lacks, says, refused, copy, tmp_path):
+    (copy / lacks).unlink()
+    assert says in refused(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cut_checkpoint_is_refused(refused, copy, tmp_path):
+    largest = max(copy.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1000])
+    assert largest.name in refused(copy, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"path: discrete": "path: continuous"}, "path=continuous has no discrete path"),
+        ({"expert_input: code": "expert_input: blend"}, "expert_input=blend has no table"),
+    ],
+)
+def test_a_layer_without_a_table_is_refused(change, says, refused, copy, tmp_path):
+    (copy / "checksums.json").unlink()  # as of a release before them
+    recipe = copy / "run_config.yaml"
+    for old, new in change.items():
+        assert recipe.read_text().count(old) == 1
+        recipe.write_text(recipe.read_text().replace(old, new))
+    assert says in refused(copy, tmp_path / "out")
+
+
+def test_every_mixed_input_is_refused_and_both_executions_are_not():
+    for expert_input in ("blend", "blend_convex", "token"):
+        with pytest.raises(ValueError, match=f"expert_input={expert_input}"):
+            check_has_table(VQConfig(expert_input=expert_input))
+    for execution in ("auto", "tokens", "code_space"):
+        check_has_table(VQConfig(execution=execution))
+
+
+def test_one_of_several_ranks_is_refused(refused, discrete_run, tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert "runs in one process, but torchrun started 2" in refused(discrete_run, tmp_path / "out")

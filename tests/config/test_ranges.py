@@ -1,0 +1,156 @@
+"""Every numeric key has a legal range, and what lies outside of it is refused with its reason."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+
+from vqmoe_megatron.config import ModelConfig, RunConfig, VQConfig
+from vqmoe_megatron.config.checks import check_settings
+from vqmoe_megatron.config.declared_types import declared_types, is_numeric
+from vqmoe_megatron.config.ranges import LEGAL_RANGES, Range, range_problem
+from vqmoe_megatron.config.recipe import load_recipe
+
+SECTIONS = declared_types(RunConfig)
+HUGE = 10**400  # more than any float holds
+
+
+def numeric_keys(sections: dict[str, type]) -> set[str]:
+    """Every field that may hold a number, as ``section.name``."""
+    return {
+        f"{section}.{name}"
+        for section, section_type in sections.items()
+        for name, hint in declared_types(section_type).items()
+        if is_numeric(hint)
+    }
+
+
+def section_of(key: str) -> tuple[type, str]:
+    section, name = key.split(".")
+    return SECTIONS[section], name
+
+
+def is_whole(key: str) -> bool:
+    section_type, name = section_of(key)
+    return "float" not in str(section_type.__annotations__[name])
+
+
+def outside(key: str) -> list[float]:
+    """Numbers of the key's type just out of its range, and far."""
+    legal, step = LEGAL_RANGES[key], 1 if is_whole(key) else 1e-38
+    found: list[float] = [HUGE, -HUGE] if is_whole(key) else [HUGE, -HUGE, 1e39, -1e300]
+    if legal.low > -math.inf:
+        found += [legal.low if legal.without_low else legal.low - step, -(10**9)]
+    if legal.high < math.inf:
+        found += [legal.high if legal.without_high else legal.high + max(step, 1e-9), 10**12]
+    return found
+
+
+@dataclass
+class Unclassified:
+    """What the comparison must see in a section, and what is no number."""
+
+    count: int = 1
+    rate: float | None = None
+    sizes: list[int] | None = None
+    shares: tuple[float, ...] = ()
+    flag: bool = False
+    names: list[str] | None = None
+
+
+def test_the_table_is_the_numeric_fields_of_the_sections() -> None:
+    assert set(LEGAL_RANGES) == numeric_keys(SECTIONS)
+
+
+def test_a_new_numeric_field_of_any_form_is_seen() -> None:
+    assert numeric_keys({"new": Unclassified}) == {
+        "new.count",
+        "new.rate",
+        "new.sizes",
+        "new.shares",
+    }
+
+
+@pytest.mark.parametrize("key", LEGAL_RANGES)
+def test_a_number_out_of_range_is_refused_with_key_value_and_range(key: str) -> None:
+    section_type, name = section_of(key)
+    for value in outside(key):
+        with pytest.raises(ValueError) as caught:
+            section_type(**{name: value})
+        assert str(caught.value).startswith(f"{key}={value} must be ")
+        assert str(caught.value).endswith(str(LEGAL_RANGES[key]))
+
+
+@pytest.mark.parametrize("key", LEGAL_RANGES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, "1", [1]])
+def test_what_is_no_finite_number_is_refused(key: str, value: object) -> None:
+    section_type, name = section_of(key)
+    with pytest.raises(ValueError, match=key) as caught:
+        section_type(**{name: value})
+    assert str(LEGAL_RANGES[key]) in str(caught.value)
+
+
+@pytest.mark.parametrize("key", LEGAL_RANGES)
+def test_a_recipe_is_refused_with_the_origin_of_the_number(key: str, tmp_path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text("")
+    section, name = key.split(".")
+    for value in outside(key):
+        with pytest.raises(ValueError) as caught:
+            load_recipe(path, [f"{key}={value}"])
+        assert f"{key}=" in str(caught.value) and f"(override '{key}={value}')" in str(caught.value)
+    if outside(key):
+        path.write_text(f"{section}:\n  {name}: {outside(key)[0]}\n")
+        with pytest.raises(ValueError, match=rf"{key}=.* must be .* \({path}:2\)"):
+            load_recipe(path, [])
+
+
+@pytest.mark.parametrize("key", LEGAL_RANGES)
+def test_borders_belong_to_the_range_unless_said_otherwise(key: str) -> None:
+    legal = LEGAL_RANGES[key]
+    assert (range_problem(key, legal.low) is None) is (
+        legal.low > -math.inf and not legal.without_low
+    )
+    assert (range_problem(key, legal.high) is None) is (
+        legal.high < math.inf and not legal.without_high
+    )
+
+
+@pytest.mark.parametrize(
+    ("legal", "words"),
+    [
+        (Range(1), "at least 1"),
+        (Range(0, without_low=True), "above 0"),
+        (Range(0, 1, without_high=True), "at least 0 and below 1"),
+        (Range(0, 1, True, True), "above 0 and below 1"),
+        (Range(high=7), "at most 7"),
+        (Range(), ""),
+    ],
+)
+def test_a_range_in_words(legal: Range, words: str) -> None:
+    assert str(legal) == words
+
+
+def test_every_number_of_a_list_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LEGAL_RANGES, "new.sizes", Range(2))
+    monkeypatch.setitem(LEGAL_RANGES, "new.shares", Range(0, 1))
+    assert range_problem("new.sizes", [2, 3, None]) is None
+    assert range_problem("new.sizes", [2, 1]) == "new.sizes=[2, 1] must be at least 2"
+    nan = range_problem("new.shares", (0.5, math.nan))
+    assert nan == "new.shares=(0.5, nan) must be a finite number in fp32, at least 0 and at most 1"
+
+
+def test_all_problems_of_a_section_come_together() -> None:
+    with pytest.raises(ValueError) as caught:
+        ModelConfig(num_layers=0, init_method_std=-1, bf16=1)  # type: ignore[arg-type]
+    for text in ("num_layers=0", "init_method_std=-1", "model.bf16: expected true or false"):
+        assert text in str(caught.value)
+
+
+def test_settings_that_are_no_numbers_have_their_type_too() -> None:
+    with pytest.raises(ValueError, match="vq.freeze_codebook: expected true or false, got str"):
+        VQConfig(freeze_codebook="false")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="new.names: expected a list of str or null, got list"):
+        check_settings("new", Unclassified(names=[1]))  # type: ignore[list-item]

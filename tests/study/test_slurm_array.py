@@ -1,0 +1,129 @@
+"""What submit would call, and what it refuses. Real arrays are in tests/cluster."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from vqmoe_megatron.launch import slurm_queue
+from vqmoe_megatron.rundir.status import write_status
+from vqmoe_megatron.study.slurm_array import Array, arrays_of, index_ranges, sbatch_command
+from vqmoe_megatron.study.slurm_queue import job_name, submitted_jobs
+from vqmoe_megatron.study.study import load_study
+
+
+@pytest.mark.parametrize(
+    ("indices", "text"),
+    [([0], "0"), ([0, 1, 2, 3], "0-3"), ([0, 2, 3, 7, 8, 9], "0,2-3,7-9"), ([4, 6], "4,6")],
+)
+def test_index_ranges(indices, text) -> None:
+    assert index_ranges(indices) == text
+
+
+def test_runs_of_other_numbers_of_ranks_get_arrays_of_their_own(write_study) -> None:
+    study = load_study(write_study(grid={"ranks": [2, 1], "seed": [1, 2, 3]}))
+    assert arrays_of(study, [5, 0, 1, 2, 4]) == [Array((4, 5), 1), Array((0, 1, 2), 2)]
+
+
+def test_the_users_options_come_last_and_a_second_array_waits(write_study, tmp_path) -> None:
+    study = load_study(write_study())
+    script = tmp_path / "study.sbatch"
+    array = Array((0, 2), 8)
+    command = sbatch_command(study, array, script, 3, ["--ntasks=4", "--partition=x"], after="77")
+    assert command[:2] == ["sbatch", "--parsable"]
+    assert {"--array=0,2%3", "--ntasks=8", "--dependency=afterany:77"} <= set(command)
+    assert command[-4:] == [
+        "--ntasks=4",
+        "--partition=x",
+        str(script),
+        str(study.folder.study_copy),
+    ]
+    assert f"--job-name={job_name(study)}" in command
+
+
+def test_a_percent_sign_of_the_folder_is_no_pattern_of_slurm(write_study, tmp_path) -> None:
+    study = load_study(write_study(study={"output_dir": str(tmp_path / "100%A %j")}))
+    command = sbatch_command(study, Array((0,), 1), tmp_path / "study.sbatch", 3, [])
+    (output,) = [text for text in command if text.startswith("--output=")]
+    assert output == f"--output={tmp_path}/100%%A %%j/logs/slurm-%A_%a.log"
+
+
+def test_a_job_around_the_submission_is_not_handed_on(
+    write_study, vqmoe, monkeypatch, tmp_path
+) -> None:
+    for name, body in (("sbatch", f"env >{tmp_path}/seen; echo 77"), ("squeue", "echo tiny")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n[ $# = 0 ] || {body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_GPUS_PER_NODE", "SLURM_CONF"):
+        monkeypatch.setenv(name, "9")
+    code, shown = vqmoe("study", "submit", write_study(grid={"experts": [4]}))
+    assert code == 0 and "submitted job 77" in shown, shown
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert [line for line in seen if line.startswith("SLURM_")] == ["SLURM_CONF=9"]
+
+
+def test_two_studies_of_one_name_have_other_job_names(write_study, tmp_path) -> None:
+    one = load_study(write_study())
+    two = load_study(write_study(study={"output_dir": str(tmp_path / "elsewhere")}))
+    assert job_name(one) != job_name(two)
+
+
+def test_a_dry_run_prints_and_leaves_nothing(write_study, vqmoe, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "")  # no Slurm needed
+    path = write_study()
+    study = load_study(path)
+    write_status(study.runs[1].run_dir, "completed", 8, "done")
+    write_status(study.runs[2].run_dir, "requeue", 5, "stopped")
+    code, shown = vqmoe("study", "submit", path, "--dry-run", "--max-parallel", "2", "--", "-pgpu")
+    assert code == 0, shown
+    lines = shown.splitlines()
+    assert lines[0] == "4 runs: 1 finished, 1 stopped, 2 waiting"
+    assert lines[1].startswith("sbatch --parsable") and "--array=0,2-3%2" in lines[1]
+    assert lines[1].endswith(f"-pgpu slurm/study.sbatch {study.folder.study_copy}")
+    assert "#SBATCH" in shown and lines[-1] == "dry run: nothing submitted"
+    assert [entry.name for entry in study.folder.path.iterdir()] == ["runs"]
+
+
+def test_without_sbatch_nothing_is_submitted(write_study, vqmoe, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    path = write_study()
+    code, shown = vqmoe("study", "submit", path)
+    assert code == 2 and len(shown.splitlines()) == 1
+    assert "no sbatch on PATH, so nothing was submitted" in shown
+    assert not load_study(path).folder.path.exists()
+
+
+def test_a_queue_that_cannot_be_asked_stops_a_submission(write_study, vqmoe, monkeypatch) -> None:
+    if shutil.which("sbatch") is None:
+        pytest.skip("Slurm's commands are not installed")
+    monkeypatch.setenv("SLURM_CONF", "/no/such/slurm.conf")
+    monkeypatch.setattr(slurm_queue, "SQUEUE_SECONDS", 3)  # it looks for a server, in vain
+    path = write_study()
+    code, shown = vqmoe("study", "submit", path)
+    assert code == 2 and "nothing was submitted" in shown
+    assert not load_study(path).folder.study_copy.exists()
+
+
+def test_a_finished_study_has_nothing_to_submit(write_study, vqmoe, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    path = write_study()
+    for run in load_study(path).runs.values():
+        write_status(run.run_dir, "completed", 8, "done")
+    code, shown = vqmoe("study", "submit", path, "--dry-run")
+    assert (code, shown) == (0, "4 runs: 4 finished\nnothing to submit\n")
+
+
+def test_a_bad_study_is_not_submitted(write_study, vqmoe) -> None:
+    code, shown = vqmoe("study", "submit", write_study(more=["vq.num_code=3"]))
+    assert code == 2 and "did you mean vq.num_codes" in shown
+
+
+def test_damaged_job_ids_are_not_taken_for_none(write_study) -> None:
+    study = load_study(write_study())
+    study.start()
+    assert submitted_jobs(study.folder) == []
+    study.folder.slurm_jobs.write_text("[{}]")
+    with pytest.raises(ValueError, match="slurm_jobs.json is damaged"):
+        submitted_jobs(study.folder)

@@ -1,0 +1,66 @@
+"""A recipe trains at the borders of its numbers' ranges, all of them at once."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from small_run import run_on
+
+from vqmoe_megatron.config.ranges import LEGAL_RANGES
+
+pytestmark = pytest.mark.distributed
+
+# What only another rule keeps from its lowest, or what would leave no step to look at.
+BOUND = {
+    "model.hidden_size": 4,  # grouped_mm: 16 bytes
+    "model.moe_ffn_hidden_size": 4,
+    "model.vocab_size": 256,  # the corpus's
+    "optimizer.lr_decay_iters": 2,  # beyond the warm-up
+    "train.train_iters": 2,
+    "train.exit_interval": 2,
+    "train.exit_duration_in_mins": 60,
+    "checkpoint.keep_last": 1,
+}
+# What the numbers need beside them to be read at all.
+READ = [
+    "vq.quantizer=low_dim",
+    "vq.expert_input=blend",
+    "model.position_embedding_type=learned_absolute",
+    "model.recompute_granularity=full",
+    "model.recompute_method=block",
+    "train.log_interval=1",
+]
+ALIVE = {"model.init_method_std": 0.02, "optimizer.lr": 1e-3, "model.seq_length": 8}
+
+
+def lowest() -> dict[str, float]:
+    """Each key with a lowest number, at it; ``ema_decay`` and the like just above."""
+    return {
+        key: (1e-9 if legal.without_low else legal.low)
+        for key, legal in LEGAL_RANGES.items()
+        if legal.low > -math.inf
+    } | BOUND
+
+
+def highest() -> dict[str, float]:
+    """Each key with a highest number, at it or just below."""
+    return {
+        key: legal.high - 1e-6 if legal.without_high else legal.high
+        for key, legal in LEGAL_RANGES.items()
+        if legal.high < math.inf
+    } | {"train.exit_interval": 2}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "beside"),
+    [(lowest(), READ), ({**lowest(), **ALIVE}, READ), (highest(), ["vq.expert_input=blend"])],
+    ids=["lowest", "lowest, with weights and a rate", "highest"],
+)
+def test_it_trains_at_the_borders(numbers, beside, ranks, small_corpus, tmp_path) -> None:
+    overrides = [*(f"{key}={value}" for key, value in numbers.items()), *beside]
+    (result,) = run_on(ranks(1), small_corpus, tmp_path / "run", overrides, {})
+    assert (result["state"], result["error"]) == ("completed", "")
+    losses = [record["loss"] for record in result["records"] if "loss" in record]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    assert result["finite_codebooks"]

@@ -1,0 +1,1 @@
+"""Checkpoints: what they hold, saving, loading at any layout, looking into them, exporting."""

@@ -1,0 +1,228 @@
+"""What a new run may take over from a model with other numbers of codes and experts.
+
+K codes per slice, N experts, C slices. New expert e copies old expert e mod N_old; new code k
+copies old code k mod K_old. Row r = slice * K + code goes to expert r mod N in either model.
+Settings only: no torch, no ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from vqmoe_megatron.config import ModelConfig, RunConfig
+from vqmoe_megatron.config.vq import VQConfig
+
+REMAPPED = ("model.num_moe_experts", "vq.num_codes")
+# What else decides which tensors a model has and their shapes; it must be equal.
+SHAPING_SETTINGS = (
+    "model.num_layers",
+    "model.hidden_size",
+    "model.num_attention_heads",
+    "model.num_query_groups",
+    "model.kv_channels",
+    "model.ffn_hidden_size",
+    "model.moe_ffn_hidden_size",
+    "model.moe_layer_freq",
+    "model.gated_linear_unit",
+    "model.add_bias_linear",
+    "model.add_qkv_bias",
+    "model.normalization",
+    "model.position_embedding_type",
+    "model.untie_embeddings_and_output_weights",
+    "model.vocab_size",
+    "model.make_vocab_size_divisible_by",
+    "vq.num_code_slices",
+    "vq.path",
+    "vq.combine",
+    "vq.norm",
+    "vq.codebook_update",
+    "vq.code_input",
+    "vq.code_dim",
+)
+# They decide only how tensors start or how a step is computed; what is taken over has started.
+WITHOUT_EFFECT = (
+    "model.init_method_std",
+    "vq.combine_bias",
+    "vq.init",
+    "vq.execution",
+    "vq.table_per_step",
+)
+RECOMPUTE_PREFIX = "model.recompute_"
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Codes per slice and experts, before and after."""
+
+    num_slices: int
+    old_codes: int
+    new_codes: int
+    old_experts: int
+    new_experts: int
+
+    def num_rows_on_other_experts(self, codes: range) -> int:
+        """Rows of the new ``codes`` whose expert is no copy of the one their original goes to."""
+        return sum(
+            (s * self.new_codes + k) % self.new_experts % self.old_experts
+            != (s * self.old_codes + k % self.old_codes) % self.old_experts
+            for s in range(self.num_slices)
+            for k in codes
+        )
+
+
+def check_remap(stored: RunConfig, wanted: RunConfig) -> list[str]:
+    """Return what changes when ``wanted`` starts from a checkpoint of ``stored``, in sentences.
+
+    Both with ``model.vocab_size`` filled in. No communication.
+
+    Raises:
+        ValueError: listing everything that cannot be remapped.
+    """
+    theirs, ours = _settings(stored), _settings(wanted)
+    problems = list(_problems(theirs, ours))
+    if problems:
+        raise ValueError(
+            "checkpoint.remap changes vq.num_codes and model.num_moe_experts only; this checkpoint "
+            "cannot be remapped to this recipe:\n  - " + "\n  - ".join(problems)
+        )
+    sizes = _Sizes(
+        wanted.vq.num_code_slices,
+        stored.vq.num_codes,
+        wanted.vq.num_codes,
+        stored.model.num_moe_experts,
+        wanted.model.num_moe_experts,
+    )
+    sentences = [
+        *_expert_sentences(sizes, wanted.vq),
+        *(_code_sentences(sizes, wanted.vq) if wanted.vq.path != "continuous" else ()),
+    ]
+    others = [
+        f"{name} {theirs[name]!r} -> {value!r}"
+        for name, value in ours.items()
+        if value != theirs[name] and _matters(name)
+    ]
+    if others:
+        sentences.append(f"also different, in settings that shape no tensor: {', '.join(others)}")
+    if wanted.vq.path != "continuous":
+        sentences.append(_discrete_path_sentence(sizes, bool(others)))
+    sentences.append(
+        "only weights and codebooks are taken over: optimizer, schedule, data position, random "
+        "state and iteration start anew"
+    )
+    return sentences
+
+
+def _settings(config: RunConfig) -> dict[str, object]:
+    return {
+        f"{section}.{spec.name}": getattr(getattr(config, section), spec.name)
+        for section, kind in (("model", ModelConfig), ("vq", VQConfig))
+        for spec in fields(kind)
+    }
+
+
+def _matters(name: str) -> bool:
+    return name not in (*REMAPPED, *WITHOUT_EFFECT) and not name.startswith(RECOMPUTE_PREFIX)
+
+
+def _problems(theirs: dict[str, object], ours: dict[str, object]) -> Iterator[str]:
+    shaping = list(SHAPING_SETTINGS)
+    if ours["model.position_embedding_type"] == "learned_absolute":
+        shaping.append("model.seq_length")  # rows of the position table
+    for name in shaping:
+        if theirs[name] != ours[name]:
+            yield (
+                f"{name}: checkpoint {theirs[name]!r}, recipe {ours[name]!r}; it decides the "
+                "model's tensors, set it back"
+            )
+    has_codes = "continuous" not in (theirs["vq.path"], ours["vq.path"])
+    if has_codes:
+        for whose, settings in (("checkpoint", theirs), ("recipe", ours)):
+            if settings["vq.code_map"] != "mod":
+                yield (
+                    f"vq.code_map: {whose} {settings['vq.code_map']!r}; a balanced or clustered "
+                    "map is fixed for its codes and experts, so both sides need code_map=mod"
+                )
+    changed = [name for name in REMAPPED if theirs[name] != ours[name]]
+    if not has_codes and "vq.num_codes" in changed:
+        changed.remove("vq.num_codes")
+    if not changed:
+        without = "" if has_codes else " (vq.path=continuous has no codes)"
+        yield (
+            f"nothing to remap: vq.num_codes and model.num_moe_experts are the checkpoint's"
+            f"{without}; leave checkpoint.remap out"
+        )
+
+
+def _expert_sentences(sizes: _Sizes, vq: VQConfig) -> Iterator[str]:
+    old, new = sizes.old_experts, sizes.new_experts
+    if old == new:
+        return
+    if new < old:
+        yield f"experts {old} -> {new}: the first {new} are kept, {old - new} are dropped"
+    else:
+        with_router = "" if vq.path == "discrete" else ", with its row of the router"
+        yield (
+            f"experts {old} -> {new}: new expert e starts as a copy of expert e mod {old}"
+            f"{with_router}"
+        )
+    if vq.path == "discrete":
+        return
+    if new < old:
+        yield (
+            "the continuous path does not compute the same function: tokens of the dropped experts "
+            "go to others"
+        )
+    else:
+        yield (
+            "the continuous path does not compute the same function: the router's probability of "
+            "an expert is split over its copies"
+        )
+
+
+def _code_sentences(sizes: _Sizes, vq: VQConfig) -> Iterator[str]:
+    old, new = sizes.old_codes, sizes.new_codes
+    if old == new:
+        return
+    if new < old:
+        yield (
+            f"codes {old} -> {new} per slice: the first {new} are kept; tokens of the other "
+            f"{old - new} go to the nearest that is left"
+        )
+        return
+    yield (
+        f"codes {old} -> {new} per slice: new code k starts as a copy of code k mod {old}; ties go "
+        f"to the lowest index, so the {new - old} copies get no tokens until they are moved"
+    )
+    if vq.freeze_codebook:
+        yield "vq.freeze_codebook=true: the copies will never be moved, so more codes have no use"
+    elif vq.codebook_update != "reanchor" and vq.dead_code_threshold == 0:
+        yield (
+            "vq.dead_code_threshold=0: no dead code is re-seeded, so the copies may never get "
+            "tokens; set it above 0"
+        )
+
+
+def _discrete_path_sentence(sizes: _Sizes, others_differ: bool) -> str:
+    kept = range(min(sizes.old_codes, sizes.new_codes))
+    copies = range(sizes.old_codes, sizes.new_codes)
+    num_moved, num_moved_copies = map(sizes.num_rows_on_other_experts, (kept, copies))
+    num_kept = sizes.num_slices * len(kept)
+    about_copies = ""
+    if num_moved_copies:
+        about_copies = (
+            f"; {num_moved_copies} of {sizes.num_slices * len(copies)} copied codes go to another "
+            "expert than their original, which counts once they get tokens"
+        )
+    if num_moved:
+        return (
+            f"{num_moved} of {num_kept} codes change their expert's function (row mod N is another "
+            f"expert's copy){about_copies}"
+        )
+    if sizes.new_codes < sizes.old_codes:
+        return f"all {num_kept} kept codes keep their expert's function{about_copies}"
+    apart = "apart from the settings above, " if others_differ else ""
+    return (
+        f"{apart}the discrete path computes exactly the same function at the start: every code "
+        f"keeps its expert's function{about_copies}"
+    )

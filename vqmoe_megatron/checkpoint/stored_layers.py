@@ -1,0 +1,119 @@
+"""The VQMoE layers of a checkpoint, one after the other, in one process.
+
+A layer needs nothing of the others, so no model is built: memory holds one layer at a time,
+whatever layout wrote the checkpoint. Megatron stores equal layers stacked, as
+``decoder.layers.mlp.*`` with an axis of layers in front, and layers of different kinds (VQMoE every
+``moe_layer_freq`` layers) each under its number from 0, as ``decoder.layers.2.mlp.*``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.spec_utils import build_module
+
+from vqmoe_megatron.checkpoint.content import readable
+from vqmoe_megatron.checkpoint.state import FORMAT_VERSION
+from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.engines.megatron.model import build_transformer_config
+from vqmoe_megatron.moe.layer import VQMoELayer
+from vqmoe_megatron.moe.spec import get_vqmoe_layer_spec
+from vqmoe_megatron.plan.layout import ParallelLayout
+
+CODES = re.compile(r"^(decoder\.layers\.(?:(\d+)\.)?mlp\.)assigner\.codebook\.codes$")
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """Where a checkpoint keeps one layer."""
+
+    prefix: str  # of its tensors' names
+    offsets: tuple[tuple[int, int, int], ...]  # Megatron's (axis, index, size) of a stacked layer
+
+
+def layer_places(names: list[str], num_layers: int) -> dict[int, LayerPlace]:
+    """Return layer number (from 1) -> place, of the layers with codes among stored ``names``."""
+    places: dict[int, LayerPlace] = {}
+    for found in filter(None, map(CODES.match, names)):
+        prefix, index = found.groups()
+        if index is not None:
+            places[int(index) + 1] = LayerPlace(prefix, ())
+            continue
+        for number in range(num_layers):
+            places[number + 1] = LayerPlace(prefix, ((0, number, num_layers),))
+    return dict(sorted(places.items()))
+
+
+def stored_layers(
+    folder: Path, config: RunConfig, layout: ParallelLayout, names: list[str]
+) -> Iterator[VQMoELayer]:
+    """Build and load the VQMoE layers with codes, by number, in evaluation and in code space.
+
+    Args:
+        folder: a complete ``iter_`` folder, written at any layout.
+        config: the recipe in it; its discrete path has expert_input=code.
+        layout: of one rank, whose process groups stand.
+        names: of the stored tensors.
+
+    Communicates over the world, which is this process.
+
+    Raises:
+        ValueError: for another checkpoint format, or tensors that are not there.
+    """
+    version = dist_checkpointing.load_common_state_dict(str(folder)).get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has checkpoint format {version}, this release reads {FORMAT_VERSION}"
+        )
+    places = layer_places(names, config.model.num_layers)
+    if not places:
+        raise ValueError(f"{folder} holds no layer with codes (decoder.layers.*.assigner.codebook)")
+    transformer = build_transformer_config(config, layout)
+    transformer.perform_initialization = False  # every value is loaded
+    # However it was trained: with one expert input per code both executions are the same function.
+    vq = replace(config.vq, execution="code_space", table_per_step=False)
+    spec = get_vqmoe_layer_spec(transformer, vq, config.train.seed).submodules.mlp
+    for number, place in places.items():
+        layer = build_module(spec, config=transformer, layer_number=number)
+        _load(layer, folder, place, set(names))
+        layer.eval()
+        yield layer
+
+
+def _load(layer: VQMoELayer, folder: Path, place: LayerPlace, stored: set[str]) -> None:
+    wanted = layer.sharded_state_dict(place.prefix, place.offsets)
+    lacking = sorted({part.key for part in wanted.values()} - stored)
+    if lacking:
+        raise ValueError(f"{folder} lacks tensors of its own recipe: {', '.join(lacking)}")
+    asked = {"layer": {name: _one_of_stacked(part) for name, part in wanted.items()}}
+    # One layer of several is asked for on purpose, which Megatron's check takes for a mistake.
+    with readable(folder):
+        loaded = dist_checkpointing.load(asked, str(folder), validate_access_integrity=False)
+    loaded = loaded["layer"]
+    layer.load_state_dict(
+        {
+            name.removeprefix(place.prefix): loaded[name].reshape(part.local_shape)
+            for name, part in wanted.items()
+        }
+    )
+
+
+def _one_of_stacked(part: ShardedTensor) -> ShardedTensor:
+    """Ask for one layer of a stacked tensor: with the axis of layers written out.
+
+    With a prepended axis Megatron wants every index of it on some rank.
+    """
+    if part.prepend_axis_num == 0:
+        return part
+    return replace(
+        part,
+        data=None,
+        local_shape=(*[1] * part.prepend_axis_num, *part.local_shape),
+        axis_fragmentations=None,
+        prepend_axis_num=0,
+    )

@@ -1,0 +1,178 @@
+"""From a checkpoint to a folder of tables, in one process.
+
+1. The checkpoint is found and judged by its files alone: complete, ours, and with a table to write.
+2. This process becomes a world of one rank.
+3. Layer by layer: load, evaluate every code row once, write.
+4. The folder gets its index and its name.
+
+Megatron is imported in 2 and later, after the CPU has been made fit for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vqmoe_megatron import __version__
+from vqmoe_megatron.checkpoint.inspection import CheckpointContents, inspect_checkpoint
+from vqmoe_megatron.checkpoint.table_folder import (
+    TableFile,
+    write_index,
+    write_table,
+)
+from vqmoe_megatron.config import ParallelConfig, RunConfig, VQConfig
+from vqmoe_megatron.config.recipe import load_saved_recipe
+from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.rundir.file_names import CONFIG_FILE
+from vqmoe_megatron.rundir.own_outputs import check_new_folder, new_folder
+from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
+from vqmoe_megatron.runtime.world import (
+    build_process_groups,
+    choose_device,
+    discover_rank,
+    join_world,
+    leave_world,
+)
+from vqmoe_megatron.vq.table_layer import TABLE_FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """One layer of the index."""
+
+    layer: int  # from 1, over the whole model
+    file: TableFile
+    num_rows: int  # C * K
+    expert_bytes: int  # of the layer's expert parameters, in the dtype they have
+    replaced_expert_bytes: int  # of them, what inference with the table does without
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written."""
+
+    out: Path
+    checkpoint: str
+    iteration: int
+    path: str  # discrete or dual
+    layers: list[ExportedLayer]
+
+
+def export_tables(checkpoint: Path, out: Path) -> Export:
+    """Write the tables of a checkpoint into the new folder ``out``.
+
+    Args:
+        checkpoint: a run directory, its checkpoints folder, or one iter_ folder; of any layout.
+        out: not there yet, or empty.
+
+    Makes this process a world of one rank and ends it again.
+
+    Raises:
+        ValueError: when there is no usable checkpoint, it has no table, ``out`` is not new, or this
+            is one of several ranks.
+    """
+    contents = inspect_checkpoint(checkpoint)
+    config = load_saved_recipe(Path(contents.folder) / CONFIG_FILE)
+    check_has_table(config.vq)
+    check_new_folder(out)
+    with _world_of_one(config) as layout, new_folder(out) as partial:
+        return write_tables(contents, config, layout, partial, out)
+
+
+def check_has_table(vq: VQConfig) -> None:
+    """Raise ``ValueError`` for a layer whose discrete path is no function of the codes."""
+    if vq.path == "continuous":
+        raise ValueError(
+            "vq.path=continuous has no discrete path, so there is no table to export; tables exist "
+            "for path=discrete and path=dual"
+        )
+    if vq.expert_input != "code":
+        raise ValueError(
+            f"vq.expert_input={vq.expert_input} has no table to export: every token has an expert "
+            "input of its own, so no finite table holds the outputs; tables exist for "
+            "expert_input=code, where an output depends on the code alone"
+        )
+
+
+def write_tables(
+    contents: CheckpointContents,
+    config: RunConfig,
+    layout: ParallelLayout,
+    partial: Path,
+    out: Path,
+) -> Export:
+    """Write all layers' files and the index into ``partial``, in a world of one rank."""
+    from vqmoe_megatron.checkpoint.layer_table import layer_table
+    from vqmoe_megatron.checkpoint.stored_layers import stored_layers
+
+    layers, settings = [], None
+    names = [tensor.name for tensor in contents.tensors]
+    for layer in stored_layers(Path(contents.folder), config, layout, names):
+        tensors, settings = layer_table(layer, contents.iteration)
+        file = write_table(partial, layer.layer_number, tensors, settings.as_metadata())
+        expert_bytes = sum(p.numel() * p.element_size() for p in layer.experts.parameters())
+        is_replaced = settings.path == "discrete"
+        layers.append(
+            ExportedLayer(
+                layer=layer.layer_number,
+                file=file,
+                num_rows=tensors["table"].shape[0],
+                expert_bytes=expert_bytes,
+                replaced_expert_bytes=expert_bytes if is_replaced else 0,
+            )
+        )
+    export = Export(out, contents.folder, contents.iteration, settings.path, layers)
+    write_index(partial, _index(export, contents, config))
+    return export
+
+
+def _index(export: Export, contents: CheckpointContents, config: RunConfig) -> dict[str, Any]:
+    return {
+        "format_version": TABLE_FORMAT_VERSION,
+        "written_by": f"vqmoe_megatron {__version__}",
+        "checkpoint": {
+            "folder": contents.folder,
+            "iteration": contents.iteration,
+            "recipe_sha256": contents.recipe_sha256,
+        },
+        "model": contents.model,
+        "vq": asdict(config.vq),
+        "total_bytes": sum(layer.file.num_bytes for layer in export.layers),
+        "replaced_expert_bytes": sum(layer.replaced_expert_bytes for layer in export.layers),
+        "layers": [
+            {"layer": layer.layer, "file": layer.file.name, "sha256": layer.file.sha256}
+            | {"num_bytes": layer.file.num_bytes, "num_rows": layer.num_rows}
+            | {"expert_bytes": layer.expert_bytes}
+            | {"replaced_expert_bytes": layer.replaced_expert_bytes}
+            | {"tensors": {name: asdict(part) for name, part in layer.file.tensors.items()}}
+            for layer in export.layers
+        ],
+    }
+
+
+@contextlib.contextmanager
+def _world_of_one(config: RunConfig) -> Iterator[ParallelLayout]:
+    """Stand up the process groups of one rank; yields their layout."""
+    variables = discover_rank()
+    if variables.world_size != 1:
+        raise ValueError(
+            f"vqmoe export runs in one process, but {variables.source} started "
+            f"{variables.world_size} ranks; start it without {variables.source}"
+        )
+    device, reason = choose_device("auto")
+    print(f"exporting on {device} ({reason})", flush=True)
+    quiet_known_messages()
+    if device == "cpu":
+        from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat
+
+        install_cpu_compat()
+    layout = ParallelLayout.from_config(replace(config, parallel=ParallelConfig()), 1)
+    join_world(variables, device)
+    try:
+        build_process_groups(layout)
+        yield layout
+    finally:
+        leave_world()

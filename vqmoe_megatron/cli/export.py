@@ -1,0 +1,77 @@
+"""``vqmoe export``: the command, and the table it prints."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:  # it imports torch, which a help text can do without
+    from vqmoe_megatron.checkpoint.table_export import Export
+
+LOG_WIDTH = 160  # columns where no terminal tells its width
+
+
+def export(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="run directory, its checkpoints folder, or one iter_ folder; of any layout",
+        ),
+    ],
+    tables: Annotated[
+        Path, typer.Option(metavar="OUT_DIR", help="new directory for the layers' tables")
+    ],
+) -> None:
+    """Write each VQMoE layer's discrete path as a table, for inference.
+
+    Needs vq.expert_input=code and vq.path=discrete or dual. One process;
+    reads one layer at a time. In Python, load_table_layer of
+    vqmoe_megatron.vq.table_layer reads a file back, without Megatron.
+
+    Example: vqmoe export runs/quickstart --tables exports/quickstart
+    """
+    from vqmoe_megatron.checkpoint.table_export import export_tables
+
+    print_export(export_tables(checkpoint, tables), sys.stdout)
+
+
+def print_export(written: Export, stream: TextIO) -> None:
+    """Print one line per layer. A terminal gets a ruled table; anything else plain columns."""
+    is_terminal = stream.isatty()
+    console = Console(
+        file=stream,
+        force_terminal=is_terminal,  # a file stays plain even under FORCE_COLOR
+        width=None if is_terminal else LOG_WIDTH,
+        highlight=False,
+        markup=False,
+    )
+    table = Table(box=SIMPLE_HEAD if is_terminal else None, pad_edge=False)
+    table.add_column("file")
+    for name in ("layer", "rows", "bytes", "expert bytes", "of them replaced"):
+        table.add_column(name, justify="right")
+    for layer in written.layers:
+        sizes = (layer.num_rows, layer.file.num_bytes, layer.expert_bytes)
+        row = (layer.layer, *sizes, layer.replaced_expert_bytes)
+        table.add_row(layer.file.name, *(f"{value:,}" for value in row))
+    console.print(table)
+    total_bytes = sum(layer.file.num_bytes for layer in written.layers)
+    replaced_bytes = sum(layer.replaced_expert_bytes for layer in written.layers)
+    in_place_of = f" in place of {replaced_bytes:,} bytes of experts" if replaced_bytes else ""
+    console.print(
+        f"{written.out}: {len(written.layers)} tables of {written.checkpoint} (iteration "
+        f"{written.iteration:,}), {total_bytes:,} bytes{in_place_of}",
+        soft_wrap=True,
+    )
+    if written.path == "dual":
+        console.print(
+            "path=dual: the continuous path keeps its experts at inference; the tables spare the "
+            "discrete path's work, no memory",
+            soft_wrap=True,
+        )

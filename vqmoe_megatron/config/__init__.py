@@ -1,0 +1,25 @@
+"""The configuration of a run: sections, ranges, rules, and the recipe that holds them."""
+
+from vqmoe_megatron.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerSection,
+    ParallelConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from vqmoe_megatron.config.vq import VQConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerSection",
+    "ParallelConfig",
+    "RunConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "VQConfig",
+]

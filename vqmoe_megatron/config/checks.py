@@ -1,0 +1,34 @@
+"""The checks that configuration sections share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vqmoe_megatron.config.declared_types import declared_types, type_problem
+from vqmoe_megatron.config.ranges import LEGAL_RANGES, range_problem
+
+
+def setting_problem(key: str, value: Any, hint: Any) -> str | None:
+    """Say what is wrong with the value of ``section.name`` by itself: its type or its range."""
+    problem = type_problem(key, value, hint)
+    if problem and key in LEGAL_RANGES:
+        return f"{problem}; it must be {LEGAL_RANGES[key] or 'a finite number'}"
+    return problem or range_problem(key, value)
+
+
+def check_settings(section: str, config: Any) -> None:
+    """Raise one ``ValueError`` with every field that has another type or lies out of its range."""
+    found = [
+        setting_problem(f"{section}.{name}", getattr(config, name), hint)
+        for name, hint in declared_types(config.__class__).items()
+    ]
+    if problems := [problem for problem in found if problem]:
+        raise ValueError("; ".join(problems))
+
+
+def check_choice(section: str, name: str, value: object, legal: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` naming the legal values when ``value`` is not one of them."""
+    if value not in legal:
+        raise ValueError(
+            f"{section}.{name}={value!r} is not legal; choose one of {', '.join(legal)}"
+        )

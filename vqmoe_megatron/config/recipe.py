@@ -1,0 +1,298 @@
+"""Reading a recipe: a YAML file plus dotted overrides becomes a checked :class:`RunConfig`.
+
+1. Every setting is collected with its origin (``file:line`` or the override's text).
+2. Unknown sections and keys are refused, with the nearest legal names.
+3. Settings are laid over the defaults, later ones winning, and ``${...}`` is resolved.
+4. Each value is checked against the type its dataclass declares, and against its legal range.
+5. The dataclasses are built once, from the final values, so their rules never see a half-merged
+   recipe; a section with a problem of steps 3 or 4 is not built, and none where 1 or 2 found one.
+   Everything that is wrong is reported together in one ``ValueError``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml  # OmegaConf's own parser: for its error class and its line numbers
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.config.checks import setting_problem
+from vqmoe_megatron.config.declared_types import alternatives, declared_types
+from vqmoe_megatron.rundir.own_outputs import replace_file
+
+OVERRIDE_EXAMPLE = "vq.num_codes=128"
+NULLS = ("null", "Null", "NULL", "~")  # of YAML, beside nothing at all
+QUOTES = ("'", '"')
+URI_CREDENTIALS = re.compile(r"://\S*@")
+SECTION_TYPES: dict[str, type] = declared_types(RunConfig)
+# Declared type of every setting, by dotted key.
+LEGAL_TYPES: dict[str, Any] = {
+    f"{section}.{name}": hint
+    for section, section_type in SECTION_TYPES.items()
+    for name, hint in declared_types(section_type).items()
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value a user gave, and where: ``path:line`` or ``override 'text'``."""
+
+    key: str  # "section.name"
+    value: Any
+    origin: str
+
+
+def load_recipe(path: Path, overrides: list[str]) -> RunConfig:
+    """Read ``path``, apply ``overrides`` in order (the last wins) and return the checked result.
+
+    Raises ``ValueError`` for a missing or malformed file, a malformed override, an unknown section
+    or key, a value of the wrong type, and every rule of a section; all problems in one message.
+    """
+    problems: list[str] = []
+    settings = _file_settings(Path(path), problems)
+    settings += [s for text in overrides if (s := _override_setting(text, problems)) is not None]
+    tree = OmegaConf.create(asdict(RunConfig()))
+    origins: dict[str, str] = {}
+    for setting in settings:
+        try:
+            OmegaConf.update(tree, setting.key, setting.value, merge=False)
+        except OmegaConfBaseException as error:  # a ${ that is not well formed
+            problems.append(f"{setting.key}={setting.value!r} ({setting.origin}): {error}")
+        origins[setting.key] = setting.origin
+    is_read_whole = not problems
+    values = _checked_values(tree, origins, problems)
+    sections: dict[str, Any] = {}
+    for section in values if is_read_whole else ():
+        try:
+            sections[section] = SECTION_TYPES[section](**values[section])
+        except ValueError as rule:
+            problems.append(str(rule))
+    if problems:
+        raise ValueError(_report(path, problems))
+    return RunConfig(**sections)
+
+
+def save_recipe(config: RunConfig, path: Path) -> None:
+    """Write the resolved recipe to ``path`` atomically: the old file or the new one, never a half.
+
+    :func:`load_recipe` on the written file, without overrides, returns an equal configuration.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+
+
+def load_saved_recipe(path: Path) -> RunConfig:
+    """Read what :func:`save_recipe` wrote.
+
+    Raises ``ValueError`` as :func:`load_recipe`, and for an emptied or cut file, whose settings
+    would otherwise be the defaults.
+    """
+    config = load_recipe(path, [])
+    missing = [section for section in SECTION_TYPES if section not in OmegaConf.load(path)]
+    if missing:
+        raise ValueError(f"{path} was emptied or cut: it lacks {', '.join(missing)}")
+    return config
+
+
+def holds_text(key: str) -> bool:
+    """Tell whether the setting is declared as text, or as text or null."""
+    return str in alternatives(LEGAL_TYPES.get(key))
+
+
+def text_override(key: str, value: str) -> str:
+    """Return the override that gives a text setting exactly ``value``, quoted where it must be.
+
+    Raises:
+        ValueError: for a value with ``${``, which would be resolved and not kept.
+    """
+    if "${" in value:
+        raise ValueError(f"{key}={value}: ${{...}} is not resolved here; write the value itself")
+    is_plain = value == value.strip() and value not in ("", *NULLS) and value[0] not in QUOTES
+    return f"{key}={value if is_plain else json.dumps(value, ensure_ascii=False)}"
+
+
+def flatten_config(config: RunConfig) -> dict[str, str | int | float | bool | None]:
+    """Return every setting under its dotted key, lists joined by commas (for tracking)."""
+    return {
+        f"{section.name}.{name}": ",".join(value) if isinstance(value, list) else value
+        for section in fields(config)
+        for name, value in asdict(getattr(config, section.name)).items()
+    }
+
+
+def _file_settings(path: Path, problems: list[str]) -> list[Setting]:
+    """Return the file's settings in order; an empty section or file means its defaults."""
+    if not path.is_file():
+        raise ValueError(_missing_file(path))
+    try:
+        loaded = OmegaConf.load(path)
+        lines = _line_numbers(path)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {_where_and_why(error)}") from error
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} cannot be read as a recipe: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ValueError(f"{path} must hold sections ({', '.join(SECTION_TYPES)}), not a list")
+
+    settings: list[Setting] = []
+    sections: Any = OmegaConf.to_container(loaded)
+    for section, content in sections.items():
+        origin = f"{path}:{lines.get((str(section),), 1)}"
+        if section not in SECTION_TYPES:
+            problems.append(f"{_unknown_section(str(section))} ({origin})")
+        elif content is not None and not isinstance(content, dict):
+            problems.append(
+                f"section {section} must hold `key: value` lines, not {content!r} ({origin})"
+            )
+        else:
+            for name, value in (content or {}).items():
+                origin = f"{path}:{lines.get((section, str(name)), 1)}"
+                if f"{section}.{name}" in LEGAL_TYPES:
+                    settings.append(Setting(f"{section}.{name}", value, origin))
+                else:
+                    problems.append(f"{_unknown_key(f'{section}.{name}')} ({origin})")
+    return settings
+
+
+def _override_setting(text: str, problems: list[str]) -> Setting | None:
+    """Return the setting of one ``section.key=value`` text, or None with its problem reported."""
+    key, equals, raw = text.partition("=")
+    key = key.strip()
+    origin = f"override {text!r}"
+    if not equals:
+        problems.append(f"{origin} has no `=`; write it as section.key=value: {OVERRIDE_EXAMPLE}")
+        return None
+    if key in SECTION_TYPES:
+        problems.append(f"{origin} names a whole section; write {key}.key=value")
+        return None
+    if key not in LEGAL_TYPES:
+        unknown = _unknown_key if key.split(".")[0] in SECTION_TYPES else _unknown_section
+        problems.append(f"{unknown(key)} ({origin})")
+        return None
+    try:
+        if holds_text(key):
+            value: Any = _override_text(raw.strip())
+            OmegaConf.create({"value": value})  # its ${...}, if any, is well formed
+        else:
+            section, name = key.split(".")
+            tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={raw}"]))
+            value = tree[section][name]
+    except yaml.YAMLError as error:
+        problems.append(f"{origin} has a malformed value: {_where_and_why(error)}")
+    except (OmegaConfBaseException, ValueError) as error:
+        problems.append(f"{origin} has a malformed value: {str(error).splitlines()[0]}")
+    else:
+        return Setting(key, value, origin)
+    return None
+
+
+def _override_text(raw: str) -> str | None:
+    """Return the value of a text setting: as it stands, unless it is null, ~ or in quotes.
+
+    So ``007``, ``a: b``, ``runs/study #1`` and ``&x`` are what they look like, where YAML would
+    see a number, a mapping, a comment and an anchor. ``${...}`` is resolved later.
+    """
+    if not raw:
+        raise ValueError("it is empty; write null for no value, or '' in quotes for an empty text")
+    if raw in NULLS:
+        return None
+    if raw[0] not in QUOTES:
+        return raw
+    node = yaml.compose(raw, Loader=yaml.SafeLoader)
+    if not isinstance(node, yaml.ScalarNode) or node.end_mark.index != len(raw):
+        raise ValueError("it begins with a quote mark but is not one quoted text")
+    return str(node.value)
+
+
+def _checked_values(
+    tree: DictConfig, origins: dict[str, str], problems: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Resolve every setting and check its type and range; int becomes float where declared.
+
+    Returns the sections whose every value is legal by itself.
+    """
+    values: dict[str, dict[str, Any]] = {section: {} for section in SECTION_TYPES}
+    broken: set[str] = set()
+    for key, hint in LEGAL_TYPES.items():
+        section, name = key.split(".")
+        where = origins.get(key, "default")
+        try:
+            value = OmegaConf.select(tree, key, throw_on_missing=True)
+            if OmegaConf.is_config(value):
+                value = OmegaConf.to_container(value, resolve=True)
+        except OmegaConfBaseException as error:
+            problems.append(f"{key} ({where}) cannot be resolved: {str(error).splitlines()[0]}")
+            broken.add(section)
+            continue
+        if problem := setting_problem(key, value, hint):
+            problems.append(f"{problem} ({where})")
+            broken.add(section)
+            continue
+        values[section][name] = float(value) if _is_float(value, hint) else value
+    return {section: values[section] for section in SECTION_TYPES if section not in broken}
+
+
+def _is_float(value: Any, hint: Any) -> bool:
+    return type(value) is int and int not in (kinds := alternatives(hint)) and float in kinds
+
+
+def _unknown_section(key: str) -> str:
+    """Describe an unknown section, with the nearest sections or, for a bare key, its full name."""
+    same_name = [legal for legal in LEGAL_TYPES if legal.split(".")[1] == key.split(".")[-1]]
+    near = same_name + difflib.get_close_matches(key.split(".")[0], SECTION_TYPES, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "none is near."
+    return f"unknown section {key!r}: {hint} Sections: {', '.join(SECTION_TYPES)}"
+
+
+def _unknown_key(key: str) -> str:
+    """Describe an unknown key of a known section, with the nearest legal keys of all sections."""
+    section, name = key.split(".", 1)
+    siblings = [legal for legal in LEGAL_TYPES if legal.startswith(f"{section}.")]
+    elsewhere = [legal for legal in LEGAL_TYPES if legal.split(".")[1] == name]
+    near = elsewhere + difflib.get_close_matches(key, siblings, n=3, cutoff=0.6)
+    if near:
+        return f"unknown key {key!r}: did you mean {' or '.join(near)}?"
+    names = ", ".join(legal.split(".")[1] for legal in siblings)
+    return f"unknown key {key!r}: none is near. Keys of {section}: {names}"
+
+
+def _line_numbers(path: Path) -> dict[tuple[str, ...], int]:
+    """Return the line of each ``(section,)`` and ``(section, key)`` of a YAML mapping."""
+    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    lines: dict[tuple[str, ...], int] = {}
+    for section, content in root.value if isinstance(root, yaml.MappingNode) else []:
+        lines[(section.value,)] = section.start_mark.line + 1
+        for name, _ in content.value if isinstance(content, yaml.MappingNode) else []:
+            lines[(section.value, name.value)] = name.start_mark.line + 1
+    return lines
+
+
+def _where_and_why(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    why = getattr(error, "problem", None) or str(error)
+    return why if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: {why}"
+
+
+def _missing_file(path: Path) -> str:
+    """Describe a missing recipe by listing the ones beside it and in ``recipes/``."""
+    folders = dict.fromkeys((path.parent, Path("recipes")))
+    found = [str(file) for folder in folders for file in sorted(folder.glob("[!.]*.yaml"))]
+    listing = f"; recipes here: {', '.join(found)}" if found else " and no recipes/*.yaml is near"
+    what = "is a folder, not a recipe file" if path.is_dir() else "does not exist"
+    return f"recipe {path} {what}{listing}"
+
+
+def _report(path: Path, problems: list[str]) -> str:
+    """Join the problems; what stands between :// and @ may be a password and is left out."""
+    problems = [URI_CREDENTIALS.sub("://***@", problem) for problem in problems]
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} problems in {path}:\n" + "\n".join(f"  - {p}" for p in problems)

@@ -1,0 +1,167 @@
+"""Settings of the vector-quantised layer: a small frozen dataclass beside Megatron's config.
+
+It is never a subclass of ``TransformerConfig``, so that the layer drops into any Megatron code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vqmoe_megatron import registry
+from vqmoe_megatron.config.checks import check_choice, check_settings
+
+LEGAL_VQ_VALUES: dict[str, tuple[str, ...]] = {
+    "code_map": ("mod", "balanced", "clustered"),
+    "expert_input": ("code", "blend", "blend_convex", "token"),
+    "code_input": ("codebook", "learned"),
+    "straight_through": ("token", "group", "identity", "none"),
+    "execution": ("auto", "tokens", "code_space"),
+    "path": ("dual", "discrete", "continuous"),
+    "combine": ("softmax", "sigmoid"),
+    "norm": ("none", "separate", "shared"),
+    "codebook_update": ("gradient", "ema", "reanchor"),
+    "init": ("data", "kmeans", "uniform"),
+}
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """Settings of the vector-quantised layer, passed beside Megatron's ``TransformerConfig``.
+
+    See arXiv 2411.19402 for the method; ``docs/architecture.md`` names each toggle's source.
+    """
+
+    num_codes: int = 64  # K, codes per codebook
+    num_code_slices: int = 1  # C, codes per token (quantizer: product)
+    quantizer: str = "euclidean"
+    code_dim: int | None = None  # of the space that low_dim searches in
+    code_map: str = "mod"
+    expert_input: str = "code"
+    code_input: str = "codebook"  # of expert_input=code
+    contribution_rate: float = 0.05  # c of the blend inputs; the released value
+    straight_through: str = "token"
+    execution: str = "auto"  # auto: code_space where it is exact, else tokens
+    table_per_step: bool = False  # code space: one table for all microbatches of a step
+    path: str = "dual"
+    combine: str = "softmax"
+    combine_bias: float = 3.0  # initial logit in favour of the continuous path
+    norm: str = "separate"
+    codebook_update: str = "ema"
+    ema_decay: float = 0.99
+    commitment_coeff: float = 0.25  # van den Oord et al. 2017 (arXiv 1711.00937), eq. 3
+    vq_loss_coeff: float = 0.08  # beta_vq of the released VQMoE scripts
+    init: str = "data"
+    dead_code_threshold: float = (
+        0.05  # share of uniform usage under which a code is re-seeded; 0: off
+    )
+    freeze_codebook: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings("vq", self)
+        registry.check_name("quantizer", self.quantizer)
+        takes = registry.takes("quantizer", self.quantizer)
+        for name, legal in LEGAL_VQ_VALUES.items():
+            check_choice("vq", name, getattr(self, name), legal)
+        if self.code_map != "mod" and self.init == "uniform":
+            raise ValueError(
+                f"vq.code_map={self.code_map} is built from the load and the codes of the first "
+                "data, which vq.init=uniform never looks at; use init=data or kmeans, or "
+                "code_map=mod"
+            )
+        if (self.code_dim is not None) != ("code_dim" in takes):
+            raise ValueError(
+                f"vq.code_dim={self.code_dim} with vq.quantizer={self.quantizer}: low_dim needs "
+                "the dimension it searches in, for instance code_dim=32, and no other has one"
+            )
+        self._check_code_space()
+        if self.num_code_slices > 1 and "num_code_slices" not in takes:
+            raise ValueError(
+                f"vq.num_code_slices={self.num_code_slices} needs vq.quantizer=product; "
+                f"{self.quantizer} gives one code per token"
+            )
+
+    def _check_code_space(self) -> None:
+        """Code space is exact only where every token of a code has the same expert input."""
+        if self.code_input == "learned" and self.expert_input != "code":
+            raise ValueError(
+                f"vq.code_input=learned with vq.expert_input={self.expert_input}: learned vectors "
+                "stand in the place of codes; use expert_input=code, or code_input=codebook"
+            )
+        if self.path == "continuous" and (
+            self.execution == "code_space" or self.code_input == "learned"
+        ):
+            raise ValueError(
+                f"vq.path=continuous has no codes for vq.execution={self.execution}, vq.code_input="
+                f"{self.code_input}; use path=dual or discrete, or leave both at their defaults"
+            )
+        if self.expert_input != "code" and self.straight_through != "token":
+            raise ValueError(
+                f"vq.straight_through={self.straight_through} is for vq.expert_input=code; with "
+                f"{self.expert_input} the token is part of the expert input and gets its own "
+                "gradient; leave straight_through at token"
+            )
+        if self.execution == "code_space" and self.expert_input != "code":
+            raise ValueError(
+                "vq.execution=code_space cannot work here: with vq.expert_input="
+                f"{self.expert_input} every token has its own expert input, so one row per code "
+                "cannot stand for it (code space is exact only for expert_input=code); use "
+                "vq.execution=tokens or auto"
+            )
+        if self.table_per_step and not self.in_code_space:
+            raise ValueError(
+                "vq.table_per_step=true keeps the table of code space, but this layer has none: "
+                f"vq.path={self.path}, vq.execution={self.execution}, "
+                f"vq.expert_input={self.expert_input}; code space needs a discrete path with "
+                "expert_input=code and execution=auto or code_space"
+            )
+
+    @property
+    def in_code_space(self) -> bool:
+        """Whether the discrete path is evaluated once per code instead of once per token."""
+        return (
+            self.path != "continuous" and self.execution != "tokens" and self.expert_input == "code"
+        )
+
+    @property
+    def execution_in_words(self) -> str:
+        """How the discrete path is evaluated, and why; one line for the user."""
+        if self.path == "continuous":
+            return "no discrete path (vq.path=continuous)"
+        rows = self.num_code_slices * self.num_codes
+        if self.in_code_space:
+            per = "step" if self.table_per_step else "microbatch"
+            return f"discrete path in code space: {rows} rows, one table per {per}"
+        reason = (
+            "vq.execution=tokens"
+            if self.execution == "tokens"
+            else f"vq.expert_input={self.expert_input} gives every token its own expert input"
+        )
+        return f"discrete path by token dispatch ({reason})"
+
+    def check_model(self, hidden_size: int, num_experts: int) -> None:
+        """Raise ``ValueError`` for a combination that needs the model's sizes to be judged."""
+        if hidden_size % self.num_code_slices:
+            raise ValueError(
+                f"hidden_size % vq.num_code_slices != 0: {hidden_size} % {self.num_code_slices} = "
+                f"{hidden_size % self.num_code_slices}; product codes cut the hidden vector in "
+                "equal slices"
+            )
+        if self.code_dim is not None and self.code_dim > hidden_size:
+            raise ValueError(
+                f"vq.code_dim <= hidden_size fails: {self.code_dim} > {hidden_size}; low_dim codes "
+                "lie in a subspace of the hidden vectors"
+            )
+        rows = self.num_code_slices * self.num_codes
+        if self.code_map != "mod" and rows % num_experts:
+            raise ValueError(
+                f"vq.code_map={self.code_map} keeps equal code counts per expert, but "
+                "num_code_slices * "
+                f"num_codes % num_moe_experts != 0: {rows} % {num_experts} = {rows % num_experts}; "
+                "use code_map=mod or a multiple"
+            )
+        if self.path == "discrete" and rows < num_experts:
+            raise ValueError(
+                f"vq.path=discrete with {rows} codes leaves {num_experts - rows} of {num_experts} "
+                "experts "
+                "without any code; raise vq.num_codes or lower model.num_moe_experts"
+            )

@@ -1,0 +1,1 @@
+"""Training engines: what builds a model and takes its steps."""

@@ -1,0 +1,1 @@
+"""Megatron-core as the engine: model, optimizer, one training step."""

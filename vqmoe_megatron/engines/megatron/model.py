@@ -1,0 +1,162 @@
+"""From a recipe to this rank's model chunks: TransformerConfig, GPTModel, DDP.
+
+One chunk per virtual pipeline stage; without interleaving there is one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import init_method_normal, scaled_init_method_normal
+
+from vqmoe_megatron.config import ModelConfig, RunConfig
+from vqmoe_megatron.engines.megatron.layout_independent_init import redraw_parameters
+from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
+from vqmoe_megatron.moe.spec import get_vqmoe_block_spec
+from vqmoe_megatron.plan.layout import ParallelLayout
+
+ACTIVATIONS = {
+    "gelu": torch.nn.functional.gelu,
+    "relu": torch.nn.functional.relu,
+    "silu": torch.nn.functional.silu,
+}
+# Fields of our model section that GPTModel takes, not TransformerConfig.
+GPT_FIELDS = {
+    "seq_length",
+    "vocab_size",
+    "make_vocab_size_divisible_by",
+    "position_embedding_type",
+    "rotary_base",
+    "untie_embeddings_and_output_weights",
+    "activation_func",
+}
+
+
+def padded_vocab_size(model: ModelConfig) -> int:
+    """Vocabulary rows of the embedding: a multiple of ``make_vocab_size_divisible_by``.
+
+    The multiple does not depend on TP, so every layout has the same table.
+
+    Raises:
+        ValueError: when the vocabulary size is not known yet.
+    """
+    if model.vocab_size is None:
+        raise ValueError("model.vocab_size is not set and no corpus has filled it in")
+    multiple = model.make_vocab_size_divisible_by
+    return (model.vocab_size + multiple - 1) // multiple * multiple
+
+
+def build_transformer_config(config: RunConfig, layout: ParallelLayout) -> TransformerConfig:
+    """Translate the recipe. Fields that need CUDA kernels follow the device. No communication."""
+    model = config.model
+    known = {f.name for f in fields(TransformerConfig)}
+    settings = {
+        f.name: getattr(model, f.name)
+        for f in fields(ModelConfig)
+        if f.name in known and f.name not in GPT_FIELDS
+    }
+    has_cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if model.bf16 else torch.float32
+    transformer = TransformerConfig(
+        **settings,
+        activation_func=ACTIVATIONS[model.activation_func],
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,  # see below
+        sequence_parallel=layout.sequence_parallel,
+        moe_token_dispatcher_type="alltoall",
+        attention_softmax_in_fp32=True,
+        deterministic_mode=config.train.deterministic,
+        variable_seq_lengths=False,
+        # Batched, the two directions between the same two ranks get mixed up in the interleaved
+        # schedule at PP = 2: each rank is both the previous and the next stage of the other.
+        overlap_p2p_comm=layout.virtual_pipeline_model_parallel_size is not None,
+        batch_p2p_comm=layout.virtual_pipeline_model_parallel_size is None,
+        # The fused kernels below come with CUDA extensions only.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=has_cuda,
+        bias_dropout_fusion=has_cuda,
+        bias_activation_fusion=False,
+        persist_layer_norm=False,
+        init_method=init_method_normal(model.init_method_std),
+        output_layer_init_method=scaled_init_method_normal(model.init_method_std, model.num_layers),
+    )
+    # Megatron refuses biased experts at ETP > 1, which its own experts cannot shard and
+    # GroupedExperts does; it reads the field nowhere else.
+    transformer.expert_tensor_parallel_size = layout.expert_tensor_parallel_size
+    return transformer
+
+
+def build_model(
+    config: RunConfig,
+    transformer: TransformerConfig,
+    layout: ParallelLayout,
+    engine: EngineType = ExpertEngine,
+) -> list[torch.nn.Module]:
+    """Build this rank's chunks, wrapped in Megatron's DDP and, for bf16, its Float16Module.
+
+    ``engine`` builds the expert engine of every layer.
+
+    Communicates: DDP broadcasts parameters of the data-parallel group.
+    """
+    num_chunks = layout.virtual_pipeline_model_parallel_size or 1
+    chunks = [
+        _build_chunk(config, transformer, stage if num_chunks > 1 else None, engine)
+        for stage in range(num_chunks)
+    ]
+    if config.train.layout_independent_init:
+        for chunk in chunks:
+            redraw_parameters(chunk, config.train.seed)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
+        overlap_param_gather=config.optimizer.overlap_param_gather,
+        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+        check_for_nan_in_grad=False,  # the loop checks and follows train.nan_policy
+    )
+    wrapped = []
+    for number, chunk in enumerate(chunks):
+        if config.model.bf16:
+            chunk = Float16Module(transformer, chunk)
+        wrapped.append(
+            DistributedDataParallel(transformer, ddp_config, chunk, disable_bucketing=number > 0)
+        )
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped
+
+
+def _build_chunk(
+    config: RunConfig, transformer: TransformerConfig, vp_stage: int | None, engine: EngineType
+) -> GPTModel:
+    place = {"ignore_virtual": False, "vp_stage": vp_stage}
+    model = GPTModel(
+        transformer,
+        get_vqmoe_block_spec(transformer, config.vq, config.train.seed, vp_stage, engine),
+        vocab_size=padded_vocab_size(config.model),
+        max_sequence_length=config.model.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(**place),
+        post_process=parallel_state.is_pipeline_last_stage(**place),
+        parallel_output=True,
+        share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
+        position_embedding_type=config.model.position_embedding_type,
+        rotary_base=config.model.rotary_base,
+        vp_stage=vp_stage,
+    )
+    for name, parameter in model.named_parameters():
+        # Megatron marks expert parameters so only when EP > 1; at EP = 1 with TP > ETP their
+        # gradients would then not be reduced over TP ranks.
+        if ".experts." in name:
+            parameter.allreduce = False
+    return model.to(torch.cuda.current_device())

@@ -1,0 +1,173 @@
+"""One training step on Megatron's schedules, and the forward pass it shares with evaluation.
+
+S sequence length, b micro batch size.
+
+1. Forward and backward over all microbatches (``get_forward_backward_func``); inside it gradients
+   are finalized and the codebooks' statistics are reduced.
+2. All ranks agree on what the step saw: a non-finite loss or gradient, a stop request.
+3. Codebooks and optimizer take their step, unless it is skipped; the schedule goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from vqmoe_megatron.data.batches import Batch, to_device
+from vqmoe_megatron.moe.codebook_sync import CodebookSync
+
+Sums = torch.Tensor  # fp64 [2]: summed loss in nats, number of scored tokens
+
+
+def masked_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[Any, ...]:
+    """Sum the token losses [b, S] under the mask; Megatron divides by the token count."""
+    mask = loss_mask.reshape(-1).float()
+    total = (losses.reshape(-1).float() * mask).sum()
+    num_tokens = mask.sum()
+    report = torch.stack([total.detach().double(), num_tokens.double()])
+    return total, num_tokens.to(torch.int), {"loss": report}
+
+
+def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
+    """Evaluate one microbatch; the shape Megatron's schedules expect."""
+    batch = to_device(next(iterator))
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(masked_loss, batch["loss_mask"])
+
+
+def run_microbatches(
+    model: list[torch.nn.Module],
+    iterators: list[Iterator[Batch]],
+    num_microbatches: int,
+    seq_length: int,
+    micro_batch_size: int,
+    forward_only: bool,
+) -> Sums:
+    """Run Megatron's schedule and return the loss sums of the global batch on every rank.
+
+    Communicates: the schedule's own traffic, one all-reduce over the data-parallel group and one
+    broadcast from the last pipeline stage.
+    """
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=num_microbatches,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+    device = torch.cuda.current_device()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        sums = torch.stack([report["loss"] for report in reports]).sum(dim=0)
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            sums,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return sums
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; equal on all ranks except the times."""
+
+    loss: float  # nats per token
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+    stop_request: int  # the highest request any rank raised
+    save_requested: bool  # by any rank
+    core_seconds: float  # forward, backward, communication, optimizer
+
+
+class TrainStep:
+    """Callable that advances the model by one step."""
+
+    def __init__(
+        self,
+        model: list[torch.nn.Module],
+        optimizer: Any,
+        scheduler: Any,
+        codebook_sync: CodebookSync,
+        num_microbatches: int,
+        seq_length: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.codebook_sync = codebook_sync
+        self.num_microbatches = num_microbatches
+        self.seq_length = seq_length
+        self.micro_batch_size = micro_batch_size
+        self.global_batch_size = global_batch_size
+
+    def __call__(
+        self, iterators: list[Iterator[Batch]], stop_request: int, save_request: bool
+    ) -> StepResult:
+        """Take one step. The requests are this rank's; the result holds those of all ranks.
+
+        Communicates over all groups of the layout, and once over the world (three integers).
+        """
+        started = time.perf_counter()
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = run_microbatches(
+            self.model,
+            iterators,
+            self.num_microbatches,
+            self.seq_length,
+            self.micro_batch_size,
+            forward_only=False,
+        )
+        flags = torch.stack(
+            [
+                1 - (torch.isfinite(sums[0]) & self._gradients_are_finite()).int(),
+                torch.tensor(stop_request, dtype=torch.int32, device=sums.device),
+                torch.tensor(save_request, dtype=torch.int32, device=sums.device),
+            ]
+        )
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        (bad, stop, save), (total, num_tokens) = flags.tolist(), sums.tolist()
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        grad_norm = float("nan")
+        if bad:
+            self.codebook_sync.discard(self.model)
+        else:
+            self.codebook_sync.apply()
+            updated, norm, _ = self.optimizer.step()
+            grad_norm = float(norm) if norm is not None else float("nan")
+            bad = not updated
+        # The schedule counts samples read, so a skipped step advances it too.
+        self.scheduler.step(increment=self.global_batch_size)
+        return StepResult(
+            loss=total / max(num_tokens, 1.0),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            skipped=bool(bad),
+            stop_request=stop,
+            save_requested=bool(save),
+            core_seconds=time.perf_counter() - started,
+        )
+
+    def _gradients_are_finite(self) -> torch.Tensor:
+        """Bool scalar over this rank's gradient buffers; no communication."""
+        finite = torch.ones((), dtype=torch.bool, device=torch.cuda.current_device())
+        for chunk in self.model:
+            for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+                # The largest magnitude is NaN or Inf when any element is.
+                finite &= torch.isfinite(buffer.grad_data.abs().max())
+        return finite

@@ -1,0 +1,1 @@
+"""Starting runs: ranks on this machine, jobs of a Slurm queue."""

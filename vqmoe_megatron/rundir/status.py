@@ -1,0 +1,114 @@
+"""``status.json``: the state a launcher decides on, never on an exit code.
+
+Written atomically (temporary file, fsync, rename), so a reader sees the old or the new state whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from vqmoe_megatron.rundir.file_names import LOCK_FILE, STATUS_FILE
+
+# What a rank says when another one, or the connection to it, is gone: not a cause. The first two
+# lines are those of launchers/requeue_guard.sh.
+LOST_PEER = re.compile(
+    "DistBackendError|DistNetworkError|DistStoreError|Connection (closed|reset|refused)"
+    "|Broken pipe|Timed out waiting|pair closure|No route to host"
+    "|another rank could not write its part"
+)
+STATES = ("running", "completed", "requeue", "failed")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """``state``: running | completed | requeue | failed; ``iteration``: the last that counts;
+    ``slurm_job``: that of the process which wrote it, as launchers/slurm_world.sh names it."""
+
+    state: str
+    iteration: int
+    reason: str
+    mlflow_run_id: str | None = None
+    slurm_job: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.state not in STATES:
+            raise ValueError(f"run state {self.state!r} is not one of {', '.join(STATES)}")
+        if not isinstance(self.iteration, int) or self.iteration < 0:
+            raise ValueError(f"status iteration={self.iteration!r} must be an integer >= 0")
+
+
+def write_status(
+    run_dir: str | Path, state: str, iteration: int, reason: str, mlflow_run_id: str | None = None
+) -> None:
+    """Replace ``<run_dir>/status.json`` atomically; ``ValueError`` for an illegal field.
+
+    For rank 0, and for any rank that fails: of several writers the last wins. ``OSError`` when the
+    directory cannot be written.
+    """
+    status = RunStatus(state, iteration, reason, mlflow_run_id, _slurm_job())
+    path = Path(run_dir) / STATUS_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Ranks on several nodes may have one process id and record a failure at the same time.
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(status), indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _slurm_job() -> str | None:
+    """``40_3`` for an array task, whose own number says nothing to a user; None outside Slurm."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def read_status(run_dir: str | Path) -> RunStatus | None:
+    """Return the status of a run directory, ``None`` when none was ever written.
+
+    ``ValueError`` when the file exists but cannot be read or is not a status.
+    """
+    path = Path(run_dir) / STATUS_FILE
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        return RunStatus(**json.loads(content))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a run status ({error}); move it away to go on") from error
+
+
+def is_alive(run_dir: str | Path) -> bool:
+    """Tell whether a process is running in the directory now, whatever its status says.
+
+    A run that was killed leaves the state ``running`` behind, but no lock. Do not call it from the
+    process that holds the lock. Where locks cannot be read, the state is believed.
+    """
+    try:
+        with (Path(run_dir) / LOCK_FILE).open("r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        status = read_status(run_dir)
+        return status is not None and status.state == "running"
+    return False

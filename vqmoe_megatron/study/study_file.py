@@ -1,0 +1,198 @@
+"""A study file: one YAML that describes a grid of runs.
+
+    study:
+      name: stdlib_experts
+      output_dir: runs/stdlib_experts
+      recipe: recipes/quickstart.yaml
+      rule: equal_tokens             # or equal_flops, as_written
+      num_ranks: 1                   # unset: the fewest the layout fits on
+    set:                             # overrides of the recipe, the same for every run
+      - model.hidden_size=64
+      - vq.num_codes=4 * experts     # a whole number times another setting
+    grid:
+      experts: [4, 8]                # see axes.py
+    exclude:
+      - {experts: 8, router: smoe}
+
+Paths are relative to the working directory, as those of a recipe are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vqmoe_megatron.study.axes import RANKS_KEY, Axis, Point, points, read_axes, read_exclusions
+
+RULES = ("equal_tokens", "equal_flops", "as_written")
+SECTIONS = ("study", "set", "grid", "exclude")
+STUDY_KEYS: dict[str, type] = {
+    "name": str,
+    "output_dir": str,
+    "recipe": str,
+    "rule": str,
+    "num_ranks": int,
+}
+OPTIONAL_KEYS = ("num_ranks",)
+STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# What the study decides for every run.
+OWN_KEYS = ("train.output_dir", "tracking.run_name", "tracking.parent_run_id")
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """A study file that is right in itself; recipes and layouts are not looked at yet."""
+
+    path: Path
+    name: str
+    output_dir: Path
+    recipe: Path
+    rule: str
+    num_ranks: int | None  # None: the fewest the layout fits on
+    settings: tuple[str, ...]  # overrides that all runs share
+    axes: tuple[Axis, ...]
+    points: tuple[Point, ...]
+    content: dict[str, Any]  # as written, for the copy in the study's directory
+
+
+def read_study_file(path: Path) -> StudyFile:
+    """Read and check ``path``.
+
+    Raises:
+        ValueError: everything that is wrong in one message, with the nearest legal names.
+    """
+    path = Path(path)
+    content = _load(path)
+    problems = [
+        _unknown("section", str(key), SECTIONS) for key in content if str(key) not in SECTIONS
+    ]
+    study = _study_section(content.get("study"), problems)
+    settings = _settings(content.get("set"), problems)
+    axes = read_axes(content.get("grid"), problems)
+    exclusions = read_exclusions(content.get("exclude") or [], axes, problems)
+    _check_own_keys(settings, axes, study.get("rule"), problems)
+    found: list[Point] = []
+    if not problems:
+        try:
+            found = points(axes, exclusions)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError(listed(path, problems))
+    return StudyFile(
+        path=path,
+        name=study["name"],
+        output_dir=Path(study["output_dir"]),
+        recipe=Path(study["recipe"]),
+        rule=study["rule"],
+        num_ranks=study.get("num_ranks"),
+        settings=settings,
+        axes=tuple(axes),
+        points=tuple(found),
+        content=content,
+    )
+
+
+def listed(path: Path, problems: list[str]) -> str:
+    """Return one message for all problems of a study file."""
+    problems = [problem.replace("\n", "\n    ") for problem in dict.fromkeys(problems)]
+    if len(problems) == 1:
+        return f"study {path}: {problems[0]}"
+    return f"{len(problems)} problems in study {path}:\n" + "\n".join(f"  - {p}" for p in problems)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        folders = dict.fromkeys((path.parent, Path("recipes/studies")))
+        found = [str(file) for folder in folders for file in sorted(folder.glob("*.yaml"))]
+        here = f"; studies here: {', '.join(found)}" if found else ""
+        raise ValueError(f"study {path} does not exist{here}")
+    try:
+        loaded = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        why = getattr(error, "problem", None) or error
+        raise ValueError(f"study {path} is not valid YAML: {where}{why}") from error
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ValueError(f"study {path} cannot be read: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ValueError(f"study {path} must hold the sections {', '.join(SECTIONS)}, not a list")
+    content: Any = OmegaConf.to_container(loaded)
+    return content
+
+
+def _study_section(section: Any, problems: list[str]) -> dict[str, Any]:
+    if not isinstance(section, dict):
+        problems.append(f"section study is missing; its keys are {', '.join(STUDY_KEYS)}")
+        return {}
+    good: dict[str, Any] = {}
+    for key, value in section.items():
+        expected = STUDY_KEYS.get(str(key))
+        if expected is None:
+            problems.append(_unknown("key", f"study.{key}", [f"study.{k}" for k in STUDY_KEYS]))
+        elif value is None and key in OPTIONAL_KEYS:
+            continue
+        elif type(value) is not expected:
+            problems.append(f"study.{key}: expected {expected.__name__}, got {value!r}")
+        else:
+            good[str(key)] = value
+    for key in STUDY_KEYS:
+        if key not in section and key not in OPTIONAL_KEYS:
+            problems.append(f"study.{key} is missing")
+    if "name" in good and not STUDY_NAME.fullmatch(good["name"]):
+        problems.append(f"study.name: letters, digits and _ . - only, not {good['name']!r}")
+    if "output_dir" in good and not good["output_dir"].strip():
+        problems.append("study.output_dir is empty; name a directory, for instance runs/NAME")
+    if "rule" in good and good["rule"] not in RULES:
+        problems.append(f"study.rule={good['rule']!r}: choose one of {', '.join(RULES)}")
+    if good.get("num_ranks", 1) < 1:
+        problems.append(f"study.num_ranks={good['num_ranks']} must be at least 1")
+    return good
+
+
+def _settings(section: Any, problems: list[str]) -> tuple[str, ...]:
+    if section is None:
+        return ()
+    if not isinstance(section, list) or not all(isinstance(text, str) for text in section):
+        problems.append("set must be a list of overrides, one per line: `- model.hidden_size=64`")
+        return ()
+    return tuple(section)
+
+
+def _check_own_keys(
+    settings: Iterable[str], axes: list[Axis], rule: str | None, problems: list[str]
+) -> None:
+    in_axes = [text for axis in axes for value in axis.values for text in value.overrides]
+    for text in (*settings, *in_axes):
+        if key_of(text) in OWN_KEYS:
+            problems.append(f"{text}: the study itself sets {key_of(text)} for every run")
+    for text in settings:
+        if key_of(text) == RANKS_KEY:
+            problems.append(f"set: {text} belongs to the section study, as num_ranks")
+    for text in in_axes:
+        if key_of(text) == "train.train_iters" and rule != "as_written":
+            problems.append(
+                f"{text} in the grid: study.rule={rule} computes train.train_iters; use "
+                "rule: as_written for other lengths"
+            )
+
+
+def key_of(override: str) -> str:
+    """Return the dotted key of a ``key=value`` text."""
+    return override.partition("=")[0].strip()
+
+
+def _unknown(what: str, name: str, legal: Iterable[str]) -> str:
+    legal = list(legal)
+    near = difflib.get_close_matches(name, legal, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "none is near."
+    return f"unknown {what} {name!r}: {hint} Legal: {', '.join(legal)}"

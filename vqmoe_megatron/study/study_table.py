@@ -1,0 +1,91 @@
+"""The tables of ``vqmoe study``: the runs of a grid, and how they are doing."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TextIO
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vqmoe_megatron.study.run_state import STATES, RunState
+from vqmoe_megatron.track.metric_table import METRIC_TABLE
+
+LOG_WIDTH = 200  # columns where no terminal tells its width
+STATE_STYLES = {
+    "finished": "green",
+    "running": "bold cyan",
+    "queued": "cyan",
+    "stopped": "yellow",
+    "failed": "bold red",
+    "lost": "red",
+    "waiting": "dim",
+}
+
+
+def study_console(stream: TextIO | None = None) -> Console:
+    """Return a console that writes rules and colours to a terminal and plain columns to a log."""
+    stream = stream or sys.stdout
+    is_terminal = stream.isatty()
+    return Console(
+        file=stream,
+        force_terminal=is_terminal,
+        width=None if is_terminal else LOG_WIDTH,
+        highlight=False,
+        markup=False,
+    )
+
+
+def plain_table(console: Console, *columns: str, numbers: Sequence[str] = ()) -> Table:
+    """Return an empty table; the columns named in ``numbers`` are right-aligned."""
+    table = Table(box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
+    for column in columns:
+        is_number = column in numbers
+        table.add_column(
+            column, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold"
+        )
+    return table
+
+
+def state_table(console: Console, states: Mapping[str, tuple[int, RunState]]) -> Table:
+    """Return one row per run: ``states`` holds (index, state) by name."""
+    has_slurm = any(state.slurm for _, state in states.values())
+    numbers = ("index", "iteration", "loss", "val/loss", "tokens/s")
+    slurm = ("slurm",) if has_slurm else ()
+    table = plain_table(
+        console, "index", "run", "state", *numbers[1:], *slurm, "reason", numbers=numbers
+    )
+    for name, (index, state) in states.items():
+        shown = [
+            f"{state.iteration}/{state.train_iters}",
+            metric_text(state, "loss"),
+            metric_text(state, "val/loss"),
+            metric_text(state, "tokens_per_second"),
+        ]
+        word = Text(state.state, STATE_STYLES[state.state])
+        reason = state.reason if state.state in ("failed", "stopped", "lost") else ""
+        task = (state.slurm,) if has_slurm else ()
+        table.add_row(str(index), name, word, *shown, *task, Text(reason))
+    return table
+
+
+def metric_text(state: RunState, name: str) -> str:
+    """Return a metric as the metric table writes it; nothing when it was never logged."""
+    value = state.metrics.get(name)
+    return "" if value is None else format(value, METRIC_TABLE[name].console_format or "")
+
+
+def counts(states: Sequence[RunState]) -> str:
+    """Return ``24 runs: 20 finished, 2 failed, 2 waiting``."""
+    number = Counter(state.state for state in states)
+    listed = ", ".join(f"{number[name]} {name}" for name in STATES if number[name])
+    return f"{num_runs(len(states))}: {listed}"
+
+
+def num_runs(number: int) -> str:
+    """Return ``1 run`` or ``3 runs``."""
+    return f"{number} run{'s' if number != 1 else ''}"

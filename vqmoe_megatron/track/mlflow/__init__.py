@@ -1,0 +1,1 @@
+"""MLflow: shipped in the background, replayed where it was away."""

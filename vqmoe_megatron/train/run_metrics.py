@@ -1,0 +1,142 @@
+"""From a step's results and the layers' statistics to one metrics record on rank 0.
+
+L MoE layers over all pipeline stages, N experts, C code slices, K codes per slice.
+"""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import (
+    clear_aux_losses_tracker,
+    get_moe_layer_wise_logging_tracker,
+)
+
+from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.moe.megatron_log import METRIC_NAMES
+from vqmoe_megatron.moe.step_owner import LayerStatistics
+from vqmoe_megatron.track.metric_table import layer_metric_name
+
+SUMMED = ("dead_codes", "revived_codes")
+
+
+@dataclass
+class LayerWindow:
+    """Layer statistics since the last log: loads and usages summed, scalars of the latest step."""
+
+    latest: list[LayerStatistics] = field(default_factory=list)
+    expert_load: dict[int, torch.Tensor] = field(default_factory=dict)
+    code_usage: dict[int, torch.Tensor] = field(default_factory=dict)
+    revived: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, layers: list[LayerStatistics]) -> None:
+        """Add one step; a skipped one has no layers. No communication, no host sync."""
+        self.latest = layers or self.latest
+        for layer in layers:
+            for store, value in (
+                (self.expert_load, layer.expert_load),
+                (self.code_usage, layer.code_usage),
+                (self.revived, layer.scalars.get("revived_codes")),
+            ):
+                if value is not None:
+                    number = layer.layer_number
+                    store[number] = store[number] + value if number in store else value.clone()
+
+
+def gather_layers(window: LayerWindow) -> dict[int, dict[str, np.ndarray]]:
+    """Collect every stage's layers on every rank, by 1-based layer number.
+
+    Communicates: one object gather over the pipeline-parallel group; statistics are already equal
+    within a stage.
+    """
+    mine = {}
+    for layer in window.latest:
+        number = layer.layer_number
+        entry = {name: value.item() for name, value in layer.scalars.items()}
+        if number in window.revived:
+            entry["revived_codes"] = window.revived[number].item()
+        entry = {name: np.float64(value) for name, value in entry.items()}
+        if number in window.expert_load:
+            entry["expert_load"] = window.expert_load[number].cpu().numpy()
+        if number in window.code_usage:
+            entry["code_usage"] = window.code_usage[number].cpu().numpy()
+        mine[number] = entry
+    group = parallel_state.get_pipeline_model_parallel_group()
+    stages: list[dict] = [{}] * group.size()
+    torch.distributed.all_gather_object(stages, mine, group=group)
+    return dict(sorted((n, entry) for stage in stages for n, entry in stage.items()))
+
+
+def layer_metrics(layers: dict[int, dict[str, np.ndarray]]) -> dict[str, float]:
+    """Per-layer scalars and their mean (sum for code counts) over layers."""
+    record: dict[str, float] = {}
+    collected: dict[str, list[float]] = {}
+    for number, entry in layers.items():
+        for name, value in entry.items():
+            if np.ndim(value):
+                continue
+            metric = METRIC_NAMES.get(name, f"vq/{name}")
+            record[layer_metric_name(metric, number)] = float(value)
+            collected.setdefault(metric, []).append(float(value))
+    for metric, values in collected.items():
+        is_sum = metric.removeprefix("vq/") in SUMMED
+        record[metric] = float(np.sum(values) if is_sum else np.mean(values))
+    return record
+
+
+def balance_loss(config: RunConfig, num_steps: int, num_microbatches: int) -> dict[str, float]:
+    """Mean load-balancing loss since the last log, over MoE layers; clears Megatron's tracker.
+
+    Communicates over ``tp_dp_cp`` and the pipeline group. Whether it does follows from the
+    configuration alone: a pipeline stage without MoE layers has an empty tracker and takes part.
+    """
+    model = config.model
+    has_loss = model.moe_router_load_balancing_type != "none" and model.moe_aux_loss_coeff > 0
+    if not has_loss or config.vq.path == "discrete" or not num_steps:
+        return {}
+    values = torch.zeros(model.num_layers, device=torch.cuda.current_device())
+    for name, entry in get_moe_layer_wise_logging_tracker().items():
+        if name.endswith("load_balancing_loss"):
+            # Each rank holds a part of its data-parallel rank's loss, or of the global one.
+            whole = entry["reduce_group_has_dp"]
+            dp_size = 1 if whole else parallel_state.get_data_parallel_world_size()
+            values += entry["values"] / dp_size
+    clear_aux_losses_tracker()
+    replicas = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    torch.distributed.all_reduce(values, group=replicas)
+    torch.distributed.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
+    num_moe_layers = len(range(0, model.num_layers, model.moe_layer_freq))
+    total = float(values.sum()) / num_moe_layers
+    return {"moe/load_balancing_loss": total / (num_steps * num_microbatches)}
+
+
+def peak_rss_bytes() -> float:
+    """Largest peak resident set of any rank. Communicates: one all-reduce over the world."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.tensor(
+        float(kilobytes * 1024), dtype=torch.float64, device=torch.cuda.current_device()
+    )
+    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+    return float(peak)
+
+
+def write_routing(path: Path, layers: dict[int, dict[str, np.ndarray]]) -> None:
+    """Write ``routing.npz`` for the plots; layers without a codebook carry no code usage."""
+    routed = {n: e for n, e in layers.items() if "expert_load" in e}
+    if not routed:
+        return
+    arrays = {
+        "layer_numbers": np.array(list(routed)),
+        "expert_load": np.stack([e["expert_load"] for e in routed.values()]),
+        "combine_discrete_weight": np.array(
+            [e["combine_discrete_weight"] for e in routed.values()]
+        ),
+    }
+    if all("code_usage" in e for e in routed.values()):
+        arrays["code_usage"] = np.stack([e["code_usage"] for e in routed.values()])
+    np.savez(path, **arrays)
