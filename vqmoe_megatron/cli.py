@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +21,7 @@ from vqmoe_megatron.bench.commands import bench_app
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.layout import minimum_world_size
 from vqmoe_megatron.plan_commands import plan
-from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.recipe import load_recipe, save_recipe
 from vqmoe_megatron.runtime.standard_streams import (
     forgive_lost_output,
     lost_output,
@@ -144,7 +146,8 @@ def pretrain(
         world_size = variables.world_size
 
     if variables.world_size == 1 and world_size > 1:
-        raise typer.Exit(_start_local_ranks(config, [str(recipe), *(overrides or [])], world_size))
+        with _arguments_of_ranks(config, recipe, overrides or []) as arguments:
+            raise typer.Exit(_start_local_ranks(config, arguments, world_size))
 
     from vqmoe_megatron.runtime.forked_children import end_forks_with_parent
     from vqmoe_megatron.training.preflight import check_run
@@ -175,6 +178,19 @@ def pretrain(
                     run.run_dir.record_end(variables.rank, error)
             raise
     raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _arguments_of_ranks(
+    config: RunConfig, recipe: Path, overrides: list[str]
+) -> Iterator[list[str]]:
+    """What makes each rank read the same recipe; a pipe has been read, and is empty now."""
+    if recipe.is_file():
+        yield [str(recipe), *overrides]
+        return
+    with tempfile.TemporaryDirectory(prefix="vqmoe_recipe_") as folder:
+        save_recipe(config, copy := Path(folder) / "recipe.yaml")
+        yield [str(copy)]
 
 
 def _start_local_ranks(config: RunConfig, arguments: list[str], world_size: int) -> int:
