@@ -323,3 +323,28 @@ def test_ranks_read_what_a_pipe_held(vqmoe, corpus, tmp_path, monkeypatch) -> No
     writer.join()
     assert code == 0
     assert read == [load_recipe(Path(PARITY), given[given.index(PARITY) + 3 :])] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RANK", "2"),
+        ("RANK", "x"),
+        ("WORLD_SIZE", "0"),
+        ("WORLD_SIZE", "1000000000000"),
+        ("LOCAL_RANK", ""),
+        ("MASTER_ADDR", " "),
+        ("MASTER_PORT", "70000"),
+    ],
+)
+def test_a_launchers_nonsense_is_refused_before_the_first_write(
+    vqmoe, corpus, tmp_path, monkeypatch, name, value
+) -> None:
+    world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    meeting_place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for variable, text in {**world, **meeting_place, name: value}.items():
+        monkeypatch.setenv(variable, text)
+    given = [text for text in pretrain(corpus, tmp_path) if text not in ("--nproc", "2")]
+    code, shown = vqmoe(*given)
+    assert code == 2 and name.lower() in shown.lower() and "Traceback" not in shown
+    assert not (tmp_path / "run").exists()
