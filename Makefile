@@ -17,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-complete
 TORCH := $(shell sed -n 's/^ *\(torch==.*\)$$/\1/p' setup.cfg)
-TYPED := vqmoe_megatron/config.py vqmoe_megatron/config_checks.py vqmoe_megatron/config_ranges.py vqmoe_megatron/config_types.py vqmoe_megatron/own_outputs.py vqmoe_megatron/vq_config.py vqmoe_megatron/recipe.py vqmoe_megatron/plan
+TYPED := vqmoe_megatron/config.py vqmoe_megatron/config_checks.py vqmoe_megatron/config_ranges.py vqmoe_megatron/config_texts.py vqmoe_megatron/config_types.py vqmoe_megatron/own_outputs.py vqmoe_megatron/vq_config.py vqmoe_megatron/recipe.py vqmoe_megatron/recipe_text.py vqmoe_megatron/plan
 
 .DEFAULT_GOAL := help
 .PHONY: help setup pretrain test test-cluster lint

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from vqmoe_megatron import cli
+from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.recipe import load_recipe, save_recipe
 from vqmoe_megatron.runtime import local_ranks
+from vqmoe_megatron.runtime.local_ranks import RanksEnded
 from vqmoe_megatron.tracking.run_status import read_status, write_status
 from vqmoe_megatron.training.run_directory import RunDirectory
 
@@ -316,3 +319,49 @@ def test_the_real_command_refuses_alike(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: recipe no/such.yaml does not exist")
     assert "parity.yaml" in done.stderr
+
+
+def test_ranks_read_what_a_pipe_held(vqmoe, corpus, tmp_path, monkeypatch) -> None:
+    read: list[RunConfig] = []
+
+    def ranks(arguments: list[str], _num_ranks: int) -> RanksEnded:
+        for _ in range(2):  # every rank by itself
+            read.append(load_recipe(Path(arguments[1]), arguments[2:]))
+        return RanksEnded(0)
+
+    monkeypatch.setattr(local_ranks, "run_local_ranks", ranks)
+    given = pretrain(corpus, tmp_path, "train.seed=7")
+    text = Path(PARITY).read_text()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text(text))
+    writer.start()
+    code, _ = vqmoe(*(str(pipe) if argument == PARITY else argument for argument in given))
+    writer.join()
+    assert code == 0
+    assert read == [load_recipe(Path(PARITY), given[given.index(PARITY) + 3 :])] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RANK", "2"),
+        ("RANK", "x"),
+        ("WORLD_SIZE", "0"),
+        ("WORLD_SIZE", "1000000000000"),
+        ("LOCAL_RANK", ""),
+        ("MASTER_ADDR", " "),
+        ("MASTER_PORT", "70000"),
+    ],
+)
+def test_a_launchers_nonsense_is_refused_before_the_first_write(
+    vqmoe, corpus, tmp_path, monkeypatch, name, value
+) -> None:
+    world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    meeting_place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for variable, text in {**world, **meeting_place, name: value}.items():
+        monkeypatch.setenv(variable, text)
+    given = [text for text in pretrain(corpus, tmp_path) if text not in ("--nproc", "2")]
+    code, shown = vqmoe(*given)
+    assert code == 2 and name.lower() in shown.lower() and "Traceback" not in shown
+    assert not (tmp_path / "run").exists()

@@ -24,7 +24,9 @@ FLOORS = {
     "config_checks": 0,
     "own_outputs": 0,
     "config_ranges": 0,
+    "config_texts": 0,
     "config_types": 0,
+    "recipe_text": 0,
     "vq_config": 0,
     "recipe": 0,
     "plan": 0,
@@ -44,11 +46,12 @@ FLOORS = {
 }
 # Folders of one floor that may import another of the same floor; must stay without cycles.
 SIDEWAYS = {
-    "config_checks": {"config_ranges", "config_types"},
+    "config_ranges": {"config_types"},
+    "config_checks": {"config_ranges", "config_texts", "config_types"},
     "vq_config": {"config_checks"},
     "config": {"config_checks", "vq_config"},
-    "recipe": {"config", "config_checks", "config_types", "own_outputs"},
-    "plan": {"config"},
+    "recipe": {"config", "config_checks", "config_types", "own_outputs", "recipe_text"},
+    "plan": {"config", "config_ranges"},
     "moe": {"runtime"},
     "analysis": {"data", "tracking"},  # metric names live in tracking's one table
     "training": {"analysis", "data", "tracking"},

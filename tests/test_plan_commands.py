@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,37 @@ def test_the_parts_of_a_stage_add_up_with_its_copy_of_the_tied_table(vqmoe) -> N
     counts = {row[0]: int(row[-1].replace(",", "")) for row in rows if row[-1][0].isdigit()}
     assert code == 0 and counts["output_layer"] > 0
     assert sum(counts.values()) == 2 * counts["all"]
+
+
+BATCH = "train.global_batch_size"
+LAYERS = "model.num_layers=2000"
+STAGES, CHUNKS, EXPERTS = (
+    f"parallel.{name}_parallel_size"
+    for name in ("pipeline_model", "virtual_pipeline_model", "expert_model")
+)
+MICRO = "train.micro_batch_size=1"
+WIDTHS = [
+    f"model.{name}={2**20}"
+    for name in ("hidden_size", "kv_channels", "moe_ffn_hidden_size", "num_moe_experts")
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "code"),
+    [
+        ([LAYERS, f"{STAGES}=2", f"{CHUNKS}=1000", f"{BATCH}={2**24}", MICRO], 0),
+        ([LAYERS, f"{STAGES}=2000", f"{BATCH}={2**24}", MICRO], 0),
+        ([*WIDTHS, f"model.seq_length={2**24}", f"vq.num_codes={2**24}"], 0),
+        ([f"model.num_moe_experts={2**20}", f"{EXPERTS}={2**17}", f"{BATCH}={2**20}"], 0),
+        ([f"{EXPERTS}={2**17}", f"{STAGES}={2**17}"], 2),  # no such world
+        (["model.num_layers=2147483648"], 2),
+    ],
+)
+def test_what_is_legal_is_planned_in_seconds(vqmoe, settings: list[str], code: int) -> None:
+    started = time.process_time()
+    found, _, error = vqmoe(VOCABULARY, *settings)
+    assert found == code and bool(error) == bool(code)
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("as_json", [False, True])

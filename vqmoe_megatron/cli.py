@@ -6,7 +6,10 @@ Exits: 0 done, 75 requeue, 2 usage, 1 crash, 130 interrupted, 128 + signal for a
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -17,9 +20,9 @@ from typer.core import TyperGroup
 from vqmoe_megatron import __version__
 from vqmoe_megatron.bench.commands import bench_app
 from vqmoe_megatron.config import RunConfig
-from vqmoe_megatron.plan.layout import minimum_world_size
+from vqmoe_megatron.plan.layout import check_layout, minimum_world_size
 from vqmoe_megatron.plan_commands import plan
-from vqmoe_megatron.recipe import load_recipe
+from vqmoe_megatron.recipe import load_recipe, save_recipe
 from vqmoe_megatron.runtime.standard_streams import (
     forgive_lost_output,
     lost_output,
@@ -144,13 +147,18 @@ def pretrain(
         world_size = variables.world_size
 
     if variables.world_size == 1 and world_size > 1:
-        raise typer.Exit(_start_local_ranks(config, [str(recipe), *(overrides or [])], world_size))
+        with _arguments_of_ranks(config, recipe, overrides or []) as arguments:
+            raise typer.Exit(_start_local_ranks(config, arguments, world_size))
 
     from vqmoe_megatron.runtime.forked_children import end_forks_with_parent
+    from vqmoe_megatron.runtime.meeting_place import MeetingPlace
     from vqmoe_megatron.training.preflight import check_run
     from vqmoe_megatron.training.run_directory import RunDirectory, lock_patience_seconds
     from vqmoe_megatron.training.stop_requests import StopRequests
 
+    check_layout(config, world_size, device)  # these are refused here, before the first write
+    if world_size > 1:
+        MeetingPlace.from_environ(os.environ)
     run_dir, is_first = RunDirectory(Path(config.train.output_dir)), variables.rank == 0
     stop_requests = StopRequests()  # before the slow imports: a signal may come during them
     end_forks_with_parent()
@@ -175,6 +183,19 @@ def pretrain(
                     run.run_dir.record_end(variables.rank, error)
             raise
     raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _arguments_of_ranks(
+    config: RunConfig, recipe: Path, overrides: list[str]
+) -> Iterator[list[str]]:
+    """What makes each rank read the same recipe; a pipe has been read, and is empty now."""
+    if recipe.is_file():
+        yield [str(recipe), *overrides]
+        return
+    with tempfile.TemporaryDirectory(prefix="vqmoe_recipe_") as folder:
+        save_recipe(config, copy := Path(folder) / "recipe.yaml")
+        yield [str(copy)]
 
 
 def _start_local_ranks(config: RunConfig, arguments: list[str], world_size: int) -> int:

@@ -75,7 +75,7 @@ def plan(
     ranks = world_size or minimum_world_size(config)
     profile = hardware_profile(hardware or default_hardware(config))
     planned = plan_run(config, ranks, profile)
-    described = plan_json(planned, assumptions)
+    described = plan_json(planned, assumptions) if as_json else {}
     code = REFUSED if planned.errors else 0
     if search:
         code = _search(planned, assumptions, described, as_json)
