@@ -23,8 +23,8 @@ MLFLOW_MAX_NAME_LENGTH = 250
 class Metric:
     """One row of the table.
 
-    ``console_format`` is a format spec, ``None``: not on the console. ``console_note`` stands behind
-    the number there, where the name alone would be misread.
+    ``console_format`` is a format spec, ``None``: not on the console. ``console_note`` stands
+    behind the number there, where the name alone would be misread.
     """
 
     description: str
