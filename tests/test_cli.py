@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -253,14 +254,31 @@ def test_every_command_shows_an_example():
         assert re.search(rf"Example: .*vqmoe {' '.join(words)}", shown.output), words
 
 
-def test_an_interrupt_is_one_line_and_exit_code_130(vqmoe, monkeypatch):
-    from vqmoe_megatron.runtime import doctor
+INTERRUPTED_IMPORT = """
+import os, runpy, signal, sys
 
-    def interrupted() -> None:
-        raise KeyboardInterrupt  # as Python's own handler does; other tests replace that handler
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["INTERRUPT_AT"]:
+            os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(doctor, "print_doctor", interrupted)
-    assert vqmoe("doctor") == (130, "interrupted\n")
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module("vqmoe_megatron.cli", run_name="__main__")
+"""
+
+
+# The command's own imports, those of its work, and one that typer makes outside of the command.
+@pytest.mark.parametrize("module", ["typer", "vqmoe_megatron.runtime.doctor", "typer.rich_utils"])
+def test_an_interrupt_of_any_import_is_one_line_and_exit_code_130(module):
+    arguments = ["--help"] if module == "typer.rich_utils" else ["doctor"]
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IMPORT, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "INTERRUPT_AT": module},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 def test_prepare_shows_each_splits_size_once(vqmoe, tmp_path):

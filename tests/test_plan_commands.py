@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -137,6 +138,18 @@ def test_search_names_the_best_and_counts_the_others(vqmoe) -> None:
                          "--hardware", "CPU")  # fmt: skip
     assert code == 0 and "best layouts of 2 ranks on CPU" in out
     assert "why the others fell out" in out and "num_layers % (PP * VPP)" in out
+    assert [line.split()[1] for line in out.splitlines() if "(recipe)" in line] == ["(recipe)"]
+
+
+def test_search_shows_why_the_recipe_s_own_layout_cannot_run(vqmoe) -> None:
+    options = ["--world-size", "3", "--search", "--hardware", "CPU", "train.global_batch_size=3"]
+    code, out, err = vqmoe(VOCABULARY, EP2, *options)
+    assert (code, err) == (0, "")
+    assert re.search(r"^ - \(recipe\) +1 +1 +- +- +2 ", out, re.MULTILINE)
+    assert "recipe: world_size % (EP * ETP * PP = 2 * 1 * 1) != 0: 3 % 2 = 1" in out
+    _, out, _ = vqmoe(VOCABULARY, EP2, *options, "--json")
+    own = json.loads(out)["search"]["recipe"]
+    assert own["rank"] is None and own["errors"] == json.loads(out)["errors"]
 
 
 @pytest.mark.parametrize(

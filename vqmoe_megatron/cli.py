@@ -5,54 +5,42 @@ Exits: 0 done, 75 requeue, 2 usage, 1 crash, 130 interrupted, 128 + signal for a
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated
+from vqmoe_megatron.runtime.interrupts import one_line_interrupt
 
-import typer
-from rich.console import Console
-from typer.core import TyperGroup
+with one_line_interrupt():  # these take a third of a second
+    import contextlib
+    import os
+    import sys
+    import tempfile
+    from collections.abc import Iterator
+    from pathlib import Path
+    from typing import Annotated
 
-from vqmoe_megatron import __version__
-from vqmoe_megatron.bench.commands import bench_app
-from vqmoe_megatron.config import RunConfig
-from vqmoe_megatron.plan.layout import check_layout, minimum_world_size
-from vqmoe_megatron.plan_commands import plan
-from vqmoe_megatron.recipe import load_recipe, save_recipe
-from vqmoe_megatron.runtime.standard_streams import (
-    forgive_lost_output,
-    lost_output,
-    protect_standard_streams,
-)
-from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
-from vqmoe_megatron.studies.commands import study_app
-from vqmoe_megatron.tracking.sync_commands import mlflow_sync
-from vqmoe_megatron.training.checkpoint_commands import checkpoint_app
-from vqmoe_megatron.training.export_commands import export
-from vqmoe_megatron.training.preflight_commands import preflight
+    import typer
+    from rich.console import Console
+
+    from vqmoe_megatron import __version__
+    from vqmoe_megatron.bench.commands import bench_app
+    from vqmoe_megatron.config import RunConfig
+    from vqmoe_megatron.plan.layout import check_layout, minimum_world_size
+    from vqmoe_megatron.plan_commands import plan
+    from vqmoe_megatron.recipe import load_recipe, save_recipe
+    from vqmoe_megatron.runtime.standard_streams import (
+        forgive_lost_output,
+        lost_output,
+        protect_standard_streams,
+    )
+    from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
+    from vqmoe_megatron.studies.commands import study_app
+    from vqmoe_megatron.tracking.sync_commands import mlflow_sync
+    from vqmoe_megatron.training.checkpoint_commands import checkpoint_app
+    from vqmoe_megatron.training.export_commands import export
+    from vqmoe_megatron.training.preflight_commands import preflight
 
 EXIT_CRASH, EXIT_USAGE = 1, 2
 RESULTS_ARE_FILES = ("prepare", "pretrain", "export", "mlflow-sync")  # not what they print
-INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
-
-
-class _Commands(TyperGroup):
-    """The commands; Ctrl-C is one line and exit code 130, whatever typer's version makes of it."""
-
-    def invoke(self, ctx: typer.Context) -> object:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
-
 
 app = typer.Typer(
-    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -245,7 +233,8 @@ def main() -> None:
     """
     protect_standard_streams()
     try:
-        app()
+        with one_line_interrupt():
+            app()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)

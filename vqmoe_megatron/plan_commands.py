@@ -124,8 +124,6 @@ def _search(
     described["search"] = search_json(result)
     if not as_json:
         console = plan_console(sys.stdout)
-        if planned.errors:
-            show_errors(planned, console)
         show_search(result, planned.world_size, planned.hardware.name, console)
         for sentence in assumptions:
             console.print(f"assumed: {sentence}")

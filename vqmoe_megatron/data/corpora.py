@@ -210,7 +210,7 @@ def _text_source(inputs: list[Path], keep_characters: bool) -> Source:
 def _repetitions(described: list[dict[str, Any]]) -> Iterator[str]:
     """Yield a line for each split with the bytes of an earlier one.
 
-    Said, not refused: to overfit on purpose is a use, and a copy behind another name looks the same.
+    Said, not refused: to overfit on purpose is a use, and a copy behind another name looks alike.
     """
     first: dict[str, str] = {}
     for split, entry in zip(SPLITS, described, strict=False):

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 
+from vqmoe_megatron.runtime.exit_codes import end_in_words
 from vqmoe_megatron.runtime.waiting import told_while_waiting
 from vqmoe_megatron.studies.study import Study
 from vqmoe_megatron.studies.study_folder import StudyFolder
@@ -85,7 +86,7 @@ def _squeue(*options: str) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise QueueUnknown(f"squeue: {error}") from error
     if done.returncode:
-        raise QueueUnknown(_last_line(done.stderr) or f"squeue ended with {done.returncode}")
+        raise QueueUnknown(_last_line(done.stderr) or f"squeue {end_in_words(done.returncode)}")
     return done.stdout
 
 
