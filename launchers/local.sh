@@ -32,7 +32,7 @@ recipe=$1
 nproc=$2
 shift 2
 
-if [[ ! -f "$recipe" ]]; then
+if [[ ! -e "$recipe" || -d "$recipe" ]]; then # a pipe is one
     echo "local.sh: no recipe at '$recipe' (from $PWD)" >&2
     exit 2
 fi

@@ -61,6 +61,8 @@ find_world() {
             ;;
         torchrun)
             ranks_per_task=${VQMOE_RANKS_PER_NODE:-$((gpus_per_node ? gpus_per_node : 1))}
+            [[ "$ranks_per_task" =~ ^[1-9][0-9]{0,5}$ ]] || refuse \
+                "VQMOE_RANKS_PER_NODE=$ranks_per_task is no number of ranks (1 or more)"
             [[ "$tasks_per_node" == 1 ]] || refuse \
                 "VQMOE_LAUNCHER=torchrun starts the ranks of a node from one task:" \
                 "tasks per node = 1 fails: $tasks_per_node; sbatch --ntasks-per-node=1"

@@ -39,8 +39,8 @@ fi
 
 recipe=$1
 shift
-if [[ ! -f "$recipe" ]]; then
-    echo "torchrun.sh: no recipe at '$recipe' (from $PWD)" >&2
+if [[ ! -f "$recipe" ]]; then # a pipe could be read by one rank only
+    echo "torchrun.sh: no recipe file at '$recipe' (from $PWD)" >&2
     exit 2
 fi
 
@@ -49,21 +49,29 @@ repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$repository/launchers/meeting_host.sh"
 nnodes=${NNODES:-1}
 nproc_per_node=${NPROC_PER_NODE:-1}
-if [[ "$nnodes" == 1 ]]; then
-    node_rank=${NODE_RANK:-0}
-    master_addr=$(plain_host "${MASTER_ADDR:-127.0.0.1}")
-elif [[ -n "${NODE_RANK:-}" && -n "${MASTER_ADDR:-}" ]]; then
-    node_rank=$NODE_RANK
-    master_addr=$(plain_host "$MASTER_ADDR")
-    # torchrun would wait for minutes. Its own check of an address takes no zone.
-    if [[ "$master_addr" == *%* ]] || ! resolves "$master_addr"; then
-        echo "torchrun.sh: MASTER_ADDR=$MASTER_ADDR is no host that this machine knows (or an IPv6" \
-            "address with a zone); give the name or the address of node 0, without a port" >&2
+master_port=${MASTER_PORT:-29500}
+# number NAME VALUE LEAST MOST: torchrun's own answer would be a traceback.
+number() {
+    if [[ ! "$2" =~ ^[0-9]{1,9}$ ]] || ((10#$2 < $3 || 10#$2 > $4)); then
+        echo "torchrun.sh: $1='$2' is no whole number from $3 to $4" >&2
         exit 2
     fi
-else
+}
+number NNODES "$nnodes" 1 131072
+[[ "$nproc_per_node" =~ ^(auto|cpu|gpu)$ ]] || number NPROC_PER_NODE "$nproc_per_node" 1 131072
+number MASTER_PORT "$master_port" 1 65535
+if ((nnodes > 1)) && [[ -z "${NODE_RANK:-}" || -z "${MASTER_ADDR:-}" ]]; then
     # A guessed address would give every node a world of its own and a silent hang.
     echo "torchrun.sh: NNODES=$nnodes needs NODE_RANK and MASTER_ADDR (the host of node 0)" >&2
+    exit 2
+fi
+node_rank=${NODE_RANK:-0}
+number NODE_RANK "$node_rank" 0 $((nnodes - 1))
+master_addr=$(plain_host "${MASTER_ADDR:-127.0.0.1}")
+# torchrun would wait for minutes. Its own check of an address takes no zone.
+if [[ "$master_addr" == *%* ]] || ! resolves "$master_addr"; then
+    echo "torchrun.sh: MASTER_ADDR=$master_addr is no host that this machine knows (or an IPv6" \
+        "address with a zone); give the name or the address of node 0, without a port" >&2
     exit 2
 fi
 
@@ -79,7 +87,7 @@ signals=SIGTERM,SIGINT,SIGUSR1
 [[ -n "$(trap -p HUP)" ]] || signals+=,SIGHUP
 exec "$python" -m torch.distributed.run \
     --nnodes="$nnodes" --nproc-per-node="$nproc_per_node" --node-rank="$node_rank" \
-    --master-addr="$master_addr" --master-port="${MASTER_PORT:-29500}" \
+    --master-addr="$master_addr" --master-port="$master_port" \
     --rdzv-id="${JOB_ID:-${SLURM_JOB_ID:-vqmoe}}" \
     --signals-to-handle="$signals" --shutdown-timeout=600 --max-restarts=0 \
     -m vqmoe_megatron.cli pretrain "$recipe" "$@"

@@ -7,9 +7,11 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from vqmoe_megatron import cli
+from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.recipe import load_recipe, save_recipe
 from vqmoe_megatron.launch import local_ranks
+from vqmoe_megatron.launch.local_ranks import RanksEnded
 from vqmoe_megatron.rundir.run_directory import RunDirectory
 from vqmoe_megatron.rundir.status import read_status, write_status
 
@@ -250,14 +254,31 @@ def test_every_command_shows_an_example():
         assert re.search(rf"Example: .*vqmoe {' '.join(words)}", shown.output), words
 
 
-def test_an_interrupt_is_one_line_and_exit_code_130(vqmoe, monkeypatch):
-    from vqmoe_megatron.runtime import doctor
+INTERRUPTED_IMPORT = """
+import os, runpy, signal, sys
 
-    def interrupted() -> None:
-        raise KeyboardInterrupt  # as Python's own handler does; other tests replace that handler
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["INTERRUPT_AT"]:
+            os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(doctor, "print_doctor", interrupted)
-    assert vqmoe("doctor") == (130, "interrupted\n")
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module("vqmoe_megatron.cli", run_name="__main__")
+"""
+
+
+# The command's own imports, those of its work, and one that typer makes outside of the command.
+@pytest.mark.parametrize("module", ["typer", "vqmoe_megatron.runtime.doctor", "typer.rich_utils"])
+def test_an_interrupt_of_any_import_is_one_line_and_exit_code_130(module):
+    arguments = ["--help"] if module == "typer.rich_utils" else ["doctor"]
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IMPORT, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "INTERRUPT_AT": module},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 def test_prepare_shows_each_splits_size_once(vqmoe, tmp_path):
@@ -316,3 +337,49 @@ def test_the_real_command_refuses_alike(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: recipe no/such.yaml does not exist")
     assert "parity.yaml" in done.stderr
+
+
+def test_ranks_read_what_a_pipe_held(vqmoe, corpus, tmp_path, monkeypatch) -> None:
+    read: list[RunConfig] = []
+
+    def ranks(arguments: list[str], _num_ranks: int) -> RanksEnded:
+        for _ in range(2):  # every rank by itself
+            read.append(load_recipe(Path(arguments[1]), arguments[2:]))
+        return RanksEnded(0)
+
+    monkeypatch.setattr(local_ranks, "run_local_ranks", ranks)
+    given = pretrain(corpus, tmp_path, "train.seed=7")
+    text = Path(PARITY).read_text()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text(text))
+    writer.start()
+    code, _ = vqmoe(*(str(pipe) if argument == PARITY else argument for argument in given))
+    writer.join()
+    assert code == 0
+    assert read == [load_recipe(Path(PARITY), given[given.index(PARITY) + 3 :])] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RANK", "2"),
+        ("RANK", "x"),
+        ("WORLD_SIZE", "0"),
+        ("WORLD_SIZE", "1000000000000"),
+        ("LOCAL_RANK", ""),
+        ("MASTER_ADDR", " "),
+        ("MASTER_PORT", "70000"),
+    ],
+)
+def test_a_launchers_nonsense_is_refused_before_the_first_write(
+    vqmoe, corpus, tmp_path, monkeypatch, name, value
+) -> None:
+    world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    meeting_place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for variable, text in {**world, **meeting_place, name: value}.items():
+        monkeypatch.setenv(variable, text)
+    given = [text for text in pretrain(corpus, tmp_path) if text not in ("--nproc", "2")]
+    code, shown = vqmoe(*given)
+    assert code == 2 and name.lower() in shown.lower() and "Traceback" not in shown
+    assert not (tmp_path / "run").exists()

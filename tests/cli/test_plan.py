@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,37 @@ def test_the_parts_of_a_stage_add_up_with_its_copy_of_the_tied_table(vqmoe) -> N
     assert sum(counts.values()) == 2 * counts["all"]
 
 
+BATCH = "train.global_batch_size"
+LAYERS = "model.num_layers=2000"
+STAGES, CHUNKS, EXPERTS = (
+    f"parallel.{name}_parallel_size"
+    for name in ("pipeline_model", "virtual_pipeline_model", "expert_model")
+)
+MICRO = "train.micro_batch_size=1"
+WIDTHS = [
+    f"model.{name}={2**20}"
+    for name in ("hidden_size", "kv_channels", "moe_ffn_hidden_size", "num_moe_experts")
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "code"),
+    [
+        ([LAYERS, f"{STAGES}=2", f"{CHUNKS}=1000", f"{BATCH}={2**24}", MICRO], 0),
+        ([LAYERS, f"{STAGES}=2000", f"{BATCH}={2**24}", MICRO], 0),
+        ([*WIDTHS, f"model.seq_length={2**24}", f"vq.num_codes={2**24}"], 0),
+        ([f"model.num_moe_experts={2**20}", f"{EXPERTS}={2**17}", f"{BATCH}={2**20}"], 0),
+        ([f"{EXPERTS}={2**17}", f"{STAGES}={2**17}"], 2),  # no such world
+        (["model.num_layers=2147483648"], 2),
+    ],
+)
+def test_what_is_legal_is_planned_in_seconds(vqmoe, settings: list[str], code: int) -> None:
+    started = time.process_time()
+    found, _, error = vqmoe(VOCABULARY, *settings)
+    assert found == code and bool(error) == bool(code)
+    assert time.process_time() - started < 5
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_world_that_does_not_divide(vqmoe, as_json: bool) -> None:
     options = ["--json"] if as_json else []
@@ -106,6 +139,18 @@ def test_search_names_the_best_and_counts_the_others(vqmoe) -> None:
                          "--hardware", "CPU")  # fmt: skip
     assert code == 0 and "best layouts of 2 ranks on CPU" in out
     assert "why the others fell out" in out and "num_layers % (PP * VPP)" in out
+    assert [line.split()[1] for line in out.splitlines() if "(recipe)" in line] == ["(recipe)"]
+
+
+def test_search_shows_why_the_recipe_s_own_layout_cannot_run(vqmoe) -> None:
+    options = ["--world-size", "3", "--search", "--hardware", "CPU", "train.global_batch_size=3"]
+    code, out, err = vqmoe(VOCABULARY, EP2, *options)
+    assert (code, err) == (0, "")
+    assert re.search(r"^ - \(recipe\) +1 +1 +- +- +2 ", out, re.MULTILINE)
+    assert "recipe: world_size % (EP * ETP * PP = 2 * 1 * 1) != 0: 3 % 2 = 1" in out
+    _, out, _ = vqmoe(VOCABULARY, EP2, *options, "--json")
+    own = json.loads(out)["search"]["recipe"]
+    assert own["rank"] is None and own["errors"] == json.loads(out)["errors"]
 
 
 @pytest.mark.parametrize(

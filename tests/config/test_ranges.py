@@ -14,7 +14,7 @@ from vqmoe_megatron.config.ranges import LEGAL_RANGES, Range, range_problem
 from vqmoe_megatron.config.recipe import load_recipe
 
 SECTIONS = declared_types(RunConfig)
-HUGE = 10**400  # more than any float holds
+HUGE = 10**40  # more than fp32 holds
 
 
 def numeric_keys(sections: dict[str, type]) -> set[str]:
@@ -39,12 +39,15 @@ def is_whole(key: str) -> bool:
 
 def outside(key: str) -> list[float]:
     """Numbers of the key's type just out of its range, and far."""
-    legal, step = LEGAL_RANGES[key], 1 if is_whole(key) else 1e-38
+    legal = LEGAL_RANGES[key]
     found: list[float] = [HUGE, -HUGE] if is_whole(key) else [HUGE, -HUGE, 1e39, -1e300]
-    if legal.low > -math.inf:
-        found += [legal.low if legal.without_low else legal.low - step, -(10**9)]
-    if legal.high < math.inf:
-        found += [legal.high if legal.without_high else legal.high + max(step, 1e-9), 10**12]
+    for border, is_out, end in (
+        (legal.low, legal.without_low, -math.inf),
+        (legal.high, legal.without_high, math.inf),
+    ):
+        beyond = border + (1 if end > 0 else -1) if is_whole(key) else math.nextafter(border, end)
+        found.append(border if is_out else beyond)
+    found += [legal.low - 10**9, legal.high + 10**13]
     return found
 
 
@@ -95,27 +98,27 @@ def test_what_is_no_finite_number_is_refused(key: str, value: object) -> None:
 @pytest.mark.parametrize("key", LEGAL_RANGES)
 def test_a_recipe_is_refused_with_the_origin_of_the_number(key: str, tmp_path) -> None:
     path = tmp_path / "small.yaml"
-    path.write_text("")
+    path.write_text("{}")
     section, name = key.split(".")
     for value in outside(key):
         with pytest.raises(ValueError) as caught:
             load_recipe(path, [f"{key}={value}"])
         assert f"{key}=" in str(caught.value) and f"(override '{key}={value}')" in str(caught.value)
-    if outside(key):
-        path.write_text(f"{section}:\n  {name}: {outside(key)[0]}\n")
-        with pytest.raises(ValueError, match=rf"{key}=.* must be .* \({path}:2\)"):
-            load_recipe(path, [])
+    path.write_text(f"{section}:\n  {name}: {HUGE}\n")
+    with pytest.raises(ValueError, match=rf"{key}=.* must be .* \({path}:2\)"):
+        load_recipe(path, [])
 
 
 @pytest.mark.parametrize("key", LEGAL_RANGES)
 def test_borders_belong_to_the_range_unless_said_otherwise(key: str) -> None:
     legal = LEGAL_RANGES[key]
-    assert (range_problem(key, legal.low) is None) is (
-        legal.low > -math.inf and not legal.without_low
-    )
-    assert (range_problem(key, legal.high) is None) is (
-        legal.high < math.inf and not legal.without_high
-    )
+    assert (range_problem(key, legal.low) is None) is not legal.without_low
+    assert (range_problem(key, legal.high) is None) is not legal.without_high
+
+
+@pytest.mark.parametrize("key", LEGAL_RANGES)
+def test_every_number_has_a_lowest_and_a_highest(key: str) -> None:
+    assert -math.inf < LEGAL_RANGES[key].low < LEGAL_RANGES[key].high < math.inf
 
 
 @pytest.mark.parametrize(
@@ -131,6 +134,24 @@ def test_borders_belong_to_the_range_unless_said_otherwise(key: str) -> None:
 )
 def test_a_range_in_words(legal: Range, words: str) -> None:
     assert str(legal) == words
+
+
+@pytest.mark.parametrize("num_digits", [500, 5000])
+def test_a_number_of_many_digits_is_named_and_not_repeated(num_digits: int, tmp_path) -> None:
+    number = 10**num_digits
+    with pytest.raises(ValueError, match="^vq.num_codes=") as caught:
+        VQConfig(num_codes=number)
+    assert len(str(caught.value)) < 300
+    path = tmp_path / "r.yaml"
+    path.write_text(f"vq:\n  num_codes: 1{'0' * num_digits}\n")
+    with pytest.raises(ValueError) as caught:
+        load_recipe(path, [])
+    assert f"{path}:2" in str(caught.value) or "is not valid YAML: line 2" in str(caught.value)
+    assert len(str(caught.value)) < 400
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="override 'vq.num_codes=10000") as caught:
+        load_recipe(path, [f"vq.num_codes=1{'0' * num_digits}"])
+    assert len(str(caught.value)) < 800
 
 
 def test_every_number_of_a_list_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:

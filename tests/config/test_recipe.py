@@ -40,9 +40,8 @@ def test_file_lies_over_defaults_and_overrides_over_the_file(recipe_file) -> Non
     assert config.vq == RunConfig().vq  # an empty section means its defaults
 
 
-@pytest.mark.parametrize("text", ["", "# only a comment\n"])
-def test_empty_recipe_is_the_defaults(recipe_file, text: str) -> None:
-    assert load_recipe(recipe_file(text), []) == RunConfig()
+def test_the_defaults_are_asked_for_by_an_empty_mapping(recipe_file) -> None:
+    assert load_recipe(recipe_file("{}\n"), []) == RunConfig()
 
 
 @pytest.mark.parametrize(
@@ -77,7 +76,7 @@ def test_empty_recipe_is_the_defaults(recipe_file, text: str) -> None:
 )
 def test_override_arrives_typed(recipe_file, override: str, key: str, value: object) -> None:
     section, name = key.split(".")
-    got = getattr(getattr(load_recipe(recipe_file(""), [override]), section), name)
+    got = getattr(getattr(load_recipe(recipe_file("{}"), [override]), section), name)
     assert got == value and type(got) is type(value)
 
 
@@ -102,7 +101,7 @@ def test_override_arrives_typed(recipe_file, override: str, key: str, value: obj
     ],
 )
 def test_wrong_type_names_key_value_and_expected_type(recipe_file, override, message) -> None:
-    text = failure(recipe_file(""), override)
+    text = failure(recipe_file("{}"), override)
     assert message in text and f"override {override!r}" in text
 
 
@@ -131,7 +130,7 @@ def test_wrong_type_in_the_file_names_its_line(recipe_file) -> None:
     ],
 )
 def test_unknown_or_malformed_override_offers_a_way_out(recipe_file, override, parts) -> None:
-    text = failure(recipe_file(""), override)
+    text = failure(recipe_file("{}"), override)
     assert [part for part in [*parts, f"override {override!r}"] if part not in text] == []
 
 
@@ -143,7 +142,7 @@ def test_a_password_is_refused_and_never_repeated(recipe_file, key, tail) -> Non
     uri = f"http://user:s3cret@host{tail}"
     section, name = key.split(".")
     for text in (
-        failure(recipe_file(""), f"{key}={uri}"),
+        failure(recipe_file("{}"), f"{key}={uri}"),
         failure(recipe_file(f"{section}:\n  {name}: {uri}\n")),
     ):
         assert "mlflow_uri" in text and "s3cret" not in text
@@ -165,7 +164,7 @@ def test_unknown_names_in_the_file_carry_their_line(recipe_file) -> None:
         ("model:\n\tnum_layers: 3", "is not valid YAML: line 2"),
         ("model:\n  seq_length: 1\n  seq_length: 2\n", "line 3, column 3: found duplicate key"),
         ("- model\n", "must hold sections (model, vq"),
-        ("3\n", "cannot be read as a recipe"),
+        ("3\n", "must hold sections (model, vq"),
         ("x: !!python/object/apply:os.getcwd []", "is not valid YAML: line 1"),
         ("train:\n  seed: ${train.sed}\n", "tiny.yaml:2) cannot be resolved"),
         ("train:\n  seed: ???\n", "tiny.yaml:2) cannot be resolved: Missing mandatory value"),
@@ -178,7 +177,7 @@ def test_malformed_file_names_the_line(recipe_file, text: str, message: str) -> 
 def test_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.yaml"
     path.write_bytes(b"\xff\xfe\x00\x81")
-    assert "cannot be read as a recipe" in failure(path) or "not valid YAML" in failure(path)
+    assert failure(path) == f"{path} cannot be read as a recipe: it is not text in UTF-8 (byte 0)"
 
 
 def test_missing_file_lists_the_recipes_near_it(tmp_path: Path, monkeypatch) -> None:
@@ -216,7 +215,7 @@ def test_rules_run_once_on_the_given_values(recipe_file, monkeypatch) -> None:
 
 def test_rules_of_several_sections_are_reported_together(recipe_file) -> None:
     text = failure(
-        recipe_file(""), "vq.ema_decay=2.0", "train.micro_batch_size=0", "model.hidden_size=3"
+        recipe_file("{}"), "vq.ema_decay=2.0", "train.micro_batch_size=0", "model.hidden_size=3"
     )
     assert text.startswith("3 problems")
     for part in ("vq.ema_decay=2.0", "train.micro_batch_size=0", "3 % 8 = 3"):
@@ -233,7 +232,7 @@ def test_saved_recipe_loads_equal(tmp_path: Path, recipe_file) -> None:
         "checkpoint.load=null",
         "train.output_dir=on",
     ]
-    config = load_recipe(recipe_file(""), overrides)
+    config = load_recipe(recipe_file("{}"), overrides)
     assert config.tracking.run_name == "1e-3" and config.train.output_dir == "on"
     saved = tmp_path / "deep" / "run_config.yaml"
     save_recipe(config, saved)
@@ -249,7 +248,7 @@ def test_saved_recipe_loads_equal(tmp_path: Path, recipe_file) -> None:
 )
 def test_a_text_override_gives_exactly_its_text(recipe_file, text: str) -> None:
     override = text_override("tracking.run_name", text)
-    assert load_recipe(recipe_file(""), [override]).tracking.run_name == text
+    assert load_recipe(recipe_file("{}"), [override]).tracking.run_name == text
     with pytest.raises(ValueError, match="is not resolved here"):
         text_override("tracking.run_name", text + "${train.seed}")
 

@@ -131,7 +131,7 @@ def test_unknown_choice_lists_the_legal_ones(name: str) -> None:
         (OptimizerSection, {"lr_decay_style": "step"}, "choose one of constant, linear, cosine"),
         (TrainConfig, {"exit_interval": 0}, "train.exit_interval=0 must be at least 1"),
         (TrainConfig, {"device": "tpu"}, "choose one of auto, cpu, cuda"),
-        (TrainConfig, {"output_dir": ""}, "train.output_dir must name a directory"),
+        (TrainConfig, {"output_dir": ""}, "train.output_dir is empty; name a directory"),
         (CheckpointConfig, {"keep_last": 0}, "checkpoint.keep_last=0 must be at least 1"),
     ],
 )

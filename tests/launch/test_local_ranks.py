@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parents[2] / "vqmoe_megatron" / "runtime" / "local_ranks.py"
+KILLED = "was killed by SIGKILL, most likely out of memory"
 # What each rank runs: argument r is what rank r does.
 STAND_IN = """
 import os, signal, sys, time
@@ -61,6 +63,8 @@ def start(tmp_path):
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "cli.py").write_text(STAND_IN)
+    (package / "runtime").mkdir()
+    shutil.copy(SOURCE.with_name("exit_codes.py"), package / "runtime")
     (tmp_path / "driver.py").write_text(DRIVER)
     environment = {
         k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OMP_NUM_THREADS")
@@ -102,7 +106,7 @@ def is_running(pid_file: Path) -> bool:
         (("75", "75"), "75 False None"),
         (("0", "2"), "2 False rank 1 ended with exit code 2"),
         (("hang", "1"), "1 False rank 1 ended with exit code 1"),
-        (("hang", "kill", "hang"), "137 True rank 1 was killed by SIGKILL"),
+        (("hang", "kill", "hang"), f"137 True rank 1 {KILLED}"),
         (("hang", "abort"), "134 False rank 1 was killed by SIGABRT"),
     ],
 )

@@ -243,7 +243,9 @@ def test_all_broken_rules_are_reported_at_once() -> None:
 
 
 def test_a_world_without_ranks_is_refused() -> None:
-    assert layout_errors(RunConfig(), 0) == ["world_size=0 must be at least 1"]
+    for ranks in (0, 2**17 + 1, 10**30):
+        words = f"world_size={ranks} must be at least 1 and at most 131072"
+        assert layout_errors(RunConfig(), ranks) == [words]
 
 
 def test_layout_is_frozen() -> None:

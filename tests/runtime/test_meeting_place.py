@@ -52,6 +52,17 @@ def test_no_host(text) -> None:
         "::g",
         "label." * 60 + "x" * 70,
         "a..b",
+        "*",
+        "0",
+        "0.0.0.0",
+        "0x0",
+        "::",
+        "[::]",
+        "224.0.0.1",
+        "255.255.255.255",
+        "n1\0",
+        "n1 29500",
+        "\udcff",
     ],
 )
 def test_what_is_no_host_is_refused_at_once_on_every_rank(host) -> None:
@@ -62,6 +73,19 @@ def test_what_is_no_host_is_refused_at_once_on_every_rank(host) -> None:
         assert time.monotonic() - started < 20
         assert str(caught.value).startswith(f"MASTER_ADDR={place(host).host} is no host that this")
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("port", ["29500", " 29500 ", "29500\n"])
+def test_blanks_around_a_port_are_no_part_of_it(port) -> None:
+    assert MeetingPlace.from_environ({"MASTER_ADDR": "n1", "MASTER_PORT": port}).port == 29500
+
+
+@pytest.mark.parametrize(
+    "port", ["0", "65536", "-1", "+1", "1_0", "29500.0", "n1", "٣", "2950 0", "9" * 5000]
+)
+def test_what_is_no_port_is_refused(port) -> None:
+    with pytest.raises(ValueError, match=r"MASTER_PORT=.* is not a port \(1 to 65535\)"):
+        MeetingPlace.from_environ({"MASTER_ADDR": "n1", "MASTER_PORT": port})
 
 
 def silent(*_args, **_kwargs) -> None:

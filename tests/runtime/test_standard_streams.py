@@ -195,3 +195,16 @@ def test_a_stream_that_somebody_replaced_is_left_alone():
         "print_path('a/b'); assert replaced.getvalue() == 'a/b\\n'\n"
     )
     subprocess.run([sys.executable, "-c", program], env=environment(), check=True)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_errors_are_written_line_by_line(tmp_path, unbuffered):
+    """Not at the end, which a killed rank does not reach."""
+    script = PROTECTED + "import os\nprint('a reason', file=sys.stderr)\nos._exit(3)"
+    with (tmp_path / "errors").open("w") as errors:
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment(PYTHONUNBUFFERED=unbuffered),
+            stderr=errors,
+        )
+    assert (tmp_path / "errors").read_text() == "a reason\n"

@@ -63,6 +63,15 @@ def test_a_missing_slurm_variable_is_named(missing: str) -> None:
     ("launcher", "name", "value", "message"),
     [
         (TORCHRUN, "RANK", "three", "RANK='three' is not an integer"),
+        (TORCHRUN, "RANK", " ", "RANK=' ' is not an integer"),
+        (
+            TORCHRUN,
+            "RANK",
+            "9" * 5000,
+            r"RANK=.9{119}\.\.\. \(5,002 characters\) is",
+        ),
+        (TORCHRUN, "LOCAL_RANK", "8", "0 <= LOCAL_RANK < WORLD_SIZE fails: 8 of 8"),
+        (TORCHRUN, "WORLD_SIZE", "-8", "WORLD_SIZE=-8 must be at least 1"),
         (TORCHRUN, "WORLD_SIZE", "", "WORLD_SIZE='' is not an integer"),
         (TORCHRUN, "LOCAL_RANK", "1.0", "LOCAL_RANK='1.0' is not an integer"),
         (SRUN, "SLURM_PROCID", "x", "SLURM_PROCID='x' is not an integer"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from fractions import Fraction
 
 import pytest
@@ -84,7 +85,15 @@ def test_rows_that_cannot_be_spread_evenly_are_refused() -> None:
 
 def test_a_failed_process_shows_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulated_step, "save_recipe", lambda config, path: path.write_text("x: 1"))
-    with pytest.raises(SimulationFailed, match=r"(?s)ended with 1:.*x"):
+    with pytest.raises(SimulationFailed, match=r"(?s)ended with exit code 1\n.*x"):
+        simulate_step(small_recipe({}, ["train.global_batch_size=1"]), 1)
+
+
+def test_a_process_that_the_kernel_killed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = ["bash", "-c", "kill -9 $$"]
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: run(killed, **options))
+    with pytest.raises(SimulationFailed, match="killed by SIGKILL, most likely out of memory$"):
         simulate_step(small_recipe({}, ["train.global_batch_size=1"]), 1)
 
 

@@ -20,6 +20,8 @@ TORCHRUN = str(ROOT / "launchers" / "torchrun.sh")
         ("[fe80::1%eth0]", "fe80::1%eth0", "[fe80::1%eth0]"),
         ("[::1", "[::1", "[[::1]"),
         ("", "", ""),
+        (" n1 ", "n1", "n1"),
+        ("[::1] ", "::1", "[::1]"),
     ],
 )
 def test_brackets(text, plain, uri) -> None:
@@ -29,7 +31,8 @@ def test_brackets(text, plain, uri) -> None:
 
 @pytest.mark.parametrize(
     ("host", "known"),
-    [("localhost", True), ("127.0.0.1", True), ("::1", True), ("[::1]", False), ("a b", False)],
+    [("localhost", True), ("127.0.0.1", True), ("::1", True), ("[::1]", False), ("a b", False)]
+    + [(host, False) for host in ("*", "0", "0.0.0.0", "::", "")],
 )
 def test_what_resolves(host, known) -> None:
     assert (bash(f"resolves '{host}'", "meeting_host").returncode == 0) == known
@@ -59,15 +62,38 @@ def torchrun(tmp_path):
     [("[::1]", "::1"), ("::1", "::1"), ("localhost", "localhost"), ("127.0.0.1", "127.0.0.1")],
 )
 def test_torchrun_is_given_a_plain_host(torchrun, host, shown) -> None:
-    for nodes in ({}, {"NNODES": "2", "NODE_RANK": "1"}):
+    for nodes in ({}, {"NNODES": "2", "NODE_RANK": "1"}, {"MASTER_PORT": "065"}):
         done = torchrun(MASTER_ADDR=host, **nodes)
         assert done.returncode == 0 and f"--master-addr={shown}" in done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("host", ["[::1", "127.0.0.1:29500", "::1%lo", "tcp://n1", "a b"])
+@pytest.mark.parametrize("host", ["[::1", "127.0.0.1:29500", "::1%lo", "tcp://n1", "a b", "*", "0"])
 def test_a_host_that_nobody_knows_is_refused_at_once(torchrun, host) -> None:
     """torchrun itself would wait for minutes, or end in a traceback."""
-    done = torchrun(MASTER_ADDR=host, NNODES="2", NODE_RANK="1")
+    for nodes in ({}, {"NNODES": "2", "NODE_RANK": "1"}):
+        done = torchrun(MASTER_ADDR=host, **nodes)
+        assert done.returncode == 2 and done.stdout == ""
+        assert f"MASTER_ADDR={host} is no host that this machine knows" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("NNODES", "0"),
+        ("NNODES", "two"),
+        ("NNODES", "1:4"),
+        ("NPROC_PER_NODE", "-1"),
+        ("NPROC_PER_NODE", "8.0"),
+        ("NODE_RANK", "1"),  # of one node
+        ("NODE_RANK", " "),
+        ("MASTER_PORT", "65536"),
+        ("MASTER_PORT", "n1"),
+        ("MASTER_PORT", "9" * 30),
+    ],
+)
+def test_a_number_that_is_none_is_one_line(torchrun, name, value) -> None:
+    done = torchrun(**{name: value})
     assert done.returncode == 2 and done.stdout == ""
-    assert f"MASTER_ADDR={host} is no host that this machine knows" in done.stderr
+    assert done.stderr.startswith(f"torchrun.sh: {name}='{value}' is no whole number from ")
     assert len(done.stderr.splitlines()) == 1

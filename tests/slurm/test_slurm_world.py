@@ -70,6 +70,13 @@ def test_world(environment, answer) -> None:
             {"VQMOE_LAUNCHER": "torchrun", "SLURM_NTASKS_PER_NODE": "8"},
             "tasks per node = 1 fails: 8",
         ),
+        *(
+            (
+                {"VQMOE_LAUNCHER": "torchrun", "VQMOE_RANKS_PER_NODE": number},
+                f"VQMOE_RANKS_PER_NODE={number} is no number of ranks",
+            )
+            for number in ("0", "-1", "two", "8.0")
+        ),
         ({"VQMOE_LAUNCHER": "mpirun"}, "VQMOE_LAUNCHER=mpirun is not one of srun, torchrun"),
     ],
 )

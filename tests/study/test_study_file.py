@@ -51,6 +51,8 @@ def test_refused(changes, says, write_study) -> None:
 def test_missing_sections_and_files_are_named(tmp_path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         read_study_file(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match="is a folder, not a study file"):
+        read_study_file(tmp_path)
     (tmp_path / "empty.yaml").write_text("{}\n")
     with pytest.raises(ValueError, match="section study is missing"):
         read_study_file(tmp_path / "empty.yaml")

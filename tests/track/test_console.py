@@ -33,7 +33,7 @@ def test_a_log_gets_one_grepable_line_per_record(monkeypatch):
     assert stream.getvalue().splitlines() == [
         "iteration 20/200 | loss 3.2145 | bits_per_byte 2.3188 | grad_norm 1.500 | "
         "tokens_per_second 123457 | step_time_ms 1000.0 | vq/code_perplexity 45.2 | "
-        "vq/dead_codes 3 | eta 3:00",
+        "vq/dead_codes 3 (sum of all layers) | eta 3:00",
         "iteration 200/200 | loss nan | bits_per_byte nan | val/bits_per_byte 1.2500",
     ]
 

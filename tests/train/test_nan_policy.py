@@ -16,7 +16,9 @@ from vqmoe_megatron.track.metrics_log import read_metrics
 pytestmark = pytest.mark.distributed
 
 EP2 = {"expert_model_parallel_size": 2}
-EXPLODE = ["optimizer.lr=1e30", "optimizer.lr_warmup_iters=0", "train.train_iters=5"]
+# Every step multiplies the weights by 1 - lr * weight_decay = -99: too much in step 6.
+EXPLODE = ["optimizer.lr=10", "optimizer.weight_decay=10", "optimizer.lr_decay_style=constant"]
+EXPLODE += ["optimizer.lr_warmup_iters=0", "train.train_iters=9"]
 
 
 def test_a_poisoned_step_is_skipped_on_all_ranks_and_training_goes_on(
@@ -38,7 +40,7 @@ def test_stop_names_the_samples_and_every_rank_agrees(ranks, small_corpus, tmp_p
     results = run_on(ranks(2), small_corpus, tmp_path, [*TINY, *EXPLODE], EP2)
     for result in results:
         assert result["error"] == (
-            "iteration 2: non-finite loss or gradient on samples 4..7; train.nan_policy=stop"
+            "iteration 6: non-finite loss or gradient on samples 20..23; train.nan_policy=stop"
         )
         assert result["finite_codebooks"]
 
@@ -50,8 +52,8 @@ def test_stop_ends_the_command_with_code_1_and_a_truthful_status(small_corpus, t
     assert process.wait(timeout=90) == 1
     status = read_status(run_dir)
     assert status.state == "failed"
-    assert "samples 4..7" in status.reason
-    assert "samples 4..7" in log.read_text()
+    assert "samples 20..23" in status.reason
+    assert "samples 20..23" in log.read_text()
 
 
 def test_skipping_all_the_way_and_a_dead_mlflow_server_do_not_end_training(small_corpus, tmp_path):
@@ -115,4 +117,4 @@ def test_a_rollback_that_does_not_help_ends_the_run(ranks, small_corpus, tmp_pat
     results = run_on(ranks(2), small_corpus, tmp_path, every, EP2)
     for result in results:
         assert "went back to" in result["error"] and "3 times before" in result["error"]
-        assert sum("rolled back to 1" in message for message in result["messages"]) == 3
+        assert sum("rolled back to 5" in message for message in result["messages"]) == 3

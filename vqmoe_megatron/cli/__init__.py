@@ -5,51 +5,39 @@ Exits: 0 done, 75 requeue, 2 usage, 1 crash, 130 interrupted, 128 + signal for a
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from pathlib import Path
-from typing import Annotated
+from vqmoe_megatron.runtime.interrupts import one_line_interrupt
 
-import typer
-from rich.console import Console
-from typer.core import TyperGroup
+with one_line_interrupt():  # these take a third of a second
+    import contextlib
+    import os
+    import sys
+    import tempfile
+    from collections.abc import Iterator
+    from pathlib import Path
+    from typing import Annotated
 
-from vqmoe_megatron import __version__
-from vqmoe_megatron.cli.bench import bench_app
-from vqmoe_megatron.cli.checkpoint import checkpoint_app
-from vqmoe_megatron.cli.export import export
-from vqmoe_megatron.cli.mlflow_sync import mlflow_sync
-from vqmoe_megatron.cli.plan import plan
-from vqmoe_megatron.cli.preflight import preflight
-from vqmoe_megatron.cli.study import study_app
-from vqmoe_megatron.config import RunConfig
-from vqmoe_megatron.config.recipe import load_recipe
-from vqmoe_megatron.plan.layout import minimum_world_size
-from vqmoe_megatron.runtime.standard_streams import (
-    forgive_lost_output,
-    lost_output,
-    protect_standard_streams,
-)
-from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
+    import typer
+    from rich.console import Console
+
+    from vqmoe_megatron import __version__
+    from vqmoe_megatron.cli import export, mlflow_sync, plan, preflight
+    from vqmoe_megatron.cli.bench import bench_app
+    from vqmoe_megatron.cli.checkpoint import checkpoint_app
+    from vqmoe_megatron.cli.study import study_app
+    from vqmoe_megatron.config import RunConfig
+    from vqmoe_megatron.config.recipe import load_recipe, save_recipe
+    from vqmoe_megatron.plan.layout import check_layout, minimum_world_size
+    from vqmoe_megatron.runtime.standard_streams import (
+        forgive_lost_output,
+        lost_output,
+        protect_standard_streams,
+    )
+    from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
 
 EXIT_CRASH, EXIT_USAGE = 1, 2
 RESULTS_ARE_FILES = ("prepare", "pretrain", "export", "mlflow-sync")  # not what they print
-INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
-
-
-class _Commands(TyperGroup):
-    """The commands; Ctrl-C is one line and exit code 130, whatever typer's version makes of it."""
-
-    def invoke(self, ctx: typer.Context) -> object:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
-
 
 app = typer.Typer(
-    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -58,10 +46,10 @@ app = typer.Typer(
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(bench_app, name="bench")
 app.add_typer(study_app, name="study")
-app.command()(export)
-app.command()(plan)
-app.command("mlflow-sync")(mlflow_sync)
-app.command()(preflight)
+app.command()(export.export)
+app.command()(plan.plan)
+app.command("mlflow-sync")(mlflow_sync.mlflow_sync)
+app.command()(preflight.preflight)
 
 
 @app.callback(invoke_without_command=True)
@@ -144,13 +132,18 @@ def pretrain(
         world_size = variables.world_size
 
     if variables.world_size == 1 and world_size > 1:
-        raise typer.Exit(_start_local_ranks(config, [str(recipe), *(overrides or [])], world_size))
+        with _arguments_of_ranks(config, recipe, overrides or []) as arguments:
+            raise typer.Exit(_start_local_ranks(config, arguments, world_size))
 
     from vqmoe_megatron.rundir.run_directory import RunDirectory, lock_patience_seconds
     from vqmoe_megatron.runtime.forked_children import end_forks_with_parent
+    from vqmoe_megatron.runtime.meeting_place import MeetingPlace
     from vqmoe_megatron.train.preflight import check_run
     from vqmoe_megatron.train.stop_requests import StopRequests
 
+    check_layout(config, world_size, device)  # these are refused here, before the first write
+    if world_size > 1:
+        MeetingPlace.from_environ(os.environ)
     run_dir, is_first = RunDirectory(Path(config.train.output_dir)), variables.rank == 0
     stop_requests = StopRequests()  # before the slow imports: a signal may come during them
     end_forks_with_parent()
@@ -175,6 +168,19 @@ def pretrain(
                     run.run_dir.record_end(variables.rank, error)
             raise
     raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _arguments_of_ranks(
+    config: RunConfig, recipe: Path, overrides: list[str]
+) -> Iterator[list[str]]:
+    """What makes each rank read the same recipe; a pipe has been read, and is empty now."""
+    if recipe.is_file():
+        yield [str(recipe), *overrides]
+        return
+    with tempfile.TemporaryDirectory(prefix="vqmoe_recipe_") as folder:
+        save_recipe(config, copy := Path(folder) / "recipe.yaml")
+        yield [str(copy)]
 
 
 def _start_local_ranks(config: RunConfig, arguments: list[str], world_size: int) -> int:
@@ -224,7 +230,8 @@ def main() -> None:
     """
     protect_standard_streams()
     try:
-        app()
+        with one_line_interrupt():
+            app()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)

@@ -50,7 +50,7 @@ def mlflow_sync(
     from vqmoe_megatron.track.mlflow.sync import check_run_directory, sync_run
 
     for run_dir in run_dirs:
-        if not run_dir.exists():  # mistyped; what is there but damaged must not stop the others
+        if not run_dir.is_dir():  # mistyped; what is there but damaged must not stop the others
             check_run_directory(run_dir)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", REQUEST_TIMEOUT_S)
     results: list[SyncResult] = []

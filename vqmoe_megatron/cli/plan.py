@@ -75,7 +75,7 @@ def plan(
     ranks = world_size or minimum_world_size(config)
     profile = hardware_profile(hardware or default_hardware(config))
     planned = plan_run(config, ranks, profile)
-    described = plan_json(planned, assumptions)
+    described = plan_json(planned, assumptions) if as_json else {}
     code = REFUSED if planned.errors else 0
     if search:
         code = _search(planned, assumptions, described, as_json)
@@ -124,8 +124,6 @@ def _search(
     described["search"] = search_json(result)
     if not as_json:
         console = plan_console(sys.stdout)
-        if planned.errors:
-            show_errors(planned, console)
         show_search(result, planned.world_size, planned.hardware.name, console)
         for sentence in assumptions:
             console.print(f"assumed: {sentence}")

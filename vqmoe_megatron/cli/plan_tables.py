@@ -71,30 +71,30 @@ def show_plan(plan: RunPlan, assumptions: Sequence[str], console: Console) -> No
 
 
 def show_search(result: SearchResult, world_size: int, hardware: str, console: Console) -> None:
-    """Print the best layouts, and why the others fell out."""
+    """Print the best layouts, the recipe's own among or below them, and why the others fell out."""
     names = [name for name, _ in SIZES if name != "CP"]
     table = _table(
         f"best layouts of {world_size} ranks on {hardware}, by predicted step time",
         *("rank", *names, "micro batch", "distributed optimizer", "microbatches", "peak memory"),
         *("exposed wire", "bubble", "step", "tokens/s"),
     )
-    for place, plan in enumerate(result.best, start=1):
-        sizes, time = dict(layout_sizes(plan.layout)), plan.step_time
-        train = plan.config.train
-        batch = train.global_batch_size, train.micro_batch_size
+    own, own_rank = result.own, result.own_rank
+    rows = list(enumerate(result.best, start=1))
+    if own_rank is None or own_rank > len(rows):
+        rows.append((own_rank, own))
+    for place, plan in rows:
+        sizes, train = dict(_sizes_as_planned(plan)), plan.config.train
         table.add_row(
-            str(place),
+            f"{place or '-'}{' (recipe)' if place == own_rank else ''}",
             *(sizes[name] for name in names),
             str(train.micro_batch_size),
             "yes" if plan.config.optimizer.use_distributed_optimizer else "no",
-            str(plan.layout.num_microbatches(*batch)),
-            bytes_text(plan.memory_bytes),
-            seconds_text(time.exposed_seconds),
-            seconds_text(time.bubble_seconds),
-            seconds_text(time.total_seconds),
-            f"{time.tokens_per_second:,.0f}",
+            *(["-"] * 6 if plan.errors else _search_figures(plan)),
         )
     console.print(table)
+    verdict = [_memory_verdict(own)] if own_rank is None and not own.errors else []
+    for reason in (*own.errors, *verdict):
+        console.print(f"recipe: {reason}")
     dropped = _table("why the others fell out", "candidates", "reason")
     for reason, count in result.dropped.items():
         dropped.add_row(f"{count:,}", reason)
@@ -103,6 +103,24 @@ def show_search(result: SearchResult, world_size: int, hardware: str, console: C
     if not result.num_fitting and result.smallest_peak_bytes is not None:
         console.print(f"The smallest needs {bytes_text(result.smallest_peak_bytes)} per rank.")
     console.print(f"assumed: {NOT_MEASURED}")
+
+
+def _sizes_as_planned(plan: RunPlan) -> Iterator[tuple[str, str]]:
+    """Sizes of all axes; of a layout that cannot run those that the recipe names."""
+    if not plan.errors:
+        yield from layout_sizes(plan.layout)
+        return
+    for name, attribute in SIZES:
+        yield name, str(getattr(plan.config.parallel, attribute, None) or "-")
+
+
+def _search_figures(plan: RunPlan) -> Iterator[str]:
+    time, train = plan.step_time, plan.config.train
+    yield str(plan.layout.num_microbatches(train.global_batch_size, train.micro_batch_size))
+    yield bytes_text(plan.memory_bytes)
+    for seconds in (time.exposed_seconds, time.bubble_seconds, time.total_seconds):
+        yield seconds_text(seconds)
+    yield f"{time.tokens_per_second:,.0f}"
 
 
 def show_simulation(simulated: SimulatedStep, console: Console) -> None:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from vqmoe_megatron.config.declared_types import declared_types, type_problem
+from vqmoe_megatron.config.declared_types import declared_types, shown, type_problem
 from vqmoe_megatron.config.ranges import LEGAL_RANGES, range_problem
+from vqmoe_megatron.config.texts import text_problem
 
 
 def setting_problem(key: str, value: Any, hint: Any) -> str | None:
-    """Say what is wrong with the value of ``section.name`` by itself: its type or its range."""
+    """Say what is wrong with the value of ``section.name`` by itself: type, range, text."""
     problem = type_problem(key, value, hint)
     if problem and key in LEGAL_RANGES:
         return f"{problem}; it must be {LEGAL_RANGES[key] or 'a finite number'}"
-    return problem or range_problem(key, value)
+    return problem or range_problem(key, value) or text_problem(key, value)
 
 
 def check_settings(section: str, config: Any) -> None:
-    """Raise one ``ValueError`` with every field that has another type or lies out of its range."""
+    """Raise one ``ValueError`` with every field that is not legal by itself."""
     found = [
         setting_problem(f"{section}.{name}", getattr(config, name), hint)
         for name, hint in declared_types(config.__class__).items()
@@ -30,5 +31,5 @@ def check_choice(section: str, name: str, value: object, legal: tuple[str, ...])
     """Raise ``ValueError`` naming the legal values when ``value`` is not one of them."""
     if value not in legal:
         raise ValueError(
-            f"{section}.{name}={value!r} is not legal; choose one of {', '.join(legal)}"
+            f"{section}.{name}={shown(value)} is not legal; choose one of {', '.join(legal)}"
         )

@@ -10,6 +10,8 @@ import types
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+MOST_SHOWN = 120  # characters of a value in a message
+
 
 @cache
 def declared_types(section_type: type) -> dict[str, Any]:
@@ -44,11 +46,20 @@ def has_type(value: Any, hint: Any) -> bool:
     return False
 
 
+def shown(value: Any) -> str:
+    """Return a value as Python writes it, not the whole of a long one."""
+    try:
+        text = repr(value)
+    except ValueError:  # it has more digits than Python turns into text
+        return "a number of thousands of digits"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}... ({len(text):,} characters)"
+
+
 def type_problem(key: str, value: Any, hint: Any) -> str | None:
     """Describe a value that is not of its declared type, as ``key: expected int, got ...``."""
     if has_type(value, hint):
         return None
-    got = "null" if value is None else f"{type(value).__name__} {value!r}"
+    got = "null" if value is None else f"{type(value).__name__} {shown(value)}"
     return f"{key}: expected {_type_name(hint)}, got {got}"
 
 

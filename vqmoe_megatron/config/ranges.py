@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from vqmoe_megatron.config.declared_types import shown
+
 FP32_MAX = (2 - 2**-23) * 2.0**127
 
 
@@ -39,73 +41,82 @@ class Range:
         return " and ".join(borders)
 
 
-COUNT = Range(1)
-NOT_NEGATIVE = Range(0)
-POSITIVE = Range(1e-37)  # fp32 may hold smaller ones as 0
+# The highest are far above any machine's: they keep mistyped numbers out, and plans quick.
+MOST_RANKS = 2**17  # the largest clusters have about as many devices
+LAYERS = Range(1, 2000)  # twice the deepest transformers that were published
+WIDTH = Range(1, 2**20)  # of vectors and matrices, and what they are cut into
+ROWS = Range(1, 2**24)  # of tables and batches
+RANKS = Range(1, MOST_RANKS)
+STEPS = Range(1, 10**9)  # decades at a few steps a second; as an interval: never
+STEPS_OR_NONE = Range(0, 10**9)
+# At 10 one update is as large as any weight. Not higher: fp32 has to hold powers of these.
+RATE = Range(0, 10)
+COEFFICIENT = Range(0, 1000)
+EPSILON = Range(1e-37, 1)  # fp32 may hold smaller ones as 0; at 1 it already outweighs the rest
 SHARE = Range(0, 1)
 SHARE_BELOW_ONE = Range(0, 1, without_high=True)
 
 LEGAL_RANGES: dict[str, Range] = {
-    "model.num_layers": COUNT,
-    "model.hidden_size": COUNT,
-    "model.num_attention_heads": COUNT,
-    "model.num_query_groups": COUNT,
-    "model.kv_channels": COUNT,
-    "model.ffn_hidden_size": COUNT,
-    "model.moe_ffn_hidden_size": COUNT,
-    "model.num_moe_experts": COUNT,
-    "model.moe_layer_freq": COUNT,
-    "model.moe_router_topk": COUNT,
-    "model.moe_aux_loss_coeff": NOT_NEGATIVE,
-    "model.moe_z_loss_coeff": NOT_NEGATIVE,
-    "model.layernorm_epsilon": POSITIVE,
+    "model.num_layers": LAYERS,
+    "model.hidden_size": WIDTH,
+    "model.num_attention_heads": WIDTH,
+    "model.num_query_groups": WIDTH,
+    "model.kv_channels": WIDTH,
+    "model.ffn_hidden_size": WIDTH,
+    "model.moe_ffn_hidden_size": WIDTH,
+    "model.num_moe_experts": WIDTH,
+    "model.moe_layer_freq": LAYERS,
+    "model.moe_router_topk": WIDTH,
+    "model.moe_aux_loss_coeff": COEFFICIENT,
+    "model.moe_z_loss_coeff": COEFFICIENT,
+    "model.layernorm_epsilon": EPSILON,
     "model.hidden_dropout": SHARE_BELOW_ONE,
     "model.attention_dropout": SHARE_BELOW_ONE,
-    "model.init_method_std": NOT_NEGATIVE,
-    "model.rotary_base": COUNT,
-    "model.recompute_num_layers": COUNT,
-    "model.seq_length": COUNT,
-    "model.vocab_size": COUNT,
-    "model.make_vocab_size_divisible_by": COUNT,
-    "vq.num_codes": COUNT,
-    "vq.num_code_slices": COUNT,
-    "vq.code_dim": COUNT,
+    "model.init_method_std": RATE,
+    "model.rotary_base": Range(1, 10**12),
+    "model.recompute_num_layers": LAYERS,
+    "model.seq_length": ROWS,
+    "model.vocab_size": ROWS,
+    "model.make_vocab_size_divisible_by": WIDTH,
+    "vq.num_codes": ROWS,
+    "vq.num_code_slices": WIDTH,
+    "vq.code_dim": WIDTH,
     "vq.contribution_rate": SHARE,
-    "vq.combine_bias": Range(),
+    "vq.combine_bias": Range(-100, 100),  # a logit: fp32's sigmoid is 0 or 1 beyond
     "vq.ema_decay": Range(0, 1, without_low=True, without_high=True),
-    "vq.commitment_coeff": NOT_NEGATIVE,
-    "vq.vq_loss_coeff": NOT_NEGATIVE,
+    "vq.commitment_coeff": COEFFICIENT,
+    "vq.vq_loss_coeff": COEFFICIENT,
     # A share of uniform usage: at 1 every code would be re-seeded at every step.
     "vq.dead_code_threshold": SHARE_BELOW_ONE,
-    "parallel.tensor_model_parallel_size": COUNT,
-    "parallel.pipeline_model_parallel_size": COUNT,
-    "parallel.virtual_pipeline_model_parallel_size": COUNT,
-    "parallel.context_parallel_size": COUNT,
-    "parallel.expert_model_parallel_size": COUNT,
-    "parallel.expert_tensor_parallel_size": COUNT,
-    "data.eval_stride_tokens": COUNT,
+    "parallel.tensor_model_parallel_size": RANKS,
+    "parallel.pipeline_model_parallel_size": RANKS,
+    "parallel.virtual_pipeline_model_parallel_size": LAYERS,
+    "parallel.context_parallel_size": RANKS,
+    "parallel.expert_model_parallel_size": RANKS,
+    "parallel.expert_tensor_parallel_size": RANKS,
+    "data.eval_stride_tokens": ROWS,
     "data.num_workers": Range(0, 1024),  # processes of every rank
-    "optimizer.lr": NOT_NEGATIVE,
-    "optimizer.min_lr": NOT_NEGATIVE,
-    "optimizer.lr_warmup_iters": NOT_NEGATIVE,
-    "optimizer.lr_decay_iters": COUNT,
-    "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.lr": RATE,
+    "optimizer.min_lr": RATE,
+    "optimizer.lr_warmup_iters": STEPS_OR_NONE,
+    "optimizer.lr_decay_iters": STEPS,
+    "optimizer.weight_decay": RATE,
     "optimizer.adam_beta1": SHARE_BELOW_ONE,
     "optimizer.adam_beta2": SHARE_BELOW_ONE,
-    "optimizer.adam_eps": POSITIVE,  # at 0 a parameter without a gradient becomes 0 / 0
-    "optimizer.clip_grad": NOT_NEGATIVE,
-    "train.train_iters": COUNT,
-    "train.global_batch_size": COUNT,
-    "train.micro_batch_size": COUNT,
+    "optimizer.adam_eps": EPSILON,  # at 0 a parameter without a gradient becomes 0 / 0
+    "optimizer.clip_grad": Range(0, 1e9),  # people write large ones for none, which is 0
+    "train.train_iters": STEPS,
+    "train.global_batch_size": ROWS,
+    "train.micro_batch_size": ROWS,
     "train.seed": Range(0, 2**32 - 1),  # of NumPy's generator, which shuffles the corpus
-    "train.log_interval": COUNT,
-    "train.eval_interval": NOT_NEGATIVE,
-    "train.eval_iters": NOT_NEGATIVE,
-    "train.exit_interval": COUNT,
-    "train.exit_duration_in_mins": NOT_NEGATIVE,
-    "train.check_replicas_interval": NOT_NEGATIVE,
-    "checkpoint.save_interval": NOT_NEGATIVE,
-    "checkpoint.keep_last": COUNT,
+    "train.log_interval": STEPS,
+    "train.eval_interval": STEPS_OR_NONE,
+    "train.eval_iters": STEPS_OR_NONE,
+    "train.exit_interval": STEPS,
+    "train.exit_duration_in_mins": Range(0, 10**7),  # 19 years
+    "train.check_replicas_interval": STEPS_OR_NONE,
+    "checkpoint.save_interval": STEPS_OR_NONE,
+    "checkpoint.keep_last": STEPS,
 }
 
 
@@ -124,4 +135,4 @@ def range_problem(key: str, value: Any) -> str | None:
     words = [str(legal)] if str(legal) else []
     if not all(map(is_finite, wrong)):
         words.insert(0, "a finite number in fp32")
-    return f"{key}={value} must be {', '.join(words)}"
+    return f"{key}={shown(value)} must be {', '.join(words)}"

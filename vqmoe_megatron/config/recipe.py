@@ -18,13 +18,19 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml  # OmegaConf's own parser: for its error class and its line numbers
+import yaml  # OmegaConf's own parser: for its error class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.checks import setting_problem
-from vqmoe_megatron.config.declared_types import alternatives, declared_types
+from vqmoe_megatron.config.declared_types import alternatives, declared_types, shown
+from vqmoe_megatron.config.recipe_text import (
+    compose_bounded,
+    parse_recipe_text,
+    read_recipe_text,
+    where_and_why,
+)
 from vqmoe_megatron.rundir.own_outputs import replace_file
 
 OVERRIDE_EXAMPLE = "vq.num_codes=128"
@@ -64,7 +70,7 @@ def load_recipe(path: Path, overrides: list[str]) -> RunConfig:
         try:
             OmegaConf.update(tree, setting.key, setting.value, merge=False)
         except OmegaConfBaseException as error:  # a ${ that is not well formed
-            problems.append(f"{setting.key}={setting.value!r} ({setting.origin}): {error}")
+            problems.append(f"{setting.key}={shown(setting.value)} ({setting.origin}): {error}")
         origins[setting.key] = setting.origin
     is_read_whole = not problems
     values = _checked_values(tree, origins, problems)
@@ -95,8 +101,10 @@ def load_saved_recipe(path: Path) -> RunConfig:
     Raises ``ValueError`` as :func:`load_recipe`, and for an emptied or cut file, whose settings
     would otherwise be the defaults.
     """
-    config = load_recipe(path, [])
-    missing = [section for section in SECTION_TYPES if section not in OmegaConf.load(path)]
+    is_emptied = path.is_file() and not path.read_bytes().strip()
+    config = RunConfig() if is_emptied else load_recipe(path, [])
+    found = () if is_emptied else OmegaConf.load(path)
+    missing = [section for section in SECTION_TYPES if section not in found]
     if missing:
         raise ValueError(f"{path} was emptied or cut: it lacks {', '.join(missing)}")
     return config
@@ -129,28 +137,16 @@ def flatten_config(config: RunConfig) -> dict[str, str | int | float | bool | No
 
 
 def _file_settings(path: Path, problems: list[str]) -> list[Setting]:
-    """Return the file's settings in order; an empty section or file means its defaults."""
-    if not path.is_file():
-        raise ValueError(_missing_file(path))
-    try:
-        loaded = OmegaConf.load(path)
-        lines = _line_numbers(path)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {_where_and_why(error)}") from error
-    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path} cannot be read as a recipe: {error}") from error
-    if not isinstance(loaded, DictConfig):
-        raise ValueError(f"{path} must hold sections ({', '.join(SECTION_TYPES)}), not a list")
-
+    """Return the file's settings in order; an empty section means its defaults."""
+    sections, lines = parse_recipe_text(read_recipe_text(path), path, ", ".join(SECTION_TYPES))
     settings: list[Setting] = []
-    sections: Any = OmegaConf.to_container(loaded)
     for section, content in sections.items():
         origin = f"{path}:{lines.get((str(section),), 1)}"
         if section not in SECTION_TYPES:
             problems.append(f"{_unknown_section(str(section))} ({origin})")
         elif content is not None and not isinstance(content, dict):
             problems.append(
-                f"section {section} must hold `key: value` lines, not {content!r} ({origin})"
+                f"section {section} must hold `key: value` lines, not {shown(content)} ({origin})"
             )
         else:
             for name, value in (content or {}).items():
@@ -166,7 +162,7 @@ def _override_setting(text: str, problems: list[str]) -> Setting | None:
     """Return the setting of one ``section.key=value`` text, or None with its problem reported."""
     key, equals, raw = text.partition("=")
     key = key.strip()
-    origin = f"override {text!r}"
+    origin = f"override {shown(text)}"
     if not equals:
         problems.append(f"{origin} has no `=`; write it as section.key=value: {OVERRIDE_EXAMPLE}")
         return None
@@ -182,11 +178,12 @@ def _override_setting(text: str, problems: list[str]) -> Setting | None:
             value: Any = _override_text(raw.strip())
             OmegaConf.create({"value": value})  # its ${...}, if any, is well formed
         else:
+            compose_bounded(raw)
             section, name = key.split(".")
             tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={raw}"]))
             value = tree[section][name]
     except yaml.YAMLError as error:
-        problems.append(f"{origin} has a malformed value: {_where_and_why(error)}")
+        problems.append(f"{origin} has a malformed value: {where_and_why(error)}")
     except (OmegaConfBaseException, ValueError) as error:
         problems.append(f"{origin} has a malformed value: {str(error).splitlines()[0]}")
     else:
@@ -262,32 +259,6 @@ def _unknown_key(key: str) -> str:
         return f"unknown key {key!r}: did you mean {' or '.join(near)}?"
     names = ", ".join(legal.split(".")[1] for legal in siblings)
     return f"unknown key {key!r}: none is near. Keys of {section}: {names}"
-
-
-def _line_numbers(path: Path) -> dict[tuple[str, ...], int]:
-    """Return the line of each ``(section,)`` and ``(section, key)`` of a YAML mapping."""
-    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    lines: dict[tuple[str, ...], int] = {}
-    for section, content in root.value if isinstance(root, yaml.MappingNode) else []:
-        lines[(section.value,)] = section.start_mark.line + 1
-        for name, _ in content.value if isinstance(content, yaml.MappingNode) else []:
-            lines[(section.value, name.value)] = name.start_mark.line + 1
-    return lines
-
-
-def _where_and_why(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    why = getattr(error, "problem", None) or str(error)
-    return why if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: {why}"
-
-
-def _missing_file(path: Path) -> str:
-    """Describe a missing recipe by listing the ones beside it and in ``recipes/``."""
-    folders = dict.fromkeys((path.parent, Path("recipes")))
-    found = [str(file) for folder in folders for file in sorted(folder.glob("[!.]*.yaml"))]
-    listing = f"; recipes here: {', '.join(found)}" if found else " and no recipes/*.yaml is near"
-    what = "is a folder, not a recipe file" if path.is_dir() else "does not exist"
-    return f"recipe {path} {what}{listing}"
 
 
 def _report(path: Path, problems: list[str]) -> str:

@@ -147,8 +147,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_settings("data", self)
-        if self.cache_dir == "":
-            raise ValueError("data.cache_dir is empty; name a directory, or null for the default")
         check_choice("data", "eval_split", self.eval_split, ("valid", "test"))
 
 
@@ -217,8 +215,6 @@ class TrainConfig:
         check_settings("train", self)
         check_choice("train", "device", self.device, ("auto", "cpu", "cuda"))
         check_choice("train", "nan_policy", self.nan_policy, ("stop", "skip", "rollback"))
-        if not self.output_dir:
-            raise ValueError("train.output_dir must name a directory")
 
 
 @dataclass

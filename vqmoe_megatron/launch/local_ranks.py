@@ -18,6 +18,8 @@ import time
 from dataclasses import dataclass
 from types import FrameType
 
+from vqmoe_megatron.runtime.exit_codes import end_in_words
+
 GRACE_SECONDS = 10.0  # for the other ranks to report after one died
 POLL_SECONDS = 0.1
 TELL_SECONDS = 5.0  # after the first rank stopped on request; the others are then ending too
@@ -133,11 +135,11 @@ def _wait(ranks: list[subprocess.Popen]) -> RanksEnded:
 
 
 def _failure(number: int, code: int) -> RanksEnded:
+    reason = f"rank {number} {end_in_words(code)}"
     if code < 0:
-        reason = f"rank {number} was killed by {signal.Signals(-code).name}"
         # NCCL's watchdog aborts a rank for the failure of another one, which that one reports.
         return RanksEnded(128 - code, reason, was_killed=-code != signal.SIGABRT)
-    return RanksEnded(code, f"rank {number} ended with exit code {code}")
+    return RanksEnded(code, reason)
 
 
 def _free_port() -> int:

@@ -67,8 +67,12 @@ def chunk_terms(
     """
     if place.is_first:
         yield from _embedding(config, layout)
+    of_kind: dict[tuple[bool, bool], list[LayerTerm]] = {}  # layers of one kind send the same
     for index, number in enumerate(place.layers):
-        yield from _layer(config, layout, traffic, number, _is_repeated(config, index))
+        kind = is_moe_layer(config.model, number), _is_repeated(config, index)
+        if kind not in of_kind:
+            of_kind[kind] = list(_layer(config, layout, traffic, *kind))
+        yield from of_kind[kind]
     if place.is_last:
         yield from _column_parallel(config, layout, "output", False)
         yield from _cross_entropy(config, layout)
@@ -86,7 +90,7 @@ def _layer(
     config: RunConfig,
     layout: ParallelLayout,
     traffic: MeanTraffic | None,
-    number: int,
+    is_moe: bool,
     is_repeated: bool,
 ) -> Iterator[LayerTerm]:
     model = config.model
@@ -95,7 +99,7 @@ def _layer(
         modules = model.recompute_modules or []
     yield from _column_parallel(config, layout, "attention", is_repeated)
     yield from _row_parallel(config, layout, "attention", is_repeated)
-    if is_moe_layer(model, number):
+    if is_moe:
         yield from _moe(config, layout, traffic, is_repeated or "moe" in modules)
     else:
         yield from _column_parallel(config, layout, "dense_mlp", is_repeated or "mlp" in modules)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from math import lcm
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
+from vqmoe_megatron.config.ranges import RANKS
 from vqmoe_megatron.plan.divisibility import expert_width_errors, remainder
 from vqmoe_megatron.plan.run_rules import run_errors
 
@@ -114,8 +115,8 @@ def layout_errors(config: RunConfig, world_size: int, device: str | None = None)
     ``device`` is the resolved ``cpu`` or ``cuda``; ``None`` takes ``train.device``, of which
     ``auto`` cannot be judged here. Batch rules need DP, so they wait until the world size fits.
     """
-    if world_size < 1:
-        return [f"world_size={world_size} must be at least 1"]
+    if world_size not in RANKS:
+        return [f"world_size={world_size} must be {RANKS}"]
     layout = ParallelLayout.from_config(config, world_size)
     return [
         *_world_errors(layout, minimum_world_size(config)),

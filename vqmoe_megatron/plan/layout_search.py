@@ -2,12 +2,14 @@
 
 Tried: every TP, PP, VPP, EP and ETP that tile the world, with and without the distributed
 optimizer, and micro batches of 1, 2, 4, 8, 16 and the recipe's own. TP and ETP stay within a node,
-VPP is none, 2 or 4. Dropped, each with its reason: what a rule of the layout forbids, and what does
-not fit the device's memory. Not tried: what does not tile the world, and a distributed optimizer
-without replicas to share it. Everything else, the global batch too, stays the recipe's.
+VPP is none, 2 or 4; the recipe's own layout is tried in any case. Dropped, each with its reason:
+what a rule of the layout forbids, and what does not fit the device's memory. Not tried: what does
+not tile the world, and a distributed optimizer without replicas to share it. Everything else, the
+global batch too, stays the recipe's.
 
 Candidates are judged by the first and the last pipeline stage; the best are then planned whole. One
-whose operations and bubble alone take longer than the ten best so far is not looked at further.
+whose operations and bubble alone take longer than the ten best so far, and than the recipe's own
+layout, is not looked at further.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ class SearchResult:
     """The layouts that can run, best first, and why the others cannot."""
 
     best: tuple[RunPlan, ...]
+    own: RunPlan  # the recipe as it is
+    own_rank: int | None  # 1: ``own`` is ``best[0]``; beyond ``best``: behind all that are faster
     num_tried: int
     num_fitting: int
     dropped: dict[str, int]  # candidates by reason; one that breaks several counts for its first
@@ -53,6 +57,9 @@ def search_layouts(
     """
     if world_size < 1:
         raise ValueError(f"world_size={world_size} must be at least 1")
+    own = plan_run(config, world_size, hardware)
+    own_seconds = _judged_seconds(own) if not own.errors and own.fits else 0.0
+    num_faster = 0  # than the recipe's own layout
     dropped: Counter[str] = Counter()
     fitting: list[tuple[float, int, RunConfig]] = []  # seconds, order of trial
     num_tried = num_fitting = 0
@@ -61,12 +68,20 @@ def search_layouts(
     place: tuple[ParallelLayout, bool] | None = None
     is_too_full = False
     states: dict[int, StateBytes] = {}
-    for candidate in _candidates(config, world_size, hardware):
+    was_tried = bool(own.errors)
+
+    def candidates() -> Iterator[RunConfig]:
+        yield from _candidates(config, world_size, hardware)
+        if not was_tried:
+            yield config
+
+    for candidate in candidates():
         num_tried += 1
         if errors := layout_errors(candidate, world_size, device):
             dropped[_reason(errors[0])] += 1
             continue
         layout = ParallelLayout.from_config(candidate, world_size)
+        was_tried = was_tried or _is_same(candidate, layout, own)
         if place != (layout, candidate.optimizer.use_distributed_optimizer):
             place = (layout, candidate.optimizer.use_distributed_optimizer)
             ends = sorted({0, layout.pipeline_model_parallel_size - 1})
@@ -87,20 +102,45 @@ def search_layouts(
             continue
         num_fitting += 1
         flops = run_flops(candidate, layout)
-        if len(fitting) == num_best and fitting[-1][0] <= least_seconds(
+        slowest_of_interest = max(own_seconds, fitting[-1][0] if fitting else 0.0)
+        if len(fitting) == num_best and slowest_of_interest <= least_seconds(
             candidate, layout, flops, hardware
         ):
             continue
         seconds = predict(candidate, layout, memory, hardware, flops).total_seconds
+        num_faster += seconds < own_seconds
         fitting = sorted([*fitting, (seconds, num_tried, candidate)], key=lambda e: e[:2])
         fitting = fitting[:num_best]
+    best = tuple(plan_run(entry[2], world_size, hardware) for entry in fitting)
+    places = [
+        place
+        for place, plan in enumerate(best, start=1)
+        if not own.errors and _is_same(plan.config, plan.layout, own)
+    ]
+    behind = max(num_faster, len(best)) + 1 if own_seconds else None
     return SearchResult(
-        best=tuple(plan_run(entry[2], world_size, hardware) for entry in fitting),
+        best=best,
+        own=own,
+        own_rank=places[0] if places else behind,
         num_tried=num_tried,
         num_fitting=num_fitting,
         dropped=dict(dropped.most_common()),
         smallest_peak_bytes=smallest,
     )
+
+
+def _judged_seconds(plan: RunPlan) -> float:
+    """The step time by which candidates are ranked: that of the first and the last stage."""
+    ends = sorted({0, plan.layout.pipeline_model_parallel_size - 1})
+    memory = tuple(plan.figures.memory[end] for end in ends)
+    flops = plan.figures.flops
+    return predict(plan.config, plan.layout, memory, plan.hardware, flops).total_seconds
+
+
+def _is_same(candidate: RunConfig, layout: ParallelLayout, own: RunPlan) -> bool:
+    """Whether a candidate is the recipe as it is, however the recipe writes its defaults."""
+    mine, own_settings = ((c.optimizer, c.train) for c in (candidate, own.config))
+    return layout == own.layout and mine == own_settings
 
 
 def _candidates(config: RunConfig, world_size: int, hardware: Hardware) -> Iterator[RunConfig]:

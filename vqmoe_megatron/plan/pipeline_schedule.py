@@ -12,8 +12,10 @@ the last. The bubble is (PP - 1) / VPP microbatches long, whatever m is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
+from itertools import accumulate, chain, cycle, islice, repeat
+from operator import sub
 
 
 def num_warmup_passes(num_stages: int, num_chunks: int, stage: int, num_microbatches: int) -> int:
@@ -36,16 +38,12 @@ def peak_in_flight(
     warmup = num_warmup_passes(num_stages, num_chunks, stage, num_microbatches)
     num_passes = min(num_microbatches * num_chunks, warmup + 2 * period)
 
-    def chunk_of(index: int) -> int:
-        return index % period // num_stages
+    def in_turn(chunks: Iterable[int]) -> Iterator[int]:
+        turns = [chunk for chunk in chunks for _ in range(num_stages)]
+        return accumulate(islice(cycle(turns), num_passes))
 
-    held = peak = 0
-    for index in range(num_passes):
-        held += chunk_bytes[chunk_of(index)]
-        peak = max(peak, held)
-        if index >= warmup:
-            held -= chunk_bytes[num_chunks - 1 - chunk_of(index - warmup)]
-    return peak
+    freed = chain(repeat(0, warmup + 1), in_turn(reversed(chunk_bytes)))
+    return max(map(sub, in_turn(chunk_bytes), freed), default=0)
 
 
 def bubble_microbatches(num_stages: int, num_chunks: int) -> Fraction:

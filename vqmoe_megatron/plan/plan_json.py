@@ -92,23 +92,29 @@ def plan_json(plan: RunPlan, assumptions: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def search_json(result: SearchResult) -> dict[str, Any]:
-    """Return a search: the best layouts with their figures, and counts of the others."""
+    """Return a search: the best layouts and the recipe's own, and counts of the others."""
+    own = result.own
     return {
         "num_tried": result.num_tried,
         "num_fitting": result.num_fitting,
         "dropped": result.dropped,
         "smallest_peak_bytes": result.smallest_peak_bytes,
-        "best": [
-            {
-                "layout": layout_json(plan.layout),
-                "micro_batch_size": plan.config.train.micro_batch_size,
-                "use_distributed_optimizer": plan.config.optimizer.use_distributed_optimizer,
-                "memory_bytes": plan.memory_bytes,
-                "wire_bytes_per_step": plan.wire_bytes_per_step,
-                "step_time": step_time_json(plan.step_time),
-            }
-            for plan in result.best
-        ],
+        "best": [_found_json(plan) for plan in result.best],
+        "recipe": {
+            "rank": result.own_rank,
+            **({"errors": list(own.errors)} if own.errors else _found_json(own)),
+        },
+    }
+
+
+def _found_json(plan: RunPlan) -> dict[str, Any]:
+    return {
+        "layout": layout_json(plan.layout),
+        "micro_batch_size": plan.config.train.micro_batch_size,
+        "use_distributed_optimizer": plan.config.optimizer.use_distributed_optimizer,
+        "memory_bytes": plan.memory_bytes,
+        "wire_bytes_per_step": plan.wire_bytes_per_step,
+        "step_time": step_time_json(plan.step_time),
     }
 
 

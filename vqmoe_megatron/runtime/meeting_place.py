@@ -7,11 +7,15 @@ again for a while.
 
 from __future__ import annotations
 
+import ipaddress
+import re
 import socket
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from vqmoe_megatron.config.declared_types import shown
 
 LOOKUP_SECONDS = 30.0  # for a resolver that says "try again", or nothing
 RETRY_SECONDS = 1.0
@@ -44,15 +48,21 @@ class MeetingPlace:
                 "MASTER_ADDR is not set; export the host name of rank 0's node (scontrol show "
                 "hostnames | head -n1) for all ranks"
             )
-        port = environ.get("MASTER_PORT", "")
+        port = environ.get("MASTER_PORT", "").strip()
         if not port:
             raise ValueError("MASTER_PORT is not set; export one free port for all ranks")
-        if not (port.isdecimal() and 0 < int(port) < 2**16):
-            raise ValueError(f"MASTER_PORT={port!r} is not a port (1 to 65535)")
+        if not (re.fullmatch("[0-9]{1,9}", port) and 0 < int(port) < 2**16):
+            raise ValueError(f"MASTER_PORT={shown(port)} is not a port (1 to 65535)")
         is_hosted = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         prefix = f"vqmoe/attempt_{attempt}/" if is_hosted else "vqmoe/"
         return cls(host, int(port), is_hosted, prefix)
+
+
+def _names_no_machine(address: str) -> bool:
+    """``0.0.0.0``, ``0``, ``::``: a rank elsewhere would seek rank 0 on its own node, in vain."""
+    known = ipaddress.ip_address(address)
+    return known.is_unspecified or known.is_multicast or address == "255.255.255.255"
 
 
 class HostLookup(threading.Thread):
@@ -73,8 +83,15 @@ class HostLookup(threading.Thread):
         """Ask until there is an answer."""
         while self.is_wanted:
             try:
-                socket.getaddrinfo(self.place.host, self.place.port, type=socket.SOCK_STREAM)
-                self.problem = None
+                found = socket.getaddrinfo(
+                    self.place.host, self.place.port, type=socket.SOCK_STREAM
+                )
+                addresses = [str(address[0]) for *_, address in found]
+                # glibc takes * for the loopback.
+                if self.place.host == "*" or any(map(_names_no_machine, addresses)):
+                    self.problem, self.is_final = "it names no single machine", True
+                else:
+                    self.problem = None
                 return
             except socket.gaierror as error:
                 self.problem = error.strerror or str(error)

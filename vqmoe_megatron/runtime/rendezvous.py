@@ -28,10 +28,12 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from vqmoe_megatron.rundir.waiting import WaitNotices, tell
 from vqmoe_megatron.runtime.meeting_place import LOOKUP_SECONDS, HostLookup, MeetingPlace
 from vqmoe_megatron.runtime.rank_names import rank_names
+from vqmoe_megatron.runtime.store_probe import ForeignServer, probe_store
 
 POLL_SECONDS = 0.1
 NOTICE_AFTER_SECONDS = 10.0  # ranks start one after another
 PROBE_SECONDS = 5.0  # for one attempt to open a connection
+FOREIGN_SECONDS = 5.0  # a store that is just ending hangs up too
 LINGER_SECONDS = 1.5  # for others to read a verdict before rank 0 closes the store
 STORE_SECONDS = 60.0  # for one answer of a store that is there
 
@@ -177,6 +179,12 @@ def _reach(wait: _Wait) -> TCPStore:
         while attempt.store is None:
             if wait.should_stop():
                 raise StoppedWhileWaiting(f"rank {wait.rank} was asked to stop")
+            if attempt.is_foreign():
+                raise RendezvousFailed(
+                    f"rank {wait.rank} of {wait.world_size} found another program at {wait.place}, "
+                    "which does not answer as the store of rank 0; choose another MASTER_PORT, the "
+                    "same on all ranks"
+                )
             if wait.is_over():
                 raise RendezvousFailed(
                     f"rank {wait.rank} of {wait.world_size} did not reach rank 0 at {wait.place} "
@@ -205,18 +213,25 @@ class _Attempt(threading.Thread):
         self.place = place
         self.store: TCPStore | None = None
         self.problem = "no answer yet"
+        self.foreign_since: float | None = None  # another program answers, and nobody else since
         self.is_wanted = True
+
+    def is_foreign(self) -> bool:
+        since = self.foreign_since
+        return since is not None and time.monotonic() - since >= FOREIGN_SECONDS
 
     def run(self) -> None:
         while self.is_wanted and self.store is None:
             try:  # quietly, until somebody listens: TCPStore would log every refused attempt
                 address = (self.place.host, self.place.port)
-                socket.create_connection(address, PROBE_SECONDS).close()
-                self.problem = "connected, but what listens there is not the store of these ranks"
+                probe_store(*address, PROBE_SECONDS)
                 self.store = TCPStore(*address, is_master=False, **_patience())
+                continue
             except Exception as error:  # whatever it is, the one who waits reports it
+                since = self.foreign_since or time.monotonic()
+                self.foreign_since = since if isinstance(error, ForeignServer) else None
                 self.problem = _first_line(error)
-                time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
 
 def _patience() -> dict:

@@ -111,8 +111,10 @@ def _text_stream(descriptor: _Descriptor, original: TextIO | None) -> TextIO:
         io.BufferedWriter(descriptor),
         encoding=getattr(original, "encoding", None) or "utf-8",
         errors=ON_ENCODING_ERROR,
-        line_buffering=getattr(original, "line_buffering", False),
-        write_through=getattr(original, "write_through", False),
+        # PYTHONUNBUFFERED writes through to a raw file; ours has a buffer, for its partial writes.
+        line_buffering=any(
+            getattr(original, kind, False) for kind in ("line_buffering", "write_through")
+        ),
     )
 
 

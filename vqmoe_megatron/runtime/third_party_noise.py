@@ -14,6 +14,10 @@ KNOWN_WARNINGS = (
     # Loading a checkpoint: Megatron's own calls into torch, both at exactly pinned versions.
     "`load_state_dict` is deprecated and will be removed in future versions",
     "Please use DTensor instead and we are deprecating ShardedTensor",
+    # Names that torch 2.13 replaced. Megatron calls the old ones; so do our layers, which must run
+    # on an older torch of a container image too, where the new ones do not exist.
+    "`torch.distributed.all_gather_into_tensor` is deprecated",
+    "`torch.distributed.reduce_scatter_tensor` is deprecated",
 )
 KNOWN_RECORDS = (
     # On the CPU the "GPU" generator is the CPU's, by design of cpu_compat.

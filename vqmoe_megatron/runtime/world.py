@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vqmoe_megatron.config.declared_types import shown
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.runtime.meeting_place import MeetingPlace
 from vqmoe_megatron.runtime.rendezvous import meet, never_stop
@@ -76,7 +77,7 @@ def _integer(name: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError(
-            f"{name}={text!r} is not an integer; its launcher must set it, or unset it for a "
+            f"{name}={shown(text)} is not an integer; its launcher must set it, or unset it for a "
             "single process"
         ) from None
 

@@ -24,6 +24,7 @@ from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
 from vqmoe_megatron.plan.step_wire import step_wire
 from vqmoe_megatron.plan.step_wire_terms import StepWire
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
+from vqmoe_megatron.runtime.exit_codes import end_in_words
 from vqmoe_megatron.simulate.simulated_rank import JOB_FILE, RESULT_FILE
 
 MAX_RANKS = 4096
@@ -223,9 +224,9 @@ def _run_process(config: RunConfig, world_size: int, ranks: list[int]) -> dict:
                 ) from None
         if ended.returncode != 0:
             lines = output.read_text(errors="replace").splitlines()[-SHOWN_LINES:]
+            how = end_in_words(ended.returncode)
             raise SimulationFailed(
-                f"the simulation of {len(ranks)} of {world_size} ranks ended with "
-                f"{ended.returncode}:\n" + "\n".join(lines)
+                "\n".join([f"the simulation of {len(ranks)} of {world_size} ranks {how}", *lines])
             )
         return json.loads((folder / RESULT_FILE).read_text())
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from vqmoe_megatron.launch.local_ranks import STOP_SIGNALS, stop_signals_to_handle
+from vqmoe_megatron.runtime.exit_codes import end_in_words
 from vqmoe_megatron.study.local_display import LocalDisplay
 from vqmoe_megatron.study.planned_run import PlannedRun
 from vqmoe_megatron.study.run_state import RunState, run_state
@@ -179,7 +180,7 @@ def _ended_state(started: _Started, code: int) -> RunState:
         return state
     if code == EXIT_CRASH and state.state == "failed":
         return state
-    reason = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+    reason = end_in_words(code)
     if code == EXIT_USAGE:
         reason = _last_error(started) or reason
     return replace(state, state="failed", reason=reason)

@@ -18,6 +18,7 @@ from pathlib import Path
 import vqmoe_megatron
 from vqmoe_megatron.rundir.own_outputs import replace_file
 from vqmoe_megatron.rundir.waiting import told_while_waiting
+from vqmoe_megatron.runtime.exit_codes import end_in_words
 from vqmoe_megatron.study.slurm_queue import QueueUnknown, job_name, name_in_queue
 from vqmoe_megatron.study.study import Study
 
@@ -128,7 +129,8 @@ def submit_arrays(
                 f"sbatch did not answer in {SBATCH_SECONDS} s; look at squeue before trying again"
             ) from error
         if done.returncode:
-            raise ValueError(f"sbatch refused the array: {done.stderr.strip()}")
+            why = done.stderr.strip() or f"it {end_in_words(done.returncode)}"
+            raise ValueError(f"sbatch refused the array: {why}")
         after = done.stdout.strip().splitlines()[-1].split(";")[0]  # ID or ID;cluster
         _record(study, after, array, say)
         say(

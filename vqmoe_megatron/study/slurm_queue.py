@@ -8,6 +8,7 @@ import shutil
 import subprocess
 
 from vqmoe_megatron.rundir.waiting import told_while_waiting
+from vqmoe_megatron.runtime.exit_codes import end_in_words
 from vqmoe_megatron.study.study import Study
 from vqmoe_megatron.study.study_folder import StudyFolder
 
@@ -85,7 +86,7 @@ def _squeue(*options: str) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise QueueUnknown(f"squeue: {error}") from error
     if done.returncode:
-        raise QueueUnknown(_last_line(done.stderr) or f"squeue ended with {done.returncode}")
+        raise QueueUnknown(_last_line(done.stderr) or f"squeue {end_in_words(done.returncode)}")
     return done.stdout
 
 

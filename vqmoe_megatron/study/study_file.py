@@ -114,7 +114,8 @@ def _load(path: Path) -> dict[str, Any]:
         folders = dict.fromkeys((path.parent, Path("recipes/studies")))
         found = [str(file) for folder in folders for file in sorted(folder.glob("*.yaml"))]
         here = f"; studies here: {', '.join(found)}" if found else ""
-        raise ValueError(f"study {path} does not exist{here}")
+        what = "is a folder, not a study file" if path.is_dir() else "does not exist"
+        raise ValueError(f"study {path} {what}{here}")
     try:
         loaded = OmegaConf.load(path)
     except yaml.YAMLError as error:

@@ -131,7 +131,7 @@ class RunConsole:
         shown: dict[str, str] = {}
         for name, metric in METRIC_TABLE.items():
             if metric.console_format is not None and record.get(name) is not None:
-                shown[name] = format(record[name], metric.console_format)
+                shown[name] = format(record[name], metric.console_format) + metric.console_note
             if name == "loss" and "loss" in shown and self.bytes_per_token:
                 bits_per_byte = record["loss"] / math.log(2) / self.bytes_per_token
                 shown["bits_per_byte"] = format(bits_per_byte, ".4f")

@@ -21,13 +21,18 @@ MLFLOW_MAX_NAME_LENGTH = 250
 
 @dataclass(frozen=True)
 class Metric:
-    """One row of the table; ``console_format`` is a format spec, ``None``: not on the console."""
+    """One row of the table.
+
+    ``console_format`` is a format spec, ``None``: not on the console. ``console_note`` stands
+    behind the number there, where the name alone would be misread.
+    """
 
     description: str
     unit: str
     reduction: str
     console_format: str | None = None
     per_layer: bool = False
+    console_note: str = ""
 
 
 _TOKEN_MEAN = "mean over the iteration's target tokens: microbatches, then DP; last pipeline stage"
@@ -73,7 +78,7 @@ METRIC_TABLE: dict[str, Metric] = {
         _LAYER_MEAN + "; product codes: mean over slices", ".1f", per_layer=True),
     "vq/dead_codes": Metric(
         "codes that no token of the step chose", "codes",
-        _LAYER_SUM, ".0f", per_layer=True),
+        _LAYER_SUM, ".0f", per_layer=True, console_note=" (sum of all layers)"),
     "vq/commitment_loss": Metric(
         "mean squared distance pulling tokens to their code, before its coefficient", "1",
         _LAYER_MEAN, per_layer=True),

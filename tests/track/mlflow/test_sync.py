@@ -172,9 +172,12 @@ def test_the_command_prints_a_table_and_says_what_is_wrong(runs_dir, store, tmp_
     with pytest.raises(MlflowUnavailable):
         sync_run(run_dir, "http://127.0.0.1:9")
 
-    refused = CliRunner().invoke(app, ["mlflow-sync", str(run_dir), str(tmp_path / "x")])
-    assert isinstance(refused.exception, ValueError) and "does not exist" in str(refused.exception)
-    assert refused.stdout == ""
+    (tmp_path / "file").touch()
+    for mistyped, what in (("x", "does not exist"), ("file", "is a file")):
+        refused = CliRunner().invoke(app, ["mlflow-sync", str(run_dir), str(tmp_path / mistyped)])
+        assert isinstance(refused.exception, ValueError)  # exit code 2, as every refusal
+        assert f"is no run directory: it {what}; give train" in str(refused.exception)
+        assert refused.stdout == ""
     secret = CliRunner().invoke(app, ["mlflow-sync", str(run_dir), "--uri", "http://u:pw@host"])
     assert "MLFLOW_TRACKING_PASSWORD" in str(secret.exception)
     assert "pw" not in str(secret.exception)

@@ -69,7 +69,8 @@ class SyncResult:
 def check_run_directory(run_dir: Path) -> None:
     """Raise ``ValueError`` when ``run_dir`` is no run directory; reads nothing else."""
     if not (run_dir / CONFIG_FILE).is_file():
-        what = "does not exist" if not run_dir.exists() else f"holds no {CONFIG_FILE}"
+        what = f"holds no {CONFIG_FILE}" if run_dir.exists() else "does not exist"
+        what = "is a file" if run_dir.is_file() else what
         raise ValueError(
             f"{run_dir} is no run directory: it {what}; give train.output_dir of a run"
         )

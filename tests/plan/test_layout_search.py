@@ -1,0 +1,61 @@
+"""Where the recipe's own layout stands among the searched ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vqmoe_megatron.config.recipe import load_recipe
+from vqmoe_megatron.plan.hardware import PROFILES
+from vqmoe_megatron.plan.layout_search import search_layouts
+from vqmoe_megatron.plan.plan_json import search_json
+
+PARITY = Path(__file__).resolve().parents[2] / "recipes" / "parity.yaml"
+SMALL = ["model.vocab_size=300", "model.num_layers=2", "model.num_moe_experts=4"]
+HARDWARE = PROFILES["CPU"]
+EVERYTHING = 1000  # more than there are
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.micro_batch_size=1"],
+        ["train.micro_batch_size=1", "parallel.expert_model_parallel_size=2"],
+        ["parallel.pipeline_model_parallel_size=2", "train.micro_batch_size=2"],
+        ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
+    ],
+)
+def test_its_rank_is_its_place_among_all(overrides) -> None:
+    config = load_recipe(PARITY, [*SMALL, *overrides])
+    everything = search_layouts(config, 2, HARDWARE, num_best=EVERYTHING)
+    place = everything.own_rank
+    own = everything.own
+    assert everything.best[place - 1].layout == own.layout
+    assert everything.best[place - 1].step_time == own.step_time
+    seconds = [plan.step_time.total_seconds for plan in everything.best]
+    num_best = 3
+    few = search_layouts(config, 2, HARDWARE, num_best=num_best)
+    num_faster = sum(one < own.step_time.total_seconds for one in seconds)
+    assert few.own_rank == (place if place <= num_best else max(num_faster, num_best) + 1)
+    assert search_json(few)["recipe"]["rank"] == few.own_rank
+    assert search_json(few)["recipe"]["memory_bytes"] == own.memory_bytes
+
+
+def test_without_room_it_has_no_rank() -> None:
+    config = load_recipe(PARITY, [*SMALL, "train.micro_batch_size=8"])
+    found = search_layouts(config, 1, HARDWARE, num_best=EVERYTHING)
+    room = found.own.memory_bytes - 1
+    tight = search_layouts(config, 1, replace(HARDWARE, memory_bytes=room))
+    assert found.own_rank is not None and tight.own_rank is None and tight.best
+    assert not tight.own.fits and tight.own.errors == ()
+
+
+def test_one_that_is_not_among_the_searched_is_ranked_with_them() -> None:
+    config = load_recipe(PARITY, [*SMALL, "parallel.tensor_model_parallel_size=2"])
+    hardware = replace(HARDWARE, devices_per_node=1)  # TP stays within a node
+    found = search_layouts(config, 2, hardware, num_best=EVERYTHING)
+    others = search_layouts(load_recipe(PARITY, SMALL), 2, hardware, num_best=EVERYTHING)
+    assert found.num_fitting == others.num_fitting + 1
+    assert found.best[found.own_rank - 1].layout.tensor_model_parallel_size == 2
