@@ -101,8 +101,10 @@ def load_saved_recipe(path: Path) -> RunConfig:
     Raises ``ValueError`` as :func:`load_recipe`, and for an emptied or cut file, whose settings
     would otherwise be the defaults.
     """
-    config = load_recipe(path, [])
-    missing = [section for section in SECTION_TYPES if section not in OmegaConf.load(path)]
+    is_emptied = path.is_file() and not path.read_bytes().strip()
+    config = RunConfig() if is_emptied else load_recipe(path, [])
+    found = () if is_emptied else OmegaConf.load(path)
+    missing = [section for section in SECTION_TYPES if section not in found]
     if missing:
         raise ValueError(f"{path} was emptied or cut: it lacks {', '.join(missing)}")
     return config
