@@ -65,19 +65,18 @@ def measure(recipe: str, overrides: list[str], num_steps: int, num_repeats: int)
     import torch
 
     from vqmoe_megatron.config.recipe import load_recipe
-    from vqmoe_megatron.data.batches import training_iterators
     from vqmoe_megatron.train.preflight import check_run
     from vqmoe_megatron.train.stop_requests import NO_REQUEST, StopRequests
     from vqmoe_megatron.train.trainer import Trainer
 
     run = check_run(load_recipe(Path(recipe), overrides), torch.distributed.get_world_size(), "cpu")
     trainer = Trainer(run, StopRequests({}))
-    iterators = training_iterators(run.config, run.corpus, 0, len(trainer.model), 0)
+    iterators = trainer.task.training_iterators(len(trainer.model), 0, 0)
 
     def timed_step() -> float:
         torch.distributed.barrier()
         started = time.monotonic()
-        trainer.step(iterators, NO_REQUEST, False)
+        trainer.engine.step(iterators, NO_REQUEST, False)
         return time.monotonic() - started
 
     timed_step()  # allocates the optimizer's state

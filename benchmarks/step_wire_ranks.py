@@ -14,11 +14,11 @@ def count(recipe: str, overrides: list[str], corpus_path: str, num_steps: int) -
     from megatron.core import parallel_state
 
     from vqmoe_megatron.config.recipe import load_recipe
-    from vqmoe_megatron.data.batches import training_iterators
     from vqmoe_megatron.data.corpus import load_corpus
     from vqmoe_megatron.plan.layout import check_layout
     from vqmoe_megatron.plan.step_wire import stage_wire
     from vqmoe_megatron.simulate.counted_step import count_steps
+    from vqmoe_megatron.tasks.pretrain import Pretrain
 
     config = load_recipe(Path(recipe), overrides)
     layout = check_layout(config, torch.distributed.get_world_size(), "cpu")
@@ -26,7 +26,7 @@ def count(recipe: str, overrides: list[str], corpus_path: str, num_steps: int) -
     corpus = load_corpus(Path(corpus_path))
 
     def batches() -> Any:
-        return training_iterators(config, corpus, 0, 1, 0)[0]
+        return Pretrain(config, corpus).training_iterators(1, 0, 0)[0]
 
     (balanced,) = count_steps(config, layout, batches, 1, is_balanced=True)
     steps = count_steps(config, layout, batches, num_steps, is_balanced=False)

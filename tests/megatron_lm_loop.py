@@ -143,7 +143,7 @@ class MegatronLM:
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.utils import get_model_config
 
-        from vqmoe_megatron.data.batches import training_iterators
+        from vqmoe_megatron.tasks.pretrain import Pretrain
 
         config = get_model_config(self.model[0])
         config.grad_scale_func = self.optimizer.scale_loss
@@ -153,7 +153,8 @@ class MegatronLM:
                 config.no_sync_func = config.no_sync_func[0]
         config.finalize_model_grads_func = finalize_model_grads
         consumed = self.iteration * self.recipe.train.global_batch_size
-        iterators = training_iterators(self.recipe, self.corpus, consumed, len(self.model), 0)
+        self.task = Pretrain(self.recipe, self.corpus)
+        iterators = self.task.training_iterators(len(self.model), consumed, 0)
         for chunk in self.model:
             chunk.train()
         steps = []
@@ -174,6 +175,7 @@ class MegatronLM:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = run_microbatches(
+            self.task.forward_step,
             self.model,
             iterators,
             self.layout.num_microbatches(train.global_batch_size, train.micro_batch_size),

@@ -31,16 +31,23 @@ def recipe(overrides: Iterable[str]) -> RunConfig:
     return load_recipe(RECIPE, [*SMALL, *overrides])
 
 
+def task_of(config: RunConfig) -> Any:
+    """Its loss; batches are made here."""
+    from vqmoe_megatron.tasks.pretrain import Pretrain
+
+    return Pretrain(config, corpus=None)
+
+
 def measure_state(overrides: list[str]) -> dict[str, Any]:
     """Train one step on random tokens; return this rank's place, parameters and bytes kept."""
     from megatron.core import parallel_state
 
-    from vqmoe_megatron.engines.megatron.step_parts import build_step
+    from vqmoe_megatron.engines.megatron.engine import MegatronEngine
     from vqmoe_megatron.plan.layout import check_layout
 
     config = recipe(overrides)
     layout = check_layout(config, torch.distributed.get_world_size(), "cpu")
-    parts = build_step(config, layout)
+    parts = MegatronEngine.build(config, layout, task_of(config))
     for chunk in parts.model:
         chunk.train()
     parts.step([_batches(config) for _ in parts.model], 0, False)
@@ -105,12 +112,12 @@ def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 def measure_activations(overrides: list[str]) -> int:
     """Bytes that one microbatch's forward pass keeps on this rank (one model chunk)."""
     from vqmoe_megatron.bench.saved_tensors import saved_bytes
-    from vqmoe_megatron.engines.megatron.step_parts import build_step
+    from vqmoe_megatron.engines.megatron.engine import MegatronEngine
     from vqmoe_megatron.plan.layout import check_layout
 
     config = recipe(overrides)
     layout = check_layout(config, torch.distributed.get_world_size(), "cpu")
-    (chunk,) = build_step(config, layout).model
+    (chunk,) = MegatronEngine.build(config, layout, task_of(config)).model
     chunk.train()
     batch = next(_batches(config))
     excluded = [*chunk.parameters(), *chunk.module.buffers(), *batch.values()]
@@ -146,12 +153,12 @@ class _PeakBytes(TorchDispatchMode):
 
 def measure_peak(overrides: list[str]) -> int:
     """Most bytes that a training step makes and holds at once, beside what it keeps anyway."""
-    from vqmoe_megatron.engines.megatron.step_parts import build_step
+    from vqmoe_megatron.engines.megatron.engine import MegatronEngine
     from vqmoe_megatron.plan.layout import check_layout
 
     config = recipe(overrides)
     layout = check_layout(config, torch.distributed.get_world_size(), "cpu")
-    parts = build_step(config, layout)
+    parts = MegatronEngine.build(config, layout, task_of(config))
     for chunk in parts.model:
         chunk.train()
     batches = _batches(config)

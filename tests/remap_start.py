@@ -41,7 +41,7 @@ def start_remapped(recipe: str, overrides: list[str], folder: str) -> dict:
     trainer = Trainer(run, StopRequests({}))
     said: list[str] = []
     load_remapped(Path(folder), trainer.model, run.config, said.append)
-    trainer.optimizer.reload_model_params()
+    trainer.engine.optimizer.reload_model_params()
     layers = [m for chunk in trainer.model for m in chunk.modules() if isinstance(m, VQMoELayer)]
     needs_data_init = [layer.assigner.codebook.needs_data_init for layer in layers]
     loaded = tensors()

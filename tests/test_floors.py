@@ -30,6 +30,7 @@ FLOORS = {
     "launch": 3,
     "data": 3,
     "engines": 3,
+    "tasks": 3,
     "checkpoint": 3,
     "track": 3,
     "train": 3,
@@ -46,12 +47,13 @@ SIDEWAYS = {
     "moe": {"runtime"},
     "analysis": {"track"},  # metric names live in its one table
     "bench": {"launch"},
-    "engines": {"data"},  # what a batch is
+    "tasks": {"data"},
+    "engines": {"tasks"},  # what a batch is
     "checkpoint": {"engines"},
-    "simulate": {"data", "engines"},  # the step that is counted is the trainer's own
+    "simulate": {"engines", "tasks"},  # the step that is counted is the trainer's own
     # bench: a report states its machine and commit as every measured result does
     "study": {"bench", "data", "launch", "track"},
-    "train": {"analysis", "checkpoint", "data", "engines", "launch", "track"},
+    "train": {"analysis", "checkpoint", "data", "engines", "launch", "tasks", "track"},
 }
 # Third-party packages by floor; from floor 3 up anything goes.
 THIRD_PARTY = {

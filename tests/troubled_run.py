@@ -15,9 +15,9 @@ def train_with_one_poisoned_step(recipe: str, overrides: list[str]) -> dict:
     """As ``train_here``, with a NaN in the loss mask of one microbatch of step 3 on rank 0."""
     import torch
 
-    from vqmoe_megatron.engines.megatron import step as train_step
+    from vqmoe_megatron.tasks import pretrain as task
 
-    original = train_step.to_device
+    original = task.to_device
     num_batches = 0
 
     def poisoned(batch):
@@ -28,11 +28,11 @@ def train_with_one_poisoned_step(recipe: str, overrides: list[str]) -> dict:
             batch["loss_mask"][0, 0] = float("nan")
         return batch
 
-    train_step.to_device = poisoned
+    task.to_device = poisoned
     try:
         return train_here(recipe, overrides)
     finally:
-        train_step.to_device = original
+        task.to_device = original
 
 
 def train_with_a_small_file_limit(recipe: str, overrides: list[str], limited: int) -> dict:
@@ -102,20 +102,20 @@ def train_with_uneven_masks(recipe: str, overrides: list[str]) -> dict:
 
     The mask follows from a sample's own tokens, so every layout and batch size sees the same.
     """
-    from vqmoe_megatron.engines.megatron import step as train_step
+    from vqmoe_megatron.tasks import pretrain as task
 
-    original = train_step.to_device
+    original = task.to_device
 
     def masked(batch):
         batch = original(batch)
         kept = (batch["tokens"] % 3 != 0) & (batch["tokens"].sum(dim=1, keepdim=True) % 5 != 0)
         return {**batch, "loss_mask": batch["loss_mask"] * kept}
 
-    train_step.to_device = masked
+    task.to_device = masked
     try:
         return train_here(recipe, overrides)
     finally:
-        train_step.to_device = original
+        task.to_device = original
 
 
 def is_deterministic() -> bool:
@@ -176,14 +176,14 @@ def refusal_of_exporting(run_dir: str, out: str) -> str:
 
 def finish_again_without_data(recipe: str, overrides: list[str]) -> dict:
     """As ``train_here``, where opening the training data is an error."""
-    from vqmoe_megatron.train import trainer
+    from vqmoe_megatron.tasks.pretrain import Pretrain
 
     def opened(*arguments):
         raise AssertionError("the training data was opened")
 
-    original = trainer.training_iterators
-    trainer.training_iterators = opened
+    original = Pretrain.training_iterators
+    Pretrain.training_iterators = opened
     try:
         return train_here(recipe, overrides)
     finally:
-        trainer.training_iterators = original
+        Pretrain.training_iterators = original

@@ -53,6 +53,29 @@ KINDS: dict[str, Kind] = {
             "low_dim": Part("vqmoe_megatron.vq.quantizers.low_dim:LowDim", frozenset({"code_dim"})),
         },
     ),
+    "router": Kind(
+        "megatron.core.transformer.moe.router:Router",
+        "model.moe_router",
+        {"topk": Part("vqmoe_megatron.moe.routers.topk:BalancedRouter")},
+    ),
+    "task": Kind(
+        "vqmoe_megatron.tasks.task:Task",
+        "train.task",
+        {"pretrain": Part("vqmoe_megatron.tasks.pretrain:Pretrain")},
+    ),
+    "engine": Kind(
+        "vqmoe_megatron.engines.engine:Engine",
+        "train.engine",
+        {"megatron": Part("vqmoe_megatron.engines.megatron.engine:MegatronEngine")},
+    ),
+    "schedule": Kind(
+        "megatron.core.optimizer_param_scheduler:OptimizerParamScheduler",
+        "optimizer.lr_decay_style",
+        {
+            name: Part("megatron.core.optimizer_param_scheduler:OptimizerParamScheduler")
+            for name in ("constant", "linear", "cosine", "inverse-square-root")
+        },
+    ),
 }
 
 

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from vqmoe_megatron.study import slurm_queue
 from vqmoe_megatron.rundir.status import write_status
+from vqmoe_megatron.study import slurm_queue
 from vqmoe_megatron.study.slurm_array import Array, arrays_of, index_ranges, sbatch_command
 from vqmoe_megatron.study.slurm_queue import job_name, submitted_jobs
 from vqmoe_megatron.study.study import load_study

@@ -17,8 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.bench.cases import LayerCase
 from vqmoe_megatron.bench.weights import Weights, share_weights
-from vqmoe_megatron.moe.balanced_router import BalancedRouter
 from vqmoe_megatron.moe.grouped_experts import GroupedExperts
+from vqmoe_megatron.moe.routers.topk import BalancedRouter
 from vqmoe_megatron.moe.spec import spec_backend
 
 

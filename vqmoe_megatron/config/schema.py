@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from vqmoe_megatron import registry
 from vqmoe_megatron.config.checks import check_choice, check_settings
 from vqmoe_megatron.config.vq import VQConfig
 
@@ -42,6 +43,7 @@ class ModelConfig:
     moe_ffn_hidden_size: int = 512
     num_moe_experts: int = 16
     moe_layer_freq: int = 1
+    moe_router: str = "topk"  # of the continuous path
     moe_router_topk: int = 1
     moe_router_pre_softmax: bool = True
     moe_router_load_balancing_type: str = "aux_loss"
@@ -72,6 +74,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_settings("model", self)
+        registry.check_name("router", self.moe_router)
         check_choice("model", "activation_func", self.activation_func, ("gelu", "relu", "silu"))
         check_choice("model", "normalization", self.normalization, ("LayerNorm", "RMSNorm"))
         check_choice(
@@ -172,12 +175,7 @@ class OptimizerSection:
     def __post_init__(self) -> None:
         check_settings("optimizer", self)
         check_choice("optimizer", "optimizer", self.optimizer, ("adam",))
-        check_choice(
-            "optimizer",
-            "lr_decay_style",
-            self.lr_decay_style,
-            ("constant", "linear", "cosine", "inverse-square-root"),
-        )
+        registry.check_name("schedule", self.lr_decay_style)
         if self.min_lr > self.lr:
             raise ValueError(
                 f"optimizer.min_lr={self.min_lr} must not exceed optimizer.lr={self.lr}"
@@ -210,11 +208,15 @@ class TrainConfig:
     deterministic: bool = False  # bitwise equal reruns
     check_replicas_interval: int = 0  # 0: never compare what replicas hold
     layout_independent_init: bool = True
+    task: str = "pretrain"
+    engine: str = "megatron"
 
     def __post_init__(self) -> None:
         check_settings("train", self)
         check_choice("train", "device", self.device, ("auto", "cpu", "cuda"))
         check_choice("train", "nan_policy", self.nan_policy, ("stop", "skip", "rollback"))
+        registry.check_name("task", self.task)
+        registry.check_name("engine", self.engine)
 
 
 @dataclass

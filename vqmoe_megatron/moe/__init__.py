@@ -10,7 +10,7 @@ from vqmoe_megatron.moe.codebook_sync import CodebookSync, synchronize_codebooks
 from vqmoe_megatron.moe.grouped_experts import GroupedExperts
 from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.moe.megatron_log import METRIC_NAMES
-from vqmoe_megatron.moe.router import VQRouter
+from vqmoe_megatron.moe.routers.codebook import VQRouter
 from vqmoe_megatron.moe.spec import (
     get_vqmoe_block_spec,
     get_vqmoe_layer_spec,

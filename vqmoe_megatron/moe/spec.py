@@ -29,8 +29,8 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from vqmoe_megatron import registry
 from vqmoe_megatron.config import VQConfig
-from vqmoe_megatron.moe.balanced_router import BalancedRouter
 from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
 from vqmoe_megatron.moe.grouped_experts import GroupedExperts
 from vqmoe_megatron.moe.layer import VQMoELayer
@@ -38,6 +38,7 @@ from vqmoe_megatron.moe.megatron_settings import is_moe_layer
 from vqmoe_megatron.moe.norms import ParallelNorm
 
 CONFIG_VARIABLE = "VQMOE_CONFIG"
+DEFAULT_ROUTER = "topk"
 
 
 def spec_backend() -> tuple[str, str]:
@@ -50,7 +51,10 @@ def spec_backend() -> tuple[str, str]:
 
 
 def get_vqmoe_layer_spec(
-    config: TransformerConfig | None = None, vq: VQConfig | None = None, seed: int = 1234
+    config: TransformerConfig | None = None,
+    vq: VQConfig | None = None,
+    seed: int = 1234,
+    router: str = DEFAULT_ROUTER,
 ) -> ModuleSpec:
     """Build the spec of one transformer layer whose MLP is a :class:`VQMoELayer`.
 
@@ -59,13 +63,14 @@ def get_vqmoe_layer_spec(
             own from Megatron.
         vq: the layer's settings; None takes the defaults, with K = 4 N.
         seed: of codebook initialisation and revival, the same on all ranks.
+        router: name of the continuous path's, as the registry knows it.
 
     Raises:
-        ValueError: when ``vq`` does not fit ``config``.
+        ValueError: when ``vq`` does not fit ``config``, or for an unknown router.
     """
     if config is not None and vq is not None:
         vq.check_model(config.hidden_size, config.num_moe_experts)
-    return _layer_spec(config, VQMoELayer, {"vq": vq, "seed": seed})
+    return _layer_spec(config, VQMoELayer, {"vq": vq, "seed": seed}, router)
 
 
 def get_vqmoe_block_spec(
@@ -74,15 +79,16 @@ def get_vqmoe_block_spec(
     seed: int = 1234,
     vp_stage: int | None = None,
     engine: EngineType = ExpertEngine,
+    router: str = DEFAULT_ROUTER,
 ) -> TransformerBlockSubmodules:
     """Build this pipeline stage's layers: VQMoE every ``moe_layer_freq`` layers, dense between.
 
-    ``engine`` builds the expert engine of every layer.
+    ``engine`` builds the expert engine of every layer; ``router`` names the continuous path's.
 
     Raises:
         ValueError: when ``vq`` does not fit ``config``.
     """
-    moe_layer = get_vqmoe_layer_spec(config, vq, seed)
+    moe_layer = get_vqmoe_layer_spec(config, vq, seed, router)
     moe_layer.submodules.mlp.params |= {
         "on_every_stage": are_on_every_stage(config),
         "engine": engine,
@@ -156,13 +162,15 @@ def settings_from_environment() -> tuple[VQConfig | None, int]:
 
 
 def _layer_spec(
-    config: TransformerConfig | None, layer: type[VQMoELayer], params: dict
+    config: TransformerConfig | None, layer: type[VQMoELayer], params: dict, router: str
 ) -> ModuleSpec:
     spec = _dense_layer_spec(config)
     spec.submodules.mlp = ModuleSpec(
         module=layer,
         params=params,
-        submodules=MoESubmodules(router=BalancedRouter, experts=ModuleSpec(module=GroupedExperts)),
+        submodules=MoESubmodules(
+            router=registry.load("router", router), experts=ModuleSpec(module=GroupedExperts)
+        ),
     )
     if spec_backend()[0] == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
@@ -192,4 +200,4 @@ def _dense_layer_spec(config: TransformerConfig | None) -> ModuleSpec:
 
 # Megatron-LM's import_module reads vars(module)[name]: the object must really be there. Nothing of
 # the environment is read before a layer is built.
-vqmoe_layer_spec = _layer_spec(None, EnvironmentLayer, {})
+vqmoe_layer_spec = _layer_spec(None, EnvironmentLayer, {}, DEFAULT_ROUTER)

@@ -16,8 +16,7 @@ from functools import partial
 from megatron.core import parallel_state
 
 from vqmoe_megatron.config import RunConfig
-from vqmoe_megatron.data.batches import Batch
-from vqmoe_megatron.engines.megatron.step_parts import build_step
+from vqmoe_megatron.engines.megatron.engine import MegatronEngine
 from vqmoe_megatron.moe.dispatch import DispatchReceipt
 from vqmoe_megatron.plan.exact import Exact, exact
 from vqmoe_megatron.plan.layer_wire import MeanTraffic
@@ -25,6 +24,8 @@ from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.wire_cost import RowTraffic
 from vqmoe_megatron.runtime.collective_counter import CollectiveCounter, process_group_axes
 from vqmoe_megatron.simulate.engines import BalancedCountedEngine, CountedEngine
+from vqmoe_megatron.tasks.pretrain import Pretrain
+from vqmoe_megatron.tasks.task import Batch
 
 ByCollective = dict[tuple[str, str], tuple[int, Exact]]  # (collective, axis) -> calls, bytes
 
@@ -88,7 +89,8 @@ def count_steps(
         rows.setdefault(direction, _Rows()).add(receipt, num_rows)
 
     engine = BalancedCountedEngine if is_balanced else CountedEngine
-    parts = build_step(config, layout, partial(engine, record))
+    task = Pretrain(config, corpus=None)  # its loss; batches are the caller's
+    parts = MegatronEngine.build(config, layout, task, partial(engine, record))
     for chunk in parts.model:
         chunk.train()
     iterators = [batches() for _ in parts.model]

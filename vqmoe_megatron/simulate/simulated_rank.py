@@ -71,17 +71,19 @@ def simulate_rank(
     _join_fake_world(layout, rank)
     from megatron.core import parallel_state
 
-    from vqmoe_megatron.engines.megatron.step_parts import build_step
+    from vqmoe_megatron.engines.megatron.engine import MegatronEngine
     from vqmoe_megatron.runtime.collective_counter import process_group_axes
     from vqmoe_megatron.runtime.cpu_compat.fake_world import fake_world
     from vqmoe_megatron.simulate.engines import SimulatedEngine
     from vqmoe_megatron.simulate.fake_collectives import SimulatedCollectives
     from vqmoe_megatron.simulate.fake_tensors import FakeValues
+    from vqmoe_megatron.tasks.pretrain import Pretrain
 
     counter = SimulatedCollectives(process_group_axes())
     with fake_world(), mode, FakeValues(), counter:
         # Gloo groups beside fake ones would look for the other ranks.
-        parts = build_step(config, layout, SimulatedEngine, has_gloo_groups=False)
+        task = Pretrain(config, corpus=None)  # its loss; nothing is read
+        parts = MegatronEngine.build(config, layout, task, SimulatedEngine, has_gloo_groups=False)
         for chunk in parts.model:
             chunk.train()
         counter.reset()

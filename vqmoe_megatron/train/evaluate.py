@@ -6,41 +6,31 @@ import itertools
 import math
 
 import torch
-from megatron.core import parallel_state
 
-from vqmoe_megatron.data.evaluation_windows import EvaluationWindows, bits_per_byte, perplexity
-from vqmoe_megatron.engines.megatron.step import run_microbatches
+from vqmoe_megatron.data.evaluation_windows import EvaluationWindows
+from vqmoe_megatron.engines.engine import Engine
+from vqmoe_megatron.tasks.task import Task
 
 
 @torch.no_grad()
-def evaluate(model: list[torch.nn.Module], windows: EvaluationWindows) -> dict[str, float]:
-    """Return ``val/loss`` (nats per token), ``val/bits_per_byte`` and ``val/perplexity``.
+def evaluate(
+    engine: Engine, task: Task, windows: EvaluationWindows, pipeline_size: int
+) -> dict[str, float]:
+    """Return the task's scores, such as ``val/loss`` (nats per token).
 
     Every scored token counts once. Dropout is off, codebooks and statistics are untouched, and the
-    random state is left as it was. Communicates as :func:`run_microbatches`, forward only.
+    random state is left as it was. Communicates as :meth:`Engine.forward`.
     """
-    for chunk in model:
+    for chunk in engine.model:
         chunk.eval()
     # The interleaved schedule wants a multiple of the pipeline size; extra batches score nothing.
-    pipeline_size = parallel_state.get_pipeline_model_parallel_world_size()
     num_microbatches = math.ceil(len(windows) / pipeline_size) * pipeline_size
-    iterators = [_padded(windows, num_microbatches) for _ in model]
-    sums = run_microbatches(
-        model,
-        iterators,
-        num_microbatches,
-        windows.seq_length,
-        windows.micro_batch_size,
-        forward_only=True,
-    )
-    for chunk in model:
+    iterators = [_padded(windows, num_microbatches) for _ in engine.model]
+    sums = engine.forward(iterators, num_microbatches, windows.seq_length, windows.micro_batch_size)
+    for chunk in engine.model:
         chunk.train()
-    total, num_tokens = sums.tolist()
-    return {
-        "val/loss": total / num_tokens,
-        "val/bits_per_byte": bits_per_byte(total, int(num_tokens), windows.num_scored_bytes),
-        "val/perplexity": perplexity(total, int(num_tokens)),
-    }
+    loss, num_tokens = sums.tolist()
+    return task.scores(loss, int(num_tokens), windows)
 
 
 def _padded(windows: EvaluationWindows, num_microbatches: int):  # noqa: ANN202

@@ -13,7 +13,6 @@ import torch
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
 from vqmoe_megatron.checkpoint.state import Progress
-from vqmoe_megatron.data.batches import TimedIterator
 from vqmoe_megatron.engines.megatron.step import StepResult
 from vqmoe_megatron.runtime.host_memory import release_free_memory
 from vqmoe_megatron.train.preflight import CheckedRun
@@ -26,6 +25,7 @@ from vqmoe_megatron.train.run_metrics import (
     peak_rss_bytes,
     write_routing,
 )
+from vqmoe_megatron.train.timed_iterator import TimedIterator
 
 
 class LogWindow:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from vqmoe_megatron import registry
 from vqmoe_megatron.checkpoint.checksums import check_data_together
 from vqmoe_megatron.checkpoint.content import readable
 from vqmoe_megatron.checkpoint.folder import find_checkpoint, has_same_layout
@@ -19,10 +20,10 @@ from vqmoe_megatron.checkpoint.random_state import seed_generators
 from vqmoe_megatron.checkpoint.remap import load_remapped
 from vqmoe_megatron.checkpoint.saver import CheckpointSaver, SavedRun, SaveFailed
 from vqmoe_megatron.checkpoint.state import Progress, TrainingState, load_checkpoint
-from vqmoe_megatron.data.batches import TimedIterator, evaluation_windows, training_iterators
-from vqmoe_megatron.engines.megatron.step import StepResult, run_microbatches
-from vqmoe_megatron.engines.megatron.step_parts import build_step
+from vqmoe_megatron.data.evaluation_windows import EvaluationWindows
+from vqmoe_megatron.engines.engine import Engine, StepResult
 from vqmoe_megatron.runtime.determinism import require_determinism
+from vqmoe_megatron.tasks.task import Task
 from vqmoe_megatron.train.bad_batches import (
     BadBatch,
     after_the_bad_batch,
@@ -35,6 +36,7 @@ from vqmoe_megatron.train.preflight import CheckedRun
 from vqmoe_megatron.train.replica_check import check_replicas
 from vqmoe_megatron.train.run_report import RunReport
 from vqmoe_megatron.train.stop_requests import NO_REQUEST, REASONS, StopRequests
+from vqmoe_megatron.train.timed_iterator import TimedIterator
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,11 @@ class Trainer:
         if train.deterministic:
             require_determinism()
         seed_generators(train.seed)
-        parts = build_step(self.config, run.layout)
-        self.model, self.optimizer, self.scheduler = parts.model, parts.optimizer, parts.scheduler
-        self.codebook_sync, self.step = parts.codebook_sync, parts.step
-        self.num_microbatches = parts.step.num_microbatches
-        self.state = TrainingState(self.model, self.optimizer, self.scheduler)
+        self.task: Task = registry.load("task", train.task)(self.config, run.corpus)
+        engine = registry.load("engine", train.engine)
+        self.engine: Engine = engine.build(self.config, run.layout, self.task)
+        self.model = self.engine.model
+        self.state = TrainingState(self.model, self.engine.optimizer, self.engine.scheduler)
         self.saver = CheckpointSaver(
             SavedRun(self.config, run.layout, run.corpus.content, run.run_dir), self.state
         )
@@ -86,7 +88,7 @@ class Trainer:
             check_data_together(self.run.remap_from)
             with readable(self.run.remap_from):
                 load_remapped(self.run.remap_from, self.model, self.config, done.append)
-            self.optimizer.reload_model_params()
+            self.engine.optimizer.reload_model_params()
         return done
 
     def _load(self, folder: Path) -> str:
@@ -112,17 +114,17 @@ class Trainer:
         if self.progress.iteration == 0:
             self._initialize_codebooks()
         self._read_from_here()
-        windows = evaluation_windows(self.config, self.run.corpus) if train.eval_iters else None
+        windows = self.task.evaluation_batches() if train.eval_iters else None
         if windows is not None:
             report.message(f"validation: {windows.description}")
             if self.progress.iteration == 0:
                 start = {"iteration": 0, "consumed_tokens": 0, "consumed_samples": 0}
-                report.log({**start, **evaluate(self.model, windows)})
+                report.log({**start, **self._evaluate(windows)})
         self.window.restart(self.iterators)
 
         outcome = None
         while outcome is None:
-            result = self.step(
+            result = self.engine.step(
                 self.iterators, self.stop_requests.current(), self.stop_requests.wants_save()
             )
             if not self._advance(result, report):
@@ -138,12 +140,16 @@ class Trainer:
                 is_evaluated = False  # the time left is for the checkpoint
             if is_evaluated or outcome or self._is_due(train.log_interval):
                 record = self.window.record(self.progress, result, self.iterators)
-                validation = evaluate(self.model, windows) if is_evaluated else {}
+                validation = self._evaluate(windows) if is_evaluated else {}
                 report.log({**record, **validation})
                 self.window.restart(self.iterators)
             with self.window.pause():
                 self._save_when_due(result, outcome, report)
         return outcome
+
+    def _evaluate(self, windows: EvaluationWindows) -> dict[str, float]:
+        pipeline_size = self.run.layout.pipeline_model_parallel_size
+        return evaluate(self.engine, self.task, windows, pipeline_size)
 
     def _initialize_codebooks(self) -> None:
         """One forward pass over the first microbatch; each layer sets its codebook when reached.
@@ -154,13 +160,11 @@ class Trainer:
         for chunk in self.model:
             chunk.eval()
         with torch.no_grad():
-            run_microbatches(
-                self.model,
-                training_iterators(self.config, self.run.corpus, 0, len(self.model), 0),
-                min(pipeline_size, self.num_microbatches),
+            self.engine.forward(
+                self.task.training_iterators(len(self.model), 0, 0),
+                min(pipeline_size, self.engine.num_microbatches),
                 self.config.model.seq_length,
                 self.config.train.micro_batch_size,
-                forward_only=True,
             )
         for chunk in self.model:
             chunk.train()
@@ -169,12 +173,8 @@ class Trainer:
         """(Re)open the training data behind the samples consumed so far."""
         self.iterators = [
             TimedIterator(iterator)
-            for iterator in training_iterators(
-                self.config,
-                self.run.corpus,
-                self.progress.consumed_samples,
-                len(self.model),
-                self.progress.passed_over_samples,
+            for iterator in self.task.training_iterators(
+                len(self.model), self.progress.consumed_samples, self.progress.passed_over_samples
             )
         ]
 
@@ -189,7 +189,7 @@ class Trainer:
             skipped_iterations=before.skipped_iterations + result.skipped,
             mlflow_run_id=report.mlflow_run_id,
         )
-        self.window.add(result, self.codebook_sync.layers)
+        self.window.add(result, self.engine.layers)
         if not result.skipped:
             return True
         policy = self.config.train.nan_policy

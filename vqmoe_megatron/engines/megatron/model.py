@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
@@ -110,6 +111,8 @@ def build_model(
 
     Communicates: DDP broadcasts parameters of the data-parallel group.
     """
+    # Megatron's tracker is global and sized for the first model of a process.
+    get_moe_layer_wise_logging_tracker().clear()
     num_chunks = layout.virtual_pipeline_model_parallel_size or 1
     chunks = [
         _build_chunk(config, transformer, stage if num_chunks > 1 else None, engine)
@@ -143,7 +146,9 @@ def _build_chunk(
     place = {"ignore_virtual": False, "vp_stage": vp_stage}
     model = GPTModel(
         transformer,
-        get_vqmoe_block_spec(transformer, config.vq, config.train.seed, vp_stage, engine),
+        get_vqmoe_block_spec(
+            transformer, config.vq, config.train.seed, vp_stage, engine, config.model.moe_router
+        ),
         vocab_size=padded_vocab_size(config.model),
         max_sequence_length=config.model.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(**place),

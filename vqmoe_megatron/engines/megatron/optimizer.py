@@ -15,6 +15,7 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from vqmoe_megatron import registry
 from vqmoe_megatron.config import RunConfig
 
 # Megatron tells groups apart by this factor. 1 - lr * weight_decay * 1e-30 is 1 to the last bit.
@@ -57,7 +58,7 @@ def build_optimizer(
     _count_experts_in_the_gradient_norm(optimizer)
     batch = config.train.global_batch_size
     decay_iters = section.lr_decay_iters or config.train.train_iters
-    scheduler = OptimizerParamScheduler(
+    scheduler = registry.load("schedule", section.lr_decay_style)(
         optimizer,
         init_lr=0.0,
         max_lr=section.lr,

@@ -11,38 +11,23 @@ S sequence length, b micro batch size.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from vqmoe_megatron.data.batches import Batch, to_device
+from vqmoe_megatron.engines.engine import StepResult
 from vqmoe_megatron.moe.codebook_sync import CodebookSync
+from vqmoe_megatron.tasks.task import Batch
 
 Sums = torch.Tensor  # fp64 [2]: summed loss in nats, number of scored tokens
-
-
-def masked_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[Any, ...]:
-    """Sum the token losses [b, S] under the mask; Megatron divides by the token count."""
-    mask = loss_mask.reshape(-1).float()
-    total = (losses.reshape(-1).float() * mask).sum()
-    num_tokens = mask.sum()
-    report = torch.stack([total.detach().double(), num_tokens.double()])
-    return total, num_tokens.to(torch.int), {"loss": report}
-
-
-def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
-    """Evaluate one microbatch; the shape Megatron's schedules expect."""
-    batch = to_device(next(iterator))
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return output, partial(masked_loss, batch["loss_mask"])
+ForwardStep = Callable[[Iterator[Batch], torch.nn.Module], tuple[Any, Any]]  # of a Task
 
 
 def run_microbatches(
+    forward_step: ForwardStep,
     model: list[torch.nn.Module],
     iterators: list[Iterator[Batch]],
     num_microbatches: int,
@@ -78,24 +63,12 @@ def run_microbatches(
     return sums
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did; equal on all ranks except the times."""
-
-    loss: float  # nats per token
-    grad_norm: float
-    learning_rate: float
-    skipped: bool
-    stop_request: int  # the highest request any rank raised
-    save_requested: bool  # by any rank
-    core_seconds: float  # forward, backward, communication, optimizer
-
-
 class TrainStep:
     """Callable that advances the model by one step."""
 
     def __init__(
         self,
+        forward_step: ForwardStep,
         model: list[torch.nn.Module],
         optimizer: Any,
         scheduler: Any,
@@ -105,6 +78,7 @@ class TrainStep:
         micro_batch_size: int,
         global_batch_size: int,
     ) -> None:
+        self.forward_step = forward_step
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -126,6 +100,7 @@ class TrainStep:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = run_microbatches(
+            self.forward_step,
             self.model,
             iterators,
             self.num_microbatches,

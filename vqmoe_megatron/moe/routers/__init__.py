@@ -1,0 +1,1 @@
+"""Routers: Megatron routers, which choose the experts of tokens; one file each."""

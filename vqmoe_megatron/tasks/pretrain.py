@@ -1,0 +1,92 @@
+"""Pretraining: the next token of a corpus, everywhere; scored on strided windows.
+
+S sequence length, b micro batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from vqmoe_megatron.data.corpus import current_corpus
+from vqmoe_megatron.data.datasets import TrainBatches, build_training_dataset
+from vqmoe_megatron.data.evaluation_windows import EvaluationWindows, bits_per_byte, perplexity
+from vqmoe_megatron.data.sample_order import cache_folders
+from vqmoe_megatron.tasks.task import Batch, Task
+
+
+class Pretrain(Task):
+    """Batches hold tokens, labels, position_ids int64 and loss_mask fp32, each ``[b, S]``."""
+
+    def training_iterators(
+        self, num_chunks: int, consumed_samples: int, passed_over_samples: int
+    ) -> list[Iterator[Batch]]:
+        """Communicates: a barrier while rank 0 builds the sample order."""
+        config, train = self.config, self.config.train
+        dataset = build_training_dataset(
+            self.corpus,
+            seq_length=config.model.seq_length,
+            num_samples=train.train_iters * train.global_batch_size,
+            seed=train.seed,
+            cache_dirs=cache_folders(self.corpus, config.data.cache_dir, Path(train.output_dir)),
+        )
+        batches = TrainBatches(
+            dataset,
+            consumed_samples=consumed_samples,
+            passed_over_samples=passed_over_samples,
+            micro_batch_size=train.micro_batch_size,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            num_workers=config.data.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        return [iter(batches) for _ in range(num_chunks)]
+
+    def forward_step(self, iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
+        """Sum the token losses under the mask; Megatron divides by the token count."""
+        batch = to_device(next(iterator))
+        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return output, partial(masked_loss, batch["loss_mask"])
+
+    def evaluation_batches(self) -> EvaluationWindows:
+        """At most eval_iters microbatches per rank."""
+        config = self.config
+        windows = EvaluationWindows(
+            current_corpus(self.corpus).split(config.data.eval_split),
+            seq_length=config.model.seq_length,
+            stride_tokens=config.data.eval_stride_tokens,
+            micro_batch_size=config.train.micro_batch_size,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            max_windows=config.train.eval_iters * config.train.global_batch_size,
+        )
+        current_corpus(self.corpus)
+        return windows
+
+    def scores(self, loss: float, num_tokens: int, batches: EvaluationWindows) -> dict[str, float]:
+        """Nats per token, bits per byte of the text, perplexity."""
+        return {
+            "val/loss": loss / num_tokens,
+            "val/bits_per_byte": bits_per_byte(loss, num_tokens, batches.num_scored_bytes),
+            "val/perplexity": perplexity(loss, num_tokens),
+        }
+
+
+def masked_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[Any, ...]:
+    """Sum the token losses [b, S] under the mask, and count its tokens."""
+    mask = loss_mask.reshape(-1).float()
+    total = (losses.reshape(-1).float() * mask).sum()
+    num_tokens = mask.sum()
+    report = torch.stack([total.detach().double(), num_tokens.double()])
+    return total, num_tokens.to(torch.int), {"loss": report}
+
+
+def to_device(batch: Batch) -> Batch:
+    """Move a batch to this rank's device."""
+    device = torch.cuda.current_device()
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,0 +1,56 @@
+"""What a task is: what a batch is, what its loss is, how a model is scored.
+
+S sequence length, b micro batch size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.data.corpus import Corpus
+from vqmoe_megatron.data.evaluation_windows import EvaluationWindows
+
+Batch = dict[str, torch.Tensor]
+
+
+class Task(ABC):
+    """Built on every rank with the checked recipe, and the corpus if its batches are read."""
+
+    def __init__(self, config: RunConfig, corpus: Corpus | None) -> None:
+        self.config = config
+        self.corpus = corpus
+
+    @abstractmethod
+    def training_iterators(
+        self, num_chunks: int, consumed_samples: int, passed_over_samples: int
+    ) -> list[Iterator[Batch]]:
+        """One iterator of this rank's microbatches per model chunk.
+
+        Interleaved pipeline chunks read the same microbatches in their own order. A resumed run
+        asks for what comes after so many samples, and must get what it would have got.
+        """
+
+    @abstractmethod
+    def forward_step(self, iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
+        """Evaluate one microbatch, in the shape that Megatron's schedules expect.
+
+        Returns:
+            The model's output, and a function of it that returns ``(summed loss, number of scored
+            tokens int32, {"loss": fp64 [2]})``, the last both again, detached.
+        """
+
+    @abstractmethod
+    def evaluation_batches(self) -> EvaluationWindows:
+        """This rank's share of the evaluation split; ``description`` says what it is.
+
+        Raises ``ValueError`` when the corpus was replaced since it was loaded.
+        """
+
+    @abstractmethod
+    def scores(self, loss: float, num_tokens: int, batches: EvaluationWindows) -> dict[str, float]:
+        """Metrics of the evaluation split by name, of its summed loss and scored tokens."""
