@@ -89,6 +89,16 @@ def _continue(
     return checkpoints.observe_continuation(checkout, written, plan)
 
 
+def observed(scenario: Scenario, checkout: Checkout) -> dict[str, Any]:
+    """Observe, as it would come back from a file; an observation that breaks off is a failure."""
+    try:
+        return json.loads(json.dumps(scenario.observe(checkout)))
+    except (OSError, LookupError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
+        return {"failures": [checkout.stable(f"{type(error).__name__}: {error}")]}
+    finally:
+        checkout.tidy()
+
+
 def compare(
     scenario: Scenario, old: Checkout, new: Checkout, kept: KeptResults
 ) -> tuple[list[Difference], dict[str, Any]]:
@@ -99,14 +109,14 @@ def compare(
     seconds: dict[str, float | None] = {"old": None}
     if (before := kept.observation(scenario.name)) is None:
         started = time.perf_counter()
-        before = scenario.observe(old)
+        before = observed(scenario, old)
         seconds["old"] = time.perf_counter() - started
         if not before.get("failures"):
             kept.keep_observation(scenario.name, before)
     started = time.perf_counter()
-    after = json.loads(json.dumps(scenario.observe(new)))  # as what was kept
+    after = observed(scenario, new)
     seconds["new"] = time.perf_counter() - started
-    rows = differences(scenario.name, json.loads(json.dumps(before)), after)
+    rows = differences(scenario.name, before, after)
     rows += [
         Difference(scenario.name, "works in OLD", failure, "", "")
         for failure in before.get("failures", [])

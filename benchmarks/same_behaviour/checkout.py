@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 import re
+import shutil
 import subprocess
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ FIXED_VARIABLES = {
     "LC_ALL": "C.UTF-8",
     "PYTHONWARNINGS": "ignore",  # of torch and megatron, with their paths
 }
+LASTING, WRITTEN = ("text.txt", "recipes", "corpus"), "written_"  # in the work folder
 # What no two runs have in common, in what a command prints.
 VOLATILE = (
     re.compile(r"(?<=tokens_per_second )\S+"),
@@ -100,6 +102,12 @@ class Checkout:
         """The prepared corpus, relative to the work folder; made when first asked for."""
         self.run("prepare", "text", "--input", "text.txt", "--out", "corpus")
         return "corpus"
+
+    def tidy(self) -> None:
+        """Remove what commands left in the work folder, except corpus and written checkpoints."""
+        for path in self.work.iterdir():
+            if path.name not in LASTING and not path.name.startswith(WRITTEN):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def command(self, *arguments: str) -> list[str]:
         """Return the command line of ``vqmoe ARGUMENTS``, as the installed script would run it."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkout import Checkout
+from checkout import WRITTEN, Checkout
 from curves import VARIANTS, pretrain
 from kept_results import KeptResults
 from run_files import observe_run
@@ -46,7 +46,7 @@ def written_run(writer: Checkout, kept: KeptResults, plan: Continuation) -> Path
     Raises:
         RuntimeError: when the writer cannot do it.
     """
-    name = f"written {plan.variant} {plan.written_at}"
+    name = f"{WRITTEN}{plan.variant} {plan.written_at}"
     if (folder := kept.directory(name)) is not None:
         return folder
     folder = writer.work / name.replace(" ", "_")
@@ -62,14 +62,11 @@ def written_run(writer: Checkout, kept: KeptResults, plan: Continuation) -> Path
 
 def observe_continuation(checkout: Checkout, written: Path, plan: Continuation) -> dict[str, Any]:
     """Continue a copy of ``written``; return the run directory from there on."""
-    copy = checkout.work / "continued"
-    shutil.copytree(written, copy)
+    shutil.copytree(written, checkout.work / "continued")
     overrides = VARIANTS[plan.variant]
     if failures := pretrain(checkout, RUN, CORPUS, plan.continued_at, overrides):
-        found: dict[str, Any] = {"failures": failures}
-    else:
-        found = observe_run(checkout, RUN, after_iteration=STOP_AFTER)
-        if len(found["metric loss"]) != NUM_ITERATIONS - STOP_AFTER:
-            found["failures"] = [f"{len(found['metric loss'])} iterations after the checkpoint"]
-    shutil.rmtree(copy)
+        return {"failures": failures}
+    found = observe_run(checkout, RUN, after_iteration=STOP_AFTER)
+    if len(found["metric loss"]) != NUM_ITERATIONS - STOP_AFTER:
+        found["failures"] = [f"{len(found['metric loss'])} iterations after the checkpoint"]
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,8 +56,5 @@ def pretrain(
 def observe_curve(checkout: Checkout, variant: str, layout: str) -> dict[str, Any]:
     """Train 20 iterations; return everything that the run directory holds."""
     if failures := pretrain(checkout, "runs/curve", checkout.corpus, layout, VARIANTS[variant]):
-        found: dict[str, Any] = {"failures": failures}
-    else:
-        found = observe_run(checkout, "runs/curve")
-    shutil.rmtree(checkout.work / "runs", ignore_errors=True)
-    return found
+        return {"failures": failures}
+    return observe_run(checkout, "runs/curve")

@@ -56,9 +56,10 @@ def checkpoint_contents(folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Print one JSON object."""
     run_dir, found = Path(sys.argv[1]), {}
-    with numpy.load(run_dir / "routing.npz") as arrays:
-        for name in sorted(arrays.files):
-            found[f"routing.npz {name}"] = hashed(torch.from_numpy(arrays[name]))
+    for file in sorted(run_dir.glob("*.npz")):
+        with numpy.load(file) as arrays:
+            for name in sorted(arrays.files):
+                found[f"{file.name} {name}"] = hashed(torch.from_numpy(arrays[name]))
     for folder in sorted((run_dir / "checkpoints").glob("iter_*")):
         for key, value in checkpoint_contents(folder).items():
             found[f"checkpoint {folder.name}: {key}"] = value

@@ -16,7 +16,7 @@ TEXTS = ("*.json", "*.yaml", "*.txt", "checkpoints/*/*.json", "checkpoints/*/*.y
 
 def metric_series(metrics: Path, after_iteration: int = 0) -> dict[str, Any]:
     """Return every metric as the list of its values, None where an iteration has it not."""
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = json_lines(metrics)
     records = [record for record in records if record["iteration"] > after_iteration]
     return {
         f"metric {name}": f"{sum(name in record for record in records)} values"
@@ -37,14 +37,17 @@ def observe_run(checkout: Checkout, name: str, after_iteration: int = 0) -> dict
     for pattern in TEXTS:
         for file in sorted(run_dir.glob(pattern)):
             found[str(file.relative_to(run_dir))] = checkout.stable(file.read_text())
-    system = (run_dir / "system_metrics.jsonl").read_text().splitlines()
-    found["system_metrics.jsonl keys"] = sorted(
-        {key for line in system for key in json.loads(line)}
-    )
+    system = json_lines(run_dir / "system_metrics.jsonl")
+    found["system_metrics.jsonl keys"] = sorted({key for record in system for key in record})
     read = checkout.run_python(str(READER), name)
     if read.returncode:
         return {**found, "failures": [f"{name} could not be read: {read.stderr[-500:]}"]}
     return {**found, **json.loads(read.stdout)}
+
+
+def json_lines(file: Path) -> list[dict[str, Any]]:
+    """Return the records of a file; none where it is missing, which ``files`` tells."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def file_names(folder: Path) -> list[str]:

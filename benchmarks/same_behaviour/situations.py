@@ -106,8 +106,6 @@ def observe_situations(checkout: Checkout) -> dict[str, Any]:
     for file in file_names(checkout.work / "tables"):
         found[f"exported {file}"] = _exported(checkout, checkout.work / "tables" / file)
     found["files of a run that was stopped"] = file_names(checkout.work / RUN)
-    for folder in ("runs", "tables", "foreign"):
-        shutil.rmtree(checkout.work / folder)
     return {**found, "failures": failures} if failures else found
 
 
@@ -134,7 +132,6 @@ def observe_signals(checkout: Checkout) -> dict[str, Any]:
         status = json.loads((run_dir / "status.json").read_text())
         status["reason"] = re.sub(r"\d+", "N", status["reason"])
         found[f"{name}: status"] = {key: status[key] for key in ("state", "reason")}
-    shutil.rmtree(checkout.work / "runs")
     return found
 
 
@@ -154,7 +151,6 @@ def observe_tracking(checkout: Checkout) -> dict[str, Any]:
             for key, value in sorted(database.execute(query))
         }
     database.close()
-    shutil.rmtree(checkout.work / "runs")
     found["exit code"] = ended.returncode
     return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,6 @@ def observe_prepare(checkout: Checkout) -> dict[str, Any]:
         found[f"{tokenizer}: said"] = _said(checkout, "prepare", *source, *size)
         for file in file_names(checkout.work / name):
             found[f"{tokenizer}: {file}"] = file_hash(checkout.work / name / file)
-        shutil.rmtree(checkout.work / name, ignore_errors=True)
     return found
 
 
@@ -85,7 +83,6 @@ def observe_layer_wire(checkout: Checkout, layouts: str) -> dict[str, Any]:
     found = {
         f"{row['layout']}, arm {row['arm']}, {row['pass']}": row for row in measured.pop("rows")
     }
-    (checkout.work / "wire.json").unlink()
     return {**found, **measured}
 
 
