@@ -125,6 +125,7 @@ def compare(
         "name": scenario.name,
         "num_compared": len(set(before) | set(after)),
         "num_different": len(rows),
+        "different": [row.what for row in rows],
         **{f"{side}_seconds": value for side, value in seconds.items()},
     }
     return rows, summary
@@ -218,7 +219,8 @@ def _line(summary: dict[str, Any]) -> str:
     times = [summary[f"{side}_seconds"] for side in ("old", "new")]
     shown = ", ".join("kept" if value is None else f"{value:.0f} s" for value in times)
     counts = f"{summary['num_different']} of {summary['num_compared']} differ"
-    return f"{summary['name']}: {counts} ({shown})"
+    names = ": " + ", ".join(summary["different"][:3]) if summary["different"] else ""
+    return f"{summary['name']}: {counts} ({shown}){names}"
 
 
 def _processor() -> str:

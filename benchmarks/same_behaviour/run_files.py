@@ -30,6 +30,7 @@ def observe_run(checkout: Checkout, name: str, after_iteration: int = 0) -> dict
     """Observe ``name``, a run directory in the work folder.
 
     Files by name; metrics after ``after_iteration``; arrays, checkpoint tensors and texts whole.
+    Of ``system_metrics.jsonl`` its name only: a short run may end before the first sample.
     """
     run_dir = checkout.work / name
     found: dict[str, Any] = {"files": file_names(run_dir)}
@@ -37,8 +38,6 @@ def observe_run(checkout: Checkout, name: str, after_iteration: int = 0) -> dict
     for pattern in TEXTS:
         for file in sorted(run_dir.glob(pattern)):
             found[str(file.relative_to(run_dir))] = checkout.stable(file.read_text())
-    system = json_lines(run_dir / "system_metrics.jsonl")
-    found["system_metrics.jsonl keys"] = sorted({key for record in system for key in record})
     read = checkout.run_python(str(READER), name)
     if read.returncode:
         return {**found, "failures": [f"{name} could not be read: {read.stderr[-500:]}"]}
