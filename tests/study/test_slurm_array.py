@@ -80,9 +80,17 @@ def test_a_dry_run_prints_and_leaves_nothing(write_study, vqmoe, monkeypatch) ->
     assert code == 0, shown
     lines = shown.splitlines()
     assert lines[0] == "4 runs: 1 finished, 1 stopped, 2 waiting"
-    assert lines[1].startswith("sbatch --parsable") and "--array=0,2-3%2" in lines[1]
-    assert lines[1].endswith(f"-pgpu slurm/study.sbatch {study.folder.study_copy}")
-    assert "#SBATCH" in shown and lines[-1] == "dry run: nothing submitted"
+    assert lines[1].split() == ["index", "run", "state", "ranks", "iteration"]
+    rows = [line.split() for line in lines[2:5]]
+    assert [(row[0], row[2]) for row in rows] == [
+        ("0", "waiting"),
+        ("2", "stopped"),
+        ("3", "waiting"),
+    ]
+    assert rows[1] == ["2", study.runs[2].name, "stopped", str(study.runs[2].num_ranks), "5/8"]
+    assert lines[5].startswith("sbatch --parsable") and "--array=0,2-3%2" in lines[5]
+    assert lines[5].endswith(f"-pgpu slurm/study.sbatch {study.folder.study_copy}")
+    assert lines[6:] == ["dry run: nothing submitted"]
     assert [entry.name for entry in study.folder.path.iterdir()] == ["runs"]
 
 

@@ -125,7 +125,7 @@ def submit(
     ] = None,
     max_parallel: Annotated[int, typer.Option(min=1, help="array tasks at the same time")] = 4,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the script and the command; submit nothing")
+        bool, typer.Option("--dry-run", help="print the runs and the commands; submit nothing")
     ] = False,
 ) -> None:
     """Submit the runs that are neither finished nor queued as a Slurm array.
@@ -157,7 +157,7 @@ def _submit(
     """Ask the queue and submit what it lacks; nobody else may do so in between."""
     from vqmoe_megatron.study.mlflow_parent import end_study_parent, open_study_parent
     from vqmoe_megatron.study.slurm_array import arrays_of, sbatch_command, submit_arrays
-    from vqmoe_megatron.study.study_table import counts
+    from vqmoe_megatron.study.study_table import counts, study_console, submission_table
 
     states, notice = _states(loaded, must_know_queue=not dry_run)
     if notice:
@@ -178,11 +178,13 @@ def _submit(
         return
     arrays = arrays_of(loaded, left)
     if dry_run:
+        console = study_console()
+        console.print(submission_table(console, loaded, arrays, states))
         for number, array in enumerate(arrays):
             after = "JOB_ID_OF_THE_ARRAY_BEFORE" if number else None
             command = sbatch_command(loaded, array, script, max_parallel, options, after)
             print(shlex.join(command))
-        print(f"--- {script}\n{script.read_text(encoding='utf-8')}---\ndry run: nothing submitted")
+        print("dry run: nothing submitted")
         return
     loaded.start()
     open_study_parent(loaded, print)

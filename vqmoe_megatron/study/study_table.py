@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vqmoe_megatron.study.run_state import STATES, RunState
+from vqmoe_megatron.study.slurm_array import Array
+from vqmoe_megatron.study.study import Study
 from vqmoe_megatron.track.metric_table import METRIC_TABLE
 
 LOG_WIDTH = 200  # columns where no terminal tells its width
@@ -70,6 +72,21 @@ def state_table(console: Console, states: Mapping[str, tuple[int, RunState]]) ->
         reason = state.reason if state.state in ("failed", "stopped", "lost") else ""
         task = (state.slurm,) if has_slurm else ()
         table.add_row(str(index), name, word, *shown, *task, Text(reason))
+    return table
+
+
+def submission_table(
+    console: Console, study: Study, arrays: Sequence[Array], states: Mapping[int, RunState]
+) -> Table:
+    """Return one row per run that would be submitted, in the order of the arrays."""
+    numbers = ("index", "ranks", "iteration")
+    table = plain_table(console, "index", "run", "state", *numbers[1:], numbers=numbers)
+    for array in arrays:
+        for index in array.indices:
+            state = states[index]
+            progress = f"{state.iteration}/{state.train_iters}"
+            name = study.runs[index].name
+            table.add_row(str(index), name, state.state, str(array.num_ranks), progress)
     return table
 
 

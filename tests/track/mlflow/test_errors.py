@@ -1,5 +1,7 @@
 """What MLflow's answers mean; the texts are those of a real server of MLflow 3.17."""
 
+import sqlite3
+
 import pytest
 import requests
 from mlflow.exceptions import MlflowException
@@ -55,6 +57,26 @@ def test_an_error_is_one_line_with_what_to_do(error, permanent, part):
     text = explained(error, "http://host:5000/path")
     assert is_permanent(error) is permanent
     assert part in text and "\n" not in text
+
+
+def sql_error(text):
+    """As SQLAlchemy words an error of SQLite, and MLflow that one."""
+    return MlflowException(str(OperationalError("INSERT INTO t", {}, sqlite3.Error(text))))
+
+
+def test_a_database_that_is_damaged_or_gone_is_named_with_the_way_on(tmp_path):
+    file, uri = tmp_path / "mlflow.db", f"sqlite:///{tmp_path}/mlflow.db"
+    read_only = sql_error("attempt to write a readonly database")
+    assert explained(read_only, uri).startswith(f"{file} was removed while in use; ")
+    file.touch()  # SQLite makes one where it has to open it again
+    assert explained(sql_error("no such table: runs"), uri).startswith(f"{file} was removed")
+    file.write_bytes(b"no database")
+    said = explained(read_only, uri)
+    assert said.endswith("attempt to write a readonly database") and "INSERT" not in said
+    for text in ("file is not a database", "database disk image is malformed"):
+        said = explained(sql_error(text), uri)
+        assert said.startswith(f"{file} is damaged") and "move it away" in said
+        assert "damaged" not in explained(sql_error(text), "http://host:5000")
 
 
 def test_a_server_with_passwords_says_what_it_wants(tmp_path, monkeypatch):

@@ -10,6 +10,9 @@ from vqmoe_megatron.track.mlflow.sqlite_uri import sqlite_path
 # 4xx answers that a later attempt can turn into success: timeout, conflict, rate limit, cancelled;
 # 401 and 403, because credentials, permissions and --allowed-hosts are mended on the server, too.
 _RETRYABLE_HTTP_STATUS = (401, 403, 408, 409, 429, 499)
+_DAMAGED = ("database disk image is malformed", "file is not a database")
+# What SQLite says where its file is gone, or is the empty one that it made in its place.
+_GONE = ("attempt to write a readonly database", "disk I/O error", "no such table")
 _UNKNOWN_HOST = "Invalid Host header"  # of MLflow's answer 403
 
 
@@ -42,6 +45,15 @@ def explained(error: Exception, uri: str) -> str:
         return text
     if "database is locked" in text:
         return f"the database is locked by {_database_user(uri)}; wait for it, or end it"
+    database = sqlite_path(uri)
+    if database is not None and any(words in text for words in _DAMAGED):
+        return (
+            f"{database} is damaged, or no SQLite database; move it away, and `vqmoe mlflow-sync "
+            "RUN_DIR...` fills a new one"
+        )
+    is_gone = database is not None and not (database.exists() and database.stat().st_size)
+    if is_gone and any(words in text for words in _GONE):
+        return f"{database} was removed while in use; `vqmoe mlflow-sync` makes and fills a new one"
     if status == 401:
         return (
             "401: the server wants a user name and a password and got none, or others; set "
@@ -75,8 +87,8 @@ def _database_user(uri: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return ``Type: message`` on one line, short enough for a log."""
-    text = " ".join(str(error).split())
+    """Return ``Type: message`` on one line, short enough for a log; without SQLAlchemy's query."""
+    text = " ".join(str(error).partition("[SQL: ")[0].split())
     return f"{type(error).__name__}: {text[:300]}"
 
 
