@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
-import curves
 import surface
+import training_curves as curves
 from checkout import Checkout, CheckoutUnusable
 from differences import Difference, differences
 from kept_results import KeptResults

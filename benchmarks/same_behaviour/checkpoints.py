@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from checkout import WRITTEN, Checkout
-from curves import VARIANTS, pretrain
 from kept_results import KeptResults
 from run_files import observe_run
+from training_curves import VARIANTS, pretrain
 
 NUM_ITERATIONS, STOP_AFTER = 20, 10  # of the recipe, and of the writer
 RUN, CORPUS = "continued/run", "continued/corpus"  # the same paths when written and continued

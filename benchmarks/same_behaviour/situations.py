@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from checkout import SECONDS_PER_COMMAND, Checkout
-from curves import COMMON, EP, RECIPE
 from run_files import file_names
+from training_curves import COMMON, EP, RECIPE
 
 RUN = "runs/situations"
 TRAIN = ("pretrain", RECIPE, *COMMON, "data.path=corpus")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from checkout import Checkout, file_hash
-from curves import COMMON, LAYOUTS, RECIPE
 from run_files import file_names
+from training_curves import COMMON, LAYOUTS, RECIPE
 
 API_PROGRAM = Path(__file__).resolve().with_name("python_api.py")
 MEASURED = ("seconds", "cpu_seconds", "peak_memory_bytes")  # of a simulation
