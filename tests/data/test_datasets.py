@@ -44,11 +44,11 @@ def test_batches_are_shifted_real_text(train_set, byte_corpus):
 
 
 def test_token_zero_is_a_token(tmp_path):
-    """Byte 0 is neither padding nor end of document: its loss counts."""
+    """Token 0 is neither padding nor end of document: its loss counts."""
     from vqmoe_megatron.data.prepare import prepare_corpus
 
-    (tmp_path / "zeros").write_bytes(b"\0" * 1000)
-    corpus = prepare_corpus("text", tmp_path / "corpus", [tmp_path / "zeros"] * 2)
+    (tmp_path / "one").write_text("a" * 1000)  # the first of the characters
+    corpus = prepare_corpus("text", tmp_path / "corpus", [tmp_path / "one"] * 2, "char")
     (batch,) = TrainBatches(build_training_dataset(corpus, 16, 2, 0), 0, 2, 0, 1)
     assert batch["labels"].max() == 0 and batch["loss_mask"].min() == 1
 
