@@ -36,7 +36,7 @@ class Kind:
     """One kind of part: the interface it implements, the key that names it, those that we ship."""
 
     interface: Target
-    key: str  # recipe key whose value is a name of this kind
+    key: str  # recipe key whose value is a name; substrates have none and are found
     built_in: dict[str, Part]
 
 
@@ -67,6 +67,14 @@ KINDS: dict[str, Kind] = {
         "vqmoe_megatron.engines.engine:Engine",
         "train.engine",
         {"megatron": Part("vqmoe_megatron.engines.megatron.engine:MegatronEngine")},
+    ),
+    "substrate": Kind(
+        "vqmoe_megatron.launch.substrate:Substrate",
+        "launch substrate",
+        {
+            "torchrun": Part("vqmoe_megatron.launch.torchrun:Torchrun"),
+            "slurm": Part("vqmoe_megatron.launch.slurm:Slurm"),
+        },
     ),
     "schedule": Kind(
         "megatron.core.optimizer_param_scheduler:OptimizerParamScheduler",

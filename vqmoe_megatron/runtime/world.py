@@ -1,7 +1,7 @@
 """Join a world of ranks: who am I, how many are we, which device, which process groups.
 
-Rank discovery order: torchrun's variables, else Slurm's, else a single process. Local ranks that
-:mod:`vqmoe_megatron.launch.local_ranks` starts get torchrun's variables.
+Ranks learn their place from the first launch substrate of the registry that is here: torchrun's
+variables, else Slurm's, else those of a user's package, else a single process.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vqmoe_megatron import registry
 from vqmoe_megatron.config.declared_types import shown
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.runtime.meeting_place import MeetingPlace
@@ -33,27 +34,23 @@ class RankVariables:
 
 
 def discover_rank(environ: Mapping[str, str] = os.environ) -> RankVariables:
-    """Read the rank from torchrun's variables, else Slurm's, else answer a world of one.
+    """Read the rank from the variables of its launch substrate, or answer a world of one.
 
     Raises:
         ValueError: when a launcher set some of its variables but not all, or one is not an integer
             or out of range; the message names them.
     """
-    for source, names in (
-        ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK")),
-        ("slurm", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")),
-    ):
-        # sbatch itself sets SLURM_NTASKS and SLURM_PROCID=0; only srun sets SLURM_STEP_ID.
-        if source == "slurm" and "SLURM_STEP_ID" not in environ:
+    for source in registry.names("substrate"):
+        substrate = registry.load("substrate", source)()
+        if not substrate.is_here(environ):
             continue
+        names = substrate.variables
         present = [name for name in names if name in environ]
-        if not present:
-            continue
         missing = [name for name in names if name not in environ]
         if missing:
             raise ValueError(
                 f"{source} set {', '.join(present)} but not {', '.join(missing)}; start the ranks "
-                "with torchrun or srun, or unset these variables for a single process"
+                f"with {_starters()}, or unset these variables for a single process"
             )
         rank, world_size, local_rank = (_integer(name, environ[name]) for name in names)
         rank_name, world_size_name, local_rank_name = names
@@ -70,6 +67,12 @@ def discover_rank(environ: Mapping[str, str] = os.environ) -> RankVariables:
             )
         return RankVariables(rank, world_size, local_rank, source)
     return RankVariables(0, 1, 0, "single process")
+
+
+def _starters() -> str:
+    """``torchrun or srun``, and those of a user's own."""
+    kinds = registry.names("substrate")
+    return " or ".join(registry.load("substrate", kind).starter for kind in kinds)
 
 
 def _integer(name: str, text: str) -> int:
