@@ -1,7 +1,7 @@
 # Each target does all of its own set-up in .venv, from a fresh clone.
 #
 #   make setup | pretrain | test | test-cluster | lint | help
-#   make pretrain ARGS="train.train_iters=20"     ARGS reaches the command behind the target
+#   make pretrain ARGS="train.exit_interval=40"    ARGS reaches the command behind the target
 #   make test ARGS="-k layout"
 #
 # PYTHON           the interpreter that creates .venv (3.10 or newer; default python3)

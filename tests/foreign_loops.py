@@ -81,6 +81,76 @@ def by_hand(how: str) -> list:
     return told
 
 
+def by_hand_after_a_step() -> list[str]:
+    """One step of an optimizer, then weights moved by hand; what each forward pass is told."""
+    layer, stream = build({})
+    optimizer = torch.optim.SGD(trained(layer), lr=1e-2)
+    told = []
+    for number in range(4):
+        try:
+            layer(next(stream))[0].sum().backward()
+        except ValueError as error:
+            return [*told, str(error)]
+        told.append("")
+        if number == 0:
+            optimizer.step()
+        else:
+            with torch.no_grad():
+                for parameter in trained(layer):
+                    parameter -= 0.1 * parameter.grad
+        layer.zero_grad()
+    return told
+
+
+def two_rates() -> list[int]:
+    """Two layers of one configuration, whose optimizers step at every, and every 4th microbatch."""
+    first, stream = build({})
+    second, _ = build({})
+    second.config = first.config
+    optimizers = [torch.optim.SGD(trained(layer), lr=1e-2) for layer in (first, second)]
+    for number in range(1, 9):
+        second(first(next(stream))[0])[0].square().mean().backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        if number % 4 == 0:
+            optimizers[1].step()
+            optimizers[1].zero_grad()
+    return [steps_of(first), steps_of(second)]
+
+
+def with_a_closure(kind: str) -> list:
+    """What the second step with a closure is told, and whether the weights moved in it."""
+    layer, stream = build({})
+    optimizer = getattr(torch.optim, kind)(trained(layer), lr=1e-2)
+
+    def closure():  # noqa: ANN202
+        optimizer.zero_grad()
+        loss = layer(next(stream))[0].square().mean()
+        loss.backward()
+        return loss
+
+    told = ""
+    for _ in range(2):
+        before = layer.experts.weight1.detach().clone()
+        try:
+            optimizer.step(closure)
+        except ValueError as error:
+            told = str(error)
+            break
+    return [told, bool(torch.equal(before, layer.experts.weight1))]
+
+
+def under_autocast() -> str:
+    """What a layer of fp32 weights is told in torch's mixed precision."""
+    layer, stream = build({})
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(next(stream))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def by_hand_with_a_call(num_steps: int) -> int:
     """The same, told how: one call per step."""
     from vqmoe_megatron.moe import synchronize_codebooks

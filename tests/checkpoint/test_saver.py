@@ -44,6 +44,31 @@ def test_a_background_save_holds_the_moment_it_was_asked_for(ranks, small_corpus
     assert list(checkpoints.glob("*.incomplete")) == []
 
 
+def test_saves_and_pruning_leave_alone_what_no_save_wrote(ranks, small_corpus, tmp_path):
+    """A folder of the name that comes next, notes in an old checkpoint, a link in place of one."""
+    checkpoints = tmp_path / "checkpoints"
+    every = [*TINY, "train.train_iters=6", "checkpoint.save_interval=1", "checkpoint.keep_last=1"]
+    stopped = [*every, "train.exit_interval=2", "checkpoint.keep_last=2"]
+    run_on(ranks(1), small_corpus, tmp_path, stopped, {})
+    (checkpoints / "iter_0000001" / "notes.md").write_text("mine")
+    (checkpoints / "iter_0000002").rename(tmp_path / "archived")
+    (checkpoints / "iter_0000002").symlink_to(tmp_path / "archived")
+    (checkpoints / "iter_0000003").mkdir()
+    (checkpoints / "iter_0000003" / "precious").write_text("mine")
+    (result,) = run_on(ranks(1), small_corpus, tmp_path, every, {})
+    assert result["state"] == "completed"
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "iter_0000001",
+        "iter_0000002",
+        "iter_0000003.kept_1",
+        "iter_0000006",
+        "latest_checkpointed_iteration.txt",
+    ]
+    assert (checkpoints / "iter_0000001" / "notes.md").read_text() == "mine"
+    assert (checkpoints / "iter_0000003.kept_1" / "precious").read_text() == "mine"
+    assert (tmp_path / "archived" / "metadata.json").is_file()
+
+
 @pytest.mark.parametrize("in_background", [False, True])
 def test_a_write_that_fails_on_the_way_costs_that_checkpoint_only(
     in_background, ranks, small_corpus, tmp_path

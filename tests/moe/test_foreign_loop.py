@@ -102,7 +102,7 @@ def test_a_schedule_without_an_optimizer_of_torch(ranks, way) -> None:
     (found,) = ranks(1).run(loops.schedule_and_then, way)
     if way == "data":
         assert found[:1] == [1] or "synchronize_codebooks" in str(found[-1])
-        assert "no optimizer of torch that holds them stepped" in found[-1]
+        assert "no optimizer of torch that holds them was about to step" in found[-1]
         assert len(found) == 2
     else:
         assert found == [1, 2, 3]
@@ -113,10 +113,30 @@ def test_a_schedule_without_an_optimizer_of_torch(ranks, way) -> None:
 def test_two_models_in_turn(ranks, config, schedule) -> None:
     """Each moves with its own optimizer, also where both were differentiated before."""
     (found,) = ranks(1).run(loops.two_models, config == "shared", schedule)
-    expected = [[1, 0], [1, 1], [2, 1], [2, 2]]
-    if config == "shared" and not schedule:  # nothing tells whose layers they are
-        expected = [[1, 1], [1, 1], [2, 2], [2, 2]]
-    assert found == expected
+    assert found == [[1, 0], [1, 1], [2, 1], [2, 2]]
+
+
+def test_layers_of_one_model_step_at_their_own_rates(ranks) -> None:
+    assert ranks(1).run(loops.two_rates) == [[8, 2]]
+
+
+def test_weights_moved_by_hand_later_on_are_noticed_too(ranks) -> None:
+    (told,) = ranks(1).run(loops.by_hand_after_a_step)
+    assert told[:2] == ["", ""]
+    assert "synchronize_codebooks(model) once per step" in told[2]
+
+
+def test_a_closure_is_refused_at_the_second_step(ranks) -> None:
+    ((told, is_unmoved),) = ranks(1).run(loops.with_a_closure, "SGD")
+    assert "without a closure" in told
+    assert is_unmoved
+    ((told, _),) = ranks(1).run(loops.with_a_closure, "LBFGS")  # moves weights in its first step
+    assert "in a closure, is too late" in told
+
+
+def test_autocast_is_refused_by_name(ranks) -> None:
+    (told,) = ranks(1).run(loops.under_autocast)
+    assert "torch.autocast" in told and "bf16=True" in told
 
 
 def test_anothers_optimizer_moves_nothing(ranks) -> None:

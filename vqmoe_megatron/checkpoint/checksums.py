@@ -20,11 +20,19 @@ from pathlib import Path
 
 import torch
 
-from vqmoe_megatron.checkpoint.folder import damaged, read_json_object
+from vqmoe_megatron.checkpoint.folder import (
+    CONFIG_FILE,
+    CORPUS_COPY,
+    FORMAT_FILE,
+    LAYOUT_FILE,
+    damaged,
+    read_json_object,
+)
 
 CHECKSUM_FILE = "checksums.json"
 ALGORITHM = "crc32"
 DATA_SUFFIX = ".distcp"
+SMALL_FILES = (CONFIG_FILE, LAYOUT_FILE, CORPUS_COPY, FORMAT_FILE, "common.pt", ".metadata")
 CHUNK_BYTES = 2**22
 NUM_THREADS = 4  # zlib lets other threads run meanwhile
 Checksum = tuple[int, int]  # the file's bytes and their CRC-32
@@ -71,6 +79,25 @@ def read_checksums(folder: Path) -> dict[str, Checksum] | None:
         return {name: (int(size), int(crc)) for name, (size, crc) in content["files"].items()}
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise damaged(path, f"holds no checksums: {error}") from error
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Names in an ``iter_`` folder that no save wrote; that of the folder itself if it is a link.
+
+    Without checksums (before 0.5, or no checkpoint at all) those of a checkpoint's files are known.
+    """
+    if folder.is_symlink():
+        return [folder.name]
+    try:
+        known = set(read_checksums(folder) or ()) | {CHECKSUM_FILE}
+    except ValueError:
+        known = {CHECKSUM_FILE}
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name not in known
+        and not (path.is_file() and (path.suffix == DATA_SUFFIX or path.name in SMALL_FILES))
+    )
 
 
 def check_small_files(folder: Path) -> None:

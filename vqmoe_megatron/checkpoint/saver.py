@@ -15,6 +15,7 @@ the next save.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -37,8 +38,9 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from vqmoe_megatron.checkpoint.checksums import Checksum, write_checksums
+from vqmoe_megatron.checkpoint.checksums import Checksum, foreign_files, write_checksums
 from vqmoe_megatron.checkpoint.folder import (
+    CONFIG_FILE,
     CORPUS_COPY,
     LAYOUT_FILE,
     NEXT_TRACKER_FILE,
@@ -231,18 +233,26 @@ class CheckpointSaver:
         next_tracker = checkpoints / NEXT_TRACKER_FILE
         _write(next_tracker, f"{save.iteration}\n")
         replaced = folder.with_name(f"{folder.name}.replaced.incomplete")
-        if folder.exists():  # of a later attempt that the tracker was set back from
-            os.rename(folder, replaced)
+        if os.path.lexists(folder):  # of a later attempt that the tracker was set back from
+            os.rename(folder, kept_name(folder) if foreign_files(folder) else replaced)
         os.replace(save.partial, folder)
         os.replace(next_tracker, checkpoints / TRACKER_FILE)
         shutil.rmtree(replaced, ignore_errors=True)
         names = [name for name in complete_checkpoints(checkpoints) if name <= folder.name]
         for old in names[: -self.run.config.checkpoint.keep_last]:
+            if foreign_files(checkpoints / old):
+                continue  # somebody put files of his own there, or a link in its place
             # Renamed first: a kill in the middle must not leave a half that looks whole. What
             # cannot be removed now (a file still open elsewhere) is tried again by the next save.
             removed = checkpoints / f"{old}.removed.incomplete"
             os.rename(checkpoints / old, removed)
             shutil.rmtree(removed, ignore_errors=True)
+
+
+def kept_name(folder: Path) -> Path:
+    """A free name beside ``folder`` under which nobody takes it for a checkpoint."""
+    names = (folder.with_name(f"{folder.name}.kept_{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _global_bytes(state: dict) -> int:

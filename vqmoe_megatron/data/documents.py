@@ -26,10 +26,11 @@ def hash_text(path: Path, algorithms: tuple[str, ...]) -> dict[str, str]:
     with open_text(path) as stream:
         while chunk := stream.read(CHUNK_BYTES):
             if (at := chunk.find(0)) >= 0:
+                order = "LE" if (num_bytes + at) % 2 else "BE"  # of text like this one
                 raise ValueError(
                     f"{path} is no text: byte {num_bytes + at} is NUL, as in a binary file or "
-                    "UTF-16; convert it (iconv -f UTF-16LE -t UTF-8), or delete stray NULs with "
-                    "tr -d '\\000'"
+                    f"UTF-16; convert it (iconv -f UTF-16{order} -t UTF-8), or delete stray NULs "
+                    "with tr -d '\\000'"
                 )
             num_bytes += len(chunk)
             for digest in digests.values():

@@ -39,8 +39,10 @@ NUM_SAMPLED_ELEMENTS = 64  # of each weight, to see that it moved
 MOST_MICROBATCHES = 16_384  # of one step, for where no weight is seen to move
 
 # Every owner that trains, in the order of first forward passes, which is the same on all replicas;
-# and, until the end of a step was seen, elements of its weights before the first microbatch.
-_followed: weakref.WeakKeyDictionary[StepOwner, list[torch.Tensor]] = weakref.WeakKeyDictionary()
+# and what its weights were before the first microbatch of the step (``_seen_weights``).
+_followed: weakref.WeakKeyDictionary[StepOwner, list[torch.Tensor | int]] = (
+    weakref.WeakKeyDictionary()
+)
 _latest_config = 0  # id of the configuration whose model was evaluated last
 ADVICE = "call vqmoe_megatron.moe.synchronize_codebooks(model) once per step, before the update"
 
@@ -74,13 +76,14 @@ def follow(owner: StepOwner, config: TransformerConfig) -> None:
         config.finalize_model_grads_func = ForeignSync(config.finalize_model_grads_func)
     is_foreign = isinstance(config.finalize_model_grads_func, ForeignSync)
     is_between_steps = owner.num_recorded_microbatches == 0 and owner.sums is None
-    sample = _sample(owner) if is_foreign and not owner.has_ended_a_step else []
+    seen = _seen_weights(owner) if is_foreign else []
     if is_between_steps:
-        _followed[owner] = sample
-    elif not all(map(torch.equal, sample, _followed.get(owner, sample))):
+        _followed[owner] = seen
+    elif not _are_equal(seen, _followed.get(owner, seen)):
         raise ValueError(
             f"the weights of VQ layer {owner.layer_number} moved, but no optimizer of torch that "
-            f"holds them stepped, so its codebook would never move; {ADVICE}"
+            "holds them was about to step (within a step, in a closure, is too late), so its "
+            f"codebook would never move; {ADVICE}"
         )
     if owner.num_recorded_microbatches >= MOST_MICROBATCHES:
         raise ValueError(
@@ -92,17 +95,36 @@ def follow(owner: StepOwner, config: TransformerConfig) -> None:
         owner.clear_step()
 
 
-def _sample(owner: StepOwner) -> list[torch.Tensor]:
-    """Some elements of every parameter that only an optimizer moves, copied."""
-    return [
-        p.detach().flatten()[:: max(1, p.numel() // NUM_SAMPLED_ELEMENTS)].clone()
+def _seen_weights(owner: StepOwner) -> list[torch.Tensor | int]:
+    """What tells whether parameters that only an optimizer moves have moved.
+
+    Some elements of each, copied, until the end of a step was seen. From then on the versions that
+    torch counts, which cost nothing; not under Megatron's DDP, whose buffers gather weights.
+    """
+    weights = [
+        p
         for name, p in owner.named_parameters()
         if p.requires_grad and not name.endswith("codebook.codes")  # also set from data
     ]
+    if owner.has_ended_a_step:
+        return [p._version for p in weights if not hasattr(p, "main_grad")]
+    return [
+        p.detach().flatten()[:: max(1, p.numel() // NUM_SAMPLED_ELEMENTS)].clone() for p in weights
+    ]
+
+
+def _are_equal(seen: list[torch.Tensor | int], before: list[torch.Tensor | int]) -> bool:
+    """Whether nothing moved; no rows of one kind are compared with those of another."""
+    if len(seen) != len(before) or not seen or type(seen[0]) is not type(before[0]):
+        return True  # the first step's end was seen in between
+    return all(
+        one == other if isinstance(one, int) else torch.equal(one, other)
+        for one, other in zip(seen, before, strict=True)
+    )
 
 
 def _before_an_optimizer_steps(
-    optimizer: torch.optim.Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Apply what waits for this optimizer, after reducing what no schedule has reduced.
 
@@ -110,7 +132,19 @@ def _before_an_optimizer_steps(
     first finds everything, the others nothing.
 
     Communicates: one all-reduce over ``tp_dp_cp`` where no schedule did.
+
+    Raises:
+        ValueError: for a closure, which trains after this moment.
     """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is not None and _followed:
+        held = HeldTensors(optimizer)
+        if any(held.holds_one_of(owner.parameters()) for owner in _followed):
+            raise ValueError(
+                "optimizer.step(closure) trains VQ layers inside the step, and their codebooks "
+                "would lag a step behind; call loss.backward() and then optimizer.step() without a "
+                "closure (LBFGS cannot be used)"
+            )
     reduced = [owner for owner in _followed if owner.sums is not None]
     gathering = [o for o in _followed if o.sums is None and o.num_recorded_microbatches]
     if not reduced and not gathering:
@@ -138,18 +172,18 @@ def _is_stepped(sums: StepSums, held: HeldTensors) -> bool:
 def _owners_stepped_with(held: HeldTensors, gathering: list[StepOwner]) -> list[StepOwner]:
     """Owners whose step ends with an optimizer's, in a loop without a schedule's hook.
 
-    Those it holds, and all of the same configuration. Of layers without trained weights, and where
-    Megatron keeps main copies that may lie on another rank, nothing is known: then it is the model
-    that was evaluated last.
+    Those it holds. Of layers without trained weights, and where Megatron keeps main copies that may
+    lie on another rank, nothing is known: they go with those of the same configuration, or, where
+    it holds none, if theirs is the model that was evaluated last.
     """
-    models = {id(o.config) for o in gathering if held.holds_one_of(o.parameters())}
-    if not models:
-        models = {
-            id(owner.config)
-            for owner in gathering
-            if id(owner.config) == _latest_config and not held.is_a_stranger_to(owner.parameters())
-        }
-    return [owner for owner in gathering if id(owner.config) in models]
+    held_owners = [owner for owner in gathering if held.holds_one_of(owner.parameters())]
+    models = {id(owner.config) for owner in held_owners} or {_latest_config}
+    unknown = [
+        owner
+        for owner in gathering
+        if id(owner.config) in models and not held.is_a_stranger_to(owner.parameters())
+    ]
+    return [owner for owner in gathering if owner in held_owners or owner in unknown]
 
 
 register_optimizer_step_pre_hook(_before_an_optimizer_steps)

@@ -171,11 +171,16 @@ class VQMoELayer(LayerStep, MoELayer):
         the codebook.
 
         Raises:
-            ValueError: for a padding mask, TP > 1 in training without sequence parallelism, or a
-                training loop whose steps cannot be followed (``foreign_loop``).
+            ValueError: for a padding mask, torch.autocast, TP > 1 in training without sequence
+                parallelism, or a training loop whose steps cannot be followed (``foreign_loop``).
         """
         if padding_mask is not None or intermediate_tensors is not None:
             raise ValueError("VQMoELayer takes no padding mask and no captured CUDA graph tensors")
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            raise ValueError(
+                "VQMoELayer does not run under torch.autocast, which casts its inputs and not its "
+                "experts; use Megatron's own mixed precision (bf16=True and Float16Module)"
+            )
         if self.training and self.tp_group.size() > 1 and not self.config.sequence_parallel:
             raise ValueError("training with TP > 1 needs sequence_parallel=True in a MoE layer")
         if self.training:
