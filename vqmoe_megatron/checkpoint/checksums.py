@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 
 from vqmoe_megatron.checkpoint.folder import (
-    CONFIG_FILE,
     CORPUS_COPY,
     FORMAT_FILE,
     LAYOUT_FILE,
     damaged,
     read_json_object,
 )
+from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 
 CHECKSUM_FILE = "checksums.json"
 ALGORITHM = "crc32"

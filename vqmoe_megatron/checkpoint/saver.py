@@ -40,7 +40,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from vqmoe_megatron.checkpoint.checksums import Checksum, foreign_files, write_checksums
 from vqmoe_megatron.checkpoint.folder import (
-    CONFIG_FILE,
     CORPUS_COPY,
     LAYOUT_FILE,
     NEXT_TRACKER_FILE,
