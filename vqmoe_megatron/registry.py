@@ -36,7 +36,7 @@ class Kind:
     """One kind of part: the interface it implements, the key that names it, those that we ship."""
 
     interface: Target
-    key: str  # recipe key whose value is a name of this kind
+    key: str  # recipe key whose value is a name of this kind; without one, the kind
     built_in: dict[str, Part]
 
 
@@ -53,6 +53,13 @@ KINDS: dict[str, Kind] = {
             "low_dim": Part("vqmoe_megatron.vq.quantizers.low_dim:LowDim", frozenset({"code_dim"})),
         },
     ),
+    "tracker": Kind(
+        "vqmoe_megatron.track.tracker:Tracker",
+        "tracking.also",
+        {"mlflow": Part("vqmoe_megatron.track.mlflow.tracker:MlflowTracker")},
+    ),
+    # Ours are rows of vqmoe_megatron.metrics.table; a row is an instance, and brings its own name.
+    "metric": Kind("vqmoe_megatron.metrics.metric:Metric", "metric", {}),
 }
 
 
