@@ -23,6 +23,7 @@ FLOORS = {
     "registry": 0,
     "config": 0,
     "rundir": 0,
+    "metrics": 0,
     "plan": 0,
     "vq": 1,
     "moe": 2,
@@ -43,9 +44,10 @@ FLOORS = {
 # Folders of one floor that may import another of the same floor; must stay without cycles.
 SIDEWAYS = {
     "config": {"registry", "rundir"},
+    "metrics": {"registry"},
     "plan": {"config"},
     "moe": {"runtime"},
-    "analysis": {"track"},  # metric names live in its one table
+    "analysis": {"track"},  # reads metrics.jsonl
     "bench": {"launch"},
     "tasks": {"data"},
     "engines": {"tasks"},  # what a batch is

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
 
 import pytest
+from toy_package import pretend_installed
 
 from vqmoe_megatron import registry
 from vqmoe_megatron.config import VQConfig
@@ -14,9 +14,7 @@ from vqmoe_megatron.config import VQConfig
 
 def install(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
     """As if a package with these entry points (KIND__NAME=target) were installed."""
-    found = [EntryPoint(n.replace("__", "."), t, registry.GROUP) for n, t in points.items()]
-    monkeypatch.setattr(registry.importlib.metadata, "entry_points", lambda group: found)
-    registry._installed.cache_clear()
+    pretend_installed(monkeypatch, {n.replace("__", "."): t for n, t in points.items()})
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,7 @@ class Kind:
     """One kind of part: the interface it implements, the key that names it, those that we ship."""
 
     interface: Target
-    key: str  # recipe key whose value is a name; substrates have none and are found
+    key: str  # recipe key whose value is a name of this kind; without one, the kind
     built_in: dict[str, Part]
 
 
@@ -84,6 +84,13 @@ KINDS: dict[str, Kind] = {
             for name in ("constant", "linear", "cosine", "inverse-square-root")
         },
     ),
+    "tracker": Kind(
+        "vqmoe_megatron.track.tracker:Tracker",
+        "tracking.also",
+        {"mlflow": Part("vqmoe_megatron.track.mlflow.tracker:MlflowTracker")},
+    ),
+    # Ours are rows of vqmoe_megatron.metrics.table; a row is an instance, and brings its own name.
+    "metric": Kind("vqmoe_megatron.metrics.metric:Metric", "metric", {}),
 }
 
 

@@ -4,7 +4,7 @@ import time
 
 import psutil
 
-from vqmoe_megatron.track.metric_table import check_metric_names
+from vqmoe_megatron.metrics.table import check_metric_names
 from vqmoe_megatron.track.system_metrics import SystemMetrics
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from vqmoe_megatron.metrics.table import check_metric_names
 from vqmoe_megatron.moe.step_owner import LayerStatistics
-from vqmoe_megatron.track.metric_table import check_metric_names
-from vqmoe_megatron.train.run_metrics import LayerWindow, layer_metrics, write_routing
+from vqmoe_megatron.train.run_metrics import LayerWindow, layer_record, write_routing
 
 
 def layer(number: int, perplexity: float, revived: float) -> LayerStatistics:
@@ -31,10 +32,17 @@ def test_window_sums_loads_and_revivals_and_keeps_the_latest_scalars() -> None:
     window = LayerWindow()
     window.add([layer(1, 2.0, 1.0), layer(3, 4.0, 0.0)])
     window.add([layer(1, 3.0, 2.0), layer(3, 5.0, 0.0)])
-    assert torch.equal(window.expert_load[1], torch.tensor([2.0, 6.0]))
-    assert torch.equal(window.code_usage[3], torch.tensor([[2.0, 4.0, 2.0]]))
-    assert float(window.revived[1]) == 3.0
-    assert float(window.latest[0].scalars["code_perplexity"]) == 3.0
+    window.add([])  # a skipped step
+    assert torch.equal(window.layers[1]["expert_load"], torch.tensor([2.0, 6.0]))
+    assert torch.equal(window.layers[3]["code_usage"], torch.tensor([[2.0, 4.0, 2.0]]))
+    assert float(window.layers[1]["revived_codes"]) == 3.0
+    assert float(window.layers[1]["code_perplexity"]) == 3.0
+
+
+def test_a_scalar_without_a_row_is_refused_at_the_first_step() -> None:
+    odd = dataclasses.replace(layer(1, 2.0, 0.0), scalars={"entropy": torch.tensor(1.0)})
+    with pytest.raises(ValueError, match="'entropy' that has no row; known: .*code_perplexity"):
+        LayerWindow().add([odd])
 
 
 def test_adding_does_not_change_the_statistics_it_was_given() -> None:
@@ -50,7 +58,7 @@ def test_means_and_sums_over_layers_under_legal_names() -> None:
         1: {"code_perplexity": np.float64(2.0), "dead_codes": np.float64(3.0)},
         3: {"code_perplexity": np.float64(6.0), "dead_codes": np.float64(4.0)},
     }
-    record = layer_metrics(layers)
+    record = layer_record(layers)
     assert record["vq/code_perplexity"] == 4.0
     assert record["vq/dead_codes"] == 7.0
     assert record["vq/layer_03/code_perplexity"] == 6.0

@@ -42,10 +42,10 @@ def start(small_corpus, runs_dir, request):
 def test_an_attempt_killed_before_its_first_save_is_the_same_run(start, runs_dir):
     killed = start()
     killed.log({"iteration": 1, "loss": 5.0})
-    killed.tracker.finish("KILLED", PATIENCE_S)  # what was logged has arrived; no more is known
-    run_id = killed.tracker.run_id
+    killed.trackers.finish("requeue", PATIENCE_S)  # what was logged has arrived; no more is known
+    run_id = killed.trackers.run_id
     again = start("parallel.expert_model_parallel_size=1", "tracking.run_name=renamed")
-    assert again.tracker.run_id == run_id
+    assert again.trackers.run_id == run_id
     again.log({"iteration": 1, "loss": 5.0})
     again.log({"iteration": 2, "loss": 4.0})
     again.finish("completed", 2, "all iterations done")
@@ -62,23 +62,23 @@ def test_an_attempt_killed_before_its_first_save_is_the_same_run(start, runs_dir
     for name in ("status.json", "metrics.jsonl", "system_metrics.jsonl"):
         (again.run_dir.path / name).unlink()
     fresh = start()  # begun anew on purpose
-    assert fresh.tracker.run_id != run_id
+    assert fresh.trackers.run_id != run_id
     fresh.finish("completed", 0, "enough")
 
 
 def test_another_recipe_in_the_same_directory_is_another_run(start):
     first = start()
-    first.tracker.finish("KILLED", PATIENCE_S)
+    first.trackers.finish("requeue", PATIENCE_S)
     second = start("optimizer.lr=0.002", "optimizer.min_lr=0.0001")
-    second.tracker.finish("KILLED", PATIENCE_S)
-    assert second.tracker.run_id != first.tracker.run_id
+    second.trackers.finish("requeue", PATIENCE_S)
+    assert second.trackers.run_id != first.trackers.run_id
 
 
 @pytest.mark.parametrize(("state", "seen"), [("requeue", "requeue"), ("completed", "running")])
 def test_a_run_that_may_be_killed_says_so_before_it_waits_for_mlflow(start, state, seen):
     report = start("tracking.mlflow=false")
     states = []
-    report.tracker.finish = lambda outcome, deadline_s: states.append(
+    report.trackers.finish = lambda state, deadline_s: states.append(
         read_status(report.run_dir.path).state
     )
     report.finish(state, 3, "why")
@@ -89,7 +89,7 @@ def test_a_run_that_may_be_killed_says_so_before_it_waits_for_mlflow(start, stat
 def test_a_full_disk_does_not_keep_mlflow_from_its_end(start, monkeypatch):
     report = start("tracking.mlflow=false")
     ended = []
-    report.tracker.finish = lambda outcome, deadline_s: ended.append(outcome)
+    report.trackers.finish = lambda state, deadline_s: ended.append(state)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -97,7 +97,7 @@ def test_a_full_disk_does_not_keep_mlflow_from_its_end(start, monkeypatch):
     monkeypatch.setattr("vqmoe_megatron.train.run_report.write_status", full)
     with pytest.raises(OSError, match="No space left"):  # the last word must be written
         report.finish("requeue", 3, "why")
-    assert ended == ["KILLED"]
+    assert ended == ["requeue"]
 
 
 def test_the_machines_load_is_kept_apart_from_what_is_computed(start):
@@ -132,7 +132,7 @@ def test_a_failed_run_keeps_the_cause_that_another_rank_recorded_meanwhile(start
     report = start("tracking.mlflow=false")
     lost = "rank 0: RuntimeError: Connection closed by peer"
     report.run_dir.record_failure(lost)
-    report.tracker.finish = lambda *_: report.run_dir.record_failure("rank 1: KeyError: 'cause'")
+    report.trackers.finish = lambda *_: report.run_dir.record_failure("rank 1: KeyError: 'cause'")
     report.finish("failed", 0, lost)
     assert read_status(report.run_dir.path).reason == "rank 1: KeyError: 'cause'"
 

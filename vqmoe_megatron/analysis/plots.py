@@ -23,8 +23,8 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
+from vqmoe_megatron.metrics.metric import LAYER_NAME
 from vqmoe_megatron.rundir.file_names import METRICS_FILE, PLOT_FILES, ROUTING_FILE
-from vqmoe_megatron.track.metric_table import LAYER_NAME
 from vqmoe_megatron.track.metrics_log import read_metrics
 
 ROUTING_DIMENSIONS = {

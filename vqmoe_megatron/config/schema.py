@@ -235,9 +235,10 @@ class CheckpointConfig:
 
 @dataclass
 class TrackingConfig:
-    """MLflow. ``mlflow_uri`` unset means a SQLite file beside the run directories."""
+    """MLflow and others. ``mlflow_uri`` unset means a SQLite file beside the run directories."""
 
     mlflow: bool = True
+    also: list[str] = field(default_factory=list)  # further trackers: names of the registry
     mlflow_uri: str | None = None
     experiment: str = "vqmoe"
     run_name: str | None = None
@@ -246,6 +247,13 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         check_settings("tracking", self)
+        for name in self.also:
+            registry.check_name("tracker", name)
+        if len({"mlflow", *self.also}) <= len(self.also):
+            raise ValueError(
+                f"tracking.also={','.join(self.also)}: name every tracker once, and MLflow by its "
+                "own switch, tracking.mlflow"
+            )
         if self.mlflow_uri is not None and _may_hold_password(self.mlflow_uri):
             raise ValueError(  # without the value: it would end in logs
                 "tracking.mlflow_uri must not hold a user name or password (user:password@host), "
@@ -263,6 +271,11 @@ class TrackingConfig:
                 "tracking.parent_run_id is empty; give an MLflow run id, or null for a run of its "
                 "own"
             )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names of all trackers of the run."""
+        return (*(("mlflow",) if self.mlflow else ()), *self.also)
 
 
 def _may_hold_password(uri: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from vqmoe_megatron.moe.codebook_sync import CodebookSync, synchronize_codebooks
 from vqmoe_megatron.moe.grouped_experts import GroupedExperts
 from vqmoe_megatron.moe.layer import VQMoELayer
-from vqmoe_megatron.moe.megatron_log import METRIC_NAMES
+from vqmoe_megatron.moe.megatron_log import logged_names
 from vqmoe_megatron.moe.routers.codebook import VQRouter
 from vqmoe_megatron.moe.spec import (
     get_vqmoe_block_spec,
@@ -28,3 +28,10 @@ __all__ = [
     "synchronize_codebooks",
     "vqmoe_layer_spec",
 ]
+
+
+def __getattr__(name: str) -> dict[str, str]:
+    """``METRIC_NAMES``, read from the metric table when asked for: packages may add rows."""
+    if name == "METRIC_NAMES":
+        return logged_names()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

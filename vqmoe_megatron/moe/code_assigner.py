@@ -24,7 +24,7 @@ from vqmoe_megatron.moe.backward_hook import run_in_backward
 from vqmoe_megatron.moe.codebook_data_init import initialize_codebook
 from vqmoe_megatron.moe.step_statistics import KeepsStatistics
 from vqmoe_megatron.vq.code_map import CodeMap
-from vqmoe_megatron.vq.codebook import build_codebook, code_usage_scalars
+from vqmoe_megatron.vq.codebook import build_codebook
 from vqmoe_megatron.vq.codebook_update import StepStatistics
 from vqmoe_megatron.vq.losses import quantization_losses
 
@@ -175,11 +175,10 @@ class CodeAssigner(KeepsStatistics):
         scalars = self.codebook.apply_step(StepStatistics(usage, total, next(reduced)))
         return scalars | _loss_scalars(losses), usage
 
-    @staticmethod
-    def scalars_of(parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def scalars_of(self, parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Code usage and VQ losses of the sums over replicas, fp32 scalars. Moves nothing."""
         losses, usage = next(parts), next(parts)
-        return code_usage_scalars(usage) | _loss_scalars(losses)
+        return self.codebook.usage_scalars(usage) | _loss_scalars(losses)
 
     def clear_step(self) -> None:
         """Forget the step's losses, candidates and what the codebook recorded."""

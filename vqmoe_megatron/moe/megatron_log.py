@@ -15,18 +15,20 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
 
+from vqmoe_megatron.metrics.table import layer_metrics
 from vqmoe_megatron.moe.step_owner import StepOwner
 
-# By the names of our own metrics; for ``track_names`` of a caller that lists them.
-METRIC_NAMES = {
-    "expert_load_imbalance": "moe/expert_load_imbalance",
-    "combine_discrete_weight": "vq/combine_discrete_weight",
-    "code_perplexity": "vq/code_perplexity",
-    "dead_codes": "vq/dead_codes",
-    "commitment_loss": "vq/commitment_loss",
-    "codebook_loss": "vq/codebook_loss",
-}
 _said: set[str] = set()
+
+
+def logged_names() -> dict[str, str]:
+    """What a layer calls a scalar -> its name in the log; for a caller that lists ``track_names``.
+
+    The rows of layers in the metric table, without those that are known only after the codebook's
+    step.
+    """
+    rows = layer_metrics()
+    return {scalar: row.name for scalar, row in rows.items() if not row.needs_update}
 
 
 def log_statistics(owners: list[StepOwner]) -> None:
@@ -44,14 +46,15 @@ def log_statistics(owners: list[StepOwner]) -> None:
             "VQMoE layer; get_vqmoe_block_spec and vqmoe_layer_spec know"
         )
         return
+    names = logged_names()
     num_layers = config.num_layers + (config.mtp_num_layers or 0)
-    values = torch.zeros(len(METRIC_NAMES), num_layers, device=torch.cuda.current_device())
+    values = torch.zeros(len(names), num_layers, device=torch.cuda.current_device())
     for owner in owners:
         # A layer outside a model may have no place among them.
         if owner.sums is not None and owner.layer_number in range(1, num_layers + 1):
             scalars = owner.scalars_of(iter(owner.sums.parts))
             nothing = values.new_zeros(())
-            column = torch.stack([scalars.get(name, nothing) for name in METRIC_NAMES])
+            column = torch.stack([scalars.get(name, nothing) for name in names])
             # Megatron divides by the number of microbatches.
             values[:, owner.layer_number - 1] += column * owner.sums.num_microbatches
     if num_stages > 1:
@@ -59,7 +62,7 @@ def log_statistics(owners: list[StepOwner]) -> None:
         torch.distributed.all_reduce(values, group=group)
         if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
             values.zero_()
-    for name, of_layers in zip(METRIC_NAMES.values(), values, strict=True):
+    for name, of_layers in zip(names.values(), values, strict=True):
         for number, value in enumerate(of_layers, start=1):
             save_to_aux_losses_tracker(name, value, number, num_layers)
 

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vqmoe_megatron.metrics.table import lookup_metric
 from vqmoe_megatron.study.run_state import STATES, RunState
 from vqmoe_megatron.study.slurm_array import Array
 from vqmoe_megatron.study.study import Study
-from vqmoe_megatron.track.metric_table import METRIC_TABLE
 
 LOG_WIDTH = 200  # columns where no terminal tells its width
 STATE_STYLES = {
@@ -93,7 +93,7 @@ def submission_table(
 def metric_text(state: RunState, name: str) -> str:
     """Return a metric as the metric table writes it; nothing when it was never logged."""
     value = state.metrics.get(name)
-    return "" if value is None else format(value, METRIC_TABLE[name].console_format or "")
+    return "" if value is None else format(value, lookup_metric(name).console_format or "")
 
 
 def counts(states: Sequence[RunState]) -> str:

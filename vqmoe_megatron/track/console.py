@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from vqmoe_megatron.track.metric_table import METRIC_TABLE
+from vqmoe_megatron.metrics.table import metric_table
 
 LOG_WIDTH = 120  # columns of a table written to a log, where no terminal tells its width
 
@@ -129,7 +129,7 @@ class RunConsole:
     def _formatted(self, record: Mapping[str, float]) -> dict[str, str]:
         """Return the console's metrics of a record as text, in the metric table's order."""
         shown: dict[str, str] = {}
-        for name, metric in METRIC_TABLE.items():
+        for name, metric in metric_table().items():
             if metric.console_format is not None and record.get(name) is not None:
                 shown[name] = format(record[name], metric.console_format) + metric.console_note
             if name == "loss" and "loss" in shown and self.bytes_per_token:

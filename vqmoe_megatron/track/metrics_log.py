@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
 
+from vqmoe_megatron.metrics.table import check_metric_names
 from vqmoe_megatron.rundir.file_names import METRICS_FILE
-from vqmoe_megatron.track.metric_table import check_metric_names
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

@@ -21,7 +21,7 @@ from vqmoe_megatron.train.run_metrics import (
     LayerWindow,
     balance_loss,
     gather_layers,
-    layer_metrics,
+    layer_record,
     peak_rss_bytes,
     write_routing,
 )
@@ -96,5 +96,5 @@ class LogWindow:
             "skipped_iterations": progress.skipped_iterations,
             "memory/peak_rss_bytes": peak_rss_bytes(),
             **balance_loss(config, self._num_steps, num_microbatches),
-            **layer_metrics(layers),
+            **layer_record(layers),
         }

@@ -7,6 +7,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from vqmoe_megatron import registry
 from vqmoe_megatron.checkpoint.content import check_format_version, read_content
 from vqmoe_megatron.checkpoint.folder import (
     CORPUS_COPY,
@@ -21,6 +22,7 @@ from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.recipe import load_saved_recipe
 from vqmoe_megatron.data.corpus import Corpus, check_tokenizer, load_corpus
 from vqmoe_megatron.data.sample_order import check_cache_dir, order_name
+from vqmoe_megatron.metrics.table import metric_table
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 from vqmoe_megatron.rundir.run_directory import RunDirectory
@@ -43,7 +45,7 @@ class CheckedRun:
 def check_run(
     config: RunConfig, world_size: int, device: str, looks_for_checkpoint: bool = True
 ) -> CheckedRun:
-    """Check layout, corpus, tokenizer, output directory, free space and checkpoint.
+    """Check layout, installed parts, corpus, tokenizer, output directory, free space, checkpoint.
 
     Hold the run directory's lock when it matters which checkpoint is found: an earlier attempt may
     still be saving. Ranks other than the first do not look; the first tells them.
@@ -54,6 +56,10 @@ def check_run(
         ValueError: for whatever is wrong, with what to do about it.
     """
     layout = check_layout(config, world_size, device)
+    metric_table()
+    if looks_for_checkpoint:
+        for name in config.tracking.also:
+            registry.load("tracker", name)
     corpus = load_corpus(Path(config.data.path))
     check_tokenizer(corpus, config.model.vocab_size, None)
     if config.model.vocab_size is None:

@@ -117,10 +117,9 @@ def _open_report(run: CheckedRun, trainer: Trainer) -> RunReport:
     if torch.distributed.get_rank() == 0:
         progress = trainer.progress
         known_id = progress.mlflow_run_id
-        report = Rank0Report(run, progress.iteration, known_id if run.is_own else None)
+        report = Rank0Report(run, progress.iteration, known_id)
         if known_id is not None and not run.is_own:
             report.message(f"a run of its own, started from {run.resume_from}")
-            report.tracker.set_tags({"started_from_run": known_id})
         report.message(f"{trainer.num_parameters:,} parameters on rank 0")
         report.message(run.config.vq.execution_in_words)
     shared = [report.mlflow_run_id]

@@ -18,74 +18,72 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 
 from vqmoe_megatron.config import RunConfig
-from vqmoe_megatron.moe.megatron_log import METRIC_NAMES
+from vqmoe_megatron.metrics.table import layer_metric
 from vqmoe_megatron.moe.step_owner import LayerStatistics
-from vqmoe_megatron.track.metric_table import layer_metric_name
-
-SUMMED = ("dead_codes", "revived_codes")
 
 
 @dataclass
 class LayerWindow:
-    """Layer statistics since the last log: loads and usages summed, scalars of the latest step."""
+    """Layer statistics since the last log, by 1-based layer number and then by name.
 
-    latest: list[LayerStatistics] = field(default_factory=list)
-    expert_load: dict[int, torch.Tensor] = field(default_factory=dict)
-    code_usage: dict[int, torch.Tensor] = field(default_factory=dict)
-    revived: dict[int, torch.Tensor] = field(default_factory=dict)
+    Loads, usages and scalars that the metric table sums over steps are summed; other scalars are
+    the latest step's.
+    """
+
+    layers: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def add(self, layers: list[LayerStatistics]) -> None:
-        """Add one step; a skipped one has no layers. No communication, no host sync."""
-        self.latest = layers or self.latest
+        """Add one step; a skipped one has no layers. No communication, no host sync.
+
+        Raises:
+            ValueError: for a scalar without a row in the metric table.
+        """
         for layer in layers:
-            for store, value in (
-                (self.expert_load, layer.expert_load),
-                (self.code_usage, layer.code_usage),
-                (self.revived, layer.scalars.get("revived_codes")),
-            ):
+            known = self.layers.setdefault(layer.layer_number, {})
+            sums = {"expert_load": layer.expert_load, "code_usage": layer.code_usage}
+            for name, value in layer.scalars.items():
+                if layer_metric(name).over_steps == "sum":
+                    sums[name] = value
+                else:
+                    known[name] = value
+            for name, value in sums.items():
                 if value is not None:
-                    number = layer.layer_number
-                    store[number] = store[number] + value if number in store else value.clone()
+                    known[name] = known[name] + value if name in known else value.clone()
 
 
-def gather_layers(window: LayerWindow) -> dict[int, dict[str, np.ndarray]]:
+def gather_layers(window: LayerWindow) -> dict[int, dict[str, float | np.ndarray]]:
     """Collect every stage's layers on every rank, by 1-based layer number.
 
     Communicates: one object gather over the pipeline-parallel group; statistics are already equal
     within a stage.
     """
-    mine = {}
-    for layer in window.latest:
-        number = layer.layer_number
-        entry = {name: value.item() for name, value in layer.scalars.items()}
-        if number in window.revived:
-            entry["revived_codes"] = window.revived[number].item()
-        entry = {name: np.float64(value) for name, value in entry.items()}
-        if number in window.expert_load:
-            entry["expert_load"] = window.expert_load[number].cpu().numpy()
-        if number in window.code_usage:
-            entry["code_usage"] = window.code_usage[number].cpu().numpy()
-        mine[number] = entry
+    mine = {
+        number: {
+            name: value.cpu().numpy() if value.dim() else value.item()
+            for name, value in entry.items()
+        }
+        for number, entry in window.layers.items()
+    }
     group = parallel_state.get_pipeline_model_parallel_group()
     stages: list[dict] = [{}] * group.size()
     torch.distributed.all_gather_object(stages, mine, group=group)
     return dict(sorted((n, entry) for stage in stages for n, entry in stage.items()))
 
 
-def layer_metrics(layers: dict[int, dict[str, np.ndarray]]) -> dict[str, float]:
-    """Per-layer scalars and their mean (sum for code counts) over layers."""
+def layer_record(layers: dict[int, dict[str, float | np.ndarray]]) -> dict[str, float]:
+    """Per-layer scalars, and their mean or sum over layers as the metric table says."""
     record: dict[str, float] = {}
     collected: dict[str, list[float]] = {}
     for number, entry in layers.items():
-        for name, value in entry.items():
-            if np.ndim(value):
-                continue
-            metric = METRIC_NAMES.get(name, f"vq/{name}")
-            record[layer_metric_name(metric, number)] = float(value)
-            collected.setdefault(metric, []).append(float(value))
-    for metric, values in collected.items():
-        is_sum = metric.removeprefix("vq/") in SUMMED
-        record[metric] = float(np.sum(values) if is_sum else np.mean(values))
+        for scalar, value in entry.items():
+            if not np.ndim(value):
+                record[layer_metric(scalar).name_of_layer(number)] = float(value)
+                collected.setdefault(scalar, []).append(float(value))
+    for scalar, values in collected.items():
+        metric = layer_metric(scalar)
+        record[metric.name] = float(
+            np.sum(values) if metric.reduction == "sum" else np.mean(values)
+        )
     return record
 
 
@@ -125,7 +123,7 @@ def peak_rss_bytes() -> float:
     return float(peak)
 
 
-def write_routing(path: Path, layers: dict[int, dict[str, np.ndarray]]) -> None:
+def write_routing(path: Path, layers: dict[int, dict[str, float | np.ndarray]]) -> None:
     """Write ``routing.npz`` for the plots; layers without a codebook carry no code usage."""
     routed = {n: e for n, e in layers.items() if "expert_load" in e}
     if not routed:

@@ -1,11 +1,10 @@
-"""What rank 0 shows and keeps of a run: console, metrics.jsonl, MLflow, status.json, plots.
+"""What rank 0 shows and keeps of a run: console, metrics.jsonl, trackers, status.json, plots.
 
 Other ranks hold a report that does nothing, so the loop needs no rank tests.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,19 +14,17 @@ from vqmoe_megatron.checkpoint.folder import iteration_of
 from vqmoe_megatron.config.recipe import flatten_config, save_recipe
 from vqmoe_megatron.rundir.file_names import SYSTEM_METRICS_FILE
 from vqmoe_megatron.rundir.status import read_status, write_status
-from vqmoe_megatron.track.attempt_tags import attempt_tags
 from vqmoe_megatron.track.console import RunConsole
 from vqmoe_megatron.track.metrics_log import MetricsLog
-from vqmoe_megatron.track.mlflow.record import open_record
-from vqmoe_megatron.track.mlflow.store import OUTCOME_OF_STATE
-from vqmoe_megatron.track.mlflow.tracker import MlflowTracker
-from vqmoe_megatron.track.no_tracker import NoTracker
 from vqmoe_megatron.track.system_metrics import SystemMetrics
+from vqmoe_megatron.track.tracker import TrackedRun
+from vqmoe_megatron.track.trackers import Trackers
 from vqmoe_megatron.train.preflight import CheckedRun
 from vqmoe_megatron.train.records import is_same_run
 
-# How long the end waits for MLflow. Runs that meet a database none of them has made yet need half a
-# minute on a busy node. One that was told to stop has little time; the next attempt sends the rest.
+# How long the end waits for trackers. Runs that meet an MLflow database none of them has made yet
+# need half a minute on a busy node. One that was told to stop has little time; the next attempt
+# sends the rest.
 TRACKING_DEADLINES_S = {"completed": 60.0, "requeue": 20.0, "failed": 20.0}
 
 
@@ -62,10 +59,10 @@ class Rank0Report(RunReport):
     Args:
         run: the checked run.
         start_iteration: where training (re)starts; later metrics are cut away.
-        resumed_run_id: MLflow run of the checkpoint, or None.
+        mlflow_run_id: MLflow run of the checkpoint it starts from, or None.
     """
 
-    def __init__(self, run: CheckedRun, start_iteration: int, resumed_run_id: str | None) -> None:
+    def __init__(self, run: CheckedRun, start_iteration: int, mlflow_run_id: str | None) -> None:
         self.run_dir = run.run_dir
         self._iteration = start_iteration
         is_same = is_same_run(run.run_dir, run.config)  # before the recipe is written
@@ -79,52 +76,31 @@ class Rank0Report(RunReport):
             log.truncate_after(start_iteration or -1)
         tracking = run.config.tracking
         self.system_metrics = SystemMetrics(self.message) if tracking.system_metrics else None
-        self.tracker: MlflowTracker | NoTracker = NoTracker()
-        if tracking.mlflow:
-            self.tracker = self._open_tracker(run, resumed_run_id, is_same)
-        self.mlflow_run_id = self.tracker.run_id
-        if start_iteration < run.config.train.train_iters:  # else a completed run stays one
-            self._write_status("running", "training")
-
-    def _open_tracker(
-        self, run: CheckedRun, resumed_run_id: str | None, is_same: bool
-    ) -> MlflowTracker:
-        """Open this directory's MLflow run, or a new one when another run starts in it.
-
-        An attempt killed before its first save is the same run; one that reached its end is not.
-        """
-        tracking = run.config.tracking
-        record = open_record(self.run_dir.path, self.message)
-        is_resumed = run.resume_from is not None and run.is_own
-        if not is_resumed and (record.is_completed or not is_same):
-            record.forget()
-        attempt = record.begin_attempt()
-        tracker = MlflowTracker(
-            tracking.mlflow_uri,
-            tracking.experiment,
-            tracking.run_name,
+        tracked = TrackedRun(
             self.run_dir.path,
-            record,
-            resume_run_id=resumed_run_id,
-            start_iteration=self._iteration,
-            parent_run_id=tracking.parent_run_id,
+            run.config,
+            run.layout.world_size,
+            start_iteration,
+            is_resumed=run.resume_from is not None and run.is_own,
+            is_same=is_same,
+            mlflow_run_id=mlflow_run_id,
             report=self.message,
         )
-        self.message(f"mlflow: {tracker.uri} run {tracker.run_id}")
-        tracker.log_params(flatten_config(run.config))
-        tracker.log_artifact(self.run_dir.config)
-        facts = {"from_iteration": self._iteration, "world_size": run.layout.world_size}
-        tracker.set_tags(attempt_tags(attempt, facts, os.environ))
-        return tracker
+        self.trackers = Trackers(tracking.trackers, tracked)
+        self.trackers.log_params(flatten_config(run.config))
+        self.trackers.log_artifact(self.run_dir.config)
+        self.mlflow_run_id = self.trackers.run_id
+        if start_iteration < run.config.train.train_iters:  # else a completed run stays one
+            self._write_status("running", "training")
 
     def message(self, text: str) -> None:
         """Print a line above the progress display."""
         self.console.message(text)
 
     def saved(self, folder: Path) -> None:
-        """Say that a checkpoint is complete and tag the MLflow run with it."""
+        """Say that a checkpoint is complete."""
         self.message(f"saved {folder}")
-        self.tracker.set_tags({"checkpoint": str(folder), "iteration": iteration_of(folder)})
+        self.trackers.checkpoint_saved(folder, iteration_of(folder))
         self._write_status("running", "training")
 
     def rolled_back(self, iteration: int, text: str) -> None:
@@ -132,27 +108,30 @@ class Rank0Report(RunReport):
         self.message(text)
         self.metrics_log.truncate_after(iteration)
         self.system_log.truncate_after(iteration)
-        self.tracker.rolled_back(iteration)
-        self.tracker.set_tags({f"rollback/{self._iteration}": text})
+        self.trackers.rolled_back(iteration)
+        self.trackers.set_tags({f"rollback/{self._iteration}": text})
         self._iteration = iteration
         self._write_status("running", text)
 
     def log(self, record: Mapping[str, float]) -> None:
-        """Append to metrics.jsonl, show on the console, wake the thread that ships the log."""
+        """Append to metrics.jsonl, show on the console, tell the trackers."""
         self._iteration = int(record["iteration"])
         when = {"iteration": self._iteration, "timestamp_ms": time.time_ns() // 1_000_000}
-        self.metrics_log.append({**record, **when})
+        records = [{**record, **when}]
+        self.metrics_log.append(records[0])
         load = self.system_metrics.take() if self.system_metrics is not None else {}
         if load:
-            self.system_log.append({**when, **load})
+            records.append({**when, **load})
+            self.system_log.append(records[1])
         self.console.update(record)
-        self.tracker.metrics_logged()
+        for each in records:
+            self.trackers.metrics_logged(each)
 
     def _draw_plots(self) -> None:
         """A picture must not cost a saved run its state: the launcher decides on that."""
         try:
             for plot in draw_run_plots(self.run_dir.path):
-                self.tracker.log_artifact(plot, "plots")
+                self.trackers.log_artifact(plot, "plots")
         except Exception as error:
             self.message(f"plots could not be drawn: {type(error).__name__}: {error}")
 
@@ -171,9 +150,7 @@ class Rank0Report(RunReport):
         self.system_log.close()
         if state != "failed":
             self._draw_plots()
-        if state == "completed" and isinstance(self.tracker, MlflowTracker):
-            self.tracker.record.note_completed()
-        self.tracker.finish(OUTCOME_OF_STATE[state], TRACKING_DEADLINES_S[state])
+        self.trackers.finish(state, TRACKING_DEADLINES_S[state])
         if state == "failed" and (known := read_status(self.run_dir.path)) is not None:
             reason = known.reason  # another rank may have recorded the cause meanwhile
         self._write_status(state, reason, is_last_word=True)
@@ -183,7 +160,7 @@ class Rank0Report(RunReport):
 
     def _write_status(self, state: str, reason: str, is_last_word: bool = False) -> None:
         try:
-            write_status(self.run_dir.path, state, self._iteration, reason, self.tracker.run_id)
+            write_status(self.run_dir.path, state, self._iteration, reason, self.trackers.run_id)
         except OSError as error:
             if is_last_word:
                 raise

@@ -186,6 +186,13 @@ class Codebook(torch.nn.Module):
         self.step_candidates = None
 
     # 4. once per step
+    def usage_scalars(self, count: torch.Tensor) -> dict[str, torch.Tensor]:
+        """fp32 scalars by metric name, of ``[C, K]`` tokens per code in one step; moves nothing."""
+        return {
+            "code_perplexity": code_perplexity(count),
+            "dead_codes": (count == 0).sum().float(),
+        }
+
     @torch.no_grad()
     def apply_step(self, statistics: StepStatistics) -> dict[str, torch.Tensor]:
         """Move the codebook by one step of reduced statistics and clear the accumulators.
@@ -194,15 +201,15 @@ class Codebook(torch.nn.Module):
         the statistics and ``seed``, so replicas that start equal stay bit-equal. No communication.
 
         Returns:
-            fp32 scalars: ``code_perplexity`` (mean over slices, 1..K), ``dead_codes`` and
-            ``revived_codes`` (counts over slices), ``assignment_change_rate`` (share of the
-            previous step's probe tokens that have another code since the codebook moved; absent in
-            the first step, which has no previous one).
+            fp32 scalars: those of :meth:`usage_scalars` (``code_perplexity``, a mean over slices,
+            1..K; ``dead_codes``), ``revived_codes`` (both counts over slices), and
+            ``assignment_change_rate`` (share of the previous step's probe tokens that have another
+            code since the codebook moved; absent in the first step, which has no previous one).
         """
         has_tokens = (statistics.count > 0).any()
         finite = self._finite(statistics) & has_tokens
         old = CodebookState(self.codes.data, self.usage, getattr(self, "ema_sum", None))
-        metrics = code_usage_scalars(statistics.count)
+        metrics = self.usage_scalars(statistics.count)
         metrics["revived_codes"] = torch.zeros((), device=self.codes.device)
         if self.probe_ids is not None:  # not in the first step of a process
             metrics["assignment_change_rate"] = self._assignment_change_rate()
@@ -292,14 +299,6 @@ class Codebook(torch.nn.Module):
 def build_codebook(vq: VQConfig, hidden_size: int, seed: int) -> Codebook:
     """Build the codebook of ``vq.quantizer``; arguments and errors as :class:`Codebook`."""
     return registry.load("quantizer", vq.quantizer)(vq, hidden_size, seed)
-
-
-def code_usage_scalars(count: torch.Tensor) -> dict[str, torch.Tensor]:
-    """``code_perplexity`` and ``dead_codes`` (fp32 scalars) of ``[C, K]`` tokens per code."""
-    return {
-        "code_perplexity": code_perplexity(count),
-        "dead_codes": (count == 0).sum().float(),
-    }
 
 
 def code_perplexity(count: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ def test_a_parent_is_found_again_and_holds_children_and_files(tmp_path):
     child_dir = tmp_path / "runs" / "child"
     record = open_record(child_dir, print)
     child = MlflowTracker(None, "exp", None, child_dir, record, parent_run_id=parent)
-    child.finish("FINISHED")
+    child.finish("completed")
     (tmp_path / "report" / "plots").mkdir(parents=True)
     (tmp_path / "report" / "index.html").write_text("<p>")
     (tmp_path / "report" / "plots" / "loss.png").write_bytes(b"png")

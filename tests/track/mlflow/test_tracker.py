@@ -12,16 +12,16 @@ import time
 import pytest
 from mlflow import MlflowClient
 
+from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.rundir.file_lock import LockWait
 from vqmoe_megatron.rundir.status import STATES
 from vqmoe_megatron.rundir.waiting import tell_nobody
-from vqmoe_megatron.track.metric_table import layer_metric_name
 from vqmoe_megatron.track.metrics_log import MetricsLog
 from vqmoe_megatron.track.mlflow import tracker as mlflow_tracker
 from vqmoe_megatron.track.mlflow.record import open_record
 from vqmoe_megatron.track.mlflow.store import OUTCOME_OF_STATE
 from vqmoe_megatron.track.mlflow.tracker import MlflowTracker
-from vqmoe_megatron.track.no_tracker import NoTracker
+from vqmoe_megatron.track.tracker import TrackedRun
 
 SLOWEST_CALL_S = 0.05
 
@@ -52,7 +52,7 @@ def log_losses(tracker, losses):
         for step, loss in losses:
             log.append({"iteration": step, "loss": loss})
             start = time.perf_counter()
-            tracker.metrics_logged()
+            tracker.metrics_logged({})
             slowest = max(slowest, time.perf_counter() - start)
     return slowest
 
@@ -66,14 +66,14 @@ def test_a_run_arrives_whole_in_the_default_store(runs_dir, store):
     assert run_id is not None
     params = {f"model.p{i}": i for i in range(120)} | {"model.long": "x" * 6001}
     tracker.log_params(params)
-    layers = {layer_metric_name("vq/dead_codes", i): i for i in range(1, 1101)}
+    layers = {f"vq/layer_{i:02d}/dead_codes": i for i in range(1, 1101)}
     with MetricsLog(run_dir) as log:
         log.append({"iteration": 10, "timestamp_ms": 1234, "loss": 0.1 + 0.2, **layers})
-        tracker.metrics_logged()
+        tracker.metrics_logged({})
         log.append({"iteration": 20, "loss": math.nan, "grad_norm": math.inf})
     tracker.log_artifact(run_dir / "run_config.yaml", "config")
     tracker.set_tags({"job": 7, "long": "y" * 8001})
-    tracker.finish("FINISHED")
+    tracker.finish("completed")
 
     run = store.get_run(run_id)
     assert run.info.status == "FINISHED" and run.info.run_name == "whole"
@@ -83,7 +83,7 @@ def test_a_run_arrives_whole_in_the_default_store(runs_dir, store):
     (_, first), (step, second) = history(store, run_id, "loss")
     assert first == 0.1 + 0.2 and step == 20 and math.isnan(second)
     assert [point.timestamp for point in store.get_metric_history(run_id, "loss")][0] == 1234
-    assert run.data.metrics[layer_metric_name("vq/dead_codes", 1100)] == 1100
+    assert run.data.metrics["vq/layer_1100/dead_codes"] == 1100
     assert not {"iteration", "timestamp_ms"} & set(run.data.metrics)
     artifacts = runs_dir / "mlartifacts" / run_id / "artifacts"
     assert (artifacts / "config" / "run_config.yaml").read_text() == "a: 1\n"
@@ -99,7 +99,7 @@ def test_resume_sends_what_is_missing_and_repeats_neither_steps_nor_params(runs_
     run_id = tracker.run_id
     tracker.log_params({"train.seed": 1, "train.train_iters": 100})
     log_losses(tracker, [(10, 10.0), (20, 20.0), (30, 30.0)])
-    tracker.finish("KILLED")
+    tracker.finish("requeue")
     assert store.get_run(run_id).info.status == "KILLED"
     with MetricsLog(run_dir) as log:  # what a killed process logged and did not send
         log.append({"iteration": 40, "loss": 40.0, "val/loss": 4.0})
@@ -112,7 +112,7 @@ def test_resume_sends_what_is_missing_and_repeats_neither_steps_nor_params(runs_
         log.truncate_after(20)
         for step in (30, 40, 50):
             log.append({"iteration": step, "loss": step + 0.5})
-    tracker.finish("FINISHED")
+    tracker.finish("completed")
 
     losses = history(store, run_id, "loss")
     assert losses[:3] == [(10, 10.0), (20, 20.0), (30, 30.0)]  # the first value of 30 stays
@@ -137,7 +137,7 @@ def test_who_holds_the_lock_is_told_once_and_training_goes_on(runs_dir, store, m
     deadline = time.monotonic() + 60
     while tracker.run_id is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    tracker.finish("FINISHED")
+    tracker.finish("completed")
     assert history(store, tracker.run_id, "loss") == [(1, 1.0)]
     assert len(notices) == 2 and notices[1].endswith("answers again")
 
@@ -152,7 +152,7 @@ def test_steps_discarded_by_a_rollback_are_followed_by_their_new_values(runs_dir
         log.truncate_after(1)
         tracker.rolled_back(1)
         log.append({"iteration": 2, "loss": 2.5})
-    tracker.finish("FINISHED")
+    tracker.finish("completed")
     assert sorted(history(store, tracker.run_id, "loss")) == [(1, 1.0), (2, 2.0), (2, 2.5)]
 
 
@@ -160,7 +160,7 @@ def test_an_unknown_run_id_gives_a_new_run_tagged_with_it(runs_dir, store):
     unknown, notices = "0" * 32, []
     tracker = open_tracker(runs_dir / "unknown", resume_run_id=unknown, report=notices.append)
     log_losses(tracker, [(1, 1.0)])
-    tracker.finish("FAILED")
+    tracker.finish("failed")
     run = store.get_run(tracker.run_id)
     assert run.info.run_id != unknown and run.info.status == "FAILED"
     assert run.data.tags["resumed_from_unknown_run"] == unknown
@@ -168,7 +168,7 @@ def test_an_unknown_run_id_gives_a_new_run_tagged_with_it(runs_dir, store):
 
     store.delete_run(tracker.run_id)
     again = open_tracker(runs_dir / "unknown", report=notices.append)
-    again.finish("FINISHED")
+    again.finish("completed")
     assert again.run_id != tracker.run_id
     assert history(store, again.run_id, "loss") == [(1, 1.0)]  # the whole log, not only what is new
 
@@ -176,13 +176,13 @@ def test_an_unknown_run_id_gives_a_new_run_tagged_with_it(runs_dir, store):
 def test_a_run_whose_id_was_not_noted_is_found_by_its_key(runs_dir, store):
     run_dir = runs_dir / "not_noted"
     first = open_tracker(run_dir)
-    first.finish("KILLED")
+    first.finish("requeue")
     record_file = run_dir / "mlflow.json"
     content = json.loads(record_file.read_text())
     assert content["runs"] == {f"sqlite:///{runs_dir}/mlflow.db": first.run_id}
     record_file.write_text(json.dumps(content | {"runs": {}}))  # killed before it was noted
     second = open_tracker(run_dir)
-    second.finish("FINISHED")
+    second.finish("completed")
     assert second.run_id == first.run_id
 
 
@@ -199,8 +199,8 @@ def task(run_dir):
     with MetricsLog(run_dir) as log:
         for step in range(20):
             log.append({"iteration": step, "loss": 1.0, "val/loss": 2.0})
-            tracker.metrics_logged()
-    tracker.finish("FINISHED", deadline_s=100)
+            tracker.metrics_logged({})
+    tracker.finish("completed", deadline_s=100)
     print(run_dir, tracker.run_id, flush=True)
 
 wait_for, start = os.pipe()
@@ -240,7 +240,7 @@ def test_a_refused_store_costs_nothing_but_notices(tmp_path):
     assert tracker.run_id is None
     assert log_losses(tracker, [(step, 1.0) for step in range(20)]) < SLOWEST_CALL_S
     start = time.perf_counter()
-    tracker.finish("FINISHED", deadline_s=20)
+    tracker.finish("completed", deadline_s=20)
     assert time.perf_counter() - start < 5
     assert "cannot open a run" in notices[0]
     assert "logged iterations not sent: 20" in notices[-1]
@@ -264,7 +264,7 @@ def test_a_server_that_never_answers_blocks_neither_start_nor_step_nor_end(tmp_p
         for number in range(7):
             tracker.set_tags({"checkpoint": number})
         start = time.perf_counter()
-        tracker.finish("FINISHED", deadline_s=0.5)
+        tracker.finish("completed", deadline_s=0.5)
         assert time.perf_counter() - start < 2
     assert "training goes on" in notices[0]
     assert "queue full: 2" in notices[-1] and "files not sent: 5" in notices[-1]
@@ -277,25 +277,40 @@ def test_a_missing_file_does_not_hold_up_what_follows(runs_dir, store):
     tracker = open_tracker(runs_dir / "file", report=notices.append)
     tracker.log_artifact(runs_dir / "no_such_file.txt")
     log_losses(tracker, [(2, 2.0)])
-    tracker.finish("FINISHED")
+    tracker.finish("completed")
     assert history(store, tracker.run_id, "loss") == [(2, 2.0)]
     assert "no_such_file.txt" in notices[0] and "not tried again" in notices[0]
     assert "artifact refused: 1" in notices[1] and len(notices) == 2
-    tracker.finish("FAILED")  # a second finish changes nothing
+    tracker.finish("failed")  # a second finish changes nothing
     assert store.get_run(tracker.run_id).info.status == "FINISHED"
 
 
-def test_no_tracker_takes_every_call_of_the_real_one():
-    real = {name for name in vars(MlflowTracker) if not name.startswith("_")}
-    assert real == {name for name in vars(NoTracker) if not name.startswith("_")}
-    tracker = NoTracker()
-    tracker.log_params({"a": 1})
-    tracker.metrics_logged()
-    tracker.rolled_back(1)
-    tracker.log_artifact("x", "y")
-    tracker.set_tags({"a": 1})
-    tracker.finish("FINISHED", deadline_s=1)
-    assert tracker.run_id is None
+def test_what_an_attempt_goes_on_from_decides_on_its_run(runs_dir, store):
+    run_dir, said = runs_dir / "attempts", []
+    run_dir.mkdir()
+
+    def attempt(state, is_resumed, is_same, mlflow_run_id):
+        where = (run_dir, RunConfig(), 2, 5)
+        run = TrackedRun(*where, is_resumed, is_same, mlflow_run_id, said.append)
+        tracker = MlflowTracker.open(run)
+        tracker.checkpoint_saved(run_dir / "iter_0000006", 6)
+        tracker.finish(state)
+        return tracker.run_id
+
+    first = attempt("requeue", False, False, None)
+    assert said[-1] == f"mlflow: sqlite:///{runs_dir}/mlflow.db run {first}"
+    assert attempt("completed", False, True, None) == first  # killed before its first save
+    assert attempt("completed", True, True, first) == first  # of a completed run: a longer one
+    tags = store.get_run(first).data.tags
+    assert tags["attempt"] == "3" and tags["attempt/02/from_iteration"] == "5"
+    assert tags["checkpoint"] == str(run_dir / "iter_0000006") and tags["iteration"] == "6"
+    second = attempt("completed", False, True, None)  # it had reached its end
+    third = attempt("requeue", False, False, first)  # starts from the first one's checkpoint
+    assert len({first, second, third}) == 3
+    assert store.get_run(third).data.tags["started_from_run"] == first
+    assert "started_from_run" not in tags and store.get_run(third).info.status == "KILLED"
+    (run_dir / "mlflow.json").unlink()
+    assert attempt("requeue", True, True, third) == third  # the checkpoint knew it
 
 
 def test_every_final_state_has_an_mlflow_status():

@@ -10,12 +10,14 @@
 4. ``finish`` sends what is left, sets the run's status, and gives up at its deadline with an
    account of what was not sent. ``vqmoe mlflow-sync`` sends that later.
 
-No method raises into training or communicates with other ranks; only rank 0 builds a tracker.
+No method communicates with other ranks. What belongs to MLflow alone is known here: the record
+``mlflow.json``, the run id of a checkpoint, the parent run, its words for how a run ended.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import queue
 import threading
 import time
@@ -28,15 +30,17 @@ from typing import TYPE_CHECKING, Literal
 from vqmoe_megatron.rundir.file_lock import LockWait
 from vqmoe_megatron.rundir.file_names import METRICS_FILE, SYSTEM_METRICS_FILE
 from vqmoe_megatron.rundir.waiting import tell_nobody
+from vqmoe_megatron.track.attempt_tags import attempt_tags
 from vqmoe_megatron.track.metrics_tail import MetricsTail
 from vqmoe_megatron.track.mlflow.errors import first_line
-from vqmoe_megatron.track.mlflow.record import MlflowRecord
+from vqmoe_megatron.track.mlflow.record import MlflowRecord, open_record
 from vqmoe_megatron.track.mlflow.run_params import (
     MAX_PARAM_CHARACTERS,
     MAX_TAG_CHARACTERS,
     shortened,
 )
 from vqmoe_megatron.track.mlflow.store import (
+    OUTCOME_OF_STATE,
     Outcome,
     RunHandle,
     RunRequest,
@@ -50,6 +54,7 @@ from vqmoe_megatron.track.mlflow.writer import (
     send_params,
     send_tags,
 )
+from vqmoe_megatron.track.tracker import TrackedRun, Tracker
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -70,7 +75,7 @@ class _Item:
     values: dict[str, str | None]
 
 
-class MlflowTracker:
+class MlflowTracker(Tracker):
     """Ships params, metrics, tags and files of one run; see the file's head for the guarantees.
 
     Args:
@@ -137,6 +142,36 @@ class MlflowTracker:
                 f"no run at {self.uri} after {start_deadline_s:g} s; training goes on, still trying"
             )
 
+    @classmethod
+    def open(cls, run: TrackedRun) -> MlflowTracker:
+        """Open this directory's MLflow run, or a new one when another run starts in it.
+
+        An attempt killed before its first save is the same run; one that reached its end is not. A
+        run that starts from another directory's checkpoint is tagged with that one's run id.
+        """
+        tracking = run.config.tracking
+        record = open_record(run.run_dir, run.report)
+        if not run.is_resumed and (record.is_completed or not run.is_same):
+            record.forget()
+        attempt = record.begin_attempt()
+        tracker = cls(
+            tracking.mlflow_uri,
+            tracking.experiment,
+            tracking.run_name,
+            run.run_dir,
+            record,
+            resume_run_id=run.mlflow_run_id if run.is_resumed else None,
+            start_iteration=run.start_iteration,
+            parent_run_id=tracking.parent_run_id,
+            report=run.report,
+        )
+        run.report(f"mlflow: {tracker.uri} run {tracker.run_id}")
+        facts = {"from_iteration": run.start_iteration, "world_size": run.world_size}
+        tracker.set_tags(attempt_tags(attempt, facts, os.environ))
+        if run.mlflow_run_id is not None and not run.is_resumed:
+            tracker.set_tags({"started_from_run": run.mlflow_run_id})
+        return tracker
+
     @property
     def run_id(self) -> str | None:
         """The MLflow run id, ``None`` while the run could not be opened."""
@@ -146,8 +181,8 @@ class MlflowTracker:
         """Record parameters; on a resumed run a changed value becomes the tag ``resume/<key>``."""
         self._put(_Item("params", shortened(params, MAX_PARAM_CHARACTERS, self._report)))
 
-    def metrics_logged(self) -> None:
-        """Say that ``metrics.jsonl`` has another record."""
+    def metrics_logged(self, record: Mapping[str, int | float]) -> None:
+        """Wake the thread: it reads the record from its log."""
         self._wake.set()
 
     def rolled_back(self, iteration: int) -> None:
@@ -169,11 +204,17 @@ class MlflowTracker:
         self.record.note_tags(texts)
         self._put(_Item("tags", texts))
 
-    def finish(self, status: Outcome, deadline_s: float = 20.0) -> None:
+    def checkpoint_saved(self, folder: Path, iteration: int) -> None:
+        """Tag the run with it."""
+        self.set_tags({"checkpoint": str(folder), "iteration": iteration})
+
+    def finish(self, state: str, deadline_s: float = 20.0) -> None:
         """Send what is left, set the run's status, return by the deadline whatever happens."""
         if self._finishing.is_set():
             return
-        self._outcome = status
+        if state == "completed":
+            self.record.note_completed()
+        self._outcome = OUTCOME_OF_STATE[state]
         self._finishing.set()
         self._wake.set()
         self._thread.join(deadline_s)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from vqmoe_megatron.track.metric_table import is_mlflow_name
+from vqmoe_megatron.metrics.metric import is_mlflow_name
 from vqmoe_megatron.track.mlflow.store import RunHandle
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""What a run measures: one row per metric, from which every writer and reader derives the rest."""
