@@ -42,7 +42,6 @@ from vqmoe_megatron.checkpoint.folder import (
     CORPUS_COPY,
     LAYOUT_FILE,
     NEXT_TRACKER_FILE,
-    TRACKER_FILE,
     complete_checkpoints,
 )
 from vqmoe_megatron.checkpoint.room import missing_room
@@ -52,7 +51,7 @@ from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.recipe import save_recipe
 from vqmoe_megatron.engines.megatron.stale_parameters import gather_parameters
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.rundir.file_names import CONFIG_FILE
+from vqmoe_megatron.rundir.file_names import CONFIG_FILE, TRACKER_FILE
 from vqmoe_megatron.rundir.run_directory import RunDirectory
 
 POLL_SECONDS = 0.05

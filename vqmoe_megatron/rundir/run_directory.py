@@ -22,7 +22,7 @@ from vqmoe_megatron.rundir.file_names import (
     ROUTING_FILE,
     WRITTEN_FILES,
 )
-from vqmoe_megatron.rundir.status import LOST_PEER, read_status, write_status
+from vqmoe_megatron.rundir.status import CONSEQUENCE, read_status, write_status
 
 LOCK_WAIT_SECONDS = 30.0
 REQUEUED_LOCK_WAIT_SECONDS = 570.0  # less than the other ranks wait for this one
@@ -159,8 +159,8 @@ class RunDirectory:
             return
         if known is not None and known.state == "failed" and not is_first_cause:
             who = known.reason.partition(":")[0]  # "rank 1", whose own word is better than others'
-            is_consequence = LOST_PEER.search(known.reason) and not reason.startswith(f"{who} ")
-            if not is_consequence or LOST_PEER.search(reason):
+            is_consequence = CONSEQUENCE.search(known.reason) and not reason.startswith(f"{who} ")
+            if not is_consequence or CONSEQUENCE.search(reason):
                 return
         iteration, run_id = (known.iteration, known.mlflow_run_id) if known else (0, None)
         write_status(self.path, "failed", iteration, reason, run_id)

@@ -15,13 +15,13 @@ from uuid import uuid4
 
 from vqmoe_megatron.rundir.file_names import LOCK_FILE, STATUS_FILE
 
-# What a rank says when another one, or the connection to it, is gone: not a cause. The first two
-# lines are those of launchers/requeue_guard.sh.
+# What a rank says when the rank at the other end of a connection is gone.
 LOST_PEER = re.compile(
     "DistBackendError|DistNetworkError|DistStoreError|Connection (closed|reset|refused)"
     "|Broken pipe|Timed out waiting|pair closure|No route to host"
-    "|another rank could not write its part"
 )
+# That, or what it says of a failure that another rank knows the cause of: never the cause.
+CONSEQUENCE = re.compile(f"{LOST_PEER.pattern}|another rank could not write its part")
 STATES = ("running", "completed", "requeue", "failed")
 
 
