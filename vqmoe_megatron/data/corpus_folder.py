@@ -44,7 +44,8 @@ from vqmoe_megatron.data.corpus import (
 )
 from vqmoe_megatron.data.progress import PrepareProgress
 from vqmoe_megatron.data.tokenizers import TOKENIZER_CLASSES
-from vqmoe_megatron.rundir.own_outputs import refuse_foreign, sync
+from vqmoe_megatron.rundir.atomic import sync
+from vqmoe_megatron.rundir.own_outputs import refuse_foreign
 
 LOCK_FILE = ".prepare.lock"
 BUILDING_DIR = ".prepare-building"

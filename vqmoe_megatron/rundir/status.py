@@ -1,7 +1,4 @@
-"""``status.json``: the state a launcher decides on, never on an exit code.
-
-Written atomically (temporary file, fsync, rename), so a reader sees the old or the new state whole.
-"""
+"""``status.json``: the state a launcher decides on, never on an exit code."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from uuid import uuid4
 
+from vqmoe_megatron.rundir.atomic import replace_file
 from vqmoe_megatron.rundir.file_names import LOCK_FILE, STATUS_FILE
 
 # What a rank says when the rank at the other end of a connection is gone.
@@ -54,21 +51,7 @@ def write_status(
     status = RunStatus(state, iteration, reason, mlflow_run_id, _slurm_job())
     path = Path(run_dir) / STATUS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Ranks on several nodes may have one process id and record a failure at the same time.
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(status), indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    replace_file(path, json.dumps(asdict(status), indent=2) + "\n")
 
 
 def _slurm_job() -> str | None:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
 
+from vqmoe_megatron.rundir.atomic import replace_file
 from vqmoe_megatron.rundir.file_names import METRICS_FILE
 from vqmoe_megatron.track.metric_table import check_metric_names
 
@@ -173,13 +174,8 @@ class MetricsLog:
         ]
         if len(kept) == len(lines):
             return 0
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            file.writelines(line + b"\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
+        replace_file(self.path, b"".join(line + b"\n" for line in kept))
         self._file.close()
-        os.replace(temporary, self.path)
         self._open()
         return len(lines) - len(kept)
 
