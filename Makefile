@@ -17,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-complete
 TORCH := $(shell sed -n 's/^ *\(torch==.*\)$$/\1/p' setup.cfg)
-TYPED := vqmoe_megatron/registry.py vqmoe_megatron/config vqmoe_megatron/metrics vqmoe_megatron/rundir/own_outputs.py vqmoe_megatron/plan
+TYPED := vqmoe_megatron/registry.py vqmoe_megatron/config vqmoe_megatron/metrics vqmoe_megatron/rundir vqmoe_megatron/plan
 
 .DEFAULT_GOAL := help
 .PHONY: help setup pretrain test test-cluster lint

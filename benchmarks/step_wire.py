@@ -32,6 +32,7 @@ from vqmoe_megatron.config.recipe import load_recipe  # noqa: E402
 from vqmoe_megatron.data.corpus import load_corpus  # noqa: E402
 from vqmoe_megatron.plan.layout import check_layout  # noqa: E402
 from vqmoe_megatron.plan.step_wire import step_wire  # noqa: E402
+from vqmoe_megatron.rundir.atomic import replace_file  # noqa: E402
 from vqmoe_megatron.simulate.simulated_step import simulate_step  # noqa: E402
 
 RECIPE = ROOT / "recipes" / "parity.yaml"
@@ -254,9 +255,7 @@ def _write(found: dict[str, Any], file: Path) -> None:
         (file, json.dumps(found, indent=1) + "\n"),
         (file.with_suffix(".md"), markdown(found)),
     ):
-        partial = target.with_name(f".{target.name}.partial")
-        partial.write_text(text)
-        partial.replace(target)
+        replace_file(target, text)
 
 
 def markdown(found: dict[str, Any]) -> str:

@@ -4,14 +4,14 @@
 #
 #   start_job ROOT                     site, environment, world, meeting place, log folder
 #   ask_vqmoe COMMAND...               one process; sets answer, here the run directory
-#   train RUN_DIR COMMAND...           slurm_attempt.sh: preflight, guard, ranks, decision
+#   train RUN_DIR COMMAND...           slurm_attempt.sh: preflight, ranks, what follows
 #
 # Logs: logs/slurm/<job>.out (this script) and logs/slurm/<job>/attempt_<restart>/ (the steps).
 # shellcheck disable=SC2034,SC2154  # the files of a job share their variables
 
 start_job() {
     local root=$1 file limit
-    for file in slurm_world slurm_step container requeue_guard slurm_requeue slurm_attempt; do
+    for file in slurm_world slurm_step container slurm_requeue slurm_attempt; do
         # shellcheck source=/dev/null
         source "$root/launchers/$file.sh"
     done
@@ -41,6 +41,9 @@ start_job() {
     fi
     vqmoe=("${python:-python3}" -m vqmoe_megatron.cli)
     rank=("${container_srun_args[@]}" "${container_command[@]}" "$root/launchers/rank.sh")
+    beside=("${container_command[@]}") # how one process starts beside this script
+    # pyxis has no command of its own.
+    if ((${#container_srun_args[@]})); then beside=(srun "${one_task[@]}" "${container_srun_args[@]}"); fi
     logs=logs/slurm/$(job_name)/attempt_$restart
     mkdir -p "$logs"
     echo "$world_size ranks by $VQMOE_LAUNCHER meet at $MASTER_ADDR:$MASTER_PORT; logs in $logs"
@@ -50,10 +53,7 @@ start_job() {
 # ends the job with its message.
 ask_vqmoe() {
     local code=0
-    local options=(--nodes=1 --ntasks=1 --ntasks-per-node=1)
-    # Unless told, a step wants the GPUs of all nodes.
-    if ((gpus_per_node)); then options+=(--gpus-per-node="$gpus_per_node"); fi
-    answer=$(VQMOE_KEEP_SIGNALS=1 srun "${options[@]}" "${rank[@]}" "${vqmoe[@]}" "$@" |
+    answer=$(VQMOE_KEEP_SIGNALS=1 srun "${one_task[@]}" "${rank[@]}" "${vqmoe[@]}" "$@" |
         tail -n1) || code=$?
     num_steps=$((num_steps + 1))
     if was_told_to_stop "$code"; then queue_again "told to stop before training"; fi

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# One attempt of a training job: guard, preflight, ranks, and what follows from how they ended.
+# One attempt of a training job: preflight, ranks, and what follows from how they ended. Whether it may
+# start, and start again, is `vqmoe attempt`'s to say.
 # Sourced by slurm.sh, whose variables it uses.
 # shellcheck disable=SC2034,SC2154  # the files of a job share their variables
 
@@ -41,14 +42,30 @@ show_failed_rank() {
     tail -n 20 "$log" 2>/dev/null || true
 }
 
+# ask_attempt begin|decide ARGUMENT...: sets answer to what `vqmoe attempt` says, a verdict and why.
+# Without an answer the job ends, by itself or by Slurm. A stop request is for the ranks, not for it.
+ask_attempt() {
+    local code=0
+    if [[ "${beside[0]:-}" == srun ]]; then num_steps=$((num_steps + 1)); fi
+    answer=$(trap '' USR1 TERM && "${beside[@]}" "${vqmoe[@]}" attempt "$@" | tail -n1) || code=$?
+    if ((code)) || [[ ! "$answer" =~ ^(begin|done|requeue|give-up)\  ]]; then
+        leave_if_ended
+        echo "giving up: no answer from '${vqmoe[*]} attempt $1' (exit code $code)"
+        exit 1
+    fi
+}
+
 # train RUN_DIR COMMAND...: does not return. Exit 0: done, or queued again; 1: given up, with why.
 train() {
-    local run_dir=$1 code=0 decision start mark
+    local run_dir=$1 code=0 verdict start mark attempt
     shift
-    begin_attempt "$run_dir" "$(job_name)" "$restart" "$VQMOE_MAX_RESTARTS" \
-        "$VQMOE_MAX_IDLE_ATTEMPTS" || exit 1
-    start=$(saved_iteration "$run_dir")
-    mark=$(status_mark "$run_dir")
+    attempt=("$run_dir" --job "$(job_name)" --restart "$restart" --max-restarts "$VQMOE_MAX_RESTARTS")
+    ask_attempt begin "${attempt[@]}" --max-idle-attempts "$VQMOE_MAX_IDLE_ATTEMPTS"
+    read -r verdict start mark <<<"$answer"
+    if [[ "$verdict" != begin ]]; then
+        echo "giving up: ${answer#give-up }"
+        exit 1
+    fi
     if [[ "$VQMOE_PREFLIGHT" == 1 ]] && ! check_ranks "$run_dir" && [[ $stop_request == none ]]; then
         leave_if_ended
         echo "giving up: the preflight failed, nothing was trained"
@@ -57,15 +74,14 @@ train() {
     [[ $stop_request == none ]] || queue_again "told to stop before training"
     echo "$(date '+%F %T') training in $run_dir from iteration $start"
     run_ranks "$@" || code=$?
-    decision=$(decide_requeue "$run_dir" "$(job_name)" "$start" "$mark" "$restart" \
-        "$VQMOE_MAX_RESTARTS")
-    echo "$(date '+%F %T') ranks ended (srun: $code); decision: $decision"
-    case "$decision" in
+    ask_attempt decide "${attempt[@]}" --iteration "$start" --mark "$mark"
+    echo "$(date '+%F %T') ranks ended (srun: $code); decision: $answer"
+    case "$answer" in
         done*) exit 0 ;;
-        requeue*) queue_again "${decision#requeue }" ;;
+        requeue*) queue_again "${answer#requeue }" ;;
         *)
             show_failed_rank
-            echo "giving up: ${decision#give-up }"
+            echo "giving up: ${answer#give-up }"
             exit 1
             ;;
     esac

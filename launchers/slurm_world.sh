@@ -34,11 +34,15 @@ load_site() {
     source "$1/slurm/env.sh"
 }
 
-# Sets num_tasks, gpus_per_node, ranks_per_task and world_size, and tasks, srun's options for them.
+# Sets num_tasks, gpus_per_node, ranks_per_task and world_size, and srun's options: tasks for all ranks,
+# one_task for a single process.
 find_world() {
     local num_nodes=$SLURM_JOB_NUM_NODES tasks_per_node=${SLURM_NTASKS_PER_NODE:-}
     gpus_per_node=${SLURM_GPUS_ON_NODE:-0}
     ranks_per_task=1
+    one_task=(--nodes=1 --ntasks=1 --ntasks-per-node=1)
+    # Unless told, a step wants the GPUs of all nodes.
+    if ((gpus_per_node)); then one_task+=(--gpus-per-node="$gpus_per_node"); fi
     if [[ -n "${SLURM_NTASKS:-}" && "$SLURM_NTASKS" != "$((num_nodes * ${tasks_per_node:-0}))" ]]; then
         # --ntasks, beside which --ntasks-per-node is a maximum: "2(x4)", or "3,1" where it filled
         # what was free

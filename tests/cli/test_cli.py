@@ -383,3 +383,11 @@ def test_a_launchers_nonsense_is_refused_before_the_first_write(
     code, shown = vqmoe(*given)
     assert code == 2 and name.lower() in shown.lower() and "Traceback" not in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_starts_without_torch_and_hides_no_gpu() -> None:
+    code = (
+        "import os, sys; before = dict(os.environ); import vqmoe_megatron.cli; "
+        "sys.exit('torch' in sys.modules or before != dict(os.environ))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0

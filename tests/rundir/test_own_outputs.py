@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from vqmoe_megatron.rundir import own_outputs
+from vqmoe_megatron.rundir.atomic import replace_file
 from vqmoe_megatron.rundir.own_outputs import (
     RECORD_FILE,
     is_sealed,
-    replace_file,
     replace_recorded,
-    said_as_refusal,
     sealed,
 )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != RECORD_FILE}
-
-
-def full_disk(*arguments) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch, call):
-    path = tmp_path / "result"
-    replace_file(path, "old")
-    monkeypatch.setattr(own_outputs.os, call, full_disk)
-    with pytest.raises(ValueError, match="result cannot be written: No space left on device"):
-        with said_as_refusal(path):
-            replace_file(path, b"new")
-    assert contents(tmp_path) == {"result": b"old"}
 
 
 @pytest.mark.parametrize("text", ["", "one line", "# A\n\nünï\n", sealed("sealed twice\n")])

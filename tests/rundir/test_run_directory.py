@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from vqmoe_megatron.rundir import file_lock
 from vqmoe_megatron.rundir.run_directory import RunDirectory, lock_patience_seconds
-from vqmoe_megatron.rundir.status import LOST_PEER, RunStatus, read_status, write_status
+from vqmoe_megatron.rundir.status import RunStatus, read_status, write_status
+from vqmoe_megatron.rundir.waiting import WaitNotices
 from vqmoe_megatron.runtime.world import COLLECTIVE_TIMEOUT_MINUTES, RENDEZVOUS_SECONDS
 
 
@@ -172,12 +174,6 @@ def test_a_ranks_own_word_is_better_than_its_exit_code(tmp_path):
     assert read_status(tmp_path).reason == LOST[0]
 
 
-def test_the_batch_script_knows_the_same_signs_of_a_lost_peer():
-    guard = Path(__file__).resolve().parents[2] / "launchers" / "requeue_guard.sh"
-    parts = re.findall(r"^LOST_PEER\+?='(.*)'$", guard.read_text(), re.MULTILINE)
-    assert set("".join(parts).split("|")) < set(LOST_PEER.pattern.split("|"))
-
-
 def test_a_refusal_leaves_a_completed_run_as_it_is(tmp_path):
     write_status(tmp_path, "completed", 7, "all iterations done", "abc")
     before = (tmp_path / "status.json").read_bytes()
@@ -215,6 +211,16 @@ except ValueError as error:
 """
 
 
+FIRST_RUN = """
+import sys, time
+from pathlib import Path
+from vqmoe_megatron.rundir.run_directory import RunDirectory
+file = RunDirectory(Path(sys.argv[1])).lock()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
 def test_a_second_run_is_refused_until_the_first_ends(tmp_path):
     def second_run() -> str:  # the lock is between processes
         command = [sys.executable, "-c", SECOND_RUN, str(tmp_path)]
@@ -224,6 +230,19 @@ def test_a_second_run_is_refused_until_the_first_ends(tmp_path):
     assert "another run is writing" in second_run()
     held.close()
     assert second_run() == "reserved"
+
+
+def test_who_waits_for_a_directory_is_told_who_has_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(file_lock, "WaitNotices", partial(WaitNotices, first_seconds=0.0))
+    command = [sys.executable, "-c", FIRST_RUN, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another run is writing to"):
+            RunDirectory(tmp_path).lock(wait_seconds=0.1)
+        process.kill()
+    said = capsys.readouterr().err
+    assert f"waiting for the lock {tmp_path / '.lock'}, held by process {process.pid} on" in said
+    assert (tmp_path / ".lock").read_text() == ""
 
 
 def test_a_forked_child_does_not_keep_the_directory(tmp_path):

@@ -39,11 +39,15 @@ def test_one_process_does_not_ask_for_the_gpus_of_all_nodes(tmp_path, num_gpus, 
     """Without its own number a step of one node wants all that --gpus gave the job."""
     fake_command(tmp_path, "srun", f'printf "%s\\n" "$@" >\'{tmp_path}/srun\'; echo the answer')
     script = (
-        f"gpus_per_node={num_gpus} rank=(rank.sh) vqmoe=(vqmoe) num_steps=0\n"
+        "find_world; rank=(rank.sh) vqmoe=(vqmoe) num_steps=0\n"
         'ask_vqmoe preflight "a recipe"; echo "$answer"'
     )
     path = f"{tmp_path}:/usr/bin:/bin"
-    done = bash(script, "slurm", "slurm_attempt", cwd=tmp_path, PATH=path)
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": str(num_gpus)}
+    if num_gpus:
+        job["SLURM_NTASKS_PER_NODE"] = str(num_gpus)
+    sourced = ("slurm_world", "slurm", "slurm_attempt")
+    done = bash(script, *sourced, cwd=tmp_path, PATH=path, VQMOE_LAUNCHER="srun", **job)
     assert done.stdout == "the answer\n", done.stderr
     seen = (tmp_path / "srun").read_text().splitlines()
     one = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from vqmoe_megatron.config.recipe import save_recipe
-from vqmoe_megatron.rundir import own_outputs
+from vqmoe_megatron.rundir.atomic import replace_file
 from vqmoe_megatron.study import study_folder
 from vqmoe_megatron.study.study import load_study, load_study_run
 
@@ -140,7 +140,7 @@ def test_a_start_that_was_killed_between_its_files_is_taken_up(write_study, monk
             if len(written) == number:
                 raise KeyboardInterrupt
             written.append(path)
-            own_outputs.replace_file(path, text)
+            replace_file(path, text)
 
         monkeypatch.setattr(study_folder, "replace_file", until)
         with pytest.raises(KeyboardInterrupt):

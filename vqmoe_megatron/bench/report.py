@@ -17,10 +17,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vqmoe_megatron.rundir.atomic import replace_file
 from vqmoe_megatron.rundir.own_outputs import (
     is_sealed,
     refuse_foreign,
-    replace_file,
     said_as_refusal,
     sealed,
 )

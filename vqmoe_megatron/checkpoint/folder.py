@@ -17,9 +17,9 @@ from typing import Any
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.recipe import load_saved_recipe
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.rundir.file_names import CONFIG_FILE
+from vqmoe_megatron.rundir.file_names import CONFIG_FILE, TRACKER_FILE
+from vqmoe_megatron.rundir.tracker import named_iteration, tracker_text
 
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
 NEXT_TRACKER_FILE = f"{TRACKER_FILE}.tmp"  # written before a checkpoint gets its name
 FORMAT_FILE = "metadata.json"  # Megatron's; the last file that is written
 LAYOUT_FILE = "layout.json"
@@ -130,13 +130,13 @@ def _checkpoint_names(folder: Path) -> list[str]:
 
 def _tracked_folder(tracker: Path) -> str | None:
     """The folder that a tracker file names; None when it holds no number."""
-    text = _first_text(tracker)
-    return f"iter_{int(text):07d}" if text.isascii() and text.isdigit() else None
+    iteration = named_iteration(_first_text(tracker))
+    return None if iteration is None else f"iter_{iteration:07d}"
 
 
 def _first_text(tracker: Path) -> str:
     try:
-        return tracker.read_bytes()[:80].decode(errors="replace").strip()
+        return tracker_text(tracker)
     except OSError as error:
         raise ValueError(f"{tracker} cannot be read: {error.strerror}") from error
 

@@ -43,7 +43,6 @@ from vqmoe_megatron.checkpoint.folder import (
     CORPUS_COPY,
     LAYOUT_FILE,
     NEXT_TRACKER_FILE,
-    TRACKER_FILE,
     complete_checkpoints,
 )
 from vqmoe_megatron.checkpoint.room import missing_room
@@ -53,7 +52,8 @@ from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.recipe import save_recipe
 from vqmoe_megatron.engines.megatron.stale_parameters import gather_parameters
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.rundir.file_names import CONFIG_FILE
+from vqmoe_megatron.rundir.atomic import name_file, replace_file, sync
+from vqmoe_megatron.rundir.file_names import CONFIG_FILE, TRACKER_FILE
 from vqmoe_megatron.rundir.run_directory import RunDirectory
 
 POLL_SECONDS = 0.05
@@ -227,15 +227,16 @@ class CheckpointSaver:
         layout = json.dumps(asdict(self.run.layout), indent=2)
         (save.partial / LAYOUT_FILE).write_text(layout + "\n")
         write_checksums(save.partial, checksums)
-        _sync_files(save.partial)
+        for path in (*save.partial.iterdir(), save.partial):
+            sync(path)
         # Ready before the folder has its name: between the two renames it says that this counts.
         next_tracker = checkpoints / NEXT_TRACKER_FILE
-        _write(next_tracker, f"{save.iteration}\n")
+        replace_file(next_tracker, f"{save.iteration}\n")
         replaced = folder.with_name(f"{folder.name}.replaced.incomplete")
         if os.path.lexists(folder):  # of a later attempt that the tracker was set back from
             os.rename(folder, kept_name(folder) if foreign_files(folder) else replaced)
         os.replace(save.partial, folder)
-        os.replace(next_tracker, checkpoints / TRACKER_FILE)
+        name_file(next_tracker, checkpoints / TRACKER_FILE)
         shutil.rmtree(replaced, ignore_errors=True)
         names = [name for name in complete_checkpoints(checkpoints) if name <= folder.name]
         for old in names[: -self.run.config.checkpoint.keep_last]:
@@ -265,20 +266,3 @@ def _global_bytes(state: dict) -> int:
     total = torch.tensor(local, dtype=torch.int64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(total)
     return int(total)
-
-
-def _sync_files(folder: Path) -> None:
-    """Make what was written survive a power cut before it is given its name."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

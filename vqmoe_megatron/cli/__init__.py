@@ -21,6 +21,7 @@ with one_line_interrupt():  # these take a third of a second
 
     from vqmoe_megatron import __version__
     from vqmoe_megatron.cli import export, mlflow_sync, plan, preflight
+    from vqmoe_megatron.cli.attempt import attempt_app
     from vqmoe_megatron.cli.bench import bench_app
     from vqmoe_megatron.cli.checkpoint import checkpoint_app
     from vqmoe_megatron.cli.study import study_app
@@ -44,6 +45,7 @@ app = typer.Typer(
     help="Train vector-quantised mixture-of-experts language models on Megatron-core.",
 )
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(attempt_app, name="attempt")
 app.add_typer(bench_app, name="bench")
 app.add_typer(study_app, name="study")
 app.command()(export.export)

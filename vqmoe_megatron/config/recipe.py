@@ -31,7 +31,7 @@ from vqmoe_megatron.config.recipe_text import (
     read_recipe_text,
     where_and_why,
 )
-from vqmoe_megatron.rundir.own_outputs import replace_file
+from vqmoe_megatron.rundir.atomic import replace_file
 
 OVERRIDE_EXAMPLE = "vq.num_codes=128"
 NULLS = ("null", "Null", "NULL", "~")  # of YAML, beside nothing at all

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tenacity
 
+from vqmoe_megatron.rundir.atomic import name_file
 from vqmoe_megatron.rundir.waiting import tell, told_while_waiting
 
 TIMEOUT_S = 60
@@ -44,7 +45,7 @@ def verified_download(
     fetched = work_dir / target.name
     download_file(url, fetched)
     verify(fetched)
-    fetched.rename(target)
+    name_file(fetched, target)
     return target
 
 
@@ -69,7 +70,7 @@ def download_file(url: str, target: Path, first_wait_s: float = 1.0) -> None:
         raise ValueError(
             f"cannot download {url} ({error}); fetch it by other means and pass it as --input"
         ) from error
-    part.replace(target)
+    name_file(part, target)
 
 
 def _next_attempt(url: str, state: tenacity.RetryCallState) -> str:

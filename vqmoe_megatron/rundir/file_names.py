@@ -14,6 +14,8 @@ PLOT_FILES = tuple(
 )
 MLFLOW_FILE = "mlflow.json"
 CHECKPOINTS_DIR = "checkpoints"
+TRACKER_FILE = "latest_checkpointed_iteration.txt"  # in it; Megatron's name
+ATTEMPTS_FILE = "slurm_attempts.tsv"  # of a Slurm job; no run reads it
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"  # written by the user, read by the run
 
 # What a run found out; without it the files that say which run it was mean little.

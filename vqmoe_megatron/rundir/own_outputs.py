@@ -1,7 +1,7 @@
 """The rule for every command that writes: nothing is replaced but what the command itself wrote.
 
-- What is new is written aside, flushed to the disk, and takes its name in one step; a kill or a
-  full disk leaves what was there.
+- What is new takes its name in one step (``atomic.py``); a kill or a full disk leaves what was
+  there.
 - What is there already is replaced only where it is proven to be the command's own, unchanged
   since: by its record (:func:`replace_recorded`), its seal (:func:`sealed`) or its content.
   Everything else is refused before anything is written.
@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from vqmoe_megatron.rundir.atomic import replace_file, sync
+
 RECORD_FILE = ".written.json"  # {file name: [sha256 of every content it may have]}
 SEAL = re.compile(rb"(.*)<!-- sha256 of the text above: ([0-9a-f]{64}) -->\n", re.DOTALL)
 
@@ -32,23 +34,6 @@ def refuse_foreign(path: Path, writer: str) -> NoReturn:
     )
 
 
-def replace_file(path: Path, content: bytes | str) -> None:
-    """Write ``path`` whole: a reader sees the old or the new content, whatever is killed.
-
-    Raises:
-        OSError: when it cannot be written; the old content stays.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def said_as_refusal(path: Path, also: type[Exception] = OSError) -> Iterator[None]:
     """Turn what the file system refuses, or ``also``, into a ``ValueError`` about ``path``."""
@@ -57,15 +42,6 @@ def said_as_refusal(path: Path, also: type[Exception] = OSError) -> Iterator[Non
     except (OSError, also) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} cannot be written: {reason}; choose another place") from error
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder's list of names to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_new_folder(out: Path) -> None:

@@ -1,7 +1,4 @@
-"""``status.json``: the state a launcher decides on, never on an exit code.
-
-Written atomically (temporary file, fsync, rename), so a reader sees the old or the new state whole.
-"""
+"""``status.json``: the state a launcher decides on, never on an exit code."""
 
 from __future__ import annotations
 
@@ -11,17 +8,18 @@ import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from uuid import uuid4
 
+from vqmoe_megatron.rundir.atomic import replace_file
+from vqmoe_megatron.rundir.file_lock import is_held
 from vqmoe_megatron.rundir.file_names import LOCK_FILE, STATUS_FILE
 
-# What a rank says when another one, or the connection to it, is gone: not a cause. The first two
-# lines are those of launchers/requeue_guard.sh.
+# What a rank says when the rank at the other end of a connection is gone.
 LOST_PEER = re.compile(
     "DistBackendError|DistNetworkError|DistStoreError|Connection (closed|reset|refused)"
     "|Broken pipe|Timed out waiting|pair closure|No route to host"
-    "|another rank could not write its part"
 )
+# That, or what it says of a failure that another rank knows the cause of: never the cause.
+CONSEQUENCE = re.compile(f"{LOST_PEER.pattern}|another rank could not write its part")
 STATES = ("running", "completed", "requeue", "failed")
 
 
@@ -54,21 +52,7 @@ def write_status(
     status = RunStatus(state, iteration, reason, mlflow_run_id, _slurm_job())
     path = Path(run_dir) / STATUS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Ranks on several nodes may have one process id and record a failure at the same time.
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(status), indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    replace_file(path, json.dumps(asdict(status), indent=2) + "\n")
 
 
 def _slurm_job() -> str | None:
@@ -102,13 +86,7 @@ def is_alive(run_dir: str | Path) -> bool:
     process that holds the lock. Where locks cannot be read, the state is believed.
     """
     try:
-        with (Path(run_dir) / LOCK_FILE).open("r+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
+        return is_held(Path(run_dir) / LOCK_FILE, fcntl.lockf)
     except OSError:
         status = read_status(run_dir)
         return status is not None and status.state == "running"
-    return False

@@ -33,8 +33,7 @@ from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat
 from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
-
-JOB_FILE, RESULT_FILE = "job.json", "result.json"
+from vqmoe_megatron.simulate.simulated_step import JOB_FILE, RESULT_FILE
 
 
 def run_job(folder: Path) -> None:

@@ -25,8 +25,8 @@ from vqmoe_megatron.plan.step_wire import step_wire
 from vqmoe_megatron.plan.step_wire_terms import StepWire
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 from vqmoe_megatron.runtime.exit_codes import end_in_words
-from vqmoe_megatron.simulate.simulated_rank import JOB_FILE, RESULT_FILE
 
+JOB_FILE, RESULT_FILE = "job.json", "result.json"
 MAX_RANKS = 4096
 MICROBATCHES_PER_STAGE = 1  # simulated: a pipeline fills and drains
 TIMEOUT_SECONDS = 1800

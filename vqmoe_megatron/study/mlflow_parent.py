@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from vqmoe_megatron.rundir.own_outputs import replace_file
+from vqmoe_megatron.rundir.atomic import replace_file
 from vqmoe_megatron.study.study import Study
 from vqmoe_megatron.study.study_folder import StudyFolder
 from vqmoe_megatron.track.mlflow.errors import MlflowUnavailable

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import vqmoe_megatron
-from vqmoe_megatron.rundir.own_outputs import replace_file
+from vqmoe_megatron.rundir.atomic import replace_file
 from vqmoe_megatron.rundir.waiting import told_while_waiting
 from vqmoe_megatron.runtime.exit_codes import end_in_words
 from vqmoe_megatron.study.slurm_queue import QueueUnknown, job_name, name_in_queue

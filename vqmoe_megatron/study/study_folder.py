@@ -26,8 +26,9 @@ import yaml
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.recipe import flatten_config, load_saved_recipe
+from vqmoe_megatron.rundir.atomic import replace_file
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
-from vqmoe_megatron.rundir.own_outputs import refuse_foreign, replace_file
+from vqmoe_megatron.rundir.own_outputs import refuse_foreign
 from vqmoe_megatron.study.planned_run import PlannedRun, decides_training
 from vqmoe_megatron.study.study_file import StudyFile
 

@@ -18,6 +18,7 @@ from numbers import Integral, Real
 from pathlib import Path
 
 from vqmoe_megatron.metrics.table import check_metric_names
+from vqmoe_megatron.rundir.atomic import replace_file
 from vqmoe_megatron.rundir.file_names import METRICS_FILE
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -173,13 +174,8 @@ class MetricsLog:
         ]
         if len(kept) == len(lines):
             return 0
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            file.writelines(line + b"\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
+        replace_file(self.path, b"".join(line + b"\n" for line in kept))
         self._file.close()
-        os.replace(temporary, self.path)
         self._open()
         return len(lines) - len(kept)
 

@@ -143,6 +143,15 @@ class TrainStep:
         finite = torch.ones((), dtype=torch.bool, device=torch.cuda.current_device())
         for chunk in self.model:
             for buffer in chunk.buffers + chunk.expert_parallel_buffers:
-                # The largest magnitude is NaN or Inf when any element is.
-                finite &= torch.isfinite(buffer.grad_data.abs().max())
+                finite &= all_finite(buffer.grad_data)
         return finite
+
+
+def all_finite(values: torch.Tensor) -> torch.Tensor:
+    """Bool scalar: whether no element is NaN or infinite, of a tensor that may fill the device.
+
+    The least and the largest element, NaN if any is, are found in one pass without a copy;
+    ``isfinite`` of the tensor, or its ``abs()``, would need one.
+    """
+    least, largest = torch.aminmax(values)
+    return torch.isfinite(least) & torch.isfinite(largest)

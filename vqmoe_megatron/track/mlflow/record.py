@@ -12,13 +12,13 @@ Written atomically by one process at a time: rank 0 of the run, or ``vqmoe mlflo
 from __future__ import annotations
 
 import json
-import os
 import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from vqmoe_megatron.rundir.atomic import replace_file
 from vqmoe_megatron.rundir.file_names import MLFLOW_FILE
 
 
@@ -106,15 +106,9 @@ class MlflowRecord:
             self._write()
 
     def _write(self) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                text = json.dumps(asdict(self._content), indent=2)
-                temporary.write_text(text + "\n", encoding="utf-8")
-                os.replace(temporary, self.path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            replace_file(self.path, json.dumps(asdict(self._content), indent=2) + "\n")
         except OSError as error:
             self._report(f"{self.path} cannot be written: {error}")
 
