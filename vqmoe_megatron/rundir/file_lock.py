@@ -2,9 +2,9 @@
 
 Two kinds, which do not see each other; a file keeps its kind for ever, since other releases may
 hold it. ``fcntl.lockf`` belongs to the process: a fork does not inherit it, so Megatron's
-checkpoint writers cannot keep a run's directory (``.lock``, ``.run.lock``). ``fcntl.flock`` belongs to the
-open file: another opening in the same process is kept out too (``.prepare.lock``, that of an MLflow
-database).
+checkpoint writers cannot keep a run's directory (``.lock``, ``.run.lock``). ``fcntl.flock``
+belongs to the open file: another opening in the same process is kept out too (``.prepare.lock``,
+that of an MLflow database).
 
 Who takes a lock of its own file writes itself into it. The kernel's own list comes first: it also
 knows programs that write nothing, and a process that was stopped or forgot to end.
