@@ -20,8 +20,13 @@ TAKEN = Metric("loss", "another's name", "1", "none")
 ALIKE = LayerMetric("mine/dead_codes", "a scalar of another row", "1")
 
 PARTS = {
+    "engine.counting": "toy_parts:CountingEngine",
     "metric.usage_gini": "toy_package:GINI",
     "quantizer.measured": "toy_package:Measured",
+    "router.mirrored": "toy_parts:MirroredRouter",
+    "schedule.still": "toy_parts:StillSchedule",
+    "substrate.toyrun": "toy_launch:Toyrun",
+    "task.doubled": "toy_parts:Doubled",
     "tracker.toy": "toy_package:ToyTracker",
     "tracker.broken": "toy_package:BrokenTracker",
 }

@@ -1,4 +1,8 @@
-"""What starts ranks: how a process learns which of them it is."""
+"""What starts ranks: how a process learns which of them it is.
+
+Every start of a rank asks every substrate, so their files import nothing heavy; Megatron must not
+be imported yet.
+"""
 
 from __future__ import annotations
 
