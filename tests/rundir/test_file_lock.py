@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from vqmoe_megatron.rundir import file_lock
-from vqmoe_megatron.rundir.file_lock import LockHeld, LockWait, lock_holder, wait_for_lock
+from vqmoe_megatron.rundir.file_lock import LockHeld, LockWait, is_held, lock_holder, wait_for_lock
 
 HOLDER = """
 import fcntl, sys, time
@@ -82,6 +82,20 @@ def test_a_waiter_does_not_wipe_out_the_holder_s_name(tmp_path) -> None:
         with pytest.raises(LockHeld):
             wait_for_lock(other, fcntl.flock, LockWait(0.0))
         assert path.read_text().startswith(f"process {os.getpid()} on ")
+
+
+@pytest.mark.parametrize("kind", ["flock", "lockf"])
+def test_asking_for_a_lock_neither_makes_nor_changes_nor_keeps_it(tmp_path, kind) -> None:
+    take, path = getattr(fcntl, kind), tmp_path / "lock"
+    assert not is_held(path, take) and not path.exists()
+    path.write_text("notes")
+    with holder(path, kind):
+        assert is_held(path, take)
+        other = fcntl.flock if kind == "lockf" else fcntl.lockf
+        assert not is_held(path, other)  # a file keeps its kind
+    assert not is_held(path, take)
+    with holder(path, kind):  # the question did not keep it
+        assert path.read_text() == "notes"
 
 
 def test_a_file_system_without_locks_is_no_held_lock(tmp_path) -> None:

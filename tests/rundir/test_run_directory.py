@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from vqmoe_megatron.rundir import file_lock
 from vqmoe_megatron.rundir.run_directory import RunDirectory, lock_patience_seconds
 from vqmoe_megatron.rundir.status import RunStatus, read_status, write_status
+from vqmoe_megatron.rundir.waiting import WaitNotices
 from vqmoe_megatron.runtime.world import COLLECTIVE_TIMEOUT_MINUTES, RENDEZVOUS_SECONDS
 
 
@@ -208,6 +211,16 @@ except ValueError as error:
 """
 
 
+FIRST_RUN = """
+import sys, time
+from pathlib import Path
+from vqmoe_megatron.rundir.run_directory import RunDirectory
+file = RunDirectory(Path(sys.argv[1])).lock()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
 def test_a_second_run_is_refused_until_the_first_ends(tmp_path):
     def second_run() -> str:  # the lock is between processes
         command = [sys.executable, "-c", SECOND_RUN, str(tmp_path)]
@@ -217,6 +230,19 @@ def test_a_second_run_is_refused_until_the_first_ends(tmp_path):
     assert "another run is writing" in second_run()
     held.close()
     assert second_run() == "reserved"
+
+
+def test_who_waits_for_a_directory_is_told_who_has_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(file_lock, "WaitNotices", partial(WaitNotices, first_seconds=0.0))
+    command = [sys.executable, "-c", FIRST_RUN, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another run is writing to"):
+            RunDirectory(tmp_path).lock(wait_seconds=0.1)
+        process.kill()
+    said = capsys.readouterr().err
+    assert f"waiting for the lock {tmp_path / '.lock'}, held by process {process.pid} on" in said
+    assert (tmp_path / ".lock").read_text() == ""
 
 
 def test_a_forked_child_does_not_keep_the_directory(tmp_path):

@@ -46,6 +46,7 @@ def test_by_status(status, iteration, expected, run) -> None:
     state = run_state(run)
     assert (state.state, state.iteration, state.train_iters) == (expected, iteration, 8)
     assert state.is_finished == (expected == "finished")
+    assert not (run.run_dir / ".lock").exists()  # who asks leaves nothing
 
 
 @pytest.mark.parametrize(("status", "without"), [("running", "lost"), ("completed", "stopped")])

@@ -45,6 +45,7 @@ from vqmoe_megatron.data.corpus import (
 from vqmoe_megatron.data.progress import PrepareProgress
 from vqmoe_megatron.data.tokenizers import TOKENIZER_CLASSES
 from vqmoe_megatron.rundir.atomic import sync
+from vqmoe_megatron.rundir.file_lock import try_lock
 from vqmoe_megatron.rundir.own_outputs import refuse_foreign
 
 LOCK_FILE = ".prepare.lock"
@@ -299,13 +300,13 @@ def _open_lock(path: Path, progress: PrepareProgress) -> IO[str]:
     while True:
         stream = path.open("a")
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            stream.close()
-            raise ValueError(f"another prepare is writing to {path.parent}; wait for it") from error
+            is_ours = try_lock(stream, fcntl.flock)
         except OSError as error:
             progress.note(f"{path}: no lock ({error}); do not prepare twice at the same time")
             return stream
+        if not is_ours:
+            stream.close()
+            raise ValueError(f"another prepare is writing to {path.parent}; wait for it")
         if path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
             return stream
         stream.close()  # its holder removed it at its end

@@ -1,7 +1,13 @@
 """Taking a lock file in bounded time, and naming who holds it meanwhile.
 
-Who takes a lock writes itself into the file. The kernel's own list comes first: it also knows
-programs that write nothing, and a process that was stopped or forgot to end.
+Two kinds, which do not see each other; a file keeps its kind for ever, since other releases may
+hold it. ``fcntl.lockf`` belongs to the process: a fork does not inherit it, so Megatron's
+checkpoint writers cannot keep a run's directory (``.lock``, ``.run.lock``). ``fcntl.flock``
+belongs to the open file: another opening in the same process is kept out too (``.prepare.lock``,
+that of an MLflow database).
+
+Who takes a lock of its own file writes itself into it. The kernel's own list comes first: it also
+knows programs that write nothing, and a process that was stopped or forgot to end.
 """
 
 from __future__ import annotations
@@ -46,16 +52,28 @@ class LockWait:
 def wait_for_lock(
     file: TextIO, take: Callable[[int, int], None] = fcntl.flock, wait: LockWait | None = None
 ) -> None:
-    """Take the lock on ``file``, opened for reading and writing; closing it gives the lock back.
+    """Take the lock on ``file``, opened for reading and writing, and write this process into it.
+
+    See :func:`poll_lock`.
+    """
+    poll_lock(file, take, wait or LockWait())
+    with contextlib.suppress(OSError):  # a full disk must not keep anyone from the lock
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+
+
+def poll_lock(file: TextIO, take: Callable[[int, int], None], wait: LockWait) -> None:
+    """Take the lock on ``file``, which stays as it is; closing it gives the lock back.
 
     Args:
-        take: ``fcntl.flock`` or ``fcntl.lockf``; the two do not see each other.
+        take: ``fcntl.flock`` or ``fcntl.lockf``.
 
     Raises:
         LockHeld: when another process keeps it for longer than the patience.
         OSError: when the file system has no such locks.
     """
-    wait = wait or LockWait()
     notices = WaitNotices(wait.say)
     deadline = time.monotonic() + wait.patience_seconds
     while not try_lock(file, take):
@@ -68,11 +86,6 @@ def wait_for_lock(
             )
         )
         time.sleep(RETRY_SECONDS)
-    with contextlib.suppress(OSError):  # a full disk must not keep anyone from the lock
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
 
 
 def try_lock(file: TextIO, take: Callable[[int, int], None]) -> bool:
@@ -88,6 +101,21 @@ def try_lock(file: TextIO, take: Callable[[int, int], None]) -> bool:
             return False
         raise
     return True
+
+
+def is_held(path: Path, take: Callable[[int, int], None]) -> bool:
+    """Tell whether another process holds the lock on a file; it is never made, nor its lock kept.
+
+    Not for a process that holds it: closing a file ends all POSIX locks a process has on it.
+
+    Raises:
+        OSError: when the file cannot be opened, or its file system has no such locks.
+    """
+    try:
+        with path.open("r+", encoding="utf-8") as file:
+            return not try_lock(file, take)
+    except FileNotFoundError:
+        return False
 
 
 def lock_holder(file: TextIO) -> str:

@@ -7,13 +7,13 @@ import errno
 import fcntl
 import os
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 from uuid import uuid4
 
+from vqmoe_megatron.rundir.file_lock import LockHeld, LockWait, poll_lock
 from vqmoe_megatron.rundir.file_names import (
     BAD_BATCHES_FILE,
     CHECKPOINTS_DIR,
@@ -116,22 +116,17 @@ class RunDirectory:
             ValueError: when another run keeps it.
         """
         file = (self.path / LOCK_FILE).open("a")
-        deadline = time.monotonic() + wait_seconds
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return file
-            except (BlockingIOError, PermissionError) as error:
-                if time.monotonic() >= deadline:
-                    file.close()
-                    raise ValueError(
-                        f"another run is writing to train.output_dir={self.path}; wait for it or "
-                        "choose another directory"
-                    ) from error
-                time.sleep(0.2)
-            except OSError as error:
-                print(f"{self.path} cannot be locked ({error}): a second run would not be noticed")
-                return file
+        try:
+            poll_lock(file, fcntl.lockf, LockWait(wait_seconds))
+        except LockHeld as held:
+            file.close()
+            raise ValueError(
+                f"another run is writing to train.output_dir={self.path}; wait for it or "
+                "choose another directory"
+            ) from held
+        except OSError as error:
+            print(f"{self.path} cannot be locked ({error}): a second run would not be noticed")
+        return file
 
     def record_end(self, rank: int, error: BaseException) -> None:
         """Set the status to failed by what ``rank`` raised; see :meth:`record_failure`."""

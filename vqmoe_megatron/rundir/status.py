@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vqmoe_megatron.rundir.atomic import replace_file
+from vqmoe_megatron.rundir.file_lock import is_held
 from vqmoe_megatron.rundir.file_names import LOCK_FILE, STATUS_FILE
 
 # What a rank says when the rank at the other end of a connection is gone.
@@ -85,13 +86,7 @@ def is_alive(run_dir: str | Path) -> bool:
     process that holds the lock. Where locks cannot be read, the state is believed.
     """
     try:
-        with (Path(run_dir) / LOCK_FILE).open("r+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
+        return is_held(Path(run_dir) / LOCK_FILE, fcntl.lockf)
     except OSError:
         status = read_status(run_dir)
         return status is not None and status.state == "running"
-    return False

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vqmoe_megatron.rundir.file_names import METRICS_FILE, STATUS_FILE
-from vqmoe_megatron.rundir.run_directory import RunDirectory
+from vqmoe_megatron.rundir.file_lock import is_held
+from vqmoe_megatron.rundir.file_names import LOCK_FILE, METRICS_FILE
 from vqmoe_megatron.rundir.status import read_status
 from vqmoe_megatron.study.planned_run import PlannedRun
 
@@ -81,16 +82,15 @@ def run_state(run: PlannedRun, slurm: str = "", is_alive: bool = False) -> RunSt
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Tell whether a process trains in ``run_dir``: on this machine, or where locks reach it."""
-    if not (run_dir / STATUS_FILE).is_file():
-        return False
+    """Tell whether a process trains in ``run_dir``: on this machine, or where locks reach it.
+
+    Where locks cannot be asked for, such as in a directory we may only read, the answer is no: a
+    run that was killed there could never be started again otherwise.
+    """
     try:
-        RunDirectory(run_dir).lock(wait_seconds=0.0).close()
-    except ValueError:
-        return True
-    except OSError:  # a directory we may only read: its locks cannot be asked for
+        return is_held(run_dir / LOCK_FILE, fcntl.lockf)
+    except OSError:
         return False
-    return False
 
 
 def last_metrics(path: Path) -> dict[str, float]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vqmoe_megatron.rundir.file_lock import LockHeld, LockWait, try_lock, wait_for_lock
+from vqmoe_megatron.rundir.file_lock import LockHeld, LockWait, is_held, wait_for_lock
 from vqmoe_megatron.rundir.waiting import tell_nobody
 
 RUN_LOCK = ".run.lock"
@@ -48,7 +48,6 @@ def study_lock(output_dir: Path) -> Iterator[None]:
 def is_study_locked(output_dir: Path) -> bool:
     """Tell whether another process holds the lock; never makes a file."""
     try:
-        with (output_dir / RUN_LOCK).open("r+", encoding="utf-8") as file:
-            return not try_lock(file, fcntl.lockf)
-    except OSError:  # none yet, or one we may not ask
+        return is_held(output_dir / RUN_LOCK, fcntl.lockf)
+    except OSError:  # one we may not ask
         return False
