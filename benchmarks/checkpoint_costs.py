@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from gloo_ranks import RankPool  # noqa: E402
-from provenance import provenance  # noqa: E402
+
+from vqmoe_megatron.bench.origin import origin  # noqa: E402
 
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 NUM_RANKS, LAYOUT = 2, {"expert_model_parallel_size": 2}
@@ -278,7 +279,7 @@ def main() -> None:
     timed = run_ranks(arguments.corpus, arguments.steps, arguments.repeats, watches=False)
     watched = run_ranks(arguments.corpus, arguments.steps, 1, watches=True)
     result = {
-        **provenance(),
+        **origin(),
         "num_ranks": NUM_RANKS,
         "overrides": MODEL,
         **summary(timed, watched),

@@ -23,8 +23,9 @@ sys.path[:0] = [
 ]  # also in the ranks, which import this file
 
 from gloo_ranks import RankPool  # noqa: E402
-from provenance import provenance  # noqa: E402
 from small_run import train_here  # noqa: E402
+
+from vqmoe_megatron.bench.origin import origin  # noqa: E402
 
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 LAYOUT = {"expert_model_parallel_size": 2}
@@ -57,7 +58,7 @@ def main() -> None:
         pool.close()
     medians = {kind: statistics.median(all_times) for kind, all_times in times_ms.items()}
     result = {
-        **provenance(),
+        **origin(),
         "recipe": RECIPE.name,
         "steps_of_each_kind": len(times_ms["plain"]),
         "median_step_ms": medians,

@@ -42,9 +42,9 @@ from layout_rows import (  # noqa: E402
     VPP,
     Layout,
 )
-from provenance import provenance  # noqa: E402
 from small_run import PARITY, layout_overrides, run_on  # noqa: E402
 
+from vqmoe_megatron.bench.origin import commit_in_words, origin  # noqa: E402
 from vqmoe_megatron.config.recipe import load_recipe  # noqa: E402
 from vqmoe_megatron.plan.layout import check_layout  # noqa: E402
 
@@ -170,7 +170,6 @@ def table_lines(cells: dict[str, list[Cell]]) -> list[str]:
 def markdown(result: dict[str, Any], cells: dict[str, list[Cell]]) -> str:
     """Return the table with its origin."""
     machine, versions = result["machine"], result["versions"]
-    changed = " with uncommitted changes" if result["uncommitted_changes"] else ""
     return f"""# The same training at every layout
 
 `recipes/parity.yaml`, fp32, {result["num_iterations"]} iterations: largest relative difference to
@@ -181,7 +180,7 @@ Limit {LIMIT:.0e}.
 Made by `python benchmarks/layout_matrix.py` in {result["wall_seconds"] / 60:.0f} minutes on
 {machine["cores"]} cores ({machine["processor"]}, Python {machine["python"]},
 torch {versions["torch"]}, megatron-core {versions["megatron-core"]}),
-commit {result["commit"][:12]}{changed}.
+commit {commit_in_words(result)}.
 
 """ + "\n".join([*table_lines(cells), ""])
 
@@ -211,7 +210,7 @@ def main() -> None:
         for name in names
     }
     ran = [name for name in VARIANTS if any(name in row for row in variants.values())]
-    result = {**provenance(), "num_iterations": arguments.iterations, "variants": ran}
+    result = {**origin(), "num_iterations": arguments.iterations, "variants": ran}
     cells: dict[str, list[Cell]] = {}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="vqmoe_layouts_") as folder:

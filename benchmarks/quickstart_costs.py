@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from provenance import provenance
+from vqmoe_megatron.bench.origin import origin
 
 ROOT = Path(__file__).resolve().parents[1]
 PREPARE_SIZES_MB = (10, 100)
@@ -107,7 +107,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         result = {
-            **provenance(),
+            **origin(),
             "prepare": measure_prepare(Path(name)),
             "quickstart": measure_quickstart(Path(name)),
         }

@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
+from vqmoe_megatron.bench.origin import origin  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from provenance import provenance  # noqa: E402
 
 TOKENS, WIDTHS, CODES = [8192, 32768], [64, 256, 1024, 2048], [64, 512, 4096, 16384]
 NUM_WARMUP = 3
@@ -62,7 +63,7 @@ def main() -> int:
                     print(json.dumps(row), flush=True)
     device = torch.cuda.get_device_properties(0)
     result = {
-        **provenance(),
+        **origin(),
         "gpu": {"name": device.name, "multiprocessors": device.multi_processor_count},
         "triton": importlib.import_module("triton").__version__,
         "turns": arguments.turns,

@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from gloo_ranks import RankPool  # noqa: E402
-from provenance import provenance  # noqa: E402
 from step_wire_ranks import as_rows, count  # noqa: E402
 
+from vqmoe_megatron.bench.origin import commit_in_words, origin  # noqa: E402
 from vqmoe_megatron.config.recipe import load_recipe  # noqa: E402
 from vqmoe_megatron.data.corpus import load_corpus  # noqa: E402
 from vqmoe_megatron.plan.layout import check_layout  # noqa: E402
@@ -133,7 +133,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", help="names of rows; others stay as the file has them")
     arguments = parser.parse_args()
     vocab_size = load_corpus(arguments.corpus).vocab_size
-    found: dict[str, Any] = {**provenance(), "load_average": os.getloadavg()[0], "rows": []}
+    found: dict[str, Any] = {**origin(), "load_average": os.getloadavg()[0], "rows": []}
     if arguments.only and arguments.json.exists():
         found["rows"] = json.loads(arguments.json.read_text())["rows"]
     is_equal = True
@@ -262,7 +262,6 @@ def markdown(found: dict[str, Any]) -> str:
     """Return both tables with their origin."""
     measured = [row for row in found["rows"] if "counted_bytes" in row]
     large = [row for row in found["rows"] if "counted_bytes" not in row]
-    changed = " with uncommitted changes" if found["uncommitted_changes"] else ""
     lines = [
         "# Bytes of a whole optimizer step",
         "",
@@ -274,7 +273,7 @@ def markdown(found: dict[str, Any]) -> str:
         "every rank.",
         f"{found['machine']['cores']} cores, load {found['load_average']:.0f} at the start, torch "
         f"{found['versions']['torch']}, megatron-core {found['versions']['megatron-core']}, commit "
-        f"{found['commit'][:12]}{changed}.",
+        f"{commit_in_words(found)}.",
         "",
         "| layout | ranks | planned | simulated | counted | equal | routed | loss |",
         "|---|---|---|---|---|---|---|---|",

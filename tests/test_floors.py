@@ -67,6 +67,8 @@ THIRD_PARTY = {
 THIRD_PARTY_EXTRA = {
     # prints its report as a table before any rank starts; tries whether the import succeeds
     "runtime/doctor.py": {"rich", "transformer_engine"},
+    # prints commands' tables
+    "runtime/table_console.py": {"rich"},
     # reads safetensors; nothing else
     "vq/table_layer.py": {"safetensors"},
 }

@@ -26,12 +26,12 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from kill_checks import Round, checkpoint_problems, curve_problems, outcome_problems  # noqa: E402
 from killed_run import KilledRun  # noqa: E402
-from provenance import provenance  # noqa: E402
 
+from vqmoe_megatron.bench.origin import origin  # noqa: E402
 from vqmoe_megatron.track.metrics_log import read_metrics  # noqa: E402
 
 ACTIONS = ("sigterm-one", "sigusr1-all", "kill-one", "kill-all-in-save")
@@ -205,7 +205,7 @@ def main() -> None:
     if len(rounds) < arguments.rounds:
         problems.append(f"completed after {len(rounds)} hits")
     summary = {
-        **provenance(),
+        **origin(),
         "rounds": len(rounds),
         "seed": arguments.seed,
         "async_save": arguments.async_save,

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from vqmoe_megatron.runtime.table_console import table_console
 from vqmoe_megatron.study import local_study
 from vqmoe_megatron.study.local_display import LocalDisplay
 from vqmoe_megatron.study.local_study import EXIT_REQUEUE, LocalStudy, run_environment
 from vqmoe_megatron.study.planned_run import PlannedRun
 from vqmoe_megatron.study.run_state import RunState, run_state
 from vqmoe_megatron.study.study import load_study
-from vqmoe_megatron.study.study_table import study_console
 from vqmoe_megatron.study.study_task import STARTER_VARIABLE, launched_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +76,7 @@ def test_runs_elsewhere_are_looked_at_again_and_finished_ones_not_started(
 
     started, said = [], []
     monkeypatch.setattr(local_study, "run_state", next_state)
-    display = LocalDisplay(study_console())
+    display = LocalDisplay(table_console())
     monkeypatch.setattr(display, "say", said.append)
     local = LocalStudy(study, study.runs, 1, display)
     monkeypatch.setattr(local, "_start", started.append)

@@ -15,11 +15,11 @@ PACKAGE = Path(__file__).resolve().parents[1]
 def origin() -> dict[str, Any]:
     """Return what every result file begins with: ``machine``, ``versions``, ``commit``.
 
-    ``commit`` is None for a copy of the package that is not in a git repository, and
-    ``uncommitted_changes`` with it.
+    ``uncommitted_changes``: of the package, or of the recipes beside it. None, as ``commit``, for a
+    copy of the package that is not in a git repository.
     """
     commit = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", "../recipes")
     return {
         "machine": {
             "processor": platform.machine(),
@@ -34,6 +34,12 @@ def origin() -> dict[str, Any]:
         "commit": commit,
         "uncommitted_changes": None if changed is None else bool(changed),
     }
+
+
+def commit_in_words(origin: dict[str, Any]) -> str:
+    """Return ``3f2ab9c01d4e with uncommitted changes``, of what :func:`origin` found."""
+    changed = " with uncommitted changes" if origin["uncommitted_changes"] else ""
+    return (origin["commit"] or "unknown")[:12] + changed
 
 
 def _gpu_name() -> str | None:

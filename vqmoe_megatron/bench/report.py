@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vqmoe_megatron.bench.origin import commit_in_words
 from vqmoe_megatron.rundir.atomic import replace_file
 from vqmoe_megatron.rundir.own_outputs import (
     is_sealed,
@@ -134,8 +135,6 @@ def markdown(rows: Sequence[Row], layout: Layout, origin: Row) -> str:
     """Return the table with its origin."""
     machine, versions = origin["machine"], origin["versions"]
     headings, lines = _cells(rows, layout)
-    changed = " with uncommitted changes" if origin["uncommitted_changes"] else ""
-    commit = (origin["commit"] or "unknown")[:12]
     return "\n".join(
         [
             f"# {layout.title}",
@@ -145,7 +144,7 @@ def markdown(rows: Sequence[Row], layout: Layout, origin: Row) -> str:
             f"{machine['cores']} cores ({machine['processor']}), GPU: {machine['gpu'] or 'none'},",
             f"load {machine['load_average']:.1f} at the start, Python {machine['python']}, "
             f"torch {versions['torch']}, megatron-core {versions['megatron-core']}, "
-            f"commit {commit}{changed}.",
+            f"commit {commit_in_words(origin)}.",
             "",
             f"| {' | '.join(headings)} |",
             "|" + "---|" * len(headings),

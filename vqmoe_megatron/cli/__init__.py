@@ -17,7 +17,6 @@ with one_line_interrupt():  # these take a third of a second
     from typing import Annotated
 
     import typer
-    from rich.console import Console
 
     from vqmoe_megatron import __version__
     from vqmoe_megatron.cli import export, mlflow_sync, plan, preflight
@@ -92,12 +91,10 @@ def prepare(
     from vqmoe_megatron.data.prepare import prepare_corpus
 
     found = prepare_corpus(corpus, out, input or [], tokenizer, vocab_size, download, overwrite)
-    console = Console()
     for name, split in found.splits.items():
-        console.print(
+        print(
             f"{name}: {split.num_tokens:,} tokens, {split.num_documents:,} documents, "
-            f"{split.num_bytes:,} bytes",
-            highlight=False,
+            f"{split.num_bytes:,} bytes"
         )
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from vqmoe_megatron.bench.cases import (
     PASSES,
@@ -25,9 +24,9 @@ from vqmoe_megatron.bench.cases import (
     parse_numbers,
 )
 from vqmoe_megatron.bench.report import Layout, Outputs, Row, show, write
+from vqmoe_megatron.runtime.table_console import table_console
 
 FAILED = 1
-FILE_WIDTH = 220  # columns where no terminal tells its width
 
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmark the layer and its parts.")
 
@@ -294,7 +293,7 @@ def _finish(measure: Callable[[], list[Row]], shown: Layout, outputs: Outputs) -
     except BenchFailed as failure:
         print(f"no result: {failure}", file=sys.stderr)
         raise typer.Exit(FAILED) from None
-    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    console = table_console()
     show(rows, shown, console)
     write(rows, shown, found_origin, outputs)
     return rows

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
+
+from vqmoe_megatron.runtime.table_console import table_console
 
 if TYPE_CHECKING:  # it imports torch, which a help text can do without
     from vqmoe_megatron.checkpoint.inspection import CheckpointContents, FolderSize
 
-LOG_WIDTH = 200  # columns where no terminal tells its width; the longest tensor line fits
 LAYOUT_SIZES = (
     ("TP", "tensor_model_parallel_size"),
     ("PP", "pipeline_model_parallel_size"),
@@ -66,15 +66,8 @@ def print_contents(contents: CheckpointContents, with_tensors: bool, stream: Tex
 
     A terminal gets ruled tables; anything else plain columns.
     """
-    is_terminal = stream.isatty()
-    console = Console(
-        file=stream,
-        force_terminal=is_terminal,  # a file stays plain even under FORCE_COLOR
-        width=None if is_terminal else LOG_WIDTH,
-        highlight=False,
-        markup=False,
-    )
-    box = SIMPLE_HEAD if is_terminal else None
+    console = table_console(stream)
+    box = SIMPLE_HEAD if console.is_terminal else None
     tables = [_summary(contents), _bytes_by_group(contents)]
     if with_tensors:
         tables.append(_all_tensors(contents))

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
+
+from vqmoe_megatron.runtime.table_console import table_console
 
 if TYPE_CHECKING:  # it imports torch, which a help text can do without
     from vqmoe_megatron.checkpoint.table_export import Export
-
-LOG_WIDTH = 160  # columns where no terminal tells its width
 
 
 def export(
@@ -44,15 +43,8 @@ def export(
 
 def print_export(written: Export, stream: TextIO) -> None:
     """Print one line per layer. A terminal gets a ruled table; anything else plain columns."""
-    is_terminal = stream.isatty()
-    console = Console(
-        file=stream,
-        force_terminal=is_terminal,  # a file stays plain even under FORCE_COLOR
-        width=None if is_terminal else LOG_WIDTH,
-        highlight=False,
-        markup=False,
-    )
-    table = Table(box=SIMPLE_HEAD if is_terminal else None, pad_edge=False)
+    console = table_console(stream)
+    table = Table(box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
     table.add_column("file")
     for name in ("layer", "rows", "bytes", "expert bytes", "of them replaced"):
         table.add_column(name, justify="right")

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from vqmoe_megatron.config import TrackingConfig
+from vqmoe_megatron.runtime.table_console import table_console
 
 if TYPE_CHECKING:
     from vqmoe_megatron.track.mlflow.sync import SyncResult
 
 COUNTS = ("points", "there", "sent", "differ", "only there", "params", "tags", "files")
-LOG_WIDTH = 200  # columns where no terminal tells its width
 REQUEST_TIMEOUT_S = "60"  # nobody trains meanwhile, and a long history takes its time
 
 
@@ -71,15 +70,8 @@ def print_results(results: list[SyncResult], failures: Mapping[Path, str], strea
 
     A terminal gets a ruled table; anything else plain columns.
     """
-    is_terminal = stream.isatty()
-    console = Console(
-        file=stream,
-        force_terminal=is_terminal,  # a file stays plain even under FORCE_COLOR
-        width=None if is_terminal else LOG_WIDTH,
-        highlight=False,
-        markup=False,
-    )
-    table = Table(box=SIMPLE_HEAD if is_terminal else None, pad_edge=False)
+    console = table_console(stream)
+    table = Table(box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
     table.add_column("run directory", overflow="fold")
     table.add_column("MLflow run", overflow="fold")
     for name in COUNTS:

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import typer
 
 from vqmoe_megatron.cli.plan_tables import (
-    plan_console,
     show_errors,
     show_plan,
     show_search,
@@ -28,6 +27,7 @@ from vqmoe_megatron.plan.layout import minimum_world_size
 from vqmoe_megatron.plan.layout_search import search_layouts
 from vqmoe_megatron.plan.plan_json import number, plan_json, search_json
 from vqmoe_megatron.plan.run_plan import RunPlan, default_hardware, plan_run
+from vqmoe_megatron.runtime.table_console import table_console
 from vqmoe_megatron.simulate.simulated_step import SimulatedStep, SimulationFailed, simulate_step
 
 FAILED, REFUSED = 1, 2
@@ -80,9 +80,9 @@ def plan(
     if search:
         code = _search(planned, assumptions, described, as_json)
     elif not as_json and planned.errors:
-        show_errors(planned, plan_console(sys.stderr))
+        show_errors(planned, table_console(sys.stderr))
     elif not as_json:
-        show_plan(planned, assumptions, plan_console(sys.stdout))
+        show_plan(planned, assumptions, table_console(sys.stdout))
     if simulate and planned.errors:
         print("no simulation: this layout cannot run", file=sys.stderr)
     elif simulate:
@@ -93,7 +93,7 @@ def plan(
             raise typer.Exit(FAILED) from None
         described["simulation"] = _simulation_json(simulated)
         if not as_json:
-            show_simulation(simulated, plan_console(sys.stdout))
+            show_simulation(simulated, table_console(sys.stdout))
         code = code if simulated.matches else FAILED
     if as_json:
         print(json.dumps(described, indent=2))
@@ -123,7 +123,7 @@ def _search(
     result = search_layouts(planned.config, planned.world_size, planned.hardware)
     described["search"] = search_json(result)
     if not as_json:
-        console = plan_console(sys.stdout)
+        console = table_console(sys.stdout)
         show_search(result, planned.world_size, planned.hardware.name, console)
         for sentence in assumptions:
             console.print(f"assumed: {sentence}")

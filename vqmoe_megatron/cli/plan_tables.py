@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -19,7 +18,6 @@ from vqmoe_megatron.plan.run_memory import EXCLUDED
 from vqmoe_megatron.plan.run_plan import RunPlan
 from vqmoe_megatron.simulate.simulated_step import SimulatedStep
 
-LOG_WIDTH = 160  # columns where no terminal tells its width
 MOST_ROWS = 16  # of ranks, owners and stages; more are shown as the first and the last ones
 SIZES = (
     ("TP", "tensor_model_parallel_size"),
@@ -31,13 +29,6 @@ SIZES = (
     ("ETP", "expert_tensor_parallel_size"),
     ("EDP", "expert_data_parallel_size"),
 )
-
-
-def plan_console(stream: TextIO) -> Console:
-    """Return a console with colours on a terminal and plain columns elsewhere."""
-    is_terminal = stream.isatty()
-    width = None if is_terminal else LOG_WIDTH
-    return Console(file=stream, width=width, highlight=False, markup=False)
 
 
 def show_errors(plan: RunPlan, console: Console) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from vqmoe_megatron.cli.study_report import report
 from vqmoe_megatron.runtime.standard_streams import forgive_lost_output, print_path
+from vqmoe_megatron.runtime.table_console import table_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,9 +45,8 @@ def list_runs(study: StudyPath) -> None:
     """
     from vqmoe_megatron.study.run_list import print_runs
     from vqmoe_megatron.study.study import load_study
-    from vqmoe_megatron.study.study_table import study_console
 
-    print_runs(load_study(study), study_console())
+    print_runs(load_study(study), table_console())
 
 
 @study_app.command()
@@ -70,7 +70,7 @@ def run(
     from vqmoe_megatron.study.run_state import run_state
     from vqmoe_megatron.study.study import load_study
     from vqmoe_megatron.study.study_lock import study_lock
-    from vqmoe_megatron.study.study_table import counts, study_console
+    from vqmoe_megatron.study.study_table import counts
     from vqmoe_megatron.study.study_task import check_no_world
 
     forgive_lost_output()  # the runs' directories are the results
@@ -81,7 +81,7 @@ def run(
     loaded.check_started()
     with study_lock(loaded.folder.path):
         loaded.start()
-        console = study_console()
+        console = table_console()
         display = LocalDisplay(console)
         open_study_parent(loaded, display.say)
         local = LocalStudy(loaded, chosen, jobs, display)
@@ -201,9 +201,9 @@ def status(
     Example: vqmoe study status recipes/studies/stdlib_experts.yaml --watch
     """
     from vqmoe_megatron.study.study import load_study
-    from vqmoe_megatron.study.study_table import counts, study_console
+    from vqmoe_megatron.study.study_table import counts
 
-    loaded, console = load_study(study), study_console()
+    loaded, console = load_study(study), table_console()
     if watch:
         states = _watch(loaded, console)
     else:

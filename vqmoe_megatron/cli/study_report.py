@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from vqmoe_megatron.runtime.table_console import table_console
 
 
 def report(
@@ -26,7 +27,7 @@ def report(
     """
     from vqmoe_megatron.study.report.write import write_report
 
-    console = Console(markup=False)  # reasons hold paths and lists in brackets
+    console = table_console()
     written = write_report(study, out, hardware, console.print)
     rest = [row for row in written.study.rows if not row.is_finished]
     if rest:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -17,7 +15,6 @@ from vqmoe_megatron.study.run_state import STATES, RunState
 from vqmoe_megatron.study.slurm_array import Array
 from vqmoe_megatron.study.study import Study
 
-LOG_WIDTH = 200  # columns where no terminal tells its width
 STATE_STYLES = {
     "finished": "green",
     "running": "bold cyan",
@@ -27,19 +24,6 @@ STATE_STYLES = {
     "lost": "red",
     "waiting": "dim",
 }
-
-
-def study_console(stream: TextIO | None = None) -> Console:
-    """Return a console that writes rules and colours to a terminal and plain columns to a log."""
-    stream = stream or sys.stdout
-    is_terminal = stream.isatty()
-    return Console(
-        file=stream,
-        force_terminal=is_terminal,
-        width=None if is_terminal else LOG_WIDTH,
-        highlight=False,
-        markup=False,
-    )
 
 
 def plain_table(console: Console, *columns: str, numbers: Sequence[str] = ()) -> Table:

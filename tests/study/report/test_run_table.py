@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from written_study import NUM_STEPS, write_study
 
-from vqmoe_megatron.study.report.run_table import Study, csv_text, read_study
+from vqmoe_megatron.study.report.run_table import ReportedStudy, csv_text, read_study
 from vqmoe_megatron.track.metrics_log import read_metrics
 
 STATES = {
@@ -28,7 +28,7 @@ def directory(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def study(directory) -> Study:
+def study(directory) -> ReportedStudy:
     return read_study(directory, "CPU")
 
 

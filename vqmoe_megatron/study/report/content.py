@@ -8,11 +8,12 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from typing import Any
 
+from vqmoe_megatron.bench.origin import commit_in_words
 from vqmoe_megatron.study.report.loss_sections import against_experts, loss_curves
 from vqmoe_megatron.study.report.page import Page
 from vqmoe_megatron.study.report.plot_style import report_style
 from vqmoe_megatron.study.report.run_sections import all_runs, runs_without_loss, unfinished_runs
-from vqmoe_megatron.study.report.run_table import Study
+from vqmoe_megatron.study.report.run_table import ReportedStudy
 from vqmoe_megatron.study.report.series import has_loss, split_series
 from vqmoe_megatron.study.report.speed_sections import routing, scaling, speed_and_wire
 
@@ -32,7 +33,7 @@ PLOT_NAMES = (
 )
 
 
-def build_page(study: Study, origin: dict[str, Any], now: datetime) -> Page:
+def build_page(study: ReportedStudy, origin: dict[str, Any], now: datetime) -> Page:
     """Return the report of ``study``. Draws every plot; no communication."""
     series = split_series(study.rows)
     with report_style():
@@ -49,9 +50,8 @@ def build_page(study: Study, origin: dict[str, Any], now: datetime) -> Page:
     return Page(f"Study {study.name}", _facts(study, origin, now), [s for s in sections if s])
 
 
-def _facts(study: Study, origin: dict[str, Any], now: datetime) -> list[tuple[str, str]]:
+def _facts(study: ReportedStudy, origin: dict[str, Any], now: datetime) -> list[tuple[str, str]]:
     machine, versions = origin["machine"], origin["versions"]
-    changed = ", with uncommitted changes" if origin["uncommitted_changes"] else ""
     finished = study.finished
     num_lost = sum(not has_loss(row) for row in finished)
     lost = f" ({num_lost} of them without a finite validation loss)" if num_lost else ""
@@ -62,7 +62,7 @@ def _facts(study: Study, origin: dict[str, Any], now: datetime) -> list[tuple[st
         ("Runs", f"{len(finished)} finished{lost}, {len(study.rows) - len(finished)} not"),
         ("Ranks per run", ", ".join(map(str, ranks))),
         ("Report made", now.astimezone(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")),
-        ("By commit", (origin["commit"] or "unknown")[:12] + changed),
+        ("By commit", commit_in_words(origin)),
         (
             "On machine",
             f"{machine['cores']} cores ({machine['processor']}), "

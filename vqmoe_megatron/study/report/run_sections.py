@@ -6,11 +6,11 @@ import math
 from collections import Counter
 
 from vqmoe_megatron.study.report.page import Section, Table
-from vqmoe_megatron.study.report.run_table import LATE_METRICS, Study
+from vqmoe_megatron.study.report.run_table import LATE_METRICS, ReportedStudy
 from vqmoe_megatron.study.report.series import has_loss
 
 
-def unfinished_runs(study: Study) -> Section | None:
+def unfinished_runs(study: ReportedStudy) -> Section | None:
     """Runs that have not finished, with their reasons; None where there are none."""
     rest = [row for row in study.rows if not row.is_finished]
     if not rest:
@@ -36,7 +36,7 @@ def unfinished_runs(study: Study) -> Section | None:
     )
 
 
-def runs_without_loss(study: Study) -> Section | None:
+def runs_without_loss(study: ReportedStudy) -> Section | None:
     """Finished runs that every mean and fit of the loss leaves out; None where there are none."""
     rows = [row for row in study.finished if not has_loss(row)]
     if not rows:
@@ -58,7 +58,7 @@ def runs_without_loss(study: Study) -> Section | None:
     )
 
 
-def all_runs(study: Study) -> Section:
+def all_runs(study: ReportedStudy) -> Section:
     """The table of every run, rounded."""
     lines = [
         [

@@ -76,7 +76,7 @@ class RunRow:
 
 
 @dataclass(frozen=True)
-class Study:
+class ReportedStudy:
     """A study's directory as far as it has come."""
 
     path: Path
@@ -91,7 +91,7 @@ class Study:
         return [row for row in self.rows if row.is_finished]
 
 
-def read_study(path: Path, hardware: str) -> Study:
+def read_study(path: Path, hardware: str) -> ReportedStudy:
     """Read a study from its directory or its YAML file. No communication.
 
     ``hardware``: the profile that predictions are made with.
@@ -109,7 +109,7 @@ def read_study(path: Path, hardware: str) -> Study:
     settings = _settings(directory / STUDY_FILE) if (directory / STUDY_FILE).is_file() else {}
     rows = [_read_run(directory, settings, entry, hardware) for entry in _entries(listing)]
     name = str(settings.get("name") or directory.name)
-    return Study(directory, name, str(settings.get("rule") or "not stated"), hardware, rows)
+    return ReportedStudy(directory, name, str(settings.get("rule") or "not stated"), hardware, rows)
 
 
 def _study_directory(path: Path) -> Path:
@@ -228,7 +228,7 @@ def _values(records: Records, name: str) -> list[float]:
     return [record[name] for record in records if name in record]
 
 
-def table(study: Study) -> tuple[list[str], list[list[Any]]]:
+def table(study: ReportedStudy) -> tuple[list[str], list[list[Any]]]:
     """Return headings and one line per run; None where something is not known."""
     axes = list(dict.fromkeys(axis for row in study.rows for axis in row.point))
     headings = [
@@ -275,7 +275,7 @@ def table(study: Study) -> tuple[list[str], list[list[Any]]]:
     return headings, lines
 
 
-def csv_text(study: Study) -> str:
+def csv_text(study: ReportedStudy) -> str:
     """Return the table as CSV: numbers at full precision, an empty field for what is not known."""
     headings, lines = table(study)
     stream = io.StringIO()

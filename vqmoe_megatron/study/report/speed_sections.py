@@ -13,7 +13,7 @@ from vqmoe_megatron.study.report.run_table import (
     LATE_METRICS,
     LATE_SHARE,
     WARM_UP_SHARE,
-    Study,
+    ReportedStudy,
 )
 from vqmoe_megatron.study.report.scaling import scaling_lines
 from vqmoe_megatron.study.report.scaling_plots import draw_scaling
@@ -27,7 +27,7 @@ from vqmoe_megatron.study.report.size_plots import (
 )
 
 
-def speed_and_wire(study: Study, series: Sequence[Series]) -> Section:
+def speed_and_wire(study: ReportedStudy, series: Sequence[Series]) -> Section:
     """Measured and predicted throughput, and planned wire bytes, by number of experts."""
     seeds = seeds_of(mean for one in series for mean in one.means("tokens_per_second").values())
     speed, said_speed = plot_or_reason(
@@ -75,7 +75,7 @@ def routing(series: Sequence[Series]) -> Section:
     return Section("Routing", said, plots)
 
 
-def scaling(study: Study) -> Section:
+def scaling(study: ReportedStudy) -> Section:
     """Efficiency by number of ranks, measured and predicted."""
     measured, predicted = scaling_lines(study.rows, study.hardware)
     caption = (

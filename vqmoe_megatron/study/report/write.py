@@ -19,7 +19,7 @@ from vqmoe_megatron.rundir.own_outputs import check_recorded, replace_recorded, 
 from vqmoe_megatron.study.report.content import PLOT_NAMES, build_page
 from vqmoe_megatron.study.report.page import html_page, markdown
 from vqmoe_megatron.study.report.planned import machine_profile
-from vqmoe_megatron.study.report.run_table import Study, csv_text, read_study
+from vqmoe_megatron.study.report.run_table import ReportedStudy, csv_text, read_study
 from vqmoe_megatron.track.mlflow.parent_run import log_parent_artifacts
 
 PARENT_FILE = "mlflow_parent.json"
@@ -32,7 +32,7 @@ class WrittenReport:
     """Where the report is, and the study it is about."""
 
     folder: Path
-    study: Study
+    study: ReportedStudy
 
     @property
     def page(self) -> Path:
