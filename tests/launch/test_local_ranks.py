@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).resolve().parents[2] / "vqmoe_megatron" / "runtime" / "local_ranks.py"
+SOURCE = Path(__file__).resolve().parents[2] / "vqmoe_megatron" / "launch" / "local_ranks.py"
 KILLED = "was killed by SIGKILL, most likely out of memory"
 # What each rank runs: argument r is what rank r does.
 STAND_IN = """
