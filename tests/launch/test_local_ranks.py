@@ -64,7 +64,7 @@ def start(tmp_path):
     (package / "__init__.py").touch()
     (package / "cli.py").write_text(STAND_IN)
     (package / "runtime").mkdir()
-    shutil.copy(SOURCE.with_name("exit_codes.py"), package / "runtime")
+    shutil.copy(SOURCE.parents[1] / "runtime" / "exit_codes.py", package / "runtime")
     (tmp_path / "driver.py").write_text(DRIVER)
     environment = {
         k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OMP_NUM_THREADS")
