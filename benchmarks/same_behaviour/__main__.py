@@ -36,7 +36,7 @@ from kept_results import KeptResults
 from report import as_json, as_markdown, difference_table
 from situations import observe_signals, observe_situations, observe_tracking
 
-PROVENANCE = "import json, provenance; print(json.dumps(provenance.provenance()))"
+ORIGIN = "import json; from vqmoe_megatron.bench.origin import origin; print(json.dumps(origin()))"
 BENCHMARKS = Path(__file__).resolve().parents[1]
 
 
@@ -156,13 +156,14 @@ def main() -> int:
     arguments = parser.parse_args()
     started = time.perf_counter()
     origin = subprocess.run(
-        [arguments.python, "-c", PROVENANCE], cwd=BENCHMARKS, capture_output=True, text=True
+        [arguments.python, "-c", ORIGIN], cwd=BENCHMARKS.parent, capture_output=True, text=True
     )
     if origin.returncode:
         print(f"error: {arguments.python}: {origin.stderr}", file=sys.stderr)
         return 2
     provenance = json.loads(origin.stdout)
-    setting = json.dumps([provenance["machine"], provenance["versions"], _processor()])
+    same = {k: v for k, v in provenance["machine"].items() if k != "load_average"}
+    setting = json.dumps([same, provenance["versions"], _processor()])
     with tempfile.TemporaryDirectory(prefix="vqmoe_same_") as folder:
         try:
             sides = [
