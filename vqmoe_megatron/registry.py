@@ -126,6 +126,11 @@ def check_name(kind: str, name: object) -> None:
         )
 
 
+def is_ours(kind: str, name: str) -> bool:
+    """Whether the name stands for a part of this package."""
+    return name in KINDS[kind].built_in
+
+
 def load(kind: str, name: str) -> Any:
     """Import what a name stands for.
 

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from toy_package import pretend_installed
 
-from vqmoe_megatron import cli
+from vqmoe_megatron import cli, registry
 from vqmoe_megatron.cli import plan as plan_commands
 from vqmoe_megatron.plan.exact import Exact
 from vqmoe_megatron.plan.layout import check_layout
@@ -35,6 +36,16 @@ def vqmoe(monkeypatch, capsys):
         return ended.value.code, shown.out, shown.err
 
     return run
+
+
+def test_a_package_s_router_is_counted_as_ours_and_said(vqmoe, monkeypatch) -> None:
+    pretend_installed(monkeypatch, {"router.mine": "my_package:Mine"})  # which is not imported
+    code, out, _ = vqmoe(VOCABULARY, "model.moe_router=mine")
+    registry._installed.cache_clear()
+    assert code == 0
+    assert "assumed: model.moe_router=mine is not of this package" in " ".join(out.split())
+    assert "those of topk" in " ".join(out.split())
+    assert "is not of this package" not in vqmoe(VOCABULARY)[1]
 
 
 def test_tables_say_what_is_planned_and_what_is_assumed(vqmoe) -> None:

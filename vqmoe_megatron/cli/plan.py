@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vqmoe_megatron import registry
 from vqmoe_megatron.cli.plan_tables import (
     show_errors,
     show_plan,
@@ -72,6 +73,7 @@ def plan(
     Example: vqmoe plan recipes/quickstart.yaml --world-size 8 --hardware H100
     """
     config, assumptions = _with_vocabulary(load_recipe(recipe, overrides or []))
+    assumptions += _foreign_parts(config)
     ranks = world_size or minimum_world_size(config)
     profile = hardware_profile(hardware or default_hardware(config))
     planned = plan_run(config, ranks, profile)
@@ -98,6 +100,22 @@ def plan(
     if as_json:
         print(json.dumps(described, indent=2))
     raise typer.Exit(code)
+
+
+def _foreign_parts(config: RunConfig) -> list[str]:
+    """What is counted as if it were ours, since a plan loads no package's part."""
+    chosen = {
+        "quantizer": config.vq.quantizer,
+        "router": config.model.moe_router,
+        "task": config.train.task,
+        "engine": config.train.engine,
+    }
+    return [
+        f"{registry.KINDS[kind].key}={name} is not of this package; its parameters, operations and "
+        f"bytes are counted as those of {next(iter(registry.KINDS[kind].built_in))}"
+        for kind, name in chosen.items()
+        if not registry.is_ours(kind, name)
+    ]
 
 
 def _with_vocabulary(config: RunConfig) -> tuple[RunConfig, list[str]]:
