@@ -157,7 +157,7 @@ def _submit(
     """Ask the queue and submit what it lacks; nobody else may do so in between."""
     from vqmoe_megatron.study.mlflow_parent import end_study_parent, open_study_parent
     from vqmoe_megatron.study.slurm_array import arrays_of, sbatch_command, submit_arrays
-    from vqmoe_megatron.study.study_table import counts, study_console, submission_table
+    from vqmoe_megatron.study.study_table import counts, submission_table
 
     states, notice = _states(loaded, must_know_queue=not dry_run)
     if notice:
@@ -178,7 +178,7 @@ def _submit(
         return
     arrays = arrays_of(loaded, left)
     if dry_run:
-        console = study_console()
+        console = table_console()
         console.print(submission_table(console, loaded, arrays, states))
         for number, array in enumerate(arrays):
             after = "JOB_ID_OF_THE_ARRAY_BEFORE" if number else None
