@@ -60,7 +60,7 @@ def run(words: list[str]) -> list[Any]:
 def main(folder: Path) -> None:
     """Run every command of the folder, in order."""
     simulated_rank.install_cpu_compat()
-    for name in ("training.step_builder", "simulate.engines", "runtime.cpu_compat.fake_world"):
+    for name in ("engines.megatron.engine", "simulate.engines", "runtime.cpu_compat.fake_world"):
         importlib.import_module(f"vqmoe_megatron.{name}")
     with mock.patch.object(simulated_step.subprocess, "run", fork_instead):
         for name, words in json.loads((folder / "commands.json").read_text()).items():
