@@ -132,6 +132,6 @@ def _experts(arm: Any, x: torch.Tensor) -> dict[str, list[int]]:
     layer = arm.module
     found: dict[str, list[int]] = {"continuous": [], "discrete": []}
     for path in layer.paths:
-        experts = path.ask(x).experts.flatten().tolist()
+        experts = path.ask(x, x.flatten(0, 1)).experts.flatten().tolist()
         found["discrete" if path.is_discrete else "continuous"] += experts
     return found

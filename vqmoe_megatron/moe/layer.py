@@ -190,10 +190,10 @@ class VQMoELayer(LayerStep, MoELayer):
         return self._evaluate(hidden_states), None
 
     def _evaluate(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        requests = [path.ask(hidden_states) for path in self.paths]
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
+        requests = [path.ask(hidden_states, x) for path in self.paths]
         results = self.engine.run([request.work for request in requests])
         parts = [request.answer(result) for request, result in zip(requests, results, strict=True)]
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
         weights = self.gate(x)
         output = weighted_sum(parts, weights)
         for request in requests:

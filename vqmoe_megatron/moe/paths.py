@@ -44,8 +44,11 @@ class Path(ABC):
     is_discrete = False  # whether its weight counts in the metric combine_discrete_weight
 
     @abstractmethod
-    def ask(self, hidden_states: torch.Tensor) -> Request:
-        """Hidden states ``[S, B, H]`` -> what the experts are asked for."""
+    def ask(self, hidden_states: torch.Tensor, x: torch.Tensor) -> Request:
+        """Hidden states ``[S, B, H]`` and their view ``[T, H]`` -> what the experts are asked for.
+
+        One view for all paths: its gradients add up in one order.
+        """
 
     def set_layer_number(self, layer_number: int, model_layer_number: int) -> None:
         """Decide this layer's random choices by its 1-based number in the whole model.
@@ -104,9 +107,8 @@ class ContinuousPath(Path):
         self.router = router
         self.select = select
 
-    def ask(self, hidden_states: torch.Tensor) -> Request:
+    def ask(self, hidden_states: torch.Tensor, x: torch.Tensor) -> Request:
         """Communicates as Megatron's router does, for its balance losses."""
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
         probs, selected = self.select(hidden_states)
         rows = x.unsqueeze(1).expand(-1, selected.shape[1], -1)
 
@@ -133,9 +135,8 @@ class DiscretePath(Path):
         self.code_inputs = code_inputs
         self.execution = execution
 
-    def ask(self, hidden_states: torch.Tensor) -> Request:
+    def ask(self, hidden_states: torch.Tensor, x: torch.Tensor) -> Request:
         """Communicates as the execution, and once to initialise the codebook."""
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
         had_codes = not self.assigner.codebook.needs_data_init
         assignment = self.assigner(x)
         if not had_codes:
