@@ -46,7 +46,7 @@ def checkpoint_contents(folder: Path) -> dict[str, Any]:
         for key, stored in reader.read_metadata().state_dict_metadata.items()
     }
     checkpoint.load(state, storage_reader=reader, no_dist=True)
-    common = torch.load(folder / "common.pt", weights_only=False)
+    common = torch.load(folder / "common.pt", weights_only=True)
     return {
         **{f"tensor {key}": readable(value) for key, value in sorted(state.items())},
         **{f"common.pt {key}": readable(value) for key, value in sorted(common.items())},

@@ -39,10 +39,9 @@ NUM_SAMPLED_ELEMENTS = 64  # of each weight, to see that it moved
 MOST_MICROBATCHES = 16_384  # of one step, for where no weight is seen to move
 
 # Every owner that trains, in the order of first forward passes, which is the same on all replicas;
-# and what its weights were before the first microbatch of the step (``_seen_weights``).
-_followed: weakref.WeakKeyDictionary[StepOwner, list[torch.Tensor | int]] = (
-    weakref.WeakKeyDictionary()
-)
+# and versions and elements of its weights before the first microbatch of the step.
+Watched = list[tuple[int, torch.Tensor]]
+_followed: weakref.WeakKeyDictionary[StepOwner, Watched] = weakref.WeakKeyDictionary()
 _latest_config = 0  # id of the configuration whose model was evaluated last
 ADVICE = "call vqmoe_megatron.moe.synchronize_codebooks(model) once per step, before the update"
 
@@ -76,10 +75,10 @@ def follow(owner: StepOwner, config: TransformerConfig) -> None:
         config.finalize_model_grads_func = ForeignSync(config.finalize_model_grads_func)
     is_foreign = isinstance(config.finalize_model_grads_func, ForeignSync)
     is_between_steps = owner.num_recorded_microbatches == 0 and owner.sums is None
-    seen = _seen_weights(owner) if is_foreign else []
     if is_between_steps:
-        _followed[owner] = seen
-    elif not _are_equal(seen, _followed.get(owner, seen)):
+        watched = _watched_weights(owner) if is_foreign else []
+        _followed[owner] = [(p._version, _sample(p)) for p in watched]
+    elif is_foreign and _have_moved(owner, _followed.get(owner, [])):
         raise ValueError(
             f"the weights of VQ layer {owner.layer_number} moved, but no optimizer of torch that "
             "holds them was about to step (within a step, in a closure, is too late), so its "
@@ -95,31 +94,35 @@ def follow(owner: StepOwner, config: TransformerConfig) -> None:
         owner.clear_step()
 
 
-def _seen_weights(owner: StepOwner) -> list[torch.Tensor | int]:
-    """What tells whether parameters that only an optimizer moves have moved.
-
-    Some elements of each, copied, until the end of a step was seen. From then on the versions that
-    torch counts, which cost nothing; not under Megatron's DDP, whose buffers gather weights.
-    """
-    weights = [
+def _watched_weights(owner: StepOwner) -> list[torch.nn.Parameter]:
+    """Parameters that only an optimizer moves; Megatron's DDP hides moves from torch's versions."""
+    return [
         p
         for name, p in owner.named_parameters()
-        if p.requires_grad and not name.endswith("codebook.codes")  # also set from data
-    ]
-    if owner.has_ended_a_step:
-        return [p._version for p in weights if not hasattr(p, "main_grad")]
-    return [
-        p.detach().flatten()[:: max(1, p.numel() // NUM_SAMPLED_ELEMENTS)].clone() for p in weights
+        if p.requires_grad
+        and not name.endswith("codebook.codes")  # also set from data
+        and not (owner.has_ended_a_step and hasattr(p, "main_grad"))
     ]
 
 
-def _are_equal(seen: list[torch.Tensor | int], before: list[torch.Tensor | int]) -> bool:
-    """Whether nothing moved; no rows of one kind are compared with those of another."""
-    if len(seen) != len(before) or not seen or type(seen[0]) is not type(before[0]):
-        return True  # the first step's end was seen in between
-    return all(
-        one == other if isinstance(one, int) else torch.equal(one, other)
-        for one, other in zip(seen, before, strict=True)
+def _sample(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Some elements, copied."""
+    stride = max(1, parameter.numel() // NUM_SAMPLED_ELEMENTS)
+    return parameter.detach().flatten()[::stride].clone()
+
+
+def _have_moved(owner: StepOwner, before: Watched) -> bool:
+    """Whether a weight is another than before the first microbatch of the step.
+
+    Until the end of a step was seen values are compared, at a host synchronisation; from then on
+    only those of weights that torch counts as written.
+    """
+    weights = _watched_weights(owner)
+    if len(weights) != len(before):  # the first step's end was seen in between
+        return False
+    return any(
+        not (owner.has_ended_a_step and p._version == version) and not torch.equal(_sample(p), old)
+        for p, (version, old) in zip(weights, before, strict=True)
     )
 
 
