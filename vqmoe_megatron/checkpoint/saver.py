@@ -55,6 +55,7 @@ from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.rundir.atomic import name_file, replace_file, sync
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE, TRACKER_FILE
 from vqmoe_megatron.rundir.run_directory import RunDirectory
+from vqmoe_megatron.rundir.waiting import tell
 
 POLL_SECONDS = 0.05
 TELL_SECONDS = 60.0
@@ -94,6 +95,7 @@ class CheckpointSaver:
         self.state = state
         self._calls = AsyncCallsQueue()
         self._current: _Save | None = None
+        self._left_alone: set[str] = set()  # old checkpoints with files of the user's, said once
 
     @property
     def is_writing(self) -> bool:
@@ -234,14 +236,21 @@ class CheckpointSaver:
         replace_file(next_tracker, f"{save.iteration}\n")
         replaced = folder.with_name(f"{folder.name}.replaced.incomplete")
         if os.path.lexists(folder):  # of a later attempt that the tracker was set back from
-            os.rename(folder, kept_name(folder) if foreign_files(folder) else replaced)
+            if foreign_files(folder):
+                replaced = kept_name(folder)
+                tell(f"{folder} holds what no save wrote; it is {replaced.name} now")
+            os.rename(folder, replaced)
         os.replace(save.partial, folder)
         name_file(next_tracker, checkpoints / TRACKER_FILE)
-        shutil.rmtree(replaced, ignore_errors=True)
+        if replaced.suffix == ".incomplete":
+            shutil.rmtree(replaced, ignore_errors=True)
         names = [name for name in complete_checkpoints(checkpoints) if name <= folder.name]
         for old in names[: -self.run.config.checkpoint.keep_last]:
             if foreign_files(checkpoints / old):
-                continue  # somebody put files of his own there, or a link in its place
+                if old not in self._left_alone:
+                    tell(f"{checkpoints / old} holds what no save wrote, and is not removed")
+                self._left_alone.add(old)
+                continue
             # Renamed first: a kill in the middle must not leave a half that looks whole. What
             # cannot be removed now (a file still open elsewhere) is tried again by the next save.
             removed = checkpoints / f"{old}.removed.incomplete"
