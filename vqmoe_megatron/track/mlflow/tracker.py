@@ -120,7 +120,7 @@ class MlflowTracker(Tracker):
             parent_run_id,
         )
         self._start_iteration = start_iteration
-        self._report = lambda text: report(f"mlflow: {text}")
+        self._notices = report
         self._tails = [
             MetricsTail(self.run_dir, self._report, name)
             for name in (METRICS_FILE, SYSTEM_METRICS_FILE)
@@ -233,6 +233,7 @@ class MlflowTracker(Tracker):
                 f"not everything reached {self.uri} ({reasons}); metrics.jsonl holds every metric, "
                 f"and `vqmoe mlflow-sync {self.run_dir}` sends what is missing"
             )
+        self._notices = tell_nobody  # a thread that is still trying has nothing to add to that
 
     def _num_unsent_records(self) -> int:
         """Records of the log that were not handed over, counted by a reader of its own."""
@@ -244,6 +245,10 @@ class MlflowTracker(Tracker):
         except OSError as error:
             self._report(f"{tail.path} cannot be read: {error}")
         return num_unsent
+
+    def _report(self, text: str) -> None:
+        """Give a notice, unless :meth:`finish` has had the last word."""
+        self._notices(f"mlflow: {text}")
 
     def _put(self, item: _Item) -> None:
         if self._finishing.is_set():
