@@ -1,6 +1,6 @@
 # Each target does all of its own set-up in .venv, from a fresh clone.
 #
-#   make setup | pretrain | test | test-cluster | lint | help
+#   make setup | pretrain | test | test-full | test-cluster | lint | help
 #   make pretrain ARGS="train.exit_interval=40"    ARGS reaches the command behind the target
 #   make test ARGS="-k layout"
 #
@@ -17,10 +17,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-complete
 TORCH := $(shell sed -n 's/^ *\(torch==.*\)$$/\1/p' setup.cfg)
+WORKERS := -n 2 --dist loadgroup
 TYPED := vqmoe_megatron/registry.py vqmoe_megatron/config vqmoe_megatron/metrics vqmoe_megatron/rundir vqmoe_megatron/plan
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-cluster lint
+.PHONY: help setup pretrain test test-full test-cluster lint
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -42,8 +43,11 @@ pretrain: setup  ## prepare the stdlib corpus (once) and train recipes/quickstar
 	$(BIN)/vqmoe prepare stdlib --out data/stdlib
 	$(BIN)/vqmoe pretrain recipes/quickstart.yaml --nproc 2 $(ARGS)
 
-test: setup  ## run every test; what needs root or Debian packages skips and says so
-	$(BIN)/python -m pytest $(ARGS)
+test: setup  ## run the fast tier of the tests, minutes; docs/testing.md
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
+
+test-full: setup  ## run every test; what needs root or Debian packages skips and says so
+	$(BIN)/python -m pytest --full $(WORKERS) $(ARGS)
 
 test-cluster: setup  ## install Slurm and buildah (Debian, root), test jobs and the image for real
 	slurm/cluster/test.sh $(BIN)/python $(ARGS)

@@ -1,9 +1,4 @@
-"""Shared fixtures, and the rule that a full test run must really have run its distributed leg.
-
-A leg that collects nothing, or skips everything, looks green. So when a session selects all tests,
-at least ``MINIMUM_DISTRIBUTED_TESTS`` tests marked ``distributed`` must have passed, or the session
-fails.
-"""
+"""Shared fixtures: a world of ranks, and two corpora. ``tiers`` decides what a session runs."""
 
 from __future__ import annotations
 
@@ -16,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for helpers such as gloo_ranks
 
-MINIMUM_DISTRIBUTED_TESTS = 300
+pytest_plugins = ["tiers"]
 
 
 @pytest.fixture(scope="session")
@@ -61,55 +56,3 @@ def stdlib_corpus(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("stdlib_corpus") / "corpus"
     prepare_corpus("stdlib", out, [], "byte", None, False, False)
     return out
-
-
-class DistributedLeg:
-    """Counts passed distributed tests and judges the session by them."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self.config = config
-        self.num_passed = 0
-        self.verdict = ""
-
-    def selects_all(self) -> bool:
-        """Whether nothing on the command line narrows the session to some of the tests."""
-        option = self.config.option
-        narrowed = (
-            option.keyword
-            or option.markexpr
-            or option.collectonly
-            or getattr(option, "lf", False)
-            or getattr(option, "deselect", None)
-            or getattr(option, "ignore", None)
-            or getattr(option, "ignore_glob", None)
-        )
-        root = self.config.rootpath
-        everything = {root, *(root / path for path in self.config.getini("testpaths"))}
-        invoked_from = self.config.invocation_params.dir
-        chosen = {(invoked_from / argument).resolve() for argument in self.config.args}
-        return not narrowed and bool(chosen & everything)
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" and report.passed and "distributed" in report.keywords:
-            self.num_passed += 1
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if not self.selects_all() or self.num_passed >= MINIMUM_DISTRIBUTED_TESTS:
-            return
-        self.verdict = (
-            f"only {self.num_passed} tests marked 'distributed' passed in a session that selected "
-            "all "
-            f"tests; at least {MINIMUM_DISTRIBUTED_TESTS} must"
-        )
-        if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if self.verdict:
-            terminalreporter.section("distributed leg")
-            terminalreporter.line(self.verdict)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(DistributedLeg(config), "distributed-leg")

@@ -7,6 +7,7 @@ violation and see it caught.
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -173,6 +174,7 @@ def sources() -> list[str]:
     return sorted(str(file.relative_to(ROOT)) for file in ROOT.rglob("*.py"))
 
 
+@functools.cache
 def parsed(path: str) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"), filename=path)
 
@@ -190,22 +192,22 @@ def test_every_folder_of_python_files_is_a_package() -> None:
     assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
-@pytest.mark.parametrize("path", sources())
-def test_file_keeps_to_its_floor(path: str) -> None:
-    assert import_violations(path, parsed(path)) == []
+def test_files_keep_to_their_floors() -> None:
+    assert [p for path in sources() for p in import_violations(path, parsed(path))] == []
 
 
-@pytest.mark.parametrize("path", [path for path in sources() if not path.startswith(CPU_COMPAT)])
-def test_only_the_cpu_layer_changes_torch_or_megatron(path: str) -> None:
-    assert patch_violations(path, parsed(path)) == []
+def test_only_the_cpu_layer_changes_torch_or_megatron() -> None:
+    others = [path for path in sources() if not path.startswith(CPU_COMPAT)]
+    assert [p for path in others for p in patch_violations(path, parsed(path))] == []
 
 
-@pytest.mark.parametrize("path", sources())
-def test_file_is_short_documented_and_well_named(path: str) -> None:
-    num_lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
-    assert num_lines <= MAX_LINES, f"{path} has {num_lines} lines; one idea per file"
-    assert FOREIGN_NAMES.isdisjoint(part.removesuffix(".py") for part in Path(path).parts)
-    assert ast.get_docstring(parsed(path)) or num_lines == 0, f"{path} does not state its purpose"
+def test_files_are_short_documented_and_well_named() -> None:
+    num_lines = {path: len((ROOT / path).read_text().splitlines()) for path in sources()}
+    assert {path: n for path, n in num_lines.items() if n > MAX_LINES} == {}  # one idea per file
+    names = {path: {part.removesuffix(".py") for part in Path(path).parts} for path in sources()}
+    assert [path for path in sources() if names[path] & FOREIGN_NAMES] == []
+    written = [path for path in sources() if num_lines[path]]
+    assert [path for path in written if not ast.get_docstring(parsed(path))] == []
 
 
 def test_sideways_imports_stay_on_one_floor_without_cycles() -> None:

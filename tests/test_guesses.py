@@ -70,6 +70,7 @@ def test_one_package_brings_a_part_of_every_kind() -> None:
     assert {name.split(".")[0] for name in PARTS} == set(registry.KINDS)
 
 
+@pytest.mark.full
 def test_a_quantizer_a_router_a_schedule_a_task_and_an_engine(train) -> None:  # noqa: ANN001
     """Each by itself changes what it should; all at once train, too."""
     plain = losses(train())
@@ -90,6 +91,7 @@ def test_a_quantizer_a_router_a_schedule_a_task_and_an_engine(train) -> None:  #
     assert len(losses(train(*everything))) == 5
 
 
+@pytest.mark.full
 def test_a_launch_substrate(train, small_corpus, tmp_path) -> None:  # noqa: ANN001
     """Two processes that only ``toyrun`` has told who they are."""
     with socket.socket() as probe:

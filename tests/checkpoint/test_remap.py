@@ -148,7 +148,9 @@ def test_shrinking_and_odd_sizes_start_and_say_what_changes(changed, sentence, s
 @pytest.mark.parametrize(
     ("changed", "layouts"),
     [
-        (["model.num_moe_experts=12", "vq.num_codes=20"], [EP2, TP2, PP2]),  # EP rank 1: 6, 7, 0..
+        pytest.param(  # EP rank 1: 6, 7, 0..
+            ["model.num_moe_experts=12", "vq.num_codes=20"], [EP2, TP2, PP2], marks=pytest.mark.full
+        ),
         (["model.num_moe_experts=4", "vq.num_codes=10"], [EP2]),  # EP rank 1: 2, 3
     ],
     ids=["12-experts", "4-experts"],
@@ -164,6 +166,7 @@ def test_every_layout_starts_as_the_same_model(changed, layouts, source, start):
             assert result["said"] == one["said"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("layout", [TP2, ETP2], ids=["tp2", "etp2"])
 def test_halves_of_gated_layers_load_through_their_factories(layout, source, start):
     gated = [*START, "model.gated_linear_unit=true", "model.activation_func=silu"]
@@ -177,7 +180,7 @@ def test_halves_of_gated_layers_load_through_their_factories(layout, source, sta
 
 @pytest.mark.parametrize(
     "optimizer",
-    [[], ["optimizer.use_distributed_optimizer=true"]],
+    [pytest.param([], marks=pytest.mark.full), ["optimizer.use_distributed_optimizer=true"]],
     ids=["plain", "distributed-optimizer"],
 )
 def test_bf16_steps_go_on_from_the_remapped_weights(optimizer, source, start):

@@ -29,20 +29,17 @@ def curve(results):
 @pytest.mark.parametrize(
     "overrides",
     [
-        [],
-        ["optimizer.use_distributed_optimizer=true"],
-        ["model.bf16=true"],
-        ["vq.codebook_update=gradient", "vq.quantizer=product", "vq.num_code_slices=2"],
-        OVERLAPPED,
-        [*OVERLAPPED, "vq.codebook_update=gradient"],
-    ],
-    ids=[
-        "plain",
-        "distributed-optimizer",
-        "bf16",
-        "gradient-product",
-        "overlapped-bf16",
-        "bf16-gradient",  # fp32 codes beside bf16 parameters
+        pytest.param([], id="plain"),
+        pytest.param(["optimizer.use_distributed_optimizer=true"], id="distributed-optimizer"),
+        pytest.param(["model.bf16=true"], id="bf16", marks=pytest.mark.full),
+        pytest.param(
+            ["vq.codebook_update=gradient", "vq.quantizer=product", "vq.num_code_slices=2"],
+            id="gradient-product",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(OVERLAPPED, id="overlapped-bf16", marks=pytest.mark.full),
+        # fp32 codes beside bf16 parameters
+        pytest.param([*OVERLAPPED, "vq.codebook_update=gradient"], id="bf16-gradient"),
     ],
 )
 def test_resuming_is_bitwise_exact(overrides, ranks, small_corpus, tmp_path):

@@ -76,23 +76,22 @@ def test_a_new_numeric_field_of_any_form_is_seen() -> None:
     }
 
 
-@pytest.mark.parametrize("key", LEGAL_RANGES)
-def test_a_number_out_of_range_is_refused_with_key_value_and_range(key: str) -> None:
-    section_type, name = section_of(key)
-    for value in outside(key):
+def test_a_number_out_of_range_is_refused_with_key_value_and_range() -> None:
+    for key, value in [(name, value) for name in LEGAL_RANGES for value in outside(name)]:
+        section_type, name = section_of(key)
         with pytest.raises(ValueError) as caught:
             section_type(**{name: value})
         assert str(caught.value).startswith(f"{key}={value} must be ")
         assert str(caught.value).endswith(str(LEGAL_RANGES[key]))
 
 
-@pytest.mark.parametrize("key", LEGAL_RANGES)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, "1", [1]])
-def test_what_is_no_finite_number_is_refused(key: str, value: object) -> None:
-    section_type, name = section_of(key)
-    with pytest.raises(ValueError, match=key) as caught:
-        section_type(**{name: value})
-    assert str(LEGAL_RANGES[key]) in str(caught.value)
+def test_what_is_no_finite_number_is_refused(value: object) -> None:
+    for key in LEGAL_RANGES:
+        section_type, name = section_of(key)
+        with pytest.raises(ValueError, match=key) as caught:
+            section_type(**{name: value})
+        assert str(LEGAL_RANGES[key]) in str(caught.value)
 
 
 @pytest.mark.parametrize("key", LEGAL_RANGES)
@@ -109,16 +108,15 @@ def test_a_recipe_is_refused_with_the_origin_of_the_number(key: str, tmp_path) -
         load_recipe(path, [])
 
 
-@pytest.mark.parametrize("key", LEGAL_RANGES)
-def test_borders_belong_to_the_range_unless_said_otherwise(key: str) -> None:
-    legal = LEGAL_RANGES[key]
-    assert (range_problem(key, legal.low) is None) is not legal.without_low
-    assert (range_problem(key, legal.high) is None) is not legal.without_high
+def test_borders_belong_to_the_range_unless_said_otherwise() -> None:
+    for key, legal in LEGAL_RANGES.items():
+        assert (range_problem(key, legal.low) is None) is not legal.without_low, key
+        assert (range_problem(key, legal.high) is None) is not legal.without_high, key
 
 
-@pytest.mark.parametrize("key", LEGAL_RANGES)
-def test_every_number_has_a_lowest_and_a_highest(key: str) -> None:
-    assert -math.inf < LEGAL_RANGES[key].low < LEGAL_RANGES[key].high < math.inf
+def test_every_number_has_a_lowest_and_a_highest() -> None:
+    for key, legal in LEGAL_RANGES.items():
+        assert -math.inf < legal.low < legal.high < math.inf, key
 
 
 @pytest.mark.parametrize(

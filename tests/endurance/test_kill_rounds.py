@@ -18,6 +18,7 @@ EP2 = {"expert_model_parallel_size": 2}
 NUM_ITERS = 44
 
 
+@pytest.mark.full
 def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_left_alone(
     ranks, endurance_corpus, tmp_path
 ):

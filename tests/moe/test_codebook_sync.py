@@ -12,8 +12,11 @@ sees the same tokens, and the first microbatch of the first data-parallel rank i
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
+from fast_tier import spread, tiered
 from tiny_layer import (
     HIDDEN,
     build_layer,
@@ -59,6 +62,10 @@ def own_microbatches(step: torch.Tensor) -> list[torch.Tensor]:
     tensor_size = parallel_state.get_tensor_model_parallel_world_size()
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     return [m.chunk(tensor_size)[tensor_rank].contiguous() for m in own]
+
+
+UPDATES = list(product(("ema", "reanchor", "gradient"), LAYOUTS))
+INITS = list(product(("data", "kmeans"), ("mod", "balanced", "clustered")))
 
 
 def codebook_state(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -107,8 +114,10 @@ def check_layouts(ranks, settings: dict, layout: str) -> list[dict]:  # noqa: AN
     return alone["history"]
 
 
-@pytest.mark.parametrize("update", ["ema", "reanchor", "gradient"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("update", "layout"),
+    tiered(UPDATES, spread([*("ema", "reanchor", "gradient") * 2][: len(LAYOUTS)], LAYOUTS)),
+)
 def test_statistics_and_codebooks_do_not_depend_on_the_layout(
     ranks,
     layout: str,
@@ -123,8 +132,10 @@ def test_statistics_and_codebooks_do_not_depend_on_the_layout(
         assert sum(float(s["scalars"]["revived_codes"]) for s in history) > 0
 
 
-@pytest.mark.parametrize("init", ["data", "kmeans"])
-@pytest.mark.parametrize("code_map", ["mod", "balanced", "clustered"])
+@pytest.mark.parametrize(
+    ("init", "code_map"),
+    tiered(INITS, [("data", "mod"), ("kmeans", "balanced"), ("data", "clustered")]),
+)
 def test_data_init_does_not_depend_on_the_layout(ranks, init: str, code_map: str) -> None:  # noqa: ANN001
     settings = {"init": init, "code_map": code_map}
     check_layouts(ranks, settings, "tp2ep2")

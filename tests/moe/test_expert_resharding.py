@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fast_tier import covering, tiered
 from tiny_layer import (
     ACTIVATIONS,
     NUM_EXPERTS,
@@ -109,18 +110,19 @@ def load_experts(kind: str, gated: bool, source: str) -> list[str]:
     return [n for n, expert, p in named if not torch.equal(p, values[n][expert])]
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize(
-    ("saver", "loader"),
-    [
-        ("grouped ep2", "grouped ep2etp2"),
-        ("grouped etp2", "grouped ep2"),
-        ("grouped tp2etp2", "grouped 1rank"),
-        ("grouped 1rank", "grouped etp4"),
-        ("grouped ep2etp2", "sequential etp2"),
-        ("sequential tp2etp2", "grouped etp4"),
-    ],
+JOURNEYS = (
+    ("grouped ep2", "grouped ep2etp2"),
+    ("grouped etp2", "grouped ep2"),
+    ("grouped tp2etp2", "grouped 1rank"),
+    ("grouped 1rank", "grouped etp4"),
+    ("grouped ep2etp2", "sequential etp2"),
+    ("sequential tp2etp2", "grouped etp4"),
 )
+CASES = [(*journey, gated) for gated in (False, True) for journey in JOURNEYS]
+GATED = [(*journey, number % 2 == 0) for number, journey in enumerate(JOURNEYS)]
+
+
+@pytest.mark.parametrize(("saver", "loader", "gated"), tiered(CASES, GATED))
 def test_experts_arrive_bit_for_bit(ranks, saver: str, loader: str, gated: bool, tmp_path) -> None:  # noqa: ANN001
     to = str(tmp_path / "checkpoint")
     kind, layout = saver.split()
@@ -206,10 +208,16 @@ def train_and_compare(
     return {"norms": found["norms"], "difference": difference_from(whole, found["parameters"])}
 
 
-@pytest.mark.parametrize("distributed", [False, True], ids=["adam", "distributed-optimizer"])
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+STEPS = [
+    (*journey, gated, distributed)
+    for journey in (("1rank", "tp2etp2"), ("etp2", "ep2"), ("ep2etp2", "etp2"))
+    for gated in (False, True)
+    for distributed in (False, True)
+]
+
+
 @pytest.mark.parametrize(
-    ("saver", "loader"), [("1rank", "tp2etp2"), ("etp2", "ep2"), ("ep2etp2", "etp2")]
+    ("saver", "loader", "gated", "distributed"), tiered(STEPS, covering(STEPS))
 )
 def test_a_step_after_resharding_is_that_of_one_rank(
     ranks,  # noqa: ANN001

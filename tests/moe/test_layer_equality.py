@@ -12,10 +12,12 @@ there the shards of one sequence are summed: W / TP = DP times the global mean. 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import product
 
 import pytest
 import torch
+from fast_tier import covering, spread, tiered
 from megatron_experts import stack_gradients, use_megatron_experts
 from tiny_layer import (
     ACTIVATIONS,
@@ -59,16 +61,8 @@ EXPERT_TENSOR_LAYOUTS = {
 BASE = {"codebook_update": "gradient", "init": "uniform", "dead_code_threshold": 0.0}
 NUM_CODES = (NUM_EXPERTS, 4 * NUM_EXPERTS, 2 * NUM_EXPERTS + 2)
 
-MATRIX = [
-    {
-        "vq": {
-            "expert_input": expert_input,
-            "norm": norm,
-            "num_codes": num_codes,
-            "execution": execution,
-        }
-    }
-    for (expert_input, execution), norm, num_codes in product(
+MATRIX = list(
+    product(
         [
             ("code", "tokens"),
             ("code", "code_space"),
@@ -78,8 +72,9 @@ MATRIX = [
         ],
         ("none", "separate", "shared"),
         NUM_CODES,
+        ("1rank", "ep2", "ep4"),
     )
-]
+)
 PRODUCT = {"quantizer": "product", "num_codes": 8}
 TOKEN_VARIANTS = {
     "discrete": {"vq": {"path": "discrete"}},
@@ -353,18 +348,23 @@ def check_equal(case: dict, ranks, layout: str) -> OracleResult:  # noqa: ANN001
     return oracle
 
 
-def matrix_name(case: dict) -> str:
-    return "-".join(str(value) for value in case["vq"].values())
+@pytest.mark.parametrize(
+    ("source", "norm", "num_codes", "layout"),
+    tiered(MATRIX, covering(MATRIX), [f"{'-'.join(c[0])}-{c[1]}-{c[2]}-{c[3]}" for c in MATRIX]),
+)
+def test_matrix(source, norm: str, num_codes: int, layout: str, ranks) -> None:  # noqa: ANN001
+    names = ("expert_input", "execution", "norm", "num_codes")
+    check_equal({"vq": dict(zip(names, (*source, norm, num_codes), strict=True))}, ranks, layout)
 
 
-@pytest.mark.parametrize("case", MATRIX, ids=matrix_name)
-@pytest.mark.parametrize("layout", ["1rank", "ep2", "ep4"])
-def test_matrix(case: dict, layout: str, ranks) -> None:  # noqa: ANN001
-    check_equal(case, ranks, layout)
+def at_layouts(names: Iterable[str], layouts: Iterable[str]) -> list:
+    """Every name at every layout, layout by layout; in the fast tier every name at one."""
+    cases = [(name, layout) for layout in layouts for name in names]
+    ids = [f"{layout}-{name}" for name, layout in cases]
+    return tiered(cases, spread(names, layouts), ids)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("name", "layout"), at_layouts(VARIANTS, LAYOUTS))
 def test_variant(name: str, layout: str, ranks) -> None:  # noqa: ANN001
     oracle = check_equal(VARIANTS[name], ranks, layout)
     if VARIANTS[name].get("routing") is not None:
@@ -372,7 +372,8 @@ def test_variant(name: str, layout: str, ranks) -> None:  # noqa: ANN001
         assert oracle.experts.unique().tolist() == [1]
 
 
-@pytest.mark.parametrize("name", EXPERT_TENSOR_VARIANTS)
-@pytest.mark.parametrize("layout", EXPERT_TENSOR_LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "layout"), at_layouts(EXPERT_TENSOR_VARIANTS, EXPERT_TENSOR_LAYOUTS)
+)
 def test_sharded_experts(name: str, layout: str, ranks) -> None:  # noqa: ANN001
     check_equal(VARIANTS[name], ranks, layout)

@@ -67,6 +67,7 @@ print(changed(before, after))
     assert run(script) == "[]"
 
 
+@pytest.mark.full
 def test_the_snapshot_sees_the_installed_layer() -> None:
     """The test above could not fail if the snapshot were blind."""
     script = """
@@ -81,6 +82,7 @@ print(len(changed(before, snapshot())))
     assert int(run(script)) > 40
 
 
+@pytest.mark.full
 def test_beside_cuda_it_refuses_and_patches_nothing() -> None:
     script = """
 import os
@@ -97,6 +99,7 @@ print(changed(before, snapshot()), os.environ == environment, cpu_compat.is_inst
     assert run(script).splitlines() == ["True", "[] True False"]
 
 
+@pytest.mark.full
 def test_after_megatron_it_is_too_late_and_patches_nothing() -> None:
     script = """
 import os
@@ -185,6 +188,7 @@ print('ok')
     assert run(script) == "ok"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("variable", ["TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS"])
 def test_environment_is_set_by_install_and_not_by_import(variable: str) -> None:
     script = f"""

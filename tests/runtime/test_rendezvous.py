@@ -192,7 +192,9 @@ def world(tmp_path, nursery):
     ranks.codes()
 
 
-@pytest.mark.parametrize("late", [0, 1], ids=["rank-0-late", "rank-1-late"])
+@pytest.mark.parametrize(
+    "late", [0, pytest.param(1, marks=pytest.mark.full)], ids=["rank-0-late", "rank-1-late"]
+)
 def test_a_rank_that_comes_3_s_late_is_waited_for(world, late) -> None:
     world.start(late, 2, late_seconds=3)
     world.start(1 - late, 2)
@@ -284,6 +286,7 @@ def test_a_vanished_rank_0_is_noticed(world) -> None:
     assert "rank 1 lost the store" in world.text(1)
 
 
+@pytest.mark.full
 def test_torchrun_hosts_the_store_and_its_attempts_are_apart(world, tmp_path) -> None:
     script = tmp_path / "restarted.py"
     # Rank 1 fails in the first attempt, after both ranks have met.

@@ -6,6 +6,7 @@ import math
 
 import pytest
 from counted_ranks import SIZES, count_and_plan
+from fast_tier import only
 
 ZERO = ["optimizer.use_distributed_optimizer=true"]
 OVERLAP = [*ZERO, "optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
@@ -71,8 +72,14 @@ CASES = {
 }
 
 
+FAST = (
+    "TP2 x PP2 x EP2, interleaved, all overlapped, recompute of experts",
+    "EP4, discrete only, product codes",
+)
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", only(CASES, *FAST))
 def test_a_step_sends_what_the_formulas_say(ranks, name: str) -> None:  # noqa: ANN001
     num_ranks, sizes, overrides = CASES[name]
     layout = {SIZES[short]: size for short, size in sizes.items()}

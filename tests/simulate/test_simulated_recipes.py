@@ -125,6 +125,7 @@ def simulated(tmp_path_factory) -> Callable[[str], Any]:
     return lambda name: json.loads(files[NUMBERS[name]].read_text())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_simulated_step_sends_what_the_plan_says(name: str, simulated) -> None:  # noqa: ANN001
     code, out, err = simulated(name)

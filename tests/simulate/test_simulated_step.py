@@ -24,6 +24,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.full
 def test_512_ranks_agree_with_the_plan() -> None:
     config = small_recipe(WIDE, OPTIONS)
     simulated = simulate_step(config, 512)

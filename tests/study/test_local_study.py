@@ -104,6 +104,7 @@ def eventful_study(write_study):
     return load_study(path)
 
 
+@pytest.mark.full
 def test_a_study_survives_a_failure_and_a_stop_and_finishes_what_is_asked(eventful_study) -> None:
     study = eventful_study
     metrics = study.runs[1].run_dir / "metrics.jsonl"

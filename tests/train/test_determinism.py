@@ -10,7 +10,9 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize(
-    "num_ranks, layout", [(1, {}), (2, {"tensor_model_parallel_size": 2})], ids=["one", "tp2"]
+    "num_ranks, layout",
+    [(1, {}), pytest.param(2, {"tensor_model_parallel_size": 2}, marks=pytest.mark.full)],
+    ids=["one", "tp2"],
 )
 def test_two_runs_are_equal_and_the_mode_is_really_on(
     num_ranks, layout, ranks, small_corpus, tmp_path

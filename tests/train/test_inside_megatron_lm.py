@@ -7,6 +7,7 @@ begins.
 from __future__ import annotations
 
 import pytest
+from fast_tier import only
 from megatron_lm_loop import bf16_state, train_as_megatron_lm
 from small_run import PARITY, layout_overrides, run_on
 
@@ -91,7 +92,7 @@ def in_megatron_lm(pool, corpus, folder, overrides, layout, save_at=0, is_listed
     )
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", only(LAYOUTS, "ep2"))
 def test_the_curve_is_that_of_our_own_loop(name, ranks, small_corpus, tmp_path):
     """Losses, norms, log and, bitwise, codes at every step; half of the cases go on from a
     checkpoint in the middle."""

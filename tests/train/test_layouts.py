@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from fast_tier import only
 from small_run import TINY, run_on
 
 pytestmark = pytest.mark.distributed
@@ -38,13 +39,22 @@ LAYOUTS = {
     "overlap-ep2": (2, {EP: 2}, OVERLAP),
 }
 
+FAST = (
+    "tp2-ep4",
+    "pp2-vpp2",
+    "dp2-distributed-optimizer",
+    "tp2-ep2-etp2",
+    "token-dispatch-ep2",
+    "table-per-step-pp2-vpp2",
+)
+
 
 @pytest.fixture(scope="module")
 def one_rank(ranks, stdlib_corpus, tmp_path_factory):
     return run_on(ranks(1), stdlib_corpus, tmp_path_factory.mktemp("one"), SIX, {})[0]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", only(LAYOUTS, *FAST))
 def test_the_curve_is_that_of_one_rank(name, ranks, one_rank, stdlib_corpus, tmp_path):
     num_ranks, layout, overrides = LAYOUTS[name]
     results = run_on(ranks(num_ranks), stdlib_corpus, tmp_path, [*SIX, *overrides], layout)
@@ -70,7 +80,13 @@ def test_a_pipeline_stage_without_experts_takes_part(ranks, small_corpus, tmp_pa
             assert ours[metric] == pytest.approx(theirs[metric], rel=1e-5), metric
 
 
-@pytest.mark.parametrize("num_ranks, layout", [(4, {EP: 2}), (2, {TP: 2})], ids=["dp2-ep2", "tp2"])
+@pytest.mark.parametrize(
+    "num_ranks, layout",
+    [
+        pytest.param(4, {EP: 2}, id="dp2-ep2"),
+        pytest.param(2, {TP: 2}, id="tp2", marks=pytest.mark.full),
+    ],
+)
 def test_codebooks_are_bit_equal_on_all_replicas(num_ranks, layout, ranks, small_corpus, tmp_path):
     overrides = [*TINY, "train.train_iters=50", "train.log_interval=50"]
     results = run_on(ranks(num_ranks), small_corpus, tmp_path, overrides, layout)

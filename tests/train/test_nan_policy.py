@@ -56,6 +56,7 @@ def test_stop_ends_the_command_with_code_1_and_a_truthful_status(small_corpus, t
     assert "samples 20..23" in log.read_text()
 
 
+@pytest.mark.full
 def test_skipping_all_the_way_and_a_dead_mlflow_server_do_not_end_training(small_corpus, tmp_path):
     run_dir, log = tmp_path / "run", tmp_path / "log"
     where = [f"data.path={small_corpus}", f"train.output_dir={run_dir}", "train.nan_policy=skip"]
@@ -112,6 +113,7 @@ def test_a_rollback_goes_on_behind_the_bad_batch(ranks, small_corpus, tmp_path):
     assert records[2]["loss"] != plain[2]["loss"]
 
 
+@pytest.mark.full
 def test_a_rollback_that_does_not_help_ends_the_run(ranks, small_corpus, tmp_path):
     every = [*TINY, *EXPLODE, "train.nan_policy=rollback", "checkpoint.save_interval=1"]
     results = run_on(ranks(2), small_corpus, tmp_path, every, EP2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from fast_tier import only
 from small_run import ROOT, train_here
 
 pytestmark = pytest.mark.distributed
@@ -85,7 +86,9 @@ def test_64_experts_train_on_two_ranks(ranks, stdlib_corpus, tmp_path):
         assert losses[-1] < losses[0] - 1.0
 
 
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize(
+    "name", only(CUTS, "quickstart.yaml", "parity.yaml", "scale/small_64.yaml")
+)
 def test_what_a_recipe_switches_on_trains(name, ranks, stdlib_corpus, tmp_path):
     num_ranks, layout, overrides, is_followed = CUTS[name]
     num_steps = 6 if is_followed else 2
@@ -96,6 +99,7 @@ def test_what_a_recipe_switches_on_trains(name, ranks, stdlib_corpus, tmp_path):
         assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.full
 def test_the_baseline_of_a_large_recipe_trains(ranks, stdlib_corpus, tmp_path):
     num_ranks, layout, overrides, _ = CUTS["scale/multi_billion_128.yaml"]
     overrides = [*overrides, *BASELINE]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from fast_tier import only
 from small_run import TINY, run_on
 
 pytestmark = pytest.mark.distributed
@@ -35,7 +36,7 @@ def curve(results):
     return {r["iteration"]: r for r in results[0]["records"] if r["iteration"] > 0}
 
 
-@pytest.mark.parametrize("name", JOURNEYS)
+@pytest.mark.parametrize("name", only(JOURNEYS, "tp2-pp2-tp1"))
 def test_a_run_goes_on_at_other_layouts(name, ranks, stdlib_corpus, tmp_path):
     every = [*SIX, "train.eval_iters=0", *OPTIONS.get(name, [])]
     moved = {}
@@ -53,7 +54,9 @@ def test_a_run_goes_on_at_other_layouts(name, ranks, stdlib_corpus, tmp_path):
             assert moved[iteration][metric] == pytest.approx(theirs[metric], rel=1e-5), metric
 
 
-@pytest.mark.parametrize("first, second", [(DISTRIBUTED, []), ([], DISTRIBUTED)])
+@pytest.mark.parametrize(
+    "first, second", [(DISTRIBUTED, []), pytest.param([], DISTRIBUTED, marks=pytest.mark.full)]
+)
 def test_bf16_keeps_its_main_parameters_when_the_optimizer_changes(
     first, second, ranks, small_corpus, tmp_path
 ):

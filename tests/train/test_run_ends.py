@@ -138,7 +138,7 @@ def test_a_run_without_any_console_completes(small_corpus, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_a_terminal_that_hangs_up_stops_the_run_with_a_checkpoint(
     num_ranks, small_corpus, tmp_path
 ):

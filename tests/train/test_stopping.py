@@ -82,6 +82,7 @@ def assert_saved(run: Run, state: str, reason: str) -> None:
         assert status.iteration == run.iteration()
 
 
+@pytest.mark.full
 def test_every_way_to_stop_saves_and_the_next_start_goes_on(new_run):
     run = new_run(f"train.train_iters={NUM_ITERS}", *layout_overrides(EP2))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
+from fast_tier import covering, tiered
 from small_run import PARITY, TINY, layout_overrides
 from troubled_run import train_with_uneven_masks
 
@@ -35,9 +38,10 @@ def assert_same_curve(results, expected):
                 assert ours[metric] == pytest.approx(theirs[metric], rel=1e-5), metric
 
 
-@pytest.mark.parametrize("update", ["ema", "gradient"])
-@pytest.mark.parametrize("per_token", [True, False])
-@pytest.mark.parametrize("name", LAYOUTS)
+CASES = list(product(LAYOUTS, (True, False), ("ema", "gradient")))
+
+
+@pytest.mark.parametrize(("name", "per_token", "update"), tiered(CASES, covering(CASES)))
 def test_every_layout_agrees_on_uneven_microbatches(
     name, per_token, update, ranks, small_corpus, tmp_path
 ):

@@ -96,6 +96,7 @@ def test_a_study_without_any_result_is_reported_all_the_same(tmp_path):
     assert "No plot loss_experts.png: no finished run has a finite validation loss" in report
 
 
+@pytest.mark.full
 def test_the_parent_run_gets_the_report(tmp_path):
     directory = written_study(tmp_path / "s", sizes=(4,), seeds=(1,), routers=("vq",))
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -163,6 +164,7 @@ def test_wrong_input_is_one_sentence(tmp_path):
         write_report(directory, tmp_path / "file" / "report")
 
 
+@pytest.mark.full
 def test_a_really_trained_run_is_reported_with_its_own_figures(write_study, vqmoe, tmp_path):
     """The formats that training writes are the ones that the report reads."""
     changes = {"more": ["train.eval_iters=1", "tracking.mlflow=false"]}

@@ -79,6 +79,7 @@ def test_a_database_that_is_damaged_or_gone_is_named_with_the_way_on(tmp_path):
         assert "damaged" not in explained(sql_error(text), "http://host:5000")
 
 
+@pytest.mark.full
 def test_a_server_with_passwords_says_what_it_wants(tmp_path, monkeypatch):
     pytest.importorskip("flask_wtf", reason="basic auth needs `pip install mlflow[auth]`")
     server = MlflowServer(tmp_path)

@@ -218,6 +218,7 @@ print("codes", *codes)
 """
 
 
+@pytest.mark.full
 def test_eight_processes_create_one_fresh_database(tmp_path):
     command = [sys.executable, "-c", EIGHT_AT_ONCE, str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240)

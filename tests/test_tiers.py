@@ -1,0 +1,88 @@
+"""What the two tiers leave out and run, and that a session without its axes is no good session."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fast_tier import covering, tiered
+from tiers import AXES
+
+HERE = Path(__file__).resolve().parent
+TWO_TESTS = """
+import pytest
+
+def test_quick(): pass
+
+@pytest.mark.full
+def test_slow(): pass
+"""
+
+
+def session(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    (folder / "setup.cfg").write_text("[tool:pytest]\nmarkers =\n    full: of the full tier\n")
+    (folder / "test_two.py").write_text(TWO_TESTS)
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", "-p", "tiers", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_full_tier_runs_everything(tmp_path):
+    ended = session(tmp_path, "--full", "test_two.py")
+    assert ended.returncode == 0
+    assert "test_quick PASSED" in ended.stdout and "test_slow PASSED" in ended.stdout
+    assert "left to" not in ended.stdout
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "2", "--dist", "loadgroup"]], ids=["one", "two"])
+def test_the_fast_tier_leaves_marked_tests_out_and_says_so(tmp_path, workers):
+    ended = session(tmp_path, "test_two.py", *workers)
+    assert ended.returncode == 0
+    assert "test_quick" in ended.stdout and "test_slow" not in ended.stdout
+    assert "1 tests are left to the full tier" in ended.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["--full"], ["-n", "2"]], ids=["fast", "full", "two"])
+def test_a_whole_session_without_its_axes_fails_by_name(tmp_path, arguments):
+    ended = session(tmp_path, *arguments)
+    assert ended.returncode == pytest.ExitCode.TESTS_FAILED
+    for axis, names in AXES.items():
+        for name in names:
+            assert any(
+                line.startswith(axis) and line.endswith(name) and "NOT PASSED" in line
+                for line in ended.stdout.splitlines()
+            )
+
+
+@pytest.mark.parametrize("arguments", [["-k", "quick"], ["test_two.py"], ["-m", "not full"]])
+def test_a_session_of_some_tests_is_not_judged(tmp_path, arguments):
+    ended = session(tmp_path, *arguments)
+    assert ended.returncode == 0 and "NOT PASSED" not in ended.stdout
+
+
+def test_the_tests_of_the_axes_are_in_the_fast_tier():
+    files = sorted({name.split("::")[0] for names in AXES.values() for name in names})
+    listed = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", *files],
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    assert {name for names in AXES.values() for name in names} <= set(listed)
+
+
+def test_every_two_values_meet_in_a_covering_set():
+    cases = [(a, b, c) for a in "xyz" for b in (1, 2, 3) for c in (True, False)]
+    chosen = covering(cases)
+    assert len(chosen) < len(cases) and chosen == [case for case in cases if case in chosen]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert {(case[i], case[j]) for case in chosen} == {(case[i], case[j]) for case in cases}
+    marks = [len(parameters.marks) for parameters in tiered(cases, chosen)]
+    assert marks == [case not in chosen for case in cases]

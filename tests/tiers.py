@@ -1,0 +1,127 @@
+"""Two tiers of tests, and the axes that a whole session must have proved.
+
+``pytest`` runs the fast tier, ``pytest --full`` every test. A test marked ``full`` is left to the
+second: more cases of what a fast one proves with fewer, or the same at the size of a real run.
+
+A leg that collects nothing, or skips everything, looks green. So when nothing narrows a session,
+the tests of ``AXES``, one or more for each axis of parallelism and each way to lose a run, must
+have passed, by name, or the session fails. Its last lines show them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+LAYOUTS = "tests/train/test_layouts.py::test_the_curve_is_that_of_one_rank"
+EQUALITY = "tests/moe/test_layer_equality.py::test_sharded_experts"
+AXES = {
+    "TP": [f"{LAYOUTS}[tp2-ep4]", f"{EQUALITY}[tp2-gated-silu-code-space]"],
+    "PP, VPP": [f"{LAYOUTS}[pp2-vpp2]"],
+    "EP": [f"{LAYOUTS}[token-dispatch-ep2]"],
+    "ETP": [f"{LAYOUTS}[tp2-ep2-etp2]"],
+    "DP": ["tests/train/test_layouts.py::test_codebooks_are_bit_equal_on_all_replicas[dp2-ep2]"],
+    "distributed optimizer": [f"{LAYOUTS}[dp2-distributed-optimizer]"],
+    "stop and resume": [
+        "tests/train/test_stopping.py::test_limits_and_the_stop_file[overrides1-requeue-STOP]",
+        "tests/checkpoint/test_state.py::test_resuming_is_bitwise_exact[plain]",
+    ],
+    "reshard": ["tests/train/test_resharding.py::test_a_run_goes_on_at_other_layouts[tp2-pp2-tp1]"],
+    "kill -9": [
+        "tests/train/test_stopping.py::test_a_kill_at_any_moment_of_a_save_leaves_no_half_checkpoint"
+    ],
+    "MLflow outage": [
+        "tests/track/test_mlflow_outage.py::"
+        "test_one_run_without_hole_or_duplicate_through_refusal_outage_and_kill"
+    ],
+}
+
+
+class Tiers:
+    """Leaves the full tier out unless it is asked for, and judges the session by its axes."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.num_left_out = 0
+        self.seconds: dict[str, float] = {}  # by the name of each test that passed
+
+    def is_whole(self) -> bool:
+        """Whether nothing on the command line narrows the session to some of the tests."""
+        option = self.config.option
+        narrowed = (
+            option.keyword
+            or option.markexpr
+            or option.collectonly
+            or getattr(option, "lf", False)
+            or getattr(option, "deselect", None)
+            or getattr(option, "ignore", None)
+            or getattr(option, "ignore_glob", None)
+        )
+        root = self.config.rootpath
+        everything = {root, *(root / path for path in self.config.getini("testpaths"))}
+        invoked_from = self.config.invocation_params.dir
+        chosen = {(invoked_from / argument).resolve() for argument in self.config.args}
+        return not narrowed and bool(chosen & everything)
+
+    def unproved(self) -> dict[str, list[str]]:
+        """The tests that did not pass, by axis."""
+        missing = {
+            axis: [name for name in names if name not in self.seconds]
+            for axis, names in AXES.items()
+        }
+        return {axis: names for axis, names in missing.items() if names}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if self.config.pluginmanager.hasplugin("xdist"):
+            for item in items:
+                group = "ranks" if "ranks" in item.fixturenames else item.nodeid.split("::")[0]
+                item.add_marker(pytest.mark.xdist_group(group))
+        if self.config.getoption("full"):
+            return
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        self.num_left_out = len(left_out)
+        self.config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self.seconds[report.nodeid.split("@")[0]] = report.duration  # @: xdist's group
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.num_left_out = getattr(node, "workeroutput", {}).get("num_left_out", 0)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(self.config, "workeroutput"):  # one of several processes judges nothing
+            self.config.workeroutput["num_left_out"] = self.num_left_out
+            return
+        ends_well = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+        if self.is_whole() and ends_well and self.unproved():
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.num_left_out:
+            terminalreporter.line(
+                f"{self.num_left_out} tests are left to the full tier: make test-full, or --full"
+            )
+        if not self.is_whole():
+            return
+        terminalreporter.section("axes that real ranks proved")
+        for axis, names in AXES.items():
+            for name in names:
+                seconds = self.seconds.get(name)
+                word = "NOT PASSED" if seconds is None else f"{seconds:.1f} s"
+                terminalreporter.line(f"{axis:<22}{word:>11}  {name}")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="also the tests marked full: all that there are"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Tiers(config), "test-tiers")
