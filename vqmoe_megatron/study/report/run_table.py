@@ -16,6 +16,7 @@ import io
 import json
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -228,58 +229,38 @@ def _values(records: Records, name: str) -> list[float]:
     return [record[name] for record in records if name in record]
 
 
-def table(study: ReportedStudy) -> tuple[list[str], list[list[Any]]]:
-    """Return headings and one line per run; None where something is not known."""
-    axes = list(dict.fromkeys(axis for row in study.rows for axis in row.point))
-    headings = [
-        "name",
-        "state",
-        *axes,
-        "num_ranks",
-        "iteration",
-        "num_parameters_total",
-        "num_parameters_active",
-        "num_tokens",
-        "num_flops",
-        "final_val_loss",
-        "best_val_loss",
-        "final_bits_per_byte",
-        "tokens_per_second",
-        "wire_bytes_per_rank_and_step",
-        "expert_load_imbalance",
-        "code_perplexity",
-        "dead_codes",
-        "reason",
-    ]
-    lines = [
-        [
-            row.name,
-            row.state,
-            *(row.point.get(axis) for axis in axes),
-            row.num_ranks,
-            row.iteration,
-            row.planned.num_parameters_total,
-            row.planned.num_parameters_active,
-            row.num_tokens,
-            row.num_flops,
-            row.final_val_loss,
-            row.best_val_loss,
-            row.final_bits_per_byte,
-            row.tokens_per_second,
-            row.planned.wire_bytes_per_step,
-            *(row.late.get(metric) for metric in LATE_METRICS),
-            row.reason or row.planned.reason,
-        ]
-        for row in study.rows
-    ]
-    return headings, lines
+# What runs.csv says of a run, behind the first two the grid's axes; None: not known.
+COLUMNS: dict[str, Callable[[RunRow], Any]] = {
+    "name": lambda row: row.name,
+    "state": lambda row: row.state,
+    "num_ranks": lambda row: row.num_ranks,
+    "iteration": lambda row: row.iteration,
+    "num_parameters_total": lambda row: row.planned.num_parameters_total,
+    "num_parameters_active": lambda row: row.planned.num_parameters_active,
+    "num_tokens": lambda row: row.num_tokens,
+    "num_flops": lambda row: row.num_flops,
+    "final_val_loss": lambda row: row.final_val_loss,
+    "best_val_loss": lambda row: row.best_val_loss,
+    "final_bits_per_byte": lambda row: row.final_bits_per_byte,
+    "tokens_per_second": lambda row: row.tokens_per_second,
+    "wire_bytes_per_rank_and_step": lambda row: row.planned.wire_bytes_per_step,
+    **{
+        metric.partition("/")[2]: lambda row, metric=metric: row.late.get(metric)
+        for metric in LATE_METRICS
+    },
+    "reason": lambda row: row.reason or row.planned.reason,
+}
 
 
 def csv_text(study: ReportedStudy) -> str:
     """Return the table as CSV: numbers at full precision, an empty field for what is not known."""
-    headings, lines = table(study)
+    axes = list(dict.fromkeys(axis for row in study.rows for axis in row.point))
+    names = list(COLUMNS)
+    lines = [[*names[:2], *axes, *names[2:]]]
+    for row in study.rows:
+        cells = [column(row) for column in COLUMNS.values()]
+        lines.append([*cells[:2], *(row.point.get(axis) for axis in axes), *cells[2:]])
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(headings)
     writer.writerows(["" if cell is None else cell for cell in line] for line in lines)
     return stream.getvalue()
