@@ -21,17 +21,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.recipe import load_recipe, load_saved_recipe
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE, METRICS_FILE
 from vqmoe_megatron.study.planned_run import PlannedRun
 from vqmoe_megatron.study.report.planned import Planned, planned_quantities
 from vqmoe_megatron.study.run_state import run_state
+from vqmoe_megatron.study.study_file import study_section
+from vqmoe_megatron.study.study_folder import StudyFolder
 from vqmoe_megatron.track.metrics_log import read_metrics
 
-STUDY_FILE, RUNS_FILE, RECIPE_FILE = "study.yaml", "runs.json", "recipe.yaml"
 WARM_UP_SHARE = 0.1  # of the logged windows, at least one, left out of the median throughput
 LATE_SHARE = 0.25  # of the logged windows, at least one, over which routing is averaged
 LATE_METRICS = ("moe/expert_load_imbalance", "vq/code_perplexity", "vq/dead_codes")
@@ -101,14 +100,15 @@ def read_study(path: Path, hardware: str) -> ReportedStudy:
         ValueError: when there is no such study, or it has no runs yet.
     """
     directory = _study_directory(Path(path))
-    listing = directory / RUNS_FILE
-    if not listing.is_file():
+    folder = StudyFolder(directory)
+    if not folder.runs_file.is_file():
         raise ValueError(
-            f"{directory} holds no {RUNS_FILE}: the study has no runs yet; start it with "
-            "`vqmoe study run` or `vqmoe study submit`"
+            f"{directory} holds no {folder.runs_file.name}: the study has no runs yet; start it "
+            "with `vqmoe study run` or `vqmoe study submit`"
         )
-    settings = _settings(directory / STUDY_FILE) if (directory / STUDY_FILE).is_file() else {}
-    rows = [_read_run(directory, settings, entry, hardware) for entry in _entries(listing)]
+    settings = study_section(folder.study_copy) if folder.study_copy.is_file() else {}
+    entries = _entries(folder.runs_file)
+    rows = [_read_run(folder, settings, entry, hardware) for entry in entries]
     name = str(settings.get("name") or directory.name)
     return ReportedStudy(directory, name, str(settings.get("rule") or "not stated"), hardware, rows)
 
@@ -118,7 +118,7 @@ def _study_directory(path: Path) -> Path:
         return path
     if not path.exists():
         raise ValueError(f"{path} is neither a study's YAML file nor its directory: no such path")
-    output_dir = _settings(path).get("output_dir")
+    output_dir = study_section(path).get("output_dir")
     if not isinstance(output_dir, str) or not output_dir.strip():
         found = "is missing" if output_dir is None else f"must be a path, not {output_dir!r}"
         raise ValueError(f"{path} does not say where its runs are: study.output_dir {found}")
@@ -128,16 +128,6 @@ def _study_directory(path: Path) -> Path:
             "start it with `vqmoe study run` or `vqmoe study submit`"
         )
     return Path(output_dir)
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read as a study: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("study"), dict):
-        raise ValueError(f"{path} is not a study: it has no section `study:`")
-    return content["study"]
 
 
 def _entries(listing: Path) -> list[dict[str, Any]]:
@@ -164,14 +154,14 @@ def _entries(listing: Path) -> list[dict[str, Any]]:
 
 
 def _read_run(
-    directory: Path, settings: dict[str, Any], entry: dict[str, Any], hardware: str
+    folder: StudyFolder, settings: dict[str, Any], entry: dict[str, Any], hardware: str
 ) -> RunRow:
     """Read one run; the directory beside runs.json goes first, so that a moved study is whole."""
     row = RunRow(entry["name"], entry["point"], entry["num_ranks"])
-    run_dir = directory / "runs" / row.name
+    run_dir = folder.path / "runs" / row.name
     run_dir = run_dir if run_dir.is_dir() else Path(entry["run_dir"])
     try:
-        row.config = _config(directory, run_dir, settings, entry["overrides"])
+        row.config = _config(folder, run_dir, settings, entry["overrides"])
         if row.config is None:
             row.reason = "it has not started, and its recipe is not there to plan it"
         else:
@@ -186,13 +176,13 @@ def _read_run(
 
 
 def _config(
-    directory: Path, run_dir: Path, settings: dict[str, Any], overrides: list[str]
+    folder: StudyFolder, run_dir: Path, settings: dict[str, Any], overrides: list[str]
 ) -> RunConfig | None:
     """Return the run's own configuration, or the one it will have; None where the recipe is gone
     and the run has not started. The copy beside runs.json goes first: the study may have moved."""
     if (run_dir / CONFIG_FILE).is_file():
         return load_saved_recipe(run_dir / CONFIG_FILE)
-    for recipe in (directory / RECIPE_FILE, Path(str(settings.get("recipe", "")))):
+    for recipe in (folder.recipe_copy, Path(str(settings.get("recipe", "")))):
         if recipe.is_file():
             return load_recipe(recipe, overrides)
     return None
