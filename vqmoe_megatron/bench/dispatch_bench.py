@@ -73,35 +73,32 @@ def _actions(
     megatron: MoELayer, ours: VQMoELayer, x: torch.Tensor
 ) -> dict[str, Callable[[], Sorted]]:
     flat = x.flatten(0, 1)
-    with torch.no_grad():
-        probs, routing_map = megatron.route(x)
-        experts = ours.assigner(flat).experts.flatten()
 
-    @torch.no_grad()
-    def megatron_plan() -> Sorted:
+    def route() -> tuple[torch.Tensor, torch.Tensor]:
+        probs, routing_map = megatron.route(x)
+        return routing_map, probs
+
+    def plan_route(routing_map: torch.Tensor, probs: torch.Tensor) -> Sorted:
         rows, _ = megatron.token_dispatcher.dispatch_preprocess(x, routing_map, probs)
         return rows, megatron.token_dispatcher.tokens_per_expert
 
-    @torch.no_grad()
-    def megatron_all() -> Sorted:
-        found_probs, found_map = megatron.route(x)
-        rows, _ = megatron.token_dispatcher.dispatch_preprocess(x, found_map, found_probs)
-        return rows, megatron.token_dispatcher.tokens_per_expert
+    def search() -> torch.Tensor:
+        return ours.assigner(flat).experts.flatten()
 
-    @torch.no_grad()
-    def our_plan() -> Sorted:
+    def plan_experts(experts: torch.Tensor) -> Sorted:
         plan = plan_permutation(experts, ours.config.num_moe_experts)
         rows, receipt = dispatch(flat, plan, ours.ep_group, ours.expt_tp_group)
         return rows, receipt.tokens_per_local_expert
 
-    @torch.no_grad()
-    def our_all() -> Sorted:
-        found = ours.assigner(flat).experts.flatten()
-        plan = plan_permutation(found, ours.config.num_moe_experts)
-        rows, receipt = dispatch(flat, plan, ours.ep_group, ours.expt_tp_group)
-        return rows, receipt.tokens_per_local_expert
-
-    return {"A": megatron_all, "A-plan": megatron_plan, "C": our_all, "C-plan": our_plan}
+    with torch.no_grad():
+        routed, found = route(), search()
+    actions = {
+        "A": lambda: plan_route(*route()),
+        "A-plan": lambda: plan_route(*routed),
+        "C": lambda: plan_experts(search()),
+        "C-plan": lambda: plan_experts(found),
+    }
+    return {name: torch.no_grad()(action) for name, action in actions.items()}
 
 
 def _check(actions: dict[str, Callable[[], Sorted]]) -> None:

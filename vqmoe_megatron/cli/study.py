@@ -269,7 +269,7 @@ def _table(console: Console, study: Study, states: dict[int, RunState]) -> Table
 def _states(study: Study, must_know_queue: bool = False) -> tuple[dict[int, RunState], str]:
     """The state of every run; without a queue to ask, by directories alone, and a notice of it."""
     from vqmoe_megatron.study.run_state import run_state
-    from vqmoe_megatron.study.slurm_queue import QueueUnknown, queued_tasks, submitted_jobs
+    from vqmoe_megatron.study.slurm_array import QueueUnknown, queued_tasks, submitted_jobs
 
     tasks: dict[int, str] = {}
     notice = ""
