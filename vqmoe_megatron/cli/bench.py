@@ -32,6 +32,7 @@ from vqmoe_megatron.runtime.table_console import table_console
 
 FAILED = 1
 Measure = Callable[[Progress], list[Row]]
+Benchmark = Callable[[SimpleNamespace], Measure]
 
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmark the layer and its parts.")
 
@@ -73,14 +74,16 @@ def _bench() -> None:
 
 def _command(
     layout: Layout, options: dict[str, Any] = OPTIONS, **defaults: object
-) -> Callable[[Callable[[SimpleNamespace], Measure]], None]:
+) -> Callable[[Benchmark], Benchmark]:
     """Register a benchmark as a command: its options in the order of ``defaults``, then the files.
 
     What is registered checks its options and returns what measures; nothing is measured before the
     files were checked too.
     """
 
-    def register(benchmark: Callable[[SimpleNamespace], Measure]) -> None:
+    kinds, defaults = options | FILES, defaults | dict.fromkeys(FILES)
+
+    def register(benchmark: Benchmark) -> Benchmark:
         def command(**values: Any) -> None:
             files = {name: values.pop(name) for name in FILES}
             measure = benchmark(SimpleNamespace(**values))
@@ -88,12 +91,13 @@ def _command(
 
         command.__name__, command.__doc__ = benchmark.__name__, benchmark.__doc__
         command.__signature__ = inspect.Signature(  # of which typer makes the command line
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=kind)
-            for kinds, values in ((options, defaults), (FILES, dict.fromkeys(FILES)))
-            for name, value in values.items()
-            for kind in (kinds[name],)
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=kinds[name]
+            )
+            for name, value in defaults.items()
         )
         bench_app.command()(command)
+        return benchmark
 
     return register
 

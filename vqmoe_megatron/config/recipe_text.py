@@ -96,8 +96,8 @@ def parse_yaml_text(
                 f"{kind.beginning}"
             )
         if not isinstance(root, yaml.MappingNode):
-            kind = "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
-            raise ValueError(f"{path} must hold sections ({sections}), not {kind}")
+            found = "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
+            raise ValueError(f"{path} must hold sections ({sections}), not {found}")
         loaded = OmegaConf.load(io.StringIO(text))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {where_and_why(error)}") from error

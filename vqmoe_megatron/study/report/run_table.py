@@ -17,16 +17,15 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.recipe import load_recipe, load_saved_recipe
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE, METRICS_FILE
-from vqmoe_megatron.study.planned_run import PlannedRun
 from vqmoe_megatron.study.report.planned import Planned, planned_quantities
-from vqmoe_megatron.study.run_state import run_state
+from vqmoe_megatron.study.run_state import directory_state
 from vqmoe_megatron.study.study_file import study_section
 from vqmoe_megatron.study.study_folder import StudyFolder
 from vqmoe_megatron.track.metrics_log import read_metrics
@@ -166,7 +165,8 @@ def _read_run(
             row.reason = "it has not started, and its recipe is not there to plan it"
         else:
             row.planned = planned_quantities(row.config, row.num_ranks, hardware)
-            _read_state(row, run_dir, row.config)
+            state = directory_state(run_dir, row.config.train.train_iters)
+            row.state, row.reason, row.iteration = state.state, state.reason, state.iteration
         if (run_dir / METRICS_FILE).is_file():
             row.records = read_metrics(run_dir)
             _measure(row)
@@ -186,12 +186,6 @@ def _config(
         if recipe.is_file():
             return load_recipe(recipe, overrides)
     return None
-
-
-def _read_state(row: RunRow, run_dir: Path, config: RunConfig) -> None:
-    here = replace(config, train=replace(config.train, output_dir=str(run_dir)))
-    state = run_state(PlannedRun(row.name, row.point, (), row.num_ranks, here))
-    row.state, row.reason, row.iteration = state.state, state.reason, state.iteration
 
 
 def _measure(row: RunRow) -> None:
