@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from vqmoe_megatron.bench.arm_table import ARMS, choose_arms
+from vqmoe_megatron.bench.arm_table import ARMS, choose_arms, layer_shape
+from vqmoe_megatron.bench.cases import LayerCase
 from vqmoe_megatron.config.vq import VQConfig
+
+CASE = LayerCase(8, 32, 100, 64, 96, dtype="bfloat16", norm="separate")
 
 
 def test_the_contract_s_letters_are_there() -> None:
@@ -55,3 +58,17 @@ def test_an_unknown_letter_and_an_indivisible_width_are_refused() -> None:
 def test_a_title_tells_the_microbatches() -> None:
     assert ARMS["G1"].title == "table per step"
     assert ARMS["G8"].title == "table per step, 8 microbatches"
+
+
+@pytest.mark.parametrize("letter", [a for a, spec in ARMS.items() if spec.kind == "vqmoe"])
+def test_the_cost_model_is_told_the_arm_s_settings(letter: str) -> None:
+    spec = ARMS[letter]
+    shape = layer_shape(CASE, spec, {"expert_model_parallel_size": 4})
+    for name, value in spec.vq.items():
+        if name not in ("quantizer",):
+            assert getattr(shape, name) == value, name
+    assert shape.bytes_per_element == 2
+    assert shape.num_local_tokens == 100
+    assert shape.expert_model_parallel_size == 4
+    assert shape.norm == "separate"
+    assert shape.num_microbatches == spec.num_microbatches

@@ -9,6 +9,7 @@ import torch
 
 from vqmoe_megatron.bench.arm_table import ARMS
 from vqmoe_megatron.bench.cases import LayerCase
+from vqmoe_megatron.bench.progress import Progress
 
 pytestmark = pytest.mark.distributed
 
@@ -20,20 +21,16 @@ SIZES = {"num_experts": 4, "num_codes": 10, "num_tokens": 24, "hidden_size": 32,
 def build(letters: list[str], fields: dict):  # noqa: ANN201
     """In a rank: the arms, and what they were built from."""
     from vqmoe_megatron.bench.arms import build_arms
-    from vqmoe_megatron.bench.routing import routed_tokens
-    from vqmoe_megatron.bench.weights import draw_weights
+    from vqmoe_megatron.bench.shared_inputs import case_inputs
 
-    case = LayerCase(**{**SIZES, **fields})
-    tokens = routed_tokens(case)
-    weights = draw_weights(case, tokens.router_weight)
-    specs = {letter: ARMS[letter] for letter in letters}
-    return case, tokens, weights, build_arms(specs, case, tokens, weights)
+    inputs = case_inputs(LayerCase(**{**SIZES, **fields}))
+    return inputs, build_arms({letter: ARMS[letter] for letter in letters}, inputs)
 
 
 def measure(fields: dict) -> list[dict]:
     from vqmoe_megatron.bench.layer_bench import measure_layers
 
-    return measure_layers(LayerCase(**{**SIZES, **fields}), PASSES, [], 3, 0)
+    return measure_layers(LayerCase(**{**SIZES, **fields}), PASSES, [], 3, 0, Progress())
 
 
 @pytest.mark.parametrize(
@@ -63,11 +60,11 @@ def test_all_arms_pass_the_gate_and_have_their_rows(ranks, fields: dict) -> None
 
 def sabotage(letter: str, what: str, pass_name: str) -> str:
     """In a rank: damage one arm; return what the gate says."""
-    from vqmoe_megatron.bench.failures import GateFailed
+    from vqmoe_megatron.bench.cases import GateFailed
     from vqmoe_megatron.bench.gate import check_arms
 
     letters = {"top1": ["A", "D0"], "dual": ["D", "F3"], "discrete": ["C", "B", "F"]}
-    case, tokens, weights, arms = build(letters[ARMS[letter].function], {})
+    inputs, arms = build(letters[ARMS[letter].function], {})
     layer = arms[letter].module
     for arm in arms.values():
         arm.enter(pass_name)
@@ -81,9 +78,8 @@ def sabotage(letter: str, what: str, pass_name: str) -> str:
         layer.gate.linear.bias = torch.nn.Parameter(layer.gate.linear.bias.detach() * 2.0)
     elif what == "nan":
         layer.gate.linear.bias = torch.nn.Parameter(layer.gate.linear.bias.detach() * torch.nan)
-    x = tokens.x.unsqueeze(1)
     try:
-        check_arms(arms, case, weights, x, torch.ones_like(x), pass_name)
+        check_arms(arms, inputs, torch.ones_like(inputs.x), pass_name, Progress())
     except GateFailed as failure:
         return str(failure)
     return ""
@@ -112,8 +108,8 @@ def test_the_gate_sees_a_damaged_arm(
 
 def share() -> dict:
     """In a rank: whether the arms' experts lie in the same memory, and stay there."""
-    case, tokens, weights, arms = build(["A", "A1", "D0", "B", "C"], {"norm": "separate"})
-    place = weights["experts.weight1"].untyped_storage().data_ptr()
+    inputs, arms = build(["A", "A1", "D0", "B", "C"], {"norm": "separate"})
+    place = inputs.weights["experts.weight1"].untyped_storage().data_ptr()
     same = {
         letter: {p.untyped_storage().data_ptr() for p in arm.parameters["experts.weight1"]}
         == {place}
@@ -138,8 +134,8 @@ def test_arms_share_their_weights(ranks) -> None:  # noqa: ANN001
 
 def steps() -> dict:
     """In a rank: whether a step leaves nothing behind, and how often the table is built."""
-    case, tokens, weights, arms = build(["C", "G8"], {})
-    x = tokens.x.unsqueeze(1)
+    inputs, arms = build(["C", "G8"], {})
+    x = inputs.x
     found = {}
     for letter, arm in arms.items():
         arm.enter("forward_backward")
@@ -168,7 +164,7 @@ def test_a_step_is_recorded_and_forgotten(ranks) -> None:  # noqa: ANN001
 def memory(fields: dict) -> list[dict]:
     from vqmoe_megatron.bench.memory_bench import measure_memory
 
-    return measure_memory(LayerCase(**{**SIZES, **fields}), [])
+    return measure_memory(LayerCase(**{**SIZES, **fields}), [], Progress())
 
 
 def test_saved_bytes_hold_what_is_predicted_and_not_much_more(ranks) -> None:  # noqa: ANN001

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vqmoe_megatron.bench.cases import LayerCase
+from vqmoe_megatron.bench.progress import Progress
 
 pytestmark = pytest.mark.distributed
 
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.distributed
 def measure(routing: str) -> list[dict]:
     from vqmoe_megatron.bench.dispatch_bench import measure_dispatch
 
-    return measure_dispatch(LayerCase(8, 8, 60, 32, 32, routing), 3, 0)
+    return measure_dispatch(LayerCase(8, 8, 60, 32, 32, routing), 3, 0, Progress())
 
 
 @pytest.mark.parametrize("routing", ["balanced", "one-hot"])
@@ -26,8 +27,8 @@ def test_rows(ranks, routing: str) -> None:  # noqa: ANN001
 
 def disagree(what: str) -> str:
     """In a rank: show the check two ways that differ."""
+    from vqmoe_megatron.bench.cases import GateFailed
     from vqmoe_megatron.bench.dispatch_bench import _check
-    from vqmoe_megatron.bench.failures import GateFailed
 
     rows, counts = torch.arange(6.0).view(3, 2), torch.tensor([2, 1])
     other = (rows.flip(0), counts) if what == "order" else (rows, counts.flip(0))

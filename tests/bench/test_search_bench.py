@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from vqmoe_megatron.bench import search_bench
-from vqmoe_megatron.bench.failures import GateFailed
+from vqmoe_megatron.bench.cases import GateFailed
+from vqmoe_megatron.bench.progress import Progress
 from vqmoe_megatron.bench.search_bench import check_ids, measure_search
 
 
 @pytest.mark.parametrize("num_codes", [1, 9])
 def test_rows(num_codes: int) -> None:
-    rows = measure_search(40, 8, num_codes, 3, 0, say=lambda text: None)
+    rows = measure_search(40, 8, num_codes, 3, 0, Progress())
     assert [row["arm"] for row in rows] == ["search", "cdist", "gemm"]
     for row in rows:
         assert (row["num_tokens"], row["width"], row["num_codes"]) == (40, 8, num_codes)
@@ -23,7 +24,7 @@ def test_rows(num_codes: int) -> None:
 
 def test_sizes_are_checked() -> None:
     with pytest.raises(ValueError, match="width=0"):
-        measure_search(40, 0, 9, 3, 0)
+        measure_search(40, 0, 9, 3, 0, Progress())
 
 
 def test_a_wrong_search_is_refused(monkeypatch) -> None:  # noqa: ANN001

@@ -39,3 +39,9 @@ def test_the_collector_rests_only_while_an_action_runs() -> None:
         time_in_turns({"a": Action(fail)}, num_repeats=3, num_warmup=0)
     assert states == [False]
     assert gc.isenabled()
+
+
+def test_every_round_is_told_before_it_begins() -> None:
+    told: list[str] = []
+    time_in_turns({"a": Action(lambda: told.append("a"))}, 3, 1, told.append)
+    assert told == [word for turn in range(4) for word in (f"round {turn + 1} of 4", "a")]

@@ -9,6 +9,7 @@ import pytest
 from fast_tier import only
 
 from vqmoe_megatron.bench.cases import LayerCase
+from vqmoe_megatron.bench.progress import Progress
 from vqmoe_megatron.bench.wire_bench import (
     LAYOUTS,
     WIRE_ARMS,
@@ -75,7 +76,7 @@ def test_one_byte_or_one_collective_more_is_a_mismatch(findings) -> None:  # noq
 
 @pytest.mark.distributed
 def test_local_ranks_are_started(capfd) -> None:  # noqa: ANN001
-    rows = measure_wire(CASE, ["ep2"], ["C", "E"])
+    rows = measure_wire(CASE, ["ep2"], ["C", "E"], Progress())
     assert [(row["arm"], row["pass"], row["matches"]) for row in rows] == [
         ("C", "forward", True),
         ("C", "forward_backward", True),
@@ -87,9 +88,9 @@ def test_local_ranks_are_started(capfd) -> None:  # noqa: ANN001
 
 def test_what_does_not_fit_is_refused_before_ranks_start() -> None:
     with pytest.raises(ValueError, match="--layouts 'ep3': choose from ep1"):
-        measure_wire(CASE, ["ep3"], [])
+        measure_wire(CASE, ["ep3"], [], Progress())
     with pytest.raises(ValueError, match="--arms 'B'"):
-        measure_wire(CASE, ["ep2"], ["B"])
+        measure_wire(CASE, ["ep2"], ["B"], Progress())
     with pytest.raises(ValueError, match=r"ep4: num_experts % .* != 0: 6 % 4 = 2"):
         check_layout_fits(LayerCase(6, 12, 8, 16, 32), "ep4")
     with pytest.raises(ValueError, match=r"etp2: moe_ffn_hidden_size % .* 36 % 8 = 4"):

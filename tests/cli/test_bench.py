@@ -12,7 +12,7 @@ import pytest
 
 from vqmoe_megatron import cli
 from vqmoe_megatron.bench import search_bench, wire_bench
-from vqmoe_megatron.bench.failures import GateFailed, RanksFailed
+from vqmoe_megatron.bench.cases import GateFailed, RanksFailed
 
 COMMANDS = ("layer", "dispatch", "search", "memory", "wire")
 SMALL = ["--num-experts", "4", "--num-codes", "8", "--num-tokens", "16", "--hidden-size", "16",

@@ -1,15 +1,29 @@
-"""What submit would call, and what it refuses. Real arrays are in tests/cluster."""
+"""What submit would call and refuses, and which tasks of a queue belong to a study. The commands
+answer as Slurm's do; real arrays and queues are in tests/cluster."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 from vqmoe_megatron.rundir.status import write_status
-from vqmoe_megatron.study import slurm_queue
-from vqmoe_megatron.study.slurm_array import Array, arrays_of, index_ranges, sbatch_command
-from vqmoe_megatron.study.slurm_queue import job_name, submitted_jobs
+from vqmoe_megatron.study import slurm_array
+from vqmoe_megatron.study.slurm_array import (
+    Array,
+    QueueUnknown,
+    arrays_of,
+    index_ranges,
+    job_name,
+    name_in_queue,
+    queued_tasks,
+    sbatch_command,
+    submit_arrays,
+    submitted_jobs,
+)
 from vqmoe_megatron.study.study import load_study
 
 
@@ -107,7 +121,7 @@ def test_a_queue_that_cannot_be_asked_stops_a_submission(write_study, vqmoe, mon
     if shutil.which("sbatch") is None:
         pytest.skip("Slurm's commands are not installed")
     monkeypatch.setenv("SLURM_CONF", "/no/such/slurm.conf")
-    monkeypatch.setattr(slurm_queue, "SQUEUE_SECONDS", 3)  # it looks for a server, in vain
+    monkeypatch.setattr(slurm_array, "SQUEUE_SECONDS", 3)  # it looks for a server, in vain
     path = write_study()
     code, shown = vqmoe("study", "submit", path)
     assert code == 2 and "nothing was submitted" in shown
@@ -135,3 +149,61 @@ def test_damaged_job_ids_are_not_taken_for_none(write_study) -> None:
     study.folder.slurm_jobs.write_text("[{}]")
     with pytest.raises(ValueError, match="slurm_jobs.json is damaged"):
         submitted_jobs(study.folder)
+
+
+@pytest.fixture
+def answer(tmp_path, monkeypatch):
+    """``answer(command, text, code)`` has a command of Slurm print ``text`` and end with ``code``;
+    what it was called with goes to the returned file."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def write(command: str, text: str, code: int = 0) -> Path:
+        (folder / f"{command}.out").write_text(text)
+        script = f'#!/bin/sh\necho "$@" >>{folder}/{command}.called\n'
+        script += f"cat {folder}/{command}.out\n" + (f"cat {folder}/{command}.out >&2\n" * code)
+        (folder / command).write_text(f"{script}exit {code}\n")
+        (folder / command).chmod(0o755)
+        return folder / f"{command}.called"
+
+    return write
+
+
+def test_an_id_counts_only_with_the_name_it_was_submitted_under(write_study, answer) -> None:
+    study = load_study(write_study())
+    study.start()
+    recorded = [{"job_id": "7", "job_name": "renamed"}, {"job_id": "8", "job_name": "tiny"}]
+    study.folder.slurm_jobs.write_text(json.dumps(recorded))
+    answer(
+        "squeue",
+        "7|0|PENDING|of another study\n"  # the cluster was built again and counts from 1
+        "8|1|PENDING|renamed\n"
+        "7|1|RUNNING|renamed\n"
+        f"9|2|PENDING|{job_name(study)}\n"
+        "7|N/A|PENDING|renamed\n",
+    )
+    assert queued_tasks(study) == {1: "7_1 RUNNING", 2: "9_2 PENDING"}
+
+
+def test_the_name_that_slurm_knows_is_recorded(write_study, answer, tmp_path) -> None:
+    study = load_study(write_study())
+    study.start()
+    arrays, said = arrays_of(study, [0, 1]), []
+    answer("sbatch", "41;cluster\n")
+    asked = answer("squeue", "renamed\nrenamed\n")
+    submit_arrays(study, arrays, tmp_path / "s", 1, ["-J", "renamed"], said.append)
+    assert submitted_jobs(study.folder) == [("41", "renamed")] and len(said) == 2
+    assert "--jobs=41" in asked.read_text()
+
+    answer("sbatch", "42\n")
+    answer("squeue", "slurm_load_jobs error: Unable to contact slurm controller\n", 1)
+    submit_arrays(study, arrays, tmp_path / "s", 1, [], said.append)
+    assert submitted_jobs(study.folder) == [("41", "renamed"), ("42", job_name(study))]
+    assert f"the name of job 42, recorded as {job_name(study)}: slurm_load_jobs error" in said[3]
+
+
+def test_a_job_that_slurm_does_not_list_has_no_name(answer) -> None:
+    answer("squeue", "")
+    with pytest.raises(QueueUnknown, match="does not list job 41"):
+        name_in_queue("41")

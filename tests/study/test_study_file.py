@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import pytest
 
-from vqmoe_megatron.study.study_file import read_study_file
+from vqmoe_megatron.config.recipe_text import MOST_BYTES
+from vqmoe_megatron.study.study_file import read_study_file, study_section
 
 
 def test_a_study_is_read(write_study, tmp_path) -> None:
@@ -61,3 +65,54 @@ def test_missing_sections_and_files_are_named(tmp_path) -> None:
         read_study_file(tmp_path / "bad.yaml")
     with pytest.raises(ValueError, match="none.yaml does not exist.*bad.yaml"):
         read_study_file(tmp_path / "none.yaml")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{after}: &{after} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, after in zip("abcdef", "bcdefg", strict=True)
+)
+
+
+@pytest.mark.parametrize("read", [read_study_file, study_section])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "is empty: write sections .study, set, grid, exclude.*studies/stdlib_experts.yaml"),
+        ("[]", "must hold sections .study.*not a list"),
+        ("study: {\n", "not valid YAML: line 2"),
+        ("#" * MOST_BYTES + "\n", f"cannot be read as a study: it is longer than {MOST_BYTES}"),
+        (BOMB, "more than 10,000 values, its aliases written out"),
+        ("\udcff", "cannot be read as a study: it is not text in UTF-8"),
+    ],
+    ids=("empty", "list", "cut", "long", "aliases", "bytes"),
+)
+def test_a_file_that_is_no_study_ends_in_one_line(tmp_path, read, content, says) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=says) as refused:
+        read(path)
+    assert "\n" not in str(refused.value) and str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize("read", [read_study_file, study_section])
+def test_an_endless_file_is_not_read_to_its_end(read, tmp_path) -> None:
+    (tmp_path / "endless.yaml").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="cannot be read as a study: it is longer"):
+        read(tmp_path / "endless.yaml")
+
+
+def test_a_study_may_come_through_a_pipe(write_study, tmp_path) -> None:
+    text = write_study().read_bytes()
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(text,), daemon=True)
+    writer.start()
+    assert len(read_study_file(tmp_path / "pipe").points) == 4
+    writer.join(10)
+    assert not writer.is_alive()
+
+
+def test_the_section_alone_is_read_as_it_stands(write_study, tmp_path) -> None:
+    assert study_section(write_study())["name"] == "tiny"
+    (tmp_path / "recipe.yaml").write_text("study: 3\n")
+    with pytest.raises(ValueError, match="is not a study: it has no section `study:`"):
+        study_section(tmp_path / "recipe.yaml")

@@ -1,16 +1,33 @@
-"""The study's directory: indices that stay, the record for reports, the rule on started runs."""
+"""The study's directory: indices that stay, the record for reports, the rule on started runs; and
+its lock: one command starts runs, the others are told or wait."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from vqmoe_megatron.cli import study as commands
 from vqmoe_megatron.config.recipe import save_recipe
 from vqmoe_megatron.rundir.atomic import replace_file
 from vqmoe_megatron.study import study_folder
 from vqmoe_megatron.study.study import load_study, load_study_run
+from vqmoe_megatron.study.study_folder import StudyFolder, is_study_locked, study_lock
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from vqmoe_megatron.study.study_folder import StudyFolder, study_lock
+with study_lock(StudyFolder(Path(sys.argv[1]))):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
 
 
 def pretend_started(study, *indices: int) -> None:
@@ -101,9 +118,10 @@ def test_the_directory_of_another_study_is_refused(write_study) -> None:
     with pytest.raises(ValueError, match="holds the study 'tiny', not 'second'"):
         second.folder.create(second.file, list(second.runs.values()))
     assert first.folder.study_copy.read_text() == copy
-    first.folder.study_copy.write_text("[]")
-    with pytest.raises(ValueError, match="study.yaml is damaged"):
-        first.start()
+    for damaged in ("[]", "", "study: {}\n", "#" * 2**18):
+        first.folder.study_copy.write_text(damaged)
+        with pytest.raises(ValueError, match="study.yaml is damaged"):
+            first.start()
 
 
 @pytest.mark.parametrize("name", ["study.yaml", "recipe.yaml"])
@@ -218,3 +236,63 @@ def test_a_damaged_record_is_named(write_study) -> None:
     study.folder.indices_file.write_text("[1]")
     with pytest.raises(ValueError, match="indices.json is damaged"):
         load_study(study.file.path)
+
+
+@contextmanager
+def holder(folder: Path, seconds: float):
+    """Another process that holds the lock; POSIX locks do not stop their own process."""
+    command = [sys.executable, "-c", HOLDER, str(folder), str(seconds)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_lock_is_seen_and_ends_with_its_process(tmp_path) -> None:
+    assert not is_study_locked(StudyFolder(tmp_path / "none")) and not (tmp_path / "none").exists()
+    folder = StudyFolder(tmp_path / "s")
+    with holder(folder.path, 600) as process:
+        assert is_study_locked(folder)
+        with pytest.raises(ValueError, match=f"being started by process {process.pid} on "):
+            with study_lock(folder):
+                pass
+        process.kill()
+        process.wait()
+        assert not is_study_locked(folder)
+        with study_lock(folder):
+            pass
+
+
+def test_a_second_study_run_is_refused_before_any_work(write_study, vqmoe) -> None:
+    path = write_study(grid={"experts": [4]})
+    study = load_study(path)
+    with holder(study.folder.path, 600):
+        code, shown = vqmoe("study", "run", path)
+    assert code == 2 and len(shown.splitlines()) == 1 and "being started by process" in shown
+    assert not study.folder.runs_file.exists() and not study.runs[0].run_dir.exists()
+
+
+def test_a_submission_waits_for_no_one(write_study, vqmoe, monkeypatch, tmp_path) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho called > $0.log\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    path = write_study(grid={"experts": [4]})
+    with holder(load_study(path).folder.path, 600):
+        code, shown = vqmoe("study", "submit", path)
+    assert code == 2 and "being started by process" in shown
+    assert not (tmp_path / "sbatch.log").exists()
+
+
+def test_a_watch_lasts_while_the_lock_is_held(write_study, vqmoe, monkeypatch) -> None:
+    monkeypatch.setattr(commands, "WATCH_SECONDS", 0.1)
+    path = write_study(grid={"experts": [4]})
+    seconds = 1.5
+    with holder(load_study(path).folder.path, seconds) as process:
+        start = time.monotonic()
+        code, _ = vqmoe("study", "status", path, "--watch")
+        assert code == 0 and time.monotonic() - start > seconds / 2
+        assert process.wait(30) == 0

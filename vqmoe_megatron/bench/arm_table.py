@@ -13,14 +13,17 @@ in nothing else are timed forward only once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vqmoe_megatron.bench.cases import PASSES, check_choice
+from vqmoe_megatron.bench.cases import PASSES, LayerCase, check_choice
+from vqmoe_megatron.config.vq import VQConfig
+from vqmoe_megatron.plan.layer_shape import LayerShape
 
 FORWARD, FORWARD_BACKWARD = PASSES
 NUM_PRODUCT_SLICES = 8  # of arm P8
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -132,3 +135,37 @@ def choose_arms(letters: Sequence[str], is_for: str, hidden_size: int) -> dict[s
                 f"!= 0: {hidden_size} % {slices} = {hidden_size % slices}"
             )
     return chosen
+
+
+def layer_shape(case: LayerCase, spec: ArmSpec, sizes: Mapping[str, int]) -> LayerShape:
+    """Return an arm of kind ``vqmoe`` in the words of the cost model, which predicts its bytes.
+
+    Args:
+        case: sizes.
+        spec: the arm.
+        sizes: the layout's parallel sizes; those left out are 1.
+    """
+    vq = VQConfig(num_codes=case.num_codes, norm=case.norm, **spec.vq)
+    return LayerShape(
+        num_local_tokens=case.num_tokens,
+        hidden_size=case.hidden_size,
+        moe_ffn_hidden_size=case.ffn_hidden_size,
+        num_moe_experts=case.num_experts,
+        moe_router_topk=spec.topk,
+        num_codes=vq.num_codes,
+        num_code_slices=vq.num_code_slices,
+        code_dim=vq.code_dim,
+        add_bias_linear=False,
+        bytes_per_element=ELEMENT_BYTES[case.dtype],
+        expert_model_parallel_size=sizes.get("expert_model_parallel_size", 1),
+        expert_tensor_parallel_size=sizes.get("expert_tensor_parallel_size", 1),
+        tensor_model_parallel_size=sizes.get("tensor_model_parallel_size", 1),
+        num_microbatches=spec.num_microbatches,
+        path=vq.path,
+        execution="code_space" if vq.in_code_space else "tokens",
+        straight_through=vq.straight_through,
+        expert_input=vq.expert_input,
+        code_input=vq.code_input,
+        norm=vq.norm,
+        table_per_step=vq.table_per_step,
+    )

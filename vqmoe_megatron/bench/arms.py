@@ -1,6 +1,11 @@
 """Arms as running layers: how each is built, run for one step, and read for its gradients.
 
-T tokens, H hidden size, K codes, C code slices, M microbatches of a step.
+T tokens, H hidden size, F expert hidden size, K codes, C code slices, n local experts, M
+microbatches of a step.
+
+Megatron's own MoE layer, holding the shared weights, is what every ratio is taken against. On CUDA
+with Transformer Engine its experts are TE's grouped GEMM and its permutation is fused; else they
+are Megatron's ``SequentialMLP``. The dispatcher is ``alltoall``.
 """
 
 from __future__ import annotations
@@ -9,16 +14,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.bench.arm_table import FORWARD, ArmSpec
 from vqmoe_megatron.bench.cases import LayerCase
-from vqmoe_megatron.bench.megatron_layer import megatron_layer, own_submodules, transformer_config
 from vqmoe_megatron.bench.released import ReleasedLayer
-from vqmoe_megatron.bench.routing import RoutedTokens
-from vqmoe_megatron.bench.weights import Weights, share_weights
+from vqmoe_megatron.bench.shared_inputs import CaseInputs, Weights, share_weights
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.moe.codebook_sync import CodebookSync
+from vqmoe_megatron.moe.grouped_experts import GroupedExperts
 from vqmoe_megatron.moe.layer import VQMoELayer
+from vqmoe_megatron.moe.routers.topk import BalancedRouter
+from vqmoe_megatron.moe.spec import spec_backend
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class Arm:
 
     def forget(self) -> None:
         """Drop gradients and the step's statistics, so that the next run is a step of its own."""
-        for parameter in [*self.module.parameters(), *self._all_parameters()]:
+        for parameter in [*self.module.parameters(), *self.all_parameters()]:
             parameter.grad = None
         CodebookSync().discard([self.module])
 
@@ -102,7 +113,8 @@ class Arm:
             output, {name: g / self.spec.num_microbatches for name, g in gradients.items()}
         )
 
-    def _all_parameters(self) -> list[torch.nn.Parameter]:
+    def all_parameters(self) -> list[torch.nn.Parameter]:
+        """Those named in ``parameters``, one by one."""
         return [parameter for parts in self.parameters.values() for parameter in parts]
 
 
@@ -111,19 +123,17 @@ def _stacked(parts: list[torch.nn.Parameter]) -> torch.Tensor:
     return gradients[0].clone() if len(gradients) == 1 else torch.stack(gradients)
 
 
-def build_arms(
-    specs: Mapping[str, ArmSpec], case: LayerCase, tokens: RoutedTokens, weights: Weights
-) -> dict[str, Arm]:
-    """Build every arm around the same weights and codes. No communication."""
-    return {letter: build_arm(spec, case, tokens, weights) for letter, spec in specs.items()}
-
-
-def build_arm(spec: ArmSpec, case: LayerCase, tokens: RoutedTokens, weights: Weights) -> Arm:
-    """Build one arm.
+def build_arms(specs: Mapping[str, ArmSpec], inputs: CaseInputs) -> dict[str, Arm]:
+    """Build every arm around the same weights and codes. No communication.
 
     Raises:
-        ValueError: when the arm's settings do not fit the case.
+        ValueError: when an arm's settings do not fit the case.
     """
+    return {letter: _build(spec, inputs) for letter, spec in specs.items()}
+
+
+def _build(spec: ArmSpec, inputs: CaseInputs) -> Arm:
+    case, weights = inputs.case, inputs.weights
     vq = VQConfig(
         num_codes=case.num_codes,
         norm=case.norm,
@@ -133,7 +143,7 @@ def build_arm(spec: ArmSpec, case: LayerCase, tokens: RoutedTokens, weights: Wei
     if spec.kind == "megatron":
         layer, parameters = megatron_layer(case, spec.topk, spec.uses_own_experts, weights)
         return Arm(spec, layer, vq, parameters)
-    codes = tokens.codes.to(torch.cuda.current_device())
+    codes = inputs.tokens.codes.to(torch.cuda.current_device())
     if spec.kind == "released":
         released = ReleasedLayer(vq, codes, weights)
         return Arm(spec, released, vq, released.named())
@@ -148,3 +158,90 @@ def build_arm(spec: ArmSpec, case: LayerCase, tokens: RoutedTokens, weights: Wei
 def _sliced(codes: torch.Tensor, num_slices: int) -> torch.Tensor:
     """[K, H] -> [C, K, H / C]: a token near code k is near code k of every slice."""
     return codes.unflatten(1, (num_slices, -1)).transpose(0, 1).contiguous()
+
+
+def transformer_config(case: LayerCase, topk: int) -> TransformerConfig:
+    """Return the configuration of one layer on the current layout, without biases or balance
+    loss."""
+    tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
+    has_engine = spec_backend()[0] == "transformer_engine"
+    dtype = getattr(torch, case.dtype)
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=case.hidden_size,
+        num_attention_heads=tensor_parallel,  # a layer has none; Megatron wants a multiple of TP
+        num_moe_experts=case.num_experts,
+        moe_ffn_hidden_size=case.ffn_hidden_size,
+        ffn_hidden_size=case.ffn_hidden_size,
+        moe_router_topk=topk,
+        moe_router_pre_softmax=True,
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=has_engine,
+        moe_permute_fusion=has_engine,
+        add_bias_linear=False,
+        activation_func=torch.nn.functional.gelu,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=tensor_parallel,
+        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        sequence_parallel=tensor_parallel > 1,
+    )
+
+
+def own_submodules() -> MoESubmodules:
+    """Return the package's grouped experts and router, as its layer specs use them."""
+    return MoESubmodules(router=BalancedRouter, experts=ModuleSpec(module=GroupedExperts))
+
+
+def megatron_layer(
+    case: LayerCase, topk: int, uses_own_experts: bool, weights: Weights
+) -> tuple[MoELayer, dict[str, list[torch.nn.Parameter]]]:
+    """Build the layer around the shared weights.
+
+    Args:
+        case: sizes and dtype.
+        topk: experts per token.
+        uses_own_experts: put the package's ``GroupedExperts`` into Megatron's layer, so that only
+            routing and dispatch differ.
+        weights: of this rank.
+
+    Returns:
+        The layer, and its parameters by their shared names; where Megatron keeps one parameter per
+        expert, the list of them, to be stacked. No communication.
+    """
+    if uses_own_experts:
+        submodules = own_submodules()
+    else:
+        has_engine = spec_backend()[0] == "transformer_engine"
+        spec = get_moe_module_spec(has_engine, case.num_experts, moe_grouped_gemm=has_engine)
+        submodules = MoESubmodules(experts=spec.submodules.experts)
+    layer = MoELayer(transformer_config(case, topk), submodules, layer_number=1)
+    share_weights(layer, weights)
+    by_name = {"router.weight": [layer.router.weight]}
+    for name in ("experts.weight1", "experts.weight2"):
+        by_name[name] = [weights[name]]
+        if not uses_own_experts:
+            by_name[name] = _share_per_expert(layer, name, weights[name])
+    return layer, by_name
+
+
+def _share_per_expert(
+    layer: MoELayer, name: str, stacked: torch.nn.Parameter
+) -> list[torch.nn.Parameter]:
+    """Give each expert its row of ``stacked`` [n, ...]: a parameter of its own, the same memory."""
+    linear = {"experts.weight1": "linear_fc1", "experts.weight2": "linear_fc2"}[name]
+    parameters = []
+    for expert, view in enumerate(stacked.data.unbind(0)):
+        parameter = torch.nn.Parameter(view)
+        if hasattr(layer.experts, "local_experts"):  # SequentialMLP
+            owner, attribute = getattr(layer.experts.local_experts[expert], linear), "weight"
+        else:  # TEGroupedMLP
+            owner, attribute = getattr(layer.experts, linear), f"weight{expert}"
+        parameter.__dict__.update(getattr(owner, attribute).__dict__)  # Megatron's marks
+        setattr(owner, attribute, parameter)
+        parameters.append(parameter)
+    return parameters

@@ -6,7 +6,7 @@ T tokens, H hidden size, F expert hidden size, N experts, K codes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
@@ -17,6 +17,18 @@ PASSES = ("forward", "forward_backward")
 NORMS = ("none", "separate", "shared")
 DTYPES = ("float32", "bfloat16")
 MIN_REPEATS = 3  # fewer have no deciles
+
+
+class BenchFailed(Exception):
+    """Nothing can be reported; the message is all that the command prints before exit code 1."""
+
+
+class GateFailed(BenchFailed):
+    """Arms disagree, so their times would compare different things; the message lists where."""
+
+
+class RanksFailed(BenchFailed):
+    """Local ranks did not finish; they printed their own errors."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +72,17 @@ class LayerCase:
     @property
     def identity(self) -> dict[str, Any]:
         """The fields of a result row that say what was measured."""
-        return {
-            "num_experts": self.num_experts,
-            "num_codes": self.num_codes,
-            "num_tokens": self.num_tokens,
-            "hidden_size": self.hidden_size,
-            "ffn_hidden_size": self.ffn_hidden_size,
-            "routing": self.routing,
-            "norm": self.norm,
-            "dtype": self.dtype,
-        }
+        return {name: value for name, value in asdict(self).items() if name != "seed"}
+
+    @property
+    def words(self) -> str:
+        """The sizes and the routing, for messages."""
+        return f"N={self.num_experts} K={self.num_codes} T={self.num_tokens} {self.routing}"
+
+    def row(self, arm: str, text: str, pass_name: str) -> dict[str, Any]:
+        """Begin the result row of an arm on one rank."""
+        named = {"arm": arm, "text": text, **self.identity}
+        return {**named, "expert_model_parallel_size": 1, "pass": pass_name}
 
 
 def layer_cases(

@@ -22,13 +22,12 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from vqmoe_megatron.bench.arm_table import ARMS, FORWARD
-from vqmoe_megatron.bench.arms import build_arm
-from vqmoe_megatron.bench.cases import LayerCase
-from vqmoe_megatron.bench.failures import GateFailed
+from vqmoe_megatron.bench.arms import build_arms
+from vqmoe_megatron.bench.cases import GateFailed, LayerCase
 from vqmoe_megatron.bench.gate import check_routing
-from vqmoe_megatron.bench.routing import routed_tokens
+from vqmoe_megatron.bench.progress import Progress
+from vqmoe_megatron.bench.shared_inputs import case_inputs
 from vqmoe_megatron.bench.timing import Action, time_in_turns
-from vqmoe_megatron.bench.weights import draw_weights
 from vqmoe_megatron.moe.dispatch import dispatch
 from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.vq.permutation import plan_permutation
@@ -42,7 +41,7 @@ TEXTS = {
 
 
 def measure_dispatch(
-    case: LayerCase, num_repeats: int, num_warmup: int, say: Callable[[str], None] = print
+    case: LayerCase, num_repeats: int, num_warmup: int, progress: Progress
 ) -> list[dict[str, Any]]:
     """Gate and time the four arms; one row each.
 
@@ -51,30 +50,20 @@ def measure_dispatch(
 
     Needs the process groups of one rank. No communication.
     """
-    tokens = routed_tokens(case)
-    check_routing(case, tokens)
-    weights = draw_weights(case, tokens.router_weight)
-    arms = {letter: build_arm(ARMS[letter], case, tokens, weights) for letter in ("A", "C")}
+    inputs = case_inputs(case)
+    check_routing(inputs)
+    arms = build_arms({letter: ARMS[letter] for letter in ("A", "C")}, inputs)
     for arm in arms.values():
         arm.enter(FORWARD)
-    x = tokens.x.to(torch.cuda.current_device()).unsqueeze(1)  # [T, 1, H]
-    actions = _actions(arms["A"].module, arms["C"].module, x)
+    actions = _actions(arms["A"].module, arms["C"].module, inputs.x)
     _check(actions)
-    say(f"N={case.num_experts} K={case.num_codes} {case.routing}: both sort the same rows")
+    what = f"N={case.num_experts} K={case.num_codes} {case.routing}"
+    progress.say(f"{what}: both sort the same rows")
     runs = {name: Action(run) for name, run in actions.items()}
-    rows = []
-    for name, times in time_in_turns(runs, num_repeats, num_warmup).items():
-        rows.append(
-            {
-                "arm": name,
-                "text": TEXTS[name],
-                **case.identity,
-                "expert_model_parallel_size": 1,
-                "pass": FORWARD,
-                **times.row_fields,
-            }
-        )
-    return rows
+    found = time_in_turns(
+        runs, num_repeats, num_warmup, lambda turn: progress.look(f"{what}, {turn}")
+    )
+    return [case.row(name, TEXTS[name], FORWARD) | t.row_fields for name, t in found.items()]
 
 
 Sorted = tuple[torch.Tensor, torch.Tensor]  # rows [T, H] by expert, rows per expert [N]
@@ -84,35 +73,32 @@ def _actions(
     megatron: MoELayer, ours: VQMoELayer, x: torch.Tensor
 ) -> dict[str, Callable[[], Sorted]]:
     flat = x.flatten(0, 1)
-    with torch.no_grad():
-        probs, routing_map = megatron.route(x)
-        experts = ours.assigner(flat).experts.flatten()
 
-    @torch.no_grad()
-    def megatron_plan() -> Sorted:
+    def route() -> tuple[torch.Tensor, torch.Tensor]:
+        probs, routing_map = megatron.route(x)
+        return routing_map, probs
+
+    def plan_route(routing_map: torch.Tensor, probs: torch.Tensor) -> Sorted:
         rows, _ = megatron.token_dispatcher.dispatch_preprocess(x, routing_map, probs)
         return rows, megatron.token_dispatcher.tokens_per_expert
 
-    @torch.no_grad()
-    def megatron_all() -> Sorted:
-        found_probs, found_map = megatron.route(x)
-        rows, _ = megatron.token_dispatcher.dispatch_preprocess(x, found_map, found_probs)
-        return rows, megatron.token_dispatcher.tokens_per_expert
+    def search() -> torch.Tensor:
+        return ours.assigner(flat).experts.flatten()
 
-    @torch.no_grad()
-    def our_plan() -> Sorted:
+    def plan_experts(experts: torch.Tensor) -> Sorted:
         plan = plan_permutation(experts, ours.config.num_moe_experts)
         rows, receipt = dispatch(flat, plan, ours.ep_group, ours.expt_tp_group)
         return rows, receipt.tokens_per_local_expert
 
-    @torch.no_grad()
-    def our_all() -> Sorted:
-        found = ours.assigner(flat).experts.flatten()
-        plan = plan_permutation(found, ours.config.num_moe_experts)
-        rows, receipt = dispatch(flat, plan, ours.ep_group, ours.expt_tp_group)
-        return rows, receipt.tokens_per_local_expert
-
-    return {"A": megatron_all, "A-plan": megatron_plan, "C": our_all, "C-plan": our_plan}
+    with torch.no_grad():
+        routed, found = route(), search()
+    actions = {
+        "A": lambda: plan_route(*route()),
+        "A-plan": lambda: plan_route(*routed),
+        "C": lambda: plan_experts(search()),
+        "C-plan": lambda: plan_experts(found),
+    }
+    return {name: torch.no_grad()(action) for name, action in actions.items()}
 
 
 def _check(actions: dict[str, Callable[[], Sorted]]) -> None:

@@ -11,7 +11,7 @@ step (reducing gradients, the optimizer, moving the codebook) belongs to no arm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ import torch
 from vqmoe_megatron.bench.arm_table import FORWARD, choose_arms
 from vqmoe_megatron.bench.arms import Arm, build_arms
 from vqmoe_megatron.bench.cases import LayerCase
-from vqmoe_megatron.bench.gate import check_arms, check_routing
-from vqmoe_megatron.bench.routing import routed_tokens
+from vqmoe_megatron.bench.gate import check_arms, check_routing, output_gradient
+from vqmoe_megatron.bench.progress import Progress
+from vqmoe_megatron.bench.shared_inputs import case_inputs
 from vqmoe_megatron.bench.timing import Action, time_in_turns
-from vqmoe_megatron.bench.weights import draw_weights
 
-GRADIENT_SEED = 99  # of the gradient that every output gets
+GRADIENT_SEED = 99
 
 
 def measure_layers(
@@ -33,7 +33,7 @@ def measure_layers(
     letters: Sequence[str],
     num_repeats: int,
     num_warmup: int,
-    say: Callable[[str], None] = print,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Gate and time the arms of one case; one row per arm and pass.
 
@@ -43,7 +43,7 @@ def measure_layers(
         letters: of the arms; none: all.
         num_repeats: timed rounds.
         num_warmup: untimed rounds before them.
-        say: gets one line per pass about the gate.
+        progress: says one line per pass about the gate.
 
     Raises:
         GateFailed: when arms disagree; nothing was timed then.
@@ -51,40 +51,30 @@ def measure_layers(
 
     Needs the process groups of one rank. No communication.
     """
-    tokens = routed_tokens(case)
-    check_routing(case, tokens)
-    weights = draw_weights(case, tokens.router_weight)
-    x = tokens.x.to(torch.cuda.current_device()).unsqueeze(1)  # [T, 1, H]
-    generator = torch.Generator().manual_seed(GRADIENT_SEED)
-    grad = torch.randn(x.shape, generator=generator).to(x)
+    inputs = case_inputs(case)
+    check_routing(inputs)
+    x, grad = inputs.x, output_gradient(inputs, GRADIENT_SEED)
     rows: list[dict[str, Any]] = []
     for pass_name in passes:
         specs = choose_arms(letters, pass_name, case.hidden_size)
         if not specs:
-            say(f"{pass_name}: none of these arms does it")
+            progress.say(f"{pass_name}: none of these arms does it")
             continue
-        arms = build_arms(specs, case, tokens, weights)
-        for arm in arms.values():
-            arm.enter(pass_name)
-        difference = check_arms(arms, case, weights, x, grad, pass_name)
-        say(
-            f"N={case.num_experts} K={case.num_codes} T={case.num_tokens} {case.routing} "
-            f"{pass_name}: {len(arms)} arms agree to {difference:.1e}"
-        )
+        arms = build_arms(specs, inputs)
+        what = f"{case.words} {pass_name}"
+        progress.say(f"{what}: {check_arms(arms, inputs, grad, pass_name, progress)}")
         leaf = x.clone().requires_grad_()
         actions = {name: _action(arm, x, leaf, grad, pass_name) for name, arm in arms.items()}
-        for letter, times in time_in_turns(actions, num_repeats, num_warmup).items():
-            rows.append(
-                {
-                    "arm": letter,
-                    "text": specs[letter].title,
-                    **case.identity,
-                    "expert_model_parallel_size": 1,
-                    "pass": pass_name,
-                    "num_microbatches": specs[letter].num_microbatches,
-                    **times.row_fields,
-                }
-            )
+        found = time_in_turns(
+            actions,
+            num_repeats,
+            num_warmup,
+            lambda turn, what=what: progress.look(f"{what}, {turn}"),
+        )
+        for letter, times in found.items():
+            row = case.row(letter, specs[letter].title, pass_name)
+            row["num_microbatches"] = specs[letter].num_microbatches
+            rows.append(row | times.row_fields)
     return rows
 
 

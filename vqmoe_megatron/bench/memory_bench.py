@@ -8,24 +8,23 @@ the allocator's peak over a whole step, above what was allocated before it, is m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from vqmoe_megatron.bench.arm_table import FORWARD_BACKWARD, choose_arms
+from vqmoe_megatron.bench.arm_table import FORWARD_BACKWARD, choose_arms, layer_shape
 from vqmoe_megatron.bench.arms import Arm, build_arms
 from vqmoe_megatron.bench.cases import LayerCase
-from vqmoe_megatron.bench.gate import check_arms, check_routing
-from vqmoe_megatron.bench.plan_shape import layer_shape
-from vqmoe_megatron.bench.routing import routed_tokens
+from vqmoe_megatron.bench.gate import check_arms, check_routing, output_gradient
+from vqmoe_megatron.bench.progress import Progress
 from vqmoe_megatron.bench.saved_tensors import saved_bytes
-from vqmoe_megatron.bench.weights import draw_weights
+from vqmoe_megatron.bench.shared_inputs import case_inputs
 from vqmoe_megatron.plan.memory_cost import saved_bytes as predicted_saved_bytes
 
 
 def measure_memory(
-    case: LayerCase, letters: Sequence[str], say: Callable[[str], None] = print
+    case: LayerCase, letters: Sequence[str], progress: Progress
 ) -> list[dict[str, Any]]:
     """Gate the arms of one case and count what they save; one row per arm.
 
@@ -36,40 +35,24 @@ def measure_memory(
     Needs the process groups of one rank. No communication.
     """
     specs = choose_arms(letters, FORWARD_BACKWARD, case.hidden_size)
-    tokens = routed_tokens(case)
-    check_routing(case, tokens)
-    weights = draw_weights(case, tokens.router_weight)
-    x = tokens.x.to(torch.cuda.current_device()).unsqueeze(1)  # [T, 1, H]
-    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(case.seed)).to(x)
-    arms = build_arms(specs, case, tokens, weights)
-    for arm in arms.values():
-        arm.enter(FORWARD_BACKWARD)
-    difference = check_arms(arms, case, weights, x, grad, FORWARD_BACKWARD)
-    say(
-        f"N={case.num_experts} K={case.num_codes} T={case.num_tokens} {case.routing}: "
-        f"{len(arms)} arms agree to {difference:.1e}"
-    )
+    inputs = case_inputs(case)
+    check_routing(inputs)
+    grad, arms = output_gradient(inputs, case.seed), build_arms(specs, inputs)
+    progress.say(f"{case.words}: {check_arms(arms, inputs, grad, FORWARD_BACKWARD, progress)}")
     rows = []
     for letter, arm in arms.items():
+        progress.look(f"{case.words}: counting arm {letter}")
         predicted = None
         if arm.spec.kind == "vqmoe":
             predicted = predicted_saved_bytes(layer_shape(case, arm.spec, {})).saved_bytes
-        rows.append(
-            {
-                "arm": letter,
-                "text": arm.spec.title,
-                **case.identity,
-                "expert_model_parallel_size": 1,
-                "pass": FORWARD_BACKWARD,
-                "median_ms": None,
-                "p10_ms": None,
-                "p90_ms": None,
-                "wire_bytes": None,
-                "saved_bytes": count_saved_bytes(arm, x),
-                "predicted_saved_bytes": predicted,
-                "peak_bytes": _peak_bytes(arm, x, grad),
-            }
-        )
+        row = case.row(letter, arm.spec.title, FORWARD_BACKWARD)
+        row |= dict.fromkeys(("median_ms", "p10_ms", "p90_ms", "wire_bytes"))
+        row |= {
+            "saved_bytes": count_saved_bytes(arm, inputs.x),
+            "predicted_saved_bytes": predicted,
+            "peak_bytes": _peak_bytes(arm, inputs.x, grad),
+        }
+        rows.append(row)
     return rows
 
 
@@ -78,8 +61,7 @@ def count_saved_bytes(arm: Arm, x: torch.Tensor) -> int:
     arm.forget()
     leaf = x.detach().clone().requires_grad_()
     module = arm.module
-    excluded = [leaf, *module.parameters(), *module.buffers()]
-    excluded += [parameter for parts in arm.parameters.values() for parameter in parts]
+    excluded = [leaf, *module.parameters(), *module.buffers(), *arm.all_parameters()]
 
     def forward() -> torch.Tensor:
         output, loss = module(leaf)

@@ -13,12 +13,12 @@ two nearest codes lie closer than fp32 can tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from vqmoe_megatron.bench.failures import GateFailed
+from vqmoe_megatron.bench.cases import GateFailed
+from vqmoe_megatron.bench.progress import Progress
 from vqmoe_megatron.bench.timing import Action, time_in_turns
 from vqmoe_megatron.vq.search import nearest_code
 
@@ -36,7 +36,7 @@ def measure_search(
     num_codes: int,
     num_repeats: int,
     num_warmup: int,
-    say: Callable[[str], None] = print,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Gate and time the three arms at one size; one row each. fp32. No communication.
 
@@ -52,36 +52,38 @@ def measure_search(
     codes = torch.randn(num_codes, width, generator=generator).to(device)
     x = torch.randn(num_tokens, width, generator=generator).to(device)
     check_ids(x, codes)
-    say(f"T={num_tokens} D={width} K={num_codes}: both searches find the same codes")
+    what = f"T={num_tokens} D={width} K={num_codes}"
+    progress.say(f"{what}: both searches find the same codes")
     actions = {
         "search": Action(lambda: nearest_code(x, codes)),
         "cdist": Action(lambda: torch.cdist(x, codes).argmin(dim=1)),
         "gemm": Action(lambda: x @ codes.t()),
     }
     num_flops = 2 * num_tokens * width * num_codes
-    rows = []
-    for name, times in time_in_turns(actions, num_repeats, num_warmup).items():
-        rows.append(
-            {
-                "arm": name,
-                "text": TEXTS[name],
-                "num_experts": None,
-                "num_codes": num_codes,
-                "num_tokens": num_tokens,
-                "width": width,
-                "expert_model_parallel_size": 1,
-                "routing": None,
-                "pass": "forward",
-                "num_repeats": num_repeats,
-                "median_ms": times.median_ms,
-                "p10_ms": times.p10_ms,
-                "p90_ms": times.p90_ms,
-                "gflops_per_second": num_flops / times.median_ms / 1e6,
-                "wire_bytes": None,
-                "saved_bytes": None,
-            }
-        )
-    return rows
+    found = time_in_turns(
+        actions, num_repeats, num_warmup, lambda turn: progress.look(f"{what}, {turn}")
+    )
+    return [
+        {
+            "arm": name,
+            "text": TEXTS[name],
+            "num_experts": None,
+            "num_codes": num_codes,
+            "num_tokens": num_tokens,
+            "width": width,
+            "expert_model_parallel_size": 1,
+            "routing": None,
+            "pass": "forward",
+            "num_repeats": num_repeats,
+            "median_ms": times.median_ms,
+            "p10_ms": times.p10_ms,
+            "p90_ms": times.p90_ms,
+            "gflops_per_second": num_flops / times.median_ms / 1e6,
+            "wire_bytes": None,
+            "saved_bytes": None,
+        }
+        for name, times in found.items()
+    ]
 
 
 def check_ids(x: torch.Tensor, codes: torch.Tensor) -> None:

@@ -15,16 +15,12 @@ from dataclasses import asdict, dataclass
 import torch
 
 
-def _nothing() -> None:
-    """Needs no preparation."""
-
-
 @dataclass(frozen=True)
 class Action:
     """What is timed, and what is done before each time without being timed."""
 
     run: Callable[[], object]
-    prepare: Callable[[], None] = _nothing
+    prepare: Callable[[], None] = lambda: None
     num_parts: int = 1  # the time is divided by it
 
 
@@ -44,16 +40,21 @@ class Times:
 
 
 def time_in_turns(
-    actions: Mapping[str, Action], num_repeats: int, num_warmup: int
+    actions: Mapping[str, Action],
+    num_repeats: int,
+    num_warmup: int,
+    look: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Times]:
     """Return the times of every action over ``num_repeats`` rounds after ``num_warmup`` untimed.
 
-    On CUDA the device is waited for before and after each. No communication of its own.
+    ``look`` is told of every round before it begins. On CUDA the device is waited for before and
+    after each action. No communication of its own.
     """
     names = list(actions)
     found: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     for turn in range(num_warmup + num_repeats):
+        look(f"round {turn + 1} of {num_warmup + num_repeats}")
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             time_ms = _time_once_ms(actions[name])

@@ -13,20 +13,20 @@ import dataclasses
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from vqmoe_megatron.bench.arm_table import ARMS, ArmSpec
-from vqmoe_megatron.bench.cases import PASSES, LayerCase, check_choice
-from vqmoe_megatron.bench.failures import RanksFailed
-from vqmoe_megatron.bench.plan_shape import layer_shape
+from vqmoe_megatron.bench.arm_table import ARMS, ArmSpec, layer_shape
+from vqmoe_megatron.bench.cases import PASSES, LayerCase, RanksFailed, check_choice
+from vqmoe_megatron.bench.progress import Progress
 from vqmoe_megatron.bench.wire_rank import JOB_FILE, result_file, step_spec
 from vqmoe_megatron.launch.local_ranks import run_local_ranks
 from vqmoe_megatron.plan.divisibility import remainder
 from vqmoe_megatron.plan.layer_shape import LayerShape
 from vqmoe_megatron.plan.wire_cost import RowTraffic, wire_cost
+from vqmoe_megatron.rundir.waiting import told_while_waiting
 
 TP, EP, ETP = (
     f"{name}_parallel_size" for name in ("tensor_model", "expert_model", "expert_tensor")
@@ -46,7 +46,7 @@ def measure_wire(
     case: LayerCase,
     layouts: Sequence[str],
     letters: Sequence[str],
-    say: Callable[[str], None] = print,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Start local ranks for every world size; one row per layout, arm and pass.
 
@@ -54,7 +54,7 @@ def measure_wire(
         case: sizes; ``num_tokens`` are those of each rank.
         layouts: names of ``LAYOUTS``.
         letters: of ``WIRE_ARMS``; none: all.
-        say: gets a line per world.
+        progress: says a line per world.
 
     Raises:
         ValueError: for unknown names, or experts that the ranks do not divide.
@@ -69,8 +69,12 @@ def measure_wire(
     rows = []
     for num_ranks in sorted({LAYOUTS[name][0] for name in layouts}):
         names = [name for name in layouts if LAYOUTS[name][0] == num_ranks]
-        say(f"local ranks: {num_ranks}, layouts: {', '.join(names)}")
-        for name, findings in _run_world(case, num_ranks, names, chosen).items():
+        what = f"local ranks: {num_ranks}, layouts: {', '.join(names)}"
+        progress.say(what)
+        progress.look(f"{what}: counting")
+        with told_while_waiting(f"{what}: counting", progress.show):
+            found = _run_world(case, num_ranks, names, chosen)
+        for name, findings in found.items():
             rows += wire_rows(case, name, chosen, findings)
     return rows
 
@@ -142,10 +146,7 @@ def wire_rows(
                     "tensor_model_parallel_size": sizes.get(TP, 1),
                     "pass": pass_name,
                     "num_microbatches": spec.num_microbatches,
-                    "median_ms": None,
-                    "p10_ms": None,
-                    "p90_ms": None,
-                    "saved_bytes": None,
+                    **dict.fromkeys(("median_ms", "p10_ms", "p90_ms", "saved_bytes")),
                     "wire_bytes": _largest(ours, spec),
                     "predicted_wire_bytes": None if expected is None else _largest(expected, spec),
                     "matches": None if expected is None else ours == expected,
@@ -160,12 +161,8 @@ Terms = Counter[Term]
 
 
 def _counted(of_rank: Mapping[str, Any], letter: str) -> Terms:
-    return Counter(
-        (is_backward, collective, group, Fraction(numerator, denominator))
-        for is_backward, collective, group, numerator, denominator in of_rank["arms"][letter][
-            "sent"
-        ]
-    )
+    sent = of_rank["arms"][letter]["sent"]
+    return Counter((*key, Fraction(over, under)) for *key, over, under in sent)
 
 
 def _predicted(
@@ -212,26 +209,23 @@ def _of_pass(terms: Terms, has_both: bool) -> Terms:
     return terms if has_both else Counter({t: n for t, n in terms.items() if not t[0]})
 
 
-def _total(terms: Terms) -> Fraction:
-    return sum((term[3] * times for term, times in terms.items()), Fraction(0))
-
-
 def _largest(of_ranks: Sequence[Terms], spec: ArmSpec) -> int | float:
-    return _number(max(_total(terms) for terms in of_ranks) / spec.num_microbatches)
+    """Bytes per microbatch of the rank that sends most."""
+    sums = [sum(term[3] * times for term, times in terms.items()) for terms in of_ranks]
+    return _number(Fraction(max(sums), spec.num_microbatches))
 
 
-def _number(amount: Fraction) -> int | float:
+def _number(amount: int | Fraction) -> int | float:
     return int(amount) if amount.denominator == 1 else float(amount)
 
 
 def _as_table(ours: Sequence[Terms], expected: Sequence[Terms] | None) -> list[dict[str, Any]]:
     """Bytes of a step by collective, group and pass, of every rank."""
 
-    def totals(terms: Terms) -> dict[tuple[bool, str, str], Fraction]:
-        found: dict[tuple[bool, str, str], Fraction] = {}
-        for (is_backward, collective, group, num_bytes), times in terms.items():
-            key = is_backward, collective, group
-            found[key] = found.get(key, Fraction(0)) + num_bytes * times
+    def totals(terms: Terms) -> Counter[tuple[bool, str, str]]:
+        found: Counter[tuple[bool, str, str]] = Counter()
+        for (*key, num_bytes), times in terms.items():
+            found[tuple(key)] += num_bytes * times
         return found
 
     counted = [totals(terms) for terms in ours]
@@ -242,10 +236,8 @@ def _as_table(ours: Sequence[Terms], expected: Sequence[Terms] | None) -> list[d
             "pass": "backward" if key[0] else "forward",
             "collective": key[1],
             "group": key[2],
-            "step_bytes_of_ranks": [_number(of.get(key, Fraction(0))) for of in counted],
-            "predicted_step_bytes_of_ranks": None
-            if predicted is None
-            else [_number(of.get(key, Fraction(0))) for of in predicted],
+            "step_bytes_of_ranks": [_number(of[key]) for of in counted],
+            "predicted_step_bytes_of_ranks": predicted and [_number(of[key]) for of in predicted],
         }
         for key in sorted(keys)
     ]

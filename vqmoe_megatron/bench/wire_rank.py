@@ -12,17 +12,39 @@ import os
 import signal
 import warnings
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
-from vqmoe_megatron.bench.arm_table import ArmSpec
+from vqmoe_megatron.bench.arm_table import ARMS, FORWARD_BACKWARD, ArmSpec
 from vqmoe_megatron.bench.cases import LayerCase
 from vqmoe_megatron.launch.local_ranks import STOP_SIGNALS
+from vqmoe_megatron.runtime.collective_counter import CollectiveCounter
 
 JOB_FILE = "job.json"
 NUM_MICROBATCHES = 4  # of a step with one table
+
+
+class WireCounter(CollectiveCounter):
+    """While entered, lists what this rank sends, by collective; the caller says in which pass."""
+
+    def __init__(self, groups: Mapping[str, ProcessGroup]) -> None:
+        """``groups``: process groups by the name that is written down; others are ``other``."""
+        super().__init__({group.group_name: name for name, group in reversed(groups.items())})
+        self.is_backward = False
+        self.sent: list[list[Any]] = []  # is_backward, collective, group, numerator, denominator
+
+    def enter_pass(self, is_backward: bool) -> None:
+        """Say which pass runs from here on."""
+        self.is_backward = is_backward
+
+    def add(self, collective: str, axis: str, num_bytes: Fraction) -> None:
+        """List one collective."""
+        fraction = [num_bytes.numerator, num_bytes.denominator]
+        self.sent.append([self.is_backward, collective, axis, *fraction])
 
 
 def result_file(folder: Path, rank: int) -> Path:
@@ -77,33 +99,23 @@ def count_arms(case_fields: Mapping[str, Any], letters: Sequence[str]) -> dict[s
     """
     from megatron.core import parallel_state
 
-    from vqmoe_megatron.bench.arm_table import ARMS
-    from vqmoe_megatron.bench.arms import build_arm
-    from vqmoe_megatron.bench.routing import routed_tokens
-    from vqmoe_megatron.bench.weights import draw_weights
+    from vqmoe_megatron.bench.arms import build_arms
+    from vqmoe_megatron.bench.shared_inputs import case_inputs
 
-    case = LayerCase(**case_fields)
-    tokens = routed_tokens(case, torch.distributed.get_rank())
-    weights = draw_weights(case, tokens.router_weight)
-    x = tokens.x.unsqueeze(1)
-    arms = {}
-    for letter in letters:
-        arms[letter] = _count(build_arm(step_spec(ARMS[letter]), case, tokens, weights), x)
+    inputs = case_inputs(LayerCase(**case_fields), torch.distributed.get_rank())
+    arms = build_arms({letter: step_spec(ARMS[letter]) for letter in letters}, inputs)
     return {
         "place": [
             parallel_state.get_expert_data_parallel_rank(),
             parallel_state.get_expert_model_parallel_rank(),
             parallel_state.get_expert_tensor_parallel_rank(),
         ],
-        "arms": arms,
+        "arms": {letter: _count(arm, inputs.x) for letter, arm in arms.items()},
     }
 
 
 def _count(arm: Any, x: torch.Tensor) -> dict[str, Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
-
-    from vqmoe_megatron.bench.arm_table import FORWARD_BACKWARD
-    from vqmoe_megatron.bench.wire_count import WireCounter
 
     names = ("ep", "expt_tp", "tp", "tp_ep")
     collection = ProcessGroupCollection.use_mpu_process_groups(list(names))
@@ -115,13 +127,7 @@ def _count(arm: Any, x: torch.Tensor) -> dict[str, Any]:
     with counter:
         arm.step(leaf, grad, counter.enter_pass)
     arm.forget()
-    return {
-        "sent": [
-            [s.is_backward, s.collective, s.group, s.num_bytes.numerator, s.num_bytes.denominator]
-            for s in counter.sent
-        ],
-        **_experts(arm, x),
-    }
+    return {"sent": counter.sent, **_experts(arm, x)}
 
 
 @torch.no_grad()

@@ -37,6 +37,10 @@ def mlflow_sync(
     that is training now ships by itself and is left alone. Credentials come
     from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
 
+    The table counts values of the run's logs: points, all of them; there, in
+    the store before; sent, now; differ, there with another value; only there,
+    in the store but in no log any more. Then params, tags and files sent now.
+
     A database that another process has locked is waited for, 60 s at most.
 
     Exits: 0 all is there, 1 a directory is damaged or its store could not be

@@ -43,8 +43,8 @@ def list_runs(study: StudyPath) -> None:
 
     Example: vqmoe study list recipes/studies/stdlib_experts.yaml
     """
-    from vqmoe_megatron.study.run_list import print_runs
     from vqmoe_megatron.study.study import load_study
+    from vqmoe_megatron.study.study_table import print_runs
 
     print_runs(load_study(study), table_console())
 
@@ -69,7 +69,7 @@ def run(
     from vqmoe_megatron.study.mlflow_parent import end_study_parent, open_study_parent
     from vqmoe_megatron.study.run_state import run_state
     from vqmoe_megatron.study.study import load_study
-    from vqmoe_megatron.study.study_lock import study_lock
+    from vqmoe_megatron.study.study_folder import study_lock
     from vqmoe_megatron.study.study_table import counts
     from vqmoe_megatron.study.study_task import check_no_world
 
@@ -79,7 +79,7 @@ def run(
     chosen = loaded.select(only or [])
     loaded.check_corpora()
     loaded.check_started()
-    with study_lock(loaded.folder.path):
+    with study_lock(loaded.folder):
         loaded.start()
         console = table_console()
         display = LocalDisplay(console)
@@ -136,7 +136,7 @@ def submit(
     """
     from vqmoe_megatron.study.slurm_array import check_sbatch, sbatch_script
     from vqmoe_megatron.study.study import load_study
-    from vqmoe_megatron.study.study_lock import study_lock
+    from vqmoe_megatron.study.study_folder import study_lock
 
     loaded = load_study(study)
     loaded.check_started()
@@ -147,7 +147,7 @@ def submit(
         return
     check_sbatch()
     loaded.check_corpora()
-    with study_lock(loaded.folder.path):
+    with study_lock(loaded.folder):
         _submit(loaded, options, script, max_parallel, dry_run)
 
 
@@ -251,9 +251,9 @@ def _watch(study: Study, console: Console) -> dict[int, RunState]:
 
 def _is_active(study: Study, states: dict[int, RunState]) -> bool:
     """Whether a run is at work, or `vqmoe study run` is between two of them."""
-    from vqmoe_megatron.study.study_lock import is_study_locked
+    from vqmoe_megatron.study.study_folder import is_study_locked
 
-    return is_study_locked(study.folder.path) or any(
+    return is_study_locked(study.folder) or any(
         state.state in ("running", "queued") for state in states.values()
     )
 
@@ -269,7 +269,7 @@ def _table(console: Console, study: Study, states: dict[int, RunState]) -> Table
 def _states(study: Study, must_know_queue: bool = False) -> tuple[dict[int, RunState], str]:
     """The state of every run; without a queue to ask, by directories alone, and a notice of it."""
     from vqmoe_megatron.study.run_state import run_state
-    from vqmoe_megatron.study.slurm_queue import QueueUnknown, queued_tasks, submitted_jobs
+    from vqmoe_megatron.study.slurm_array import QueueUnknown, queued_tasks, submitted_jobs
 
     tasks: dict[int, str] = {}
     notice = ""

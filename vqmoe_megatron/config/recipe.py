@@ -27,8 +27,8 @@ from vqmoe_megatron.config.checks import setting_problem
 from vqmoe_megatron.config.declared_types import alternatives, declared_types, shown
 from vqmoe_megatron.config.recipe_text import (
     compose_bounded,
-    parse_recipe_text,
-    read_recipe_text,
+    parse_yaml_text,
+    read_yaml_text,
     where_and_why,
 )
 from vqmoe_megatron.rundir.atomic import replace_file
@@ -138,7 +138,7 @@ def flatten_config(config: RunConfig) -> dict[str, str | int | float | bool | No
 
 def _file_settings(path: Path, problems: list[str]) -> list[Setting]:
     """Return the file's settings in order; an empty section means its defaults."""
-    sections, lines = parse_recipe_text(read_recipe_text(path), path, ", ".join(SECTION_TYPES))
+    sections, lines = parse_yaml_text(read_yaml_text(path), path, ", ".join(SECTION_TYPES))
     settings: list[Setting] = []
     for section, content in sections.items():
         origin = f"{path}:{lines.get((str(section),), 1)}"

@@ -1,12 +1,13 @@
-"""The YAML text of a recipe: read once, and refused before it is built where that would not end.
+"""The YAML text of a recipe or a study: read once, and refused unbuilt where that would not end.
 
 A few bytes of YAML can stand for more than a machine holds: aliases of aliases, endless nesting,
-numbers of thousands of digits. A recipe needs none of these, so their limits are far off.
+numbers of thousands of digits. Recipes and studies need none of these, so their limits are far off.
 """
 
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,31 @@ RESOLVER = yaml.SafeLoader("")  # what an untagged value is
 Lines = dict[tuple[str, ...], int]
 
 
-def read_recipe_text(path: Path) -> str:
+@dataclass(frozen=True)
+class FileKind:
+    """What a file is meant to be, in messages."""
+
+    name: str
+    plural: str
+    folder: Path  # where others of its kind are
+    beginning: str  # what to write into an empty one
+
+
+RECIPE = FileKind(
+    "recipe",
+    "recipes",
+    Path("recipes"),
+    "{} for all defaults, or start from recipes/quickstart.yaml",
+)
+STUDY = FileKind(
+    "study",
+    "studies",
+    Path("recipes/studies"),
+    "or start from recipes/studies/stdlib_experts.yaml",
+)
+
+
+def read_yaml_text(path: Path, kind: FileKind = RECIPE) -> str:
     """Return the text of a file or a pipe, which can be read only once.
 
     Raises:
@@ -34,26 +59,31 @@ def read_recipe_text(path: Path) -> str:
         with path.open("rb") as file:
             raw = file.read(MOST_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise ValueError(_missing_file(path)) from None
+        raise ValueError(_missing_file(path, kind)) from None
     except OSError as error:
-        raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{kind.name} {path} cannot be read: {error.strerror}") from None
     if len(raw) > MOST_BYTES:
-        raise ValueError(f"{path} cannot be read as a recipe: it is longer than {MOST_BYTES} bytes")
+        raise ValueError(
+            f"{path} cannot be read as a {kind.name}: it is longer than {MOST_BYTES} bytes"
+        )
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} cannot be read as a recipe: it is not text in UTF-8 (byte {error.start})"
+            f"{path} cannot be read as a {kind.name}: it is not text in UTF-8 (byte {error.start})"
         ) from None
 
 
-def parse_recipe_text(text: str, path: Path, sections: str) -> tuple[dict[Any, Any], Lines]:
-    """Return the sections of a recipe's text as plain values, and the line of each key.
+def parse_yaml_text(
+    text: str, path: Path, sections: str, kind: FileKind = RECIPE
+) -> tuple[dict[Any, Any], Lines]:
+    """Return the sections of a file's text as plain values, and the line of each key.
 
     Args:
         text: what ``path`` holds.
         path: for messages.
         sections: the legal ones, for messages.
+        kind: for messages.
 
     Raises:
         ValueError: when it is not YAML, empty, or no mapping.
@@ -62,18 +92,18 @@ def parse_recipe_text(text: str, path: Path, sections: str) -> tuple[dict[Any, A
         root = compose_bounded(text)
         if root is None or root.tag == NULL_TAG:
             raise ValueError(
-                f"{path} is empty: write sections ({sections}) with `key: value` lines, {{}} for "
-                "all defaults, or start from recipes/quickstart.yaml"
+                f"{path} is empty: write sections ({sections}) with `key: value` lines, "
+                f"{kind.beginning}"
             )
         if not isinstance(root, yaml.MappingNode):
-            kind = "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
-            raise ValueError(f"{path} must hold sections ({sections}), not {kind}")
+            found = "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
+            raise ValueError(f"{path} must hold sections ({sections}), not {found}")
         loaded = OmegaConf.load(io.StringIO(text))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {where_and_why(error)}") from error
     except OmegaConfBaseException as error:
         why = " ".join(str(error).split())  # its later lines name the key
-        raise ValueError(f"{path} cannot be read as a recipe: {why}") from error
+        raise ValueError(f"{path} cannot be read as a {kind.name}: {why}") from error
     content: Any = OmegaConf.to_container(loaded)
     return content, _line_numbers(root)
 
@@ -82,7 +112,7 @@ def compose_bounded(text: str) -> yaml.Node | None:
     """Return the YAML nodes of ``text``, None for an empty one.
 
     Raises:
-        yaml.YAMLError: when it is malformed, or stands for more than a recipe may hold.
+        yaml.YAMLError: when it is malformed, or stands for more than a file may hold.
     """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -134,10 +164,12 @@ def _line_numbers(root: yaml.MappingNode) -> Lines:
     return lines
 
 
-def _missing_file(path: Path) -> str:
-    """Describe a missing recipe by listing the ones beside it and in ``recipes/``."""
-    folders = dict.fromkeys((path.parent, Path("recipes")))
+def _missing_file(path: Path, kind: FileKind) -> str:
+    """Describe a missing file by listing those beside it and in the folder of its kind."""
+    folders = dict.fromkeys((path.parent, kind.folder))
     found = [str(file) for folder in folders for file in sorted(folder.glob("[!.]*.yaml"))]
-    listing = f"; recipes here: {', '.join(found)}" if found else " and no recipes/*.yaml is near"
-    what = "is a folder, not a recipe file" if path.is_dir() else "does not exist"
-    return f"recipe {path} {what}{listing}"
+    listing = f" and no {kind.folder}/*.yaml is near"
+    if found:
+        listing = f"; {kind.plural} here: {', '.join(found)}"
+    what = f"is a folder, not a {kind.name} file" if path.is_dir() else "does not exist"
+    return f"{kind.name} {path} {what}{listing}"

@@ -45,33 +45,39 @@ class RunState:
 
 
 def run_state(run: PlannedRun, slurm: str = "", is_alive: bool = False) -> RunState:
-    """Read the state of one run.
+    """Read the state of one run; see :func:`directory_state`."""
+    return directory_state(run.run_dir, run.config.train.train_iters, slurm, is_alive)
+
+
+def directory_state(
+    run_dir: Path, train_iters: int, slurm: str = "", is_alive: bool = False
+) -> RunState:
+    """Read the state of a run of ``train_iters`` iterations from its directory.
 
     ``slurm``: its task in the queue, ``ID STATE``, or nothing. ``is_alive``: its process is known
     to run; otherwise the lock of its directory is asked, where status.json says running.
     """
-    train_iters = run.config.train.train_iters
     try:
-        status = read_status(run.run_dir)
+        status = read_status(run_dir)
     except ValueError as error:
         return RunState("failed", 0, train_iters, str(error), {}, slurm)
     iteration = 0
     metrics: dict[str, float] = {}
     if status is not None:
-        iteration, metrics = status.iteration, last_metrics(run.run_dir / METRICS_FILE)
+        iteration, metrics = status.iteration, last_metrics(run_dir / METRICS_FILE)
     reason = status.reason if status is not None else ""
     if status is None:
         state = "waiting"
     elif status.state == "completed" and status.iteration >= train_iters:
         state = "finished"
     elif status.state == "completed":  # and stays so until a next attempt's ranks have started
-        state = "running" if is_locked(run.run_dir) else "stopped"
+        state = "running" if is_locked(run_dir) else "stopped"
     elif status.state == "failed":
         state = "failed"
     elif status.state == "requeue":
         state = "stopped"
     else:
-        is_alive = is_alive or slurm.endswith(" RUNNING") or is_locked(run.run_dir)
+        is_alive = is_alive or slurm.endswith(" RUNNING") or is_locked(run_dir)
         state = "running" if is_alive else "lost"
         iteration = max(iteration, int(metrics.get("iteration", 0)))
     if is_alive and state == "waiting":

@@ -26,10 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from vqmoe_megatron.config.recipe_text import STUDY, parse_yaml_text, read_yaml_text
 from vqmoe_megatron.study.axes import RANKS_KEY, Axis, Point, points, read_axes, read_exclusions
 
 RULES = ("equal_tokens", "equal_flops", "as_written")
@@ -109,26 +106,21 @@ def listed(path: Path, problems: list[str]) -> str:
     return f"{len(problems)} problems in study {path}:\n" + "\n".join(f"  - {p}" for p in problems)
 
 
+def study_section(path: Path) -> dict[str, Any]:
+    """Return the section ``study`` of a file as it is written, for who does not run the study.
+
+    Raises:
+        ValueError: for a file that is no study.
+    """
+    section = _load(path).get("study")
+    if not isinstance(section, dict):
+        raise ValueError(f"{path} is not a study: it has no section `study:`")
+    return section
+
+
 def _load(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        folders = dict.fromkeys((path.parent, Path("recipes/studies")))
-        found = [str(file) for folder in folders for file in sorted(folder.glob("*.yaml"))]
-        here = f"; studies here: {', '.join(found)}" if found else ""
-        what = "is a folder, not a study file" if path.is_dir() else "does not exist"
-        raise ValueError(f"study {path} {what}{here}")
-    try:
-        loaded = OmegaConf.load(path)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        why = getattr(error, "problem", None) or error
-        raise ValueError(f"study {path} is not valid YAML: {where}{why}") from error
-    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ValueError(f"study {path} cannot be read: {error}") from error
-    if not isinstance(loaded, DictConfig):
-        raise ValueError(f"study {path} must hold the sections {', '.join(SECTIONS)}, not a list")
-    content: Any = OmegaConf.to_container(loaded)
-    return content
+    """Read the text as a recipe's is: once, and bounded before it is built."""
+    return parse_yaml_text(read_yaml_text(path, STUDY), path, ", ".join(SECTIONS), STUDY)[0]
 
 
 def _study_section(section: Any, problems: list[str]) -> dict[str, Any]:

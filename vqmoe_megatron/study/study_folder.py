@@ -7,6 +7,7 @@
     OUTPUT_DIR/runs/NAME/    ordinary run directories
     OUTPUT_DIR/logs/         what local runs and array tasks print
     OUTPUT_DIR/mlflow_parent.json, slurm_jobs.json
+    OUTPUT_DIR/.run.lock     a POSIX lock: one command at a time starts runs of a study
 
 A run keeps the index it once got: new points of an extended grid are numbered after the old ones,
 so a task that waits in a queue still means the same run. An index whose point left the grid is
@@ -15,10 +16,11 @@ never given to another.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,54 +29,30 @@ import yaml
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.recipe import flatten_config, load_saved_recipe
 from vqmoe_megatron.rundir.atomic import replace_file
+from vqmoe_megatron.rundir.file_lock import LockHeld, LockWait, is_held, wait_for_lock
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 from vqmoe_megatron.rundir.own_outputs import refuse_foreign
+from vqmoe_megatron.rundir.waiting import tell_nobody
 from vqmoe_megatron.study.planned_run import PlannedRun, decides_training
-from vqmoe_megatron.study.study_file import StudyFile
+from vqmoe_megatron.study.study_file import StudyFile, study_section
 
 LISTED_RUNS = 5
+PATIENCE_SECONDS = 1.0  # `vqmoe study status` holds the lock for an instant when it asks
 
 
-@dataclass(frozen=True)
 class StudyFolder:
     """Every path of ``study.output_dir``."""
 
-    path: Path
-
-    @property
-    def runs_file(self) -> Path:
-        """The runs of the study, for reports."""
-        return self.path / "runs.json"
-
-    @property
-    def indices_file(self) -> Path:
-        """The index of every run that was ever recorded."""
-        return self.path / "indices.json"
-
-    @property
-    def study_copy(self) -> Path:
-        """The study file as it was when runs were last started or submitted."""
-        return self.path / "study.yaml"
-
-    @property
-    def recipe_copy(self) -> Path:
-        """The recipe at that time."""
-        return self.path / "recipe.yaml"
-
-    @property
-    def logs(self) -> Path:
-        """One log per run."""
-        return self.path / "logs"
-
-    @property
-    def mlflow_parent(self) -> Path:
-        """``{"uri", "experiment", "run_id"}`` of the parent run."""
-        return self.path / "mlflow_parent.json"
-
-    @property
-    def slurm_jobs(self) -> Path:
-        """Ids and names of the arrays that were submitted."""
-        return self.path / "slurm_jobs.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs_file = path / "runs.json"  # the runs of the study, for reports
+        self.indices_file = path / "indices.json"  # the index of every run ever recorded
+        # The study file and the recipe as they were when runs were last started or submitted.
+        self.study_copy, self.recipe_copy = path / "study.yaml", path / "recipe.yaml"
+        self.logs = path / "logs"  # one per run
+        self.mlflow_parent = path / "mlflow_parent.json"  # {"uri", "experiment", "run_id"}
+        self.slurm_jobs = path / "slurm_jobs.json"  # ids and names of submitted arrays
+        self.lock_file = path / ".run.lock"
 
     def indices(self, names: Iterable[str]) -> dict[str, int]:
         """Return the index of every name: the one it has, else the next free one."""
@@ -124,12 +102,11 @@ class StudyFolder:
                 if os.path.lexists(copy):
                     refuse_foreign(copy, "vqmoe study")
             return
-        try:
-            content = yaml.safe_load(self.study_copy.read_text(encoding="utf-8"))
-            name = content["study"]["name"]
-        except FileNotFoundError:
+        if not self.study_copy.exists():
             return
-        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        try:
+            name = study_section(self.study_copy)["name"]
+        except (ValueError, KeyError) as error:
             raise ValueError(
                 f"{self.study_copy} is damaged, so it is not known whose directory this is; "
                 "move it away to have it written again"
@@ -213,3 +190,40 @@ def changed_settings(stored: RunConfig, planned: RunConfig) -> list[str]:
         and decides_training(key)
         and not (key == "model.vocab_size" and value is None)  # filled in from the corpus
     ]
+
+
+@contextmanager
+def study_lock(folder: StudyFolder) -> Iterator[None]:
+    """Hold the lock of a study's directory, which is made if it is not there.
+
+    The kernel lets go of it when its process ends, however it ends. The runs do not inherit it.
+
+    Raises:
+        ValueError: when another process holds it, or the directory cannot be written.
+    """
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        file = folder.lock_file.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"study.output_dir={folder.path} cannot be written: {error.strerror}; choose another"
+        ) from error
+    with file:
+        try:
+            wait_for_lock(file, fcntl.lockf, LockWait(PATIENCE_SECONDS, tell_nobody))
+        except LockHeld as held:
+            raise ValueError(
+                f"runs of study {folder.path} are being started by {held.holder}; wait for it, or "
+                "stop it first"
+            ) from held
+        except OSError as error:
+            raise ValueError(f"{folder.lock_file} cannot be locked: {error.strerror}") from error
+        yield
+
+
+def is_study_locked(folder: StudyFolder) -> bool:
+    """Tell whether another process holds the lock; never makes a file."""
+    try:
+        return is_held(folder.lock_file, fcntl.lockf)
+    except OSError:  # one we may not ask
+        return False

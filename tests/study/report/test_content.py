@@ -1,12 +1,15 @@
-"""The head of a page, and the order of its sections."""
+"""The head of a page, the order of its sections; finished runs without a loss are announced."""
 
 from datetime import datetime, timezone
 
+import pytest
 from written_study import write_study
 
 from vqmoe_megatron.bench.origin import origin
-from vqmoe_megatron.study.report.content import PLOT_NAMES, build_page
+from vqmoe_megatron.study.report.content import PLOT_NAMES, build_page, runs_without_loss
 from vqmoe_megatron.study.report.run_table import read_study
+
+DIVERGED = "experts8-vq-ranks1-seed2"
 
 
 def test_what_is_left_out_stands_before_what_is_averaged(tmp_path):
@@ -28,3 +31,32 @@ def test_what_is_left_out_stands_before_what_is_averaged(tmp_path):
     assert page.sections[-1].title == "All runs"
     drawn = [plot.file_name for section in page.sections for plot in section.plots]
     assert tuple(drawn) == PLOT_NAMES
+
+
+@pytest.fixture
+def study(tmp_path):
+    states = {"experts4-vq-ranks1-seed2": ("failed", 20)}
+    directory = write_study(
+        tmp_path / "s", sizes=(4, 8), routers=("vq",), states=states, diverged={DIVERGED: 16}
+    )
+    return read_study(directory, "CPU")
+
+
+def test_finished_runs_that_diverged_are_named(study):
+    section = runs_without_loss(study)
+    assert section.tables[0].lines == [[DIVERGED, "nan", "12"]]
+    (said,) = section.paragraphs
+    assert said.startswith("1 of 3 finished runs have no finite validation loss at their end")
+    assert "no mean or fit of the loss" in said and "is then too good" in said
+
+
+def test_finished_runs_that_were_never_evaluated_are_named(study):
+    row = study.finished[0]
+    row.final_val_loss = None
+    row.records = [{"iteration": 40, "consumed_tokens": 10240}]
+    assert [row.name, "none", ""] in runs_without_loss(study).tables[0].lines
+
+
+def test_there_is_no_section_without_such_runs(study):
+    study.rows[:] = [row for row in study.rows if row.name != DIVERGED]
+    assert runs_without_loss(study) is None

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from vqmoe_megatron.study.report.intervals import seed_means, student_t_quantile
+from vqmoe_megatron.study.report.intervals import seed_means, seeds_of, student_t_quantile
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,9 @@ def test_what_has_no_interval_is_refused():
         seed_means([[1.0], []])
     with pytest.raises(ValueError, match="at least 1 degree of freedom"):
         student_t_quantile(0)
+
+
+def test_seeds_are_a_number_or_a_range():
+    assert seeds_of(seed_means([[1.0, 2.0], [3.0, 4.0]])) == "n = 2"
+    assert seeds_of(seed_means([[1.0], [3.0, 4.0, 5.0]])) == "n = 1 to 3"
+    assert seeds_of([]) == "none measured"

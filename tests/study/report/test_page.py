@@ -2,7 +2,17 @@
 
 from html.parser import HTMLParser
 
-from vqmoe_megatron.study.report.page import Page, Plot, Section, Table, html_page, markdown
+from matplotlib.figure import Figure
+
+from vqmoe_megatron.study.report.page import (
+    Page,
+    Plot,
+    Section,
+    Table,
+    drawn_section,
+    html_page,
+    markdown,
+)
 
 PAGE = Page(
     "Study <x> & y",
@@ -70,3 +80,12 @@ def test_a_markdown_row_is_one_line_with_its_bars_escaped():
     table = Table(["axis|x", "reason"], [["1", "first\nsecond | third"]], "")
     text = markdown(Page("P", [], [Section("S", tables=[table])]))
     assert "| axis\\|x | reason |\n| ---: | --- |\n| 1 | first second \\| third |\n" in text
+
+
+def test_a_drawing_is_a_png_and_a_reason_a_sentence():
+    drawings = [("p.png", Figure(), "What it is. More."), ("q.png", "nothing ran", "")]
+    section = drawn_section("S", drawings, ["a text"])
+    (plot,) = section.plots
+    assert plot.png.startswith(b"\x89PNG")
+    assert (plot.file_name, plot.alt, plot.caption) == ("p.png", "What it is", "What it is. More.")
+    assert section.paragraphs == ["No plot q.png: nothing ran.", "a text"]

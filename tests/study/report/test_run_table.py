@@ -140,6 +140,9 @@ def test_what_is_no_study_is_refused(tmp_path):
     file.write_text("model: {}\n")
     with pytest.raises(ValueError, match="no section `study:`"):
         read_study(file, "CPU")
+    (tmp_path / "endless.yaml").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="cannot be read as a study: it is longer"):
+        read_study(tmp_path / "endless.yaml", "CPU")
     for content, message in (
         ("[]", "lists no runs"),
         ("{", "is not a list"),

@@ -9,7 +9,7 @@ from written_study import write_study
 from vqmoe_megatron.study.report.intervals import SeedMean, seed_means
 from vqmoe_megatron.study.report.run_table import read_study
 from vqmoe_megatron.study.report.scaling import MeasuredLine, PredictedLine, scaling_lines
-from vqmoe_megatron.study.report.scaling_plots import draw_scaling
+from vqmoe_megatron.study.report.size_plots import draw_scaling
 
 
 def test_weak_scaling_is_measured_where_the_batch_grows_with_the_ranks(tmp_path):

@@ -14,6 +14,7 @@ from mlflow.entities import Metric
 from typer.testing import CliRunner
 
 from vqmoe_megatron.cli import app
+from vqmoe_megatron.cli.mlflow_sync import COUNTS
 from vqmoe_megatron.config import RunConfig, TrackingConfig
 from vqmoe_megatron.config.recipe import save_recipe
 from vqmoe_megatron.rundir.file_lock import LockWait, wait_for_lock
@@ -247,3 +248,9 @@ def test_the_lock_probe_believes_a_state_it_cannot_check(tmp_path, monkeypatch):
     assert is_alive(tmp_path)
     write_status(tmp_path, "requeue", 1, "signal")
     assert not is_alive(tmp_path)
+
+
+def test_the_help_explains_every_count_of_the_table():
+    shown = CliRunner().invoke(app, ["mlflow-sync", "--help"]).output
+    explained = shown[shown.index("The table counts") : shown.index("A database that")]
+    assert [name for name in COUNTS if name not in " ".join(explained.split())] == []

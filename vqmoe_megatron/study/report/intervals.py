@@ -13,10 +13,14 @@ plain t-interval.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
+POOLED = (
+    "95% t-intervals of the mean over seeds; the standard deviation over seeds is pooled over the "
+    "points of a curve, which takes it to be the same at all of them"
+)
 
 
 @dataclass(frozen=True)
@@ -49,18 +53,22 @@ def seed_means(groups: Sequence[Sequence[float]]) -> list[SeedMean]:
         raise ValueError("a group without values has no mean")
     means = [math.fsum(group) / len(group) for group in groups]
     freedom = sum(len(group) - 1 for group in groups)
+    pairs = list(zip(means, groups, strict=True))
     if not freedom:
-        return [
-            SeedMean(mean, len(group), None, 0) for mean, group in zip(means, groups, strict=True)
-        ]
-    squares = math.fsum(
-        (value - mean) ** 2 for mean, group in zip(means, groups, strict=True) for value in group
-    )
+        return [SeedMean(mean, len(group), None, 0) for mean, group in pairs]
+    squares = math.fsum((value - mean) ** 2 for mean, group in pairs for value in group)
     half = student_t_quantile(freedom) * math.sqrt(squares / freedom)
     return [
-        SeedMean(mean, len(group), half / math.sqrt(len(group)), freedom)
-        for mean, group in zip(means, groups, strict=True)
+        SeedMean(mean, len(group), half / math.sqrt(len(group)), freedom) for mean, group in pairs
     ]
+
+
+def seeds_of(means: Iterable[SeedMean]) -> str:
+    """Return ``n = 2``, or the range over the means that a plot draws."""
+    counts = sorted({mean.num_seeds for mean in means})
+    if not counts:
+        return "none measured"
+    return f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
 
 
 def student_t_quantile(num_degrees_of_freedom: int, confidence: float = CONFIDENCE) -> float:

@@ -7,8 +7,14 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from matplotlib.figure import Figure
+
+DPI = 130
+Drawing = tuple[str, "Figure | str", str]  # file name, what was drawn or why nothing, caption
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,24 @@ class Page:
     title: str
     facts: Sequence[tuple[str, str]]
     sections: Sequence[Section] = field(default_factory=tuple)
+
+
+def drawn_section(
+    title: str,
+    drawings: Sequence[Drawing],
+    paragraphs: Sequence[str] = (),
+    tables: Sequence[Table] = (),
+) -> Section:
+    """Return a section with its drawings as PNGs; for one that is missing a sentence says why."""
+    plots, reasons = [], []
+    for name, drawn, caption in drawings:
+        if isinstance(drawn, str):
+            reasons.append(f"No plot {name}: {drawn}.")
+        else:
+            stream = io.BytesIO()
+            drawn.savefig(stream, format="png", dpi=DPI)
+            plots.append(Plot(name, stream.getvalue(), caption.split(".")[0], caption))
+    return Section(title, [*reasons, *paragraphs], plots, tables)
 
 
 def markdown(page: Page) -> str:

@@ -22,6 +22,8 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
+from vqmoe_megatron.study.report.intervals import SeedMean
+
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 GREY = "#555555"
@@ -148,6 +150,47 @@ def scientific(value: float) -> str:
     factor = value / 10**exponent
     power = f"10^{{{exponent}}}"
     return f"${power}$" if abs(factor - 1) < 1e-6 else f"${factor:.3g}\\times{power}$"
+
+
+def draw_measured(
+    axis: Axes, places: Sequence[float], means: Iterable[SeedMean], index: int, **style: object
+) -> None:
+    """Draw means over seeds of the ``index``-th series with their intervals, filled and solid."""
+    means = list(means)
+    axis.errorbar(
+        places,
+        [mean.mean for mean in means],
+        [mean.half_width or 0.0 for mean in means],
+        color=series_colour(index),
+        marker=series_marker(index),
+        capsize=3,
+        **style,
+    )
+
+
+def draw_planned(
+    axis: Axes, places: Sequence[float], values: Iterable[float], index: int, **style: object
+) -> None:
+    """Draw what the plan says of the ``index``-th series, hollow and dashed."""
+    axis.plot(
+        places,
+        list(values),
+        "--",
+        color=series_colour(index),
+        marker=series_marker(index),
+        markerfacecolor="white",
+        **style,
+    )
+
+
+def legend_above(figure: Figure, axes: Iterable[Axes], num_columns: int) -> None:
+    """Put one legend of all panels above them, every label once."""
+    entries = {
+        text: handle
+        for axis in axes
+        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=num_columns)
 
 
 def legend_outside(axis: Axes, title: str | None = None) -> None:

@@ -16,21 +16,20 @@ import io
 import json
 import math
 import statistics
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.recipe import load_recipe, load_saved_recipe
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE, METRICS_FILE
-from vqmoe_megatron.study.planned_run import PlannedRun
 from vqmoe_megatron.study.report.planned import Planned, planned_quantities
-from vqmoe_megatron.study.run_state import run_state
+from vqmoe_megatron.study.run_state import directory_state
+from vqmoe_megatron.study.study_file import study_section
+from vqmoe_megatron.study.study_folder import StudyFolder
 from vqmoe_megatron.track.metrics_log import read_metrics
 
-STUDY_FILE, RUNS_FILE, RECIPE_FILE = "study.yaml", "runs.json", "recipe.yaml"
 WARM_UP_SHARE = 0.1  # of the logged windows, at least one, left out of the median throughput
 LATE_SHARE = 0.25  # of the logged windows, at least one, over which routing is averaged
 LATE_METRICS = ("moe/expert_load_imbalance", "vq/code_perplexity", "vq/dead_codes")
@@ -100,14 +99,15 @@ def read_study(path: Path, hardware: str) -> ReportedStudy:
         ValueError: when there is no such study, or it has no runs yet.
     """
     directory = _study_directory(Path(path))
-    listing = directory / RUNS_FILE
-    if not listing.is_file():
+    folder = StudyFolder(directory)
+    if not folder.runs_file.is_file():
         raise ValueError(
-            f"{directory} holds no {RUNS_FILE}: the study has no runs yet; start it with "
-            "`vqmoe study run` or `vqmoe study submit`"
+            f"{directory} holds no {folder.runs_file.name}: the study has no runs yet; start it "
+            "with `vqmoe study run` or `vqmoe study submit`"
         )
-    settings = _settings(directory / STUDY_FILE) if (directory / STUDY_FILE).is_file() else {}
-    rows = [_read_run(directory, settings, entry, hardware) for entry in _entries(listing)]
+    settings = study_section(folder.study_copy) if folder.study_copy.is_file() else {}
+    entries = _entries(folder.runs_file)
+    rows = [_read_run(folder, settings, entry, hardware) for entry in entries]
     name = str(settings.get("name") or directory.name)
     return ReportedStudy(directory, name, str(settings.get("rule") or "not stated"), hardware, rows)
 
@@ -117,7 +117,7 @@ def _study_directory(path: Path) -> Path:
         return path
     if not path.exists():
         raise ValueError(f"{path} is neither a study's YAML file nor its directory: no such path")
-    output_dir = _settings(path).get("output_dir")
+    output_dir = study_section(path).get("output_dir")
     if not isinstance(output_dir, str) or not output_dir.strip():
         found = "is missing" if output_dir is None else f"must be a path, not {output_dir!r}"
         raise ValueError(f"{path} does not say where its runs are: study.output_dir {found}")
@@ -127,16 +127,6 @@ def _study_directory(path: Path) -> Path:
             "start it with `vqmoe study run` or `vqmoe study submit`"
         )
     return Path(output_dir)
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read as a study: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("study"), dict):
-        raise ValueError(f"{path} is not a study: it has no section `study:`")
-    return content["study"]
 
 
 def _entries(listing: Path) -> list[dict[str, Any]]:
@@ -163,19 +153,20 @@ def _entries(listing: Path) -> list[dict[str, Any]]:
 
 
 def _read_run(
-    directory: Path, settings: dict[str, Any], entry: dict[str, Any], hardware: str
+    folder: StudyFolder, settings: dict[str, Any], entry: dict[str, Any], hardware: str
 ) -> RunRow:
     """Read one run; the directory beside runs.json goes first, so that a moved study is whole."""
     row = RunRow(entry["name"], entry["point"], entry["num_ranks"])
-    run_dir = directory / "runs" / row.name
+    run_dir = folder.path / "runs" / row.name
     run_dir = run_dir if run_dir.is_dir() else Path(entry["run_dir"])
     try:
-        row.config = _config(directory, run_dir, settings, entry["overrides"])
+        row.config = _config(folder, run_dir, settings, entry["overrides"])
         if row.config is None:
             row.reason = "it has not started, and its recipe is not there to plan it"
         else:
             row.planned = planned_quantities(row.config, row.num_ranks, hardware)
-            _read_state(row, run_dir, row.config)
+            state = directory_state(run_dir, row.config.train.train_iters)
+            row.state, row.reason, row.iteration = state.state, state.reason, state.iteration
         if (run_dir / METRICS_FILE).is_file():
             row.records = read_metrics(run_dir)
             _measure(row)
@@ -185,22 +176,16 @@ def _read_run(
 
 
 def _config(
-    directory: Path, run_dir: Path, settings: dict[str, Any], overrides: list[str]
+    folder: StudyFolder, run_dir: Path, settings: dict[str, Any], overrides: list[str]
 ) -> RunConfig | None:
     """Return the run's own configuration, or the one it will have; None where the recipe is gone
     and the run has not started. The copy beside runs.json goes first: the study may have moved."""
     if (run_dir / CONFIG_FILE).is_file():
         return load_saved_recipe(run_dir / CONFIG_FILE)
-    for recipe in (directory / RECIPE_FILE, Path(str(settings.get("recipe", "")))):
+    for recipe in (folder.recipe_copy, Path(str(settings.get("recipe", "")))):
         if recipe.is_file():
             return load_recipe(recipe, overrides)
     return None
-
-
-def _read_state(row: RunRow, run_dir: Path, config: RunConfig) -> None:
-    here = replace(config, train=replace(config.train, output_dir=str(run_dir)))
-    state = run_state(PlannedRun(row.name, row.point, (), row.num_ranks, here))
-    row.state, row.reason, row.iteration = state.state, state.reason, state.iteration
 
 
 def _measure(row: RunRow) -> None:
@@ -228,58 +213,38 @@ def _values(records: Records, name: str) -> list[float]:
     return [record[name] for record in records if name in record]
 
 
-def table(study: ReportedStudy) -> tuple[list[str], list[list[Any]]]:
-    """Return headings and one line per run; None where something is not known."""
-    axes = list(dict.fromkeys(axis for row in study.rows for axis in row.point))
-    headings = [
-        "name",
-        "state",
-        *axes,
-        "num_ranks",
-        "iteration",
-        "num_parameters_total",
-        "num_parameters_active",
-        "num_tokens",
-        "num_flops",
-        "final_val_loss",
-        "best_val_loss",
-        "final_bits_per_byte",
-        "tokens_per_second",
-        "wire_bytes_per_rank_and_step",
-        "expert_load_imbalance",
-        "code_perplexity",
-        "dead_codes",
-        "reason",
-    ]
-    lines = [
-        [
-            row.name,
-            row.state,
-            *(row.point.get(axis) for axis in axes),
-            row.num_ranks,
-            row.iteration,
-            row.planned.num_parameters_total,
-            row.planned.num_parameters_active,
-            row.num_tokens,
-            row.num_flops,
-            row.final_val_loss,
-            row.best_val_loss,
-            row.final_bits_per_byte,
-            row.tokens_per_second,
-            row.planned.wire_bytes_per_step,
-            *(row.late.get(metric) for metric in LATE_METRICS),
-            row.reason or row.planned.reason,
-        ]
-        for row in study.rows
-    ]
-    return headings, lines
+# What runs.csv says of a run, behind the first two the grid's axes; None: not known.
+COLUMNS: dict[str, Callable[[RunRow], Any]] = {
+    "name": lambda row: row.name,
+    "state": lambda row: row.state,
+    "num_ranks": lambda row: row.num_ranks,
+    "iteration": lambda row: row.iteration,
+    "num_parameters_total": lambda row: row.planned.num_parameters_total,
+    "num_parameters_active": lambda row: row.planned.num_parameters_active,
+    "num_tokens": lambda row: row.num_tokens,
+    "num_flops": lambda row: row.num_flops,
+    "final_val_loss": lambda row: row.final_val_loss,
+    "best_val_loss": lambda row: row.best_val_loss,
+    "final_bits_per_byte": lambda row: row.final_bits_per_byte,
+    "tokens_per_second": lambda row: row.tokens_per_second,
+    "wire_bytes_per_rank_and_step": lambda row: row.planned.wire_bytes_per_step,
+    **{
+        metric.partition("/")[2]: lambda row, metric=metric: row.late.get(metric)
+        for metric in LATE_METRICS
+    },
+    "reason": lambda row: row.reason or row.planned.reason,
+}
 
 
 def csv_text(study: ReportedStudy) -> str:
     """Return the table as CSV: numbers at full precision, an empty field for what is not known."""
-    headings, lines = table(study)
+    axes = list(dict.fromkeys(axis for row in study.rows for axis in row.point))
+    names = list(COLUMNS)
+    lines = [[*names[:2], *axes, *names[2:]]]
+    for row in study.rows:
+        cells = [column(row) for column in COLUMNS.values()]
+        lines.append([*cells[:2], *(row.point.get(axis) for axis in axes), *cells[2:]])
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(headings)
     writer.writerows(["" if cell is None else cell for cell in line] for line in lines)
     return stream.getvalue()

@@ -50,11 +50,12 @@ class PowerLaw:
     exponent: Estimate
     residual_std: float  # sqrt(sum of squares / (n - 3))
     num_runs: int
-    num_sizes: int
     draws: np.ndarray  # [D, 3]: floor, coefficient, exponent of every bootstrap draw
 
-    def __str__(self) -> str:
-        return f"L(N) = {self.floor} + {self.coefficient} N^-{self.exponent}"
+    @property
+    def fitted(self) -> str:
+        """The three numbers with their intervals."""
+        return f"L_inf = {self.floor}, a = {self.coefficient}, b = {self.exponent}"
 
     def losses(self, num_experts: np.ndarray) -> np.ndarray:
         """The curve at ``num_experts`` [M], as [M]."""
@@ -77,12 +78,13 @@ class DoublingLaw:
     per_doubling: Estimate
     residual_std: float  # sqrt(sum of squares / (n - 2))
     num_runs: int
-    num_sizes: int
     mean_log2: float
     sum_of_squares_log2: float
 
-    def __str__(self) -> str:
-        return f"L(N) = {self.at_one} + ({self.per_doubling}) log2 N"
+    @property
+    def fitted(self) -> str:
+        """Both numbers with their intervals."""
+        return f"c = {self.at_one}, d = {self.per_doubling} per doubling"
 
     def losses(self, num_experts: np.ndarray) -> np.ndarray:
         """The line at ``num_experts`` [M], as [M]."""
@@ -159,7 +161,7 @@ def _power_law(sizes: np.ndarray, values: np.ndarray, draws: int) -> tuple[Power
         Estimate(*map(float, row)) for row in zip(best, low, high, strict=True)
     )
     spread = math.sqrt(float((residuals**2).sum()) / (num_runs - 3))
-    return PowerLaw(floor, coefficient, exponent, spread, num_runs, num_sizes, found), ""
+    return PowerLaw(floor, coefficient, exponent, spread, num_runs, found), ""
 
 
 def _solve(sizes: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -203,7 +205,6 @@ def _doubling_law(sizes: np.ndarray, values: np.ndarray) -> tuple[DoublingLaw | 
         Estimate(slope, slope - of_slope, slope + of_slope),
         spread,
         num_runs,
-        num_sizes,
         float(logs.mean()),
         squares,
     ), ""

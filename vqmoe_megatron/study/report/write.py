@@ -20,9 +20,9 @@ from vqmoe_megatron.study.report.content import PLOT_NAMES, build_page
 from vqmoe_megatron.study.report.page import html_page, markdown
 from vqmoe_megatron.study.report.planned import machine_profile
 from vqmoe_megatron.study.report.run_table import ReportedStudy, csv_text, read_study
+from vqmoe_megatron.study.study_folder import StudyFolder
 from vqmoe_megatron.track.mlflow.parent_run import log_parent_artifacts
 
-PARENT_FILE = "mlflow_parent.json"
 TEXT_NAMES = ("runs.csv", "report.md", "index.html")  # written in this order, after the plots
 WRITER = "vqmoe study report"
 
@@ -72,7 +72,7 @@ def write_report(
     files |= {name: text.encode() for name, text in zip(TEXT_NAMES, texts, strict=True)}
     with said_as_refusal(folder):
         replace_recorded(folder, files, PLOT_NAMES, WRITER)
-    log_to_parent(study.path / PARENT_FILE, files, say)
+    log_to_parent(StudyFolder(study.path).mlflow_parent, files, say)
     return WrittenReport(folder, study)
 
 

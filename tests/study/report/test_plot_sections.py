@@ -1,11 +1,17 @@
-"""Captions and tables of the loss: they count the runs whose loss they use."""
+"""Captions and tables count the runs that have the figures they use."""
 
 import re
 
 import pytest
 from written_study import write_study
 
-from vqmoe_megatron.study.report.loss_sections import against_experts, loss_curves, mean_table
+from vqmoe_megatron.study.report.plot_sections import (
+    against_experts,
+    loss_curves,
+    mean_table,
+    routing,
+    speed_and_wire,
+)
 from vqmoe_megatron.study.report.run_table import read_study
 from vqmoe_megatron.study.report.series import split_series
 
@@ -45,3 +51,21 @@ def test_a_loss_of_exactly_zero_enters_the_table(tmp_path):
     rows[1].final_val_loss = 0.0
     (line,) = mean_table(split_series(rows)).lines
     assert line[3] == "0.0000"
+
+
+def test_captions_of_throughput_and_routing_count_the_seeds_that_are_drawn(tmp_path):
+    diverged = {
+        "experts4-vq-ranks1-seed2": 0
+    }  # its speed and its routing are measured all the same
+    directory = write_study(tmp_path / "s", sizes=(4, 8), routers=("vq",), diverged=diverged)
+    study = read_study(directory, "CPU")
+    series = split_series(study.rows)
+    assert "mean over seeds (n = 2)" in speed_and_wire(study, series).plots[0].caption
+    assert "over seeds (n = 2)" in routing(series).plots[0].caption
+    study.rows[0].tokens_per_second = None
+    assert "mean over seeds (n = 1 to 2)" in speed_and_wire(study, series).plots[0].caption
+    for row in study.rows:
+        row.tokens_per_second = None
+    assert "mean over seeds (none measured)" in speed_and_wire(study, series).plots[0].caption
+    study.rows[0].late["vq/dead_codes"] = float("nan")
+    assert "over seeds (n = 1 to 2)" in routing(series).plots[0].caption

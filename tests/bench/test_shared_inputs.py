@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vqmoe_megatron.bench.cases import LayerCase
-from vqmoe_megatron.bench.routing import codes_of_tokens, routed_tokens
+from vqmoe_megatron.bench.shared_inputs import codes_of_tokens, routed_tokens
 from vqmoe_megatron.vq.search import nearest_code
 
 
