@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from vqmoe_megatron.bench.arm_table import ArmSpec
 from vqmoe_megatron.bench.cases import LayerCase
 from vqmoe_megatron.config.vq import VQConfig
-from vqmoe_megatron.plan.layer_shape import LayerShape
+from vqmoe_megatron.plan.shape import LayerShape
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 

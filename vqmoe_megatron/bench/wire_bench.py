@@ -2,7 +2,7 @@
 
 T tokens per rank, P expert-parallel ranks, E expert-tensor ranks. Bytes only: how long gloo takes
 says nothing about a network. Every collective of every rank is compared with the terms of
-``plan/wire_cost.py``, which are told where the rows of all ranks go; they must be equal to the
+``plan/wire.py``, which are told where the rows of all ranks go; they must be equal to the
 byte, collective by collective. Megatron's own layer (A, A2) is counted beside ours; the formulas
 are not about it.
 """
@@ -24,9 +24,9 @@ from vqmoe_megatron.bench.failures import RanksFailed
 from vqmoe_megatron.bench.plan_shape import layer_shape
 from vqmoe_megatron.bench.wire_rank import JOB_FILE, result_file, step_spec
 from vqmoe_megatron.launch.local_ranks import run_local_ranks
-from vqmoe_megatron.plan.divisibility import remainder
-from vqmoe_megatron.plan.layer_shape import LayerShape
-from vqmoe_megatron.plan.wire_cost import RowTraffic, wire_cost
+from vqmoe_megatron.plan.rules import remainder
+from vqmoe_megatron.plan.shape import LayerShape
+from vqmoe_megatron.plan.wire import RowTraffic, layer_terms
 
 TP, EP, ETP = (
     f"{name}_parallel_size" for name in ("tensor_model", "expert_model", "expert_tensor")
@@ -174,15 +174,15 @@ def _predicted(
     travelling = ["continuous", "discrete"]
     if shape.execution == "code_space":
         travelling = ["continuous"]
-    cost = wire_cost(
+    called = layer_terms(
         shape,
         _traffic(shape, findings, letter, rank, travelling),
         _traffic(shape, findings, letter, rank, ["discrete"]),
     )
     terms: Terms = Counter()
-    for term in cost.terms:
+    for term in called:
         if term.sent_bytes:
-            key = term.is_backward, term.collective, term.group, Fraction(term.sent_bytes)
+            key = term.is_backward, term.collective, term.axis, Fraction(term.sent_bytes)
             terms[key] += 1 if term.is_once_per_step else spec.num_microbatches
     return terms
 

@@ -8,14 +8,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vqmoe_megatron.plan.code_owners import code_owners
+from vqmoe_megatron.plan.grid import code_owners, rank_grid, rank_groups
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.plan.layout_search import SearchResult
-from vqmoe_megatron.plan.plan_json import NOT_MEASURED
-from vqmoe_megatron.plan.rank_grid import rank_grid
-from vqmoe_megatron.plan.rank_groups import rank_groups
-from vqmoe_megatron.plan.run_memory import EXCLUDED
-from vqmoe_megatron.plan.run_plan import RunPlan
+from vqmoe_megatron.plan.memory import EXCLUDED
+from vqmoe_megatron.plan.run_plan import NOT_MEASURED, RunPlan
+from vqmoe_megatron.plan.search import SearchResult
 from vqmoe_megatron.simulate.simulated_step import SimulatedStep
 
 MOST_ROWS = 16  # of ranks, owners and stages; more are shown as the first and the last ones

@@ -17,8 +17,7 @@ from math import lcm
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
 from vqmoe_megatron.config.ranges import RANKS
-from vqmoe_megatron.plan.divisibility import expert_width_errors, remainder
-from vqmoe_megatron.plan.run_rules import run_errors
+from vqmoe_megatron.plan.rules import expert_width_errors, remainder, run_errors
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,16 @@ loading, stragglers, contention, uneven expert load.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from math import ceil, log2
 
 from vqmoe_megatron.config import RunConfig
-from vqmoe_megatron.plan.axis_ranks import AxisPlace, axis_place
+from vqmoe_megatron.plan.flops import Flops, RunFlops
+from vqmoe_megatron.plan.grid import AxisPlace, axis_place
 from vqmoe_megatron.plan.hardware import Hardware
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.plan.pipeline_schedule import bubble_microbatches
-from vqmoe_megatron.plan.run_flops import Flops, RunFlops
-from vqmoe_megatron.plan.run_memory import StageMemory
-from vqmoe_megatron.plan.step_wire_terms import StageWire, StepTerm
+from vqmoe_megatron.plan.memory import StageMemory
+from vqmoe_megatron.plan.wire import StageWire, Term
 
 # Parts of the wire that travel once per step, behind the last microbatch.
 ONCE_PER_STEP = (
@@ -143,12 +143,17 @@ def least_seconds(
     """Return what no step of this layout can be faster than: operations and their bubble."""
     train = config.train
     microbatches = layout.num_microbatches(train.global_batch_size, train.micro_batch_size)
-    bubble = bubble_microbatches(
-        layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size or 1
-    )
+    bubble = bubble_microbatches(layout)
     rate = hardware.flops_per_second(config.model.bf16)
     ends = (flops.per_rank[0], flops.per_rank[-1])
     return max(end.total for end in ends) / rate * float(1 + bubble / microbatches)
+
+
+def bubble_microbatches(layout: ParallelLayout) -> Fraction:
+    """Idle time of a stage in a step, (PP - 1) / VPP, in forward and backward passes of whole
+    microbatches, whatever their number is."""
+    chunks = layout.virtual_pipeline_model_parallel_size or 1
+    return Fraction(layout.pipeline_model_parallel_size - 1, chunks)
 
 
 def _stage_time(
@@ -180,13 +185,10 @@ def _stage_time(
         seconds = term_seconds(term, place, hardware)
         hidden = min(seconds, hides.get(term.part, 0.0))
         hides[term.part] = hides.get(term.part, 0.0) - hidden
-        link = "inter_node" if place.spans_nodes else "intra_node"
         sent = float(term.sent_bytes)
-        entries.append(AxisTime(term.part, term.axis, link, sent, seconds, hidden))
+        entries.append(AxisTime(term.part, term.axis, place.link, sent, seconds, hidden))
     in_schedule = sum(e.exposed_seconds for e in entries if e.part not in ONCE_PER_STEP)
-    bubble = bubble_microbatches(
-        layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size or 1
-    )
+    bubble = bubble_microbatches(layout)
     touched = 2 * state.optimizer + state.gradients + state.weights
     return StepTime(
         hardware=hardware.name,
@@ -202,7 +204,7 @@ def _stage_time(
     )
 
 
-def term_seconds(term: StepTerm, place: AxisPlace, hardware: Hardware) -> float:
+def term_seconds(term: Term, place: AxisPlace, hardware: Hardware) -> float:
     """alpha-beta time of all calls of one term, on the link its worst group needs."""
     ranks, near = place.num_ranks, hardware.intra_node
     sent, share = float(term.sent_bytes), hardware.achievable_link

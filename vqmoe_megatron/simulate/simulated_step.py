@@ -18,11 +18,10 @@ from pathlib import Path
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.recipe import save_recipe
-from vqmoe_megatron.plan.exact import Exact, exact
-from vqmoe_megatron.plan.layer_shape import LayerShape
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
+from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.step_wire import step_wire
-from vqmoe_megatron.plan.step_wire_terms import StepWire
+from vqmoe_megatron.plan.wire import Exact, StepWire, exact
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 from vqmoe_megatron.runtime.exit_codes import end_in_words
 

@@ -19,13 +19,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.plan.flops import run_flops
 from vqmoe_megatron.plan.hardware import Hardware
 from vqmoe_megatron.plan.layout import ParallelLayout, layout_errors
-from vqmoe_megatron.plan.run_flops import run_flops
-from vqmoe_megatron.plan.run_memory import stage_memory
-from vqmoe_megatron.plan.run_plan import RunPlan, plan_run, predict
+from vqmoe_megatron.plan.memory import stage_memory
+from vqmoe_megatron.plan.run_plan import RunPlan, layout_json, plan_run, predict, step_time_json
 from vqmoe_megatron.plan.state_memory import StateBytes, state_bytes
 from vqmoe_megatron.plan.step_time import least_seconds
 
@@ -211,3 +212,30 @@ def _reason(error: str) -> str:
     if equation:
         return re.sub(r" = [\d *]+\)", ")", equation.group(1))
     return re.sub(r" *= *\d+", "", error.split(":")[0].split(";")[0])
+
+
+def search_json(result: SearchResult) -> dict[str, Any]:
+    """Return a search: the best layouts and the recipe's own, and counts of the others."""
+    own = result.own
+    return {
+        "num_tried": result.num_tried,
+        "num_fitting": result.num_fitting,
+        "dropped": result.dropped,
+        "smallest_peak_bytes": result.smallest_peak_bytes,
+        "best": [_found_json(plan) for plan in result.best],
+        "recipe": {
+            "rank": result.own_rank,
+            **({"errors": list(own.errors)} if own.errors else _found_json(own)),
+        },
+    }
+
+
+def _found_json(plan: RunPlan) -> dict[str, Any]:
+    return {
+        "layout": layout_json(plan.layout),
+        "micro_batch_size": plan.config.train.micro_batch_size,
+        "use_distributed_optimizer": plan.config.optimizer.use_distributed_optimizer,
+        "memory_bytes": plan.memory_bytes,
+        "wire_bytes_per_step": plan.wire_bytes_per_step,
+        "step_time": step_time_json(plan.step_time),
+    }

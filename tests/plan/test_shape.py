@@ -6,11 +6,11 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
+from owners import owner_of_code, owner_rank
 
 from vqmoe_megatron.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig, VQConfig
-from vqmoe_megatron.plan.layer_shape import LayerShape
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.plan.ownership import owner_of_code, owner_rank
+from vqmoe_megatron.plan.shape import LayerShape
 
 LAYER = LayerShape(num_local_tokens=10, hidden_size=12, moe_ffn_hidden_size=8, num_moe_experts=4)
 

@@ -169,6 +169,12 @@ class LayerShape:
         return 0 if self.path == "continuous" else self.num_local_tokens * self.num_code_slices
 
     @property
+    def num_rows_per_token(self) -> int:
+        """k + C, or one of them in a single path."""
+        rows = 0 if self.path == "discrete" else self.moe_router_topk
+        return rows + (0 if self.path == "continuous" else self.num_code_slices)
+
+    @property
     def num_dispatched_rows(self) -> int:
         """Rows of this rank that travel in the forward pass; in code space the continuous ones."""
         rows = self.num_continuous_rows
@@ -185,14 +191,38 @@ class LayerShape:
         return self.num_code_slices * self.num_codes
 
     @property
-    def num_slots(self) -> int:
-        """S, code rows of the rank that owns most. The mod map deals rows out to the experts in
-        turn, so that is rank 0: its N / P experts are first to get one of what is left over."""
+    def num_experts_per_rank(self) -> int:
+        """N / P."""
+        return self.num_moe_experts // self.expert_model_parallel_size
+
+    def num_code_rows_of(self, rank: int) -> int:
+        """Code rows of an expert-parallel rank: an equal share, or under the mod map, which deals
+        rows out to the experts in turn, what its N / P experts get."""
         if self.code_map != "mod":
             return self.num_code_rows // self.expert_model_parallel_size
-        experts_per_rank = self.num_moe_experts // self.expert_model_parallel_size
         rounds, left_over = divmod(self.num_code_rows, self.num_moe_experts)
-        return rounds * experts_per_rank + min(left_over, experts_per_rank)
+        per_rank = self.num_experts_per_rank
+        return rounds * per_rank + min(max(left_over - rank * per_rank, 0), per_rank)
+
+    @property
+    def num_slots(self) -> int:
+        """S, code rows of the rank that owns most: rank 0, whose experts come first."""
+        return self.num_code_rows_of(0)
+
+    @property
+    def num_gradient_rows_to_tokens(self) -> int:
+        """Rows whose input gradients a rank forms in code space for straight_through: the T C of
+        its equal share (token), or one per slot from every rank (group)."""
+        return {
+            "token": self.num_discrete_rows,
+            "group": self.expert_model_parallel_size * self.num_slots,
+        }.get(self.straight_through, 0)
+
+    @property
+    def num_gate_outputs(self) -> int:
+        """Logits of the combine gate, which only the dual path has: 2 for softmax, 1 for
+        sigmoid."""
+        return 0 if self.path != "dual" else 2 if self.combine == "softmax" else 1
 
     @property
     def fc1_width(self) -> int:

@@ -13,8 +13,8 @@ import torch
 from tiny_layer import FFN, HIDDEN, NUM_EXPERTS, build_layer, draw_parameters
 
 from vqmoe_megatron.config import VQConfig
-from vqmoe_megatron.plan.layer_shape import LayerShape
-from vqmoe_megatron.plan.wire_cost import RowTraffic, wire_cost
+from vqmoe_megatron.plan.shape import LayerShape
+from vqmoe_megatron.plan.wire import RowTraffic, layer_terms, total_bytes
 
 pytestmark = pytest.mark.distributed
 
@@ -208,14 +208,14 @@ def compare(found: list[dict], rank: int, shape: LayerShape, num_microbatches: i
     in_code_space = shape.execution == "code_space"
     paths = ["continuous"] if in_code_space else ["continuous", "discrete"]
     num_ranks = shape.expert_model_parallel_size
-    cost = wire_cost(
+    terms = layer_terms(
         shape,
         traffic_of(found, rank, paths, num_ranks),
         traffic_of(found, rank, ["discrete"], num_ranks),
     )
     predicted = [
-        (term.is_backward, term.collective, term.group, term.sent_bytes)
-        for term in cost.terms
+        (term.is_backward, term.collective, term.axis, term.sent_bytes)
+        for term in terms
         for _ in range(1 if term.is_once_per_step else num_microbatches)
         if term.sent_bytes
     ]
@@ -224,4 +224,4 @@ def compare(found: list[dict], rank: int, shape: LayerShape, num_microbatches: i
         for is_backward, collective, group, numerator, denominator in found[rank]["sent"]
     ]
     assert sorted(counted) == sorted(predicted), f"rank {rank} of {shape}"
-    assert sum(term[3] for term in counted) == cost.step_bytes(num_microbatches) > 0
+    assert sum(term[3] for term in counted) == total_bytes(terms, num_microbatches) > 0

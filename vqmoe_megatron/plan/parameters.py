@@ -8,18 +8,30 @@ The order is that of ``named_parameters`` of the real model with Megatron-core's
 distributed optimizer pads and cuts its buffers in this order, so bytes follow from it exactly.
 With Transformer Engine the same elements come in another order, which moves padding only.
 All ranks of a pipeline stage hold equally many elements, whatever their TP and EP place.
+
+Counted by part: in total, used by one token, and on a rank. A token uses its row of the word
+embedding (and of learned positions); attention, norms, dense MLPs, router, gates and the output
+layer whole; the codebook whole, because every code is compared; of the experts those that its rows
+meet, k continuous and C discrete ones (as many experts as rows, also when two meet the same, but at
+most all); and its C learned inputs. In code space an expert runs once per code and not once per
+token: its weights count for the token all the same, because the token's output comes from them:
+
+    path=continuous   k experts, router                    (a plain sparse mixture of experts)
+    path=discrete     C experts, codebook                  (no router)
+    path=dual         k + C experts, router, codebook, gate
+
+Tied embeddings count once, and whole, because the output layer uses all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
-from vqmoe_megatron.plan.flop_cost import num_gate_outputs
-from vqmoe_megatron.plan.layer_shape import LayerShape
 from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.shape import LayerShape
 
 PARTS = (
     "embeddings",
@@ -92,6 +104,11 @@ def padded_vocab_size(model: ModelConfig) -> int:
 def is_moe_layer(model: ModelConfig, number: int) -> bool:
     """Whether the 0-based layer ``number`` holds experts; the first always does."""
     return number % model.moe_layer_freq == 0
+
+
+def num_moe_layers(model: ModelConfig, places: Iterable[ChunkPlace]) -> int:
+    """Layers of these chunks that hold experts."""
+    return sum(is_moe_layer(model, number) for place in places for number in place.layers)
 
 
 def chunk_places(
@@ -242,6 +259,68 @@ def _moe(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> Ite
         yield from _norm(model, element, f"{prefix}input_norm")
     if layer.norm == "separate":
         yield from _norm(model, element, f"{prefix}output_norm")
-    if outputs := num_gate_outputs(layer):
+    if outputs := layer.num_gate_outputs:
         yield Parameter(f"{prefix}gate.linear.weight", "gates", (outputs, hidden), element)
         yield Parameter(f"{prefix}gate.linear.bias", "gates", (outputs,), element)
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Elements by part, and by rank of every pipeline stage."""
+
+    total_by_part: dict[str, int]  # replicas once, a tied table once
+    active_by_part: dict[str, int]  # used by one token
+    per_rank_by_part: tuple[dict[str, int], ...]  # of each stage; equal for all its TP, EP places
+
+    @property
+    def total(self) -> int:
+        """Of the model."""
+        return sum(self.total_by_part.values())
+
+    @property
+    def active(self) -> int:
+        """Used by one token."""
+        return sum(self.active_by_part.values())
+
+    @property
+    def per_rank(self) -> tuple[int, ...]:
+        """On one rank of each pipeline stage."""
+        return tuple(sum(parts.values()) for parts in self.per_rank_by_part)
+
+
+def count_parameters(config: RunConfig, layout: ParallelLayout) -> ParameterCount:
+    """Count the model of a recipe at a layout that passed the check.
+
+    Raises:
+        ValueError: when the vocabulary size is not known.
+    """
+    total = _by_part(config, unsharded(), 0)
+    stages = range(layout.pipeline_model_parallel_size)
+    return ParameterCount(
+        total_by_part=total,
+        active_by_part=_active(config, total),
+        per_rank_by_part=tuple(_by_part(config, layout, stage) for stage in stages),
+    )
+
+
+def _active(config: RunConfig, total: dict[str, int]) -> dict[str, int]:
+    model, layer = config.model, LayerShape.from_config(config, unsharded())
+    active = dict(total)
+    if model.untie_embeddings_and_output_weights:
+        num_tables = 2 if model.position_embedding_type == "learned_absolute" else 1
+        active["embeddings"] = num_tables * model.hidden_size
+    elif model.position_embedding_type == "learned_absolute":
+        active["embeddings"] -= (model.seq_length - 1) * model.hidden_size
+    experts = min(layer.num_rows_per_token, layer.num_moe_experts)  # of N
+    active["experts"] = total["experts"] // layer.num_moe_experts * experts
+    if "learned_inputs" in active:  # one of K per slice
+        active["learned_inputs"] //= layer.num_codes
+    return active
+
+
+def _by_part(config: RunConfig, layout: ParallelLayout, stage: int) -> dict[str, int]:
+    counts = dict.fromkeys(PARTS, 0)
+    for chunk in stage_parameters(config, layout, stage):
+        for parameter in chunk:
+            counts[parameter.part] += parameter.num_elements
+    return {part: count for part, count in counts.items() if count}
