@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
+from layer_shapes import changed, shape
 from owners import owner_rank
 from real_model import measure_flops, recipe
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,7 +22,7 @@ from vqmoe_megatron.plan.flops import (
 from vqmoe_megatron.plan.layout import check_layout
 from vqmoe_megatron.plan.shape import LayerShape
 
-LAYER = LayerShape(num_local_tokens=12, hidden_size=6, moe_ffn_hidden_size=20, num_moe_experts=4)
+LAYER = shape(num_local_tokens=12, hidden_size=6, moe_ffn_hidden_size=20, num_moe_experts=4)
 
 
 def microbatch_of(layer: LayerShape) -> Flops:
@@ -31,7 +31,7 @@ def microbatch_of(layer: LayerShape) -> Flops:
 
 
 def steps(layer: LayerShape, num_microbatches: int) -> int:
-    return step_flops(replace(layer, num_microbatches=num_microbatches)).model
+    return step_flops(changed(layer, num_microbatches=num_microbatches)).model
 
 
 def matrices(layer: LayerShape, shards: int) -> list[tuple[int, int]]:
@@ -63,7 +63,7 @@ def fullest_rank_rows(layer: LayerShape, num_rows: int) -> int:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("ranks", "shards"), list(product((1, 2, 4), (1, 2))))
 def test_token_rows(gated: bool, ranks: int, shards: int) -> None:
-    layer = replace(
+    layer = changed(
         LAYER, gated_linear_unit=gated, moe_router_topk=3, expert_model_parallel_size=ranks,
         expert_tensor_parallel_size=shards,
     )  # fmt: skip
@@ -80,7 +80,7 @@ def test_token_rows(gated: bool, ranks: int, shards: int) -> None:
 @pytest.mark.parametrize(("ranks", "shards"), list(product((1, 2, 4), (1, 2))))
 @pytest.mark.parametrize(("norm", "needs_input"), [("none", False), ("separate", True)])
 def test_code_rows(gated: bool, ranks: int, shards: int, norm: str, needs_input: bool) -> None:
-    layer = replace(
+    layer = changed(
         LAYER, gated_linear_unit=gated, execution="code_space", path="discrete", norm=norm,
         straight_through="none", num_codes=7, num_code_slices=3,
         expert_model_parallel_size=ranks, expert_tensor_parallel_size=shards,
@@ -96,7 +96,7 @@ def test_code_rows(gated: bool, ranks: int, shards: int, norm: str, needs_input:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_gradients_to_tokens(gated: bool, shards: int) -> None:
-    layer = replace(
+    layer = changed(
         LAYER, gated_linear_unit=gated, execution="code_space", path="discrete", num_codes=10,
         num_code_slices=2, expert_model_parallel_size=2, expert_tensor_parallel_size=shards,
     )  # fmt: skip
@@ -110,66 +110,66 @@ def test_gradients_to_tokens(gated: bool, shards: int) -> None:
     assert layer_flops(layer)["straight_through"].backward == per_token + fc1_again
     # or the sums of 2 ranks per code row
     per_code, _ = walk(layer, shards, shards * 2 * 10, True)
-    group = layer_flops(replace(layer, straight_through="group"))
+    group = layer_flops(changed(layer, straight_through="group"))
     assert group["straight_through"].backward == per_code + fc1_again
     for cheap in ("identity", "none"):
-        assert layer_flops(replace(layer, straight_through=cheap))["straight_through"] == Flops()
+        assert layer_flops(changed(layer, straight_through=cheap))["straight_through"] == Flops()
 
 
 def test_hand_computed_search_router_and_gate() -> None:
-    layer = replace(LAYER, num_codes=5, num_code_slices=3)
+    layer = changed(LAYER, num_codes=5, num_code_slices=3)
     cost = layer_flops(layer)
     # 12 tokens, 3 slices of 2 columns, 5 codes each; router 6 x 4; softmax gate 6 x 2
     assert cost["search"].forward == sum(2 * 2 * 5 for _ in range(12) for _ in range(3)) == 720
     assert cost["router"].forward == 12 * 2 * 6 * 4
     assert cost["gate"].forward == 12 * 2 * 6 * 2
-    assert layer_flops(replace(layer, combine="sigmoid"))["gate"].forward == 12 * 2 * 6
-    alone = layer_flops(replace(layer, path="discrete"))
+    assert layer_flops(changed(layer, combine="sigmoid"))["gate"].forward == 12 * 2 * 6
+    alone = layer_flops(changed(layer, path="discrete"))
     assert alone["router"] == alone["gate"] == Flops()
-    continuous = layer_flops(replace(layer, path="continuous"))
+    continuous = layer_flops(changed(layer, path="continuous"))
     assert continuous["search"] == continuous["gate"] == Flops()
 
 
 def test_hand_computed_low_dim() -> None:
     # 12 tokens of 6 columns, 5 codes of 2; one row through the projection takes 2 * 2 * 6
-    layer = replace(LAYER, num_codes=5, code_dim=2, expert_tensor_parallel_size=2)
+    layer = changed(LAYER, num_codes=5, code_dim=2, expert_tensor_parallel_size=2)
     tokens = layer_flops(layer)
     assert tokens["search"].forward == 12 * (2 * 2 * 5 + 24)
     assert tokens["lift"].forward == 12 * 24
     assert tokens["projection"].backward == (12 + 12) * 24  # down, and on to the tokens
-    in_code_space = replace(layer, execution="code_space", table_per_step=True)
+    in_code_space = changed(layer, execution="code_space", table_per_step=True)
     code_space = layer_flops(in_code_space)
     assert code_space["lift"].forward == 5 * 24
     assert code_space["projection"].backward == (2 * 12 + 12) * 24  # both shards' rows
-    group = layer_flops(replace(in_code_space, straight_through="group"))
+    group = layer_flops(changed(in_code_space, straight_through="group"))
     assert group["projection"].backward == (2 * 5 + 12) * 24
-    learned = layer_flops(replace(in_code_space, code_input="learned"))
+    learned = layer_flops(changed(in_code_space, code_input="learned"))
     assert (learned["lift"], learned["projection"].backward) == (Flops(), (12 + 12) * 24)
-    none = layer_flops(replace(layer, straight_through="none"))
+    none = layer_flops(changed(layer, straight_through="none"))
     assert none["projection"].backward == 12 * 24  # of the commitment loss
-    every_table = replace(in_code_space, table_per_step=False)
+    every_table = changed(in_code_space, table_per_step=False)
     every = layer_flops(every_table)
     rows = every["code_rows"].model
     assert steps(every_table, 4) - steps(in_code_space, 4) == 3 * (rows + 5 * 24)
 
 
 def test_passes_sum_to_a_step() -> None:
-    once = replace(LAYER, execution="code_space", num_codes=8, table_per_step=True)
-    every = replace(once, table_per_step=False)
+    once = changed(LAYER, execution="code_space", num_codes=8, table_per_step=True)
+    every = changed(once, table_per_step=False)
     microbatch = microbatch_of(every)
     assert microbatch_of(once) == microbatch
     assert steps(every, 4) == 4 * (microbatch.forward + microbatch.backward)
     forward, backward = walk(once, 1, 8, needs_input=True)
     assert steps(every, 4) - steps(once, 4) == 3 * (forward + backward)
     # what recompute repeats: the forward passes, without a table that is kept
-    assert step_flops(replace(every, num_microbatches=4)).recompute == 4 * microbatch.forward
-    again = step_flops(replace(once, num_microbatches=4)).recompute
+    assert step_flops(changed(every, num_microbatches=4)).recompute == 4 * microbatch.forward
+    again = step_flops(changed(once, num_microbatches=4)).recompute
     assert again == 4 * (microbatch.forward - forward)
 
 
 def test_passes_hold_all_parts() -> None:
     # 12 tokens; one routed row each 2 * 2 * 6 * 20 = 480; 4 code rows; K = 4, N = 4, gate of 2
-    cost = microbatch_of(replace(LAYER, execution="code_space", num_codes=4))
+    cost = microbatch_of(changed(LAYER, execution="code_space", num_codes=4))
     small = 12 * 12 * 4 + 12 * 12 * 2  # router and gate, forward
     assert cost.forward == 12 * 480 + 4 * 480 + 12 * 12 * 4 + small
     straight_through = 12 * 480 + 4 * 240
@@ -179,7 +179,7 @@ def test_passes_hold_all_parts() -> None:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("norm", "needs_input"), [("none", False), ("separate", True)])
 def test_torch_counts_the_same_for_code_rows(gated: bool, norm: str, needs_input: bool) -> None:
-    layer = replace(
+    layer = changed(
         LAYER, gated_linear_unit=gated, execution="code_space", path="discrete", norm=norm,
         straight_through="none", num_codes=9,
     )  # fmt: skip
@@ -248,7 +248,7 @@ def test_selective_recompute_repeats_the_scores() -> None:
 
 
 TOKENS = 4096
-LARGE = LayerShape(
+LARGE = shape(
     num_local_tokens=TOKENS, hidden_size=4096, moe_ffn_hidden_size=1024, num_moe_experts=64,
     expert_model_parallel_size=64, path="discrete", straight_through="none",
 )  # fmt: skip
@@ -259,8 +259,8 @@ def test_code_space_takes_fewer_operations_up_to_p_codes_per_token() -> None:
         (64 * TOKENS - 64, True),
         (64 * TOKENS + 64, False),
     ):  # K / P rows for T
-        layer = replace(LARGE, num_codes=num_codes)
-        in_code_space = microbatch_of(replace(layer, execution="code_space")).forward
+        layer = changed(LARGE, num_codes=num_codes)
+        in_code_space = microbatch_of(changed(layer, execution="code_space")).forward
         assert (in_code_space <= microbatch_of(layer).forward) is wins
 
 
@@ -276,8 +276,8 @@ def test_code_space_takes_fewer_operations_up_to_p_codes_per_token() -> None:
 def test_the_search_replaces_a_router_and_an_expert_up_to_n_plus_m_f_codes(
     changes: dict, most_codes: int
 ) -> None:
-    layer = replace(LARGE, **changes)
+    layer = changed(LARGE, **changes)
     router = 2 * layer.hidden_size * layer.num_moe_experts
     replaced = TOKENS * (router + expert_forward_flops(layer))
-    assert search_flops(replace(layer, num_codes=most_codes)) <= replaced
-    assert search_flops(replace(layer, num_codes=most_codes + 1)) > replaced
+    assert search_flops(changed(layer, num_codes=most_codes)) <= replaced
+    assert search_flops(changed(layer, num_codes=most_codes + 1)) > replaced

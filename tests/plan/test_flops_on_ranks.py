@@ -89,23 +89,14 @@ def test_every_product_of_the_layer_is_predicted(ranks, gated: bool) -> None:  #
         vq = VQConfig(**case)
         cost = layer_flops(
             LayerShape(
+                vq=vq,
                 num_local_tokens=10,
                 hidden_size=HIDDEN,
                 moe_ffn_hidden_size=FFN,
                 num_moe_experts=NUM_EXPERTS,
                 moe_router_topk=TOPK,
-                num_codes=vq.num_codes,
-                num_code_slices=vq.num_code_slices,
-                code_dim=vq.code_dim,
                 gated_linear_unit=gated,
                 bytes_per_element=8,
-                path=vq.path,
-                execution="code_space" if vq.in_code_space else "tokens",
-                straight_through=vq.straight_through,
-                expert_input=vq.expert_input,
-                code_input=vq.code_input,
-                norm=vq.norm,
-                table_per_step=vq.table_per_step,
             )
         )
         assert sum(cost.values(), Flops()) == Flops(forward, backward), case

@@ -167,24 +167,16 @@ def traffic_of(found: list[dict], rank: int, paths: list[str], num_ranks: int) -
 
 def shape_of(vq: VQConfig, sizes: dict[str, int], dtype: str) -> LayerShape:
     return LayerShape(
+        vq=vq,
         num_local_tokens=10,
         hidden_size=HIDDEN,
         moe_ffn_hidden_size=FFN,
         num_moe_experts=NUM_EXPERTS,
         moe_router_topk=TOPK,
-        num_codes=vq.num_codes,
-        num_code_slices=vq.num_code_slices,
-        code_dim=vq.code_dim,
         bytes_per_element={"bfloat16": 2, "float32": 4}[dtype],
         expert_model_parallel_size=sizes.get(EP, 1),
         expert_tensor_parallel_size=sizes.get(ETP, 1),
         tensor_model_parallel_size=sizes.get(TP, 1),
-        path=vq.path,
-        execution="code_space" if vq.in_code_space else "tokens",
-        straight_through=vq.straight_through,
-        code_input=vq.code_input,
-        norm=vq.norm,
-        table_per_step=vq.table_per_step,
     )
 
 
@@ -205,7 +197,7 @@ def test_every_collective_of_the_layer_is_predicted(ranks, layout: str) -> None:
 
 
 def compare(found: list[dict], rank: int, shape: LayerShape, num_microbatches: int) -> None:
-    in_code_space = shape.execution == "code_space"
+    in_code_space = shape.vq.in_code_space
     paths = ["continuous"] if in_code_space else ["continuous", "discrete"]
     num_ranks = shape.expert_model_parallel_size
     terms = layer_terms(

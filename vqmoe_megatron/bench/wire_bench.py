@@ -172,7 +172,7 @@ def _predicted(
     shape: LayerShape, findings: Findings, letter: str, rank: int, spec: ArmSpec
 ) -> Terms:
     travelling = ["continuous", "discrete"]
-    if shape.execution == "code_space":
+    if shape.vq.in_code_space:
         travelling = ["continuous"]
     called = layer_terms(
         shape,

@@ -75,16 +75,13 @@ def saved_bytes(layer: LayerShape) -> SavedBytes:
     b, shards = layer.bytes_per_element, layer.expert_tensor_parallel_size
     inner = (layer.fc1_width + layer.moe_ffn_hidden_size) // shards
     row_bytes = b * (layer.hidden_size + inner)
-    in_code_space = layer.execution == "code_space"
-    num_slots = layer.num_slots if in_code_space else 0
-    num_table_rows = layer.expert_model_parallel_size * num_slots
-    num_gradient_rows = layer.num_gradient_rows_to_tokens if in_code_space else 0
+    table_rows = layer.expert_model_parallel_size * layer.num_slots
     return SavedBytes(
         dispatched_rows_bytes=shards * layer.num_dispatched_rows * row_bytes,
-        code_rows_bytes=num_slots * row_bytes,
-        table_bytes=num_table_rows * layer.hidden_size * layer.sum_bytes_per_element,
-        code_ids_bytes=ID_BYTES * layer.num_discrete_rows if in_code_space else 0,
-        transient_bytes=num_gradient_rows * layer.fc1_width * b,
+        code_rows_bytes=layer.num_slots * row_bytes,
+        table_bytes=table_rows * layer.hidden_size * layer.sum_bytes_per_element,
+        code_ids_bytes=ID_BYTES * layer.num_discrete_rows if layer.vq.in_code_space else 0,
+        transient_bytes=layer.num_gradient_rows_to_tokens * layer.fc1_width * b,
     )
 
 
@@ -122,7 +119,7 @@ def activation_bytes(config: RunConfig, layout: ParallelLayout, kernels: str) ->
     if model.hidden_dropout > 0:
         dropout_bytes = hidden_bytes if kernels == "local" else hidden_bytes // element
     code_tables = 0
-    if layer.execution == "code_space":
+    if layer.vq.in_code_space:
         kept = saved_bytes(layer)
         code_tables = kept.code_rows_bytes + kept.table_bytes
     scores = _scores(config, layout, kernels)
@@ -243,32 +240,32 @@ def _moe(config: RunConfig, layer: LayerShape) -> int:
     rows = layer.num_dispatched_rows
     kept = saved_bytes(layer)
     total = kept.saved_bytes
-    in_code_space = layer.execution == "code_space"
-    slots = layer.num_slots if in_code_space else 0
+    in_code_space = layer.vq.in_code_space
+    slots = layer.num_slots
     if config.model.gated_linear_unit:  # the activated half, beside fc1's output and the product
         inner = layer.moe_ffn_hidden_size * element
         total += (rows + slots // layer.expert_tensor_parallel_size) * inner
     if rows:
-        total += (rows + (slots if layer.path == "dual" else 0)) * hidden * element  # came back
+        total += (rows + (slots if layer.vq.path == "dual" else 0)) * hidden * element  # came back
         total += 4 * ID_BYTES * (rows + slots)  # order, places
-    if layer.path != "discrete":
+    if layer.vq.path != "discrete":
         total += 3 * tokens * layer.num_moe_experts * 4  # router scores, fp32
         total += tokens * layer.moe_router_topk * (2 * ID_BYTES + 2 * 4)
-    if layer.path == "continuous":
+    if layer.vq.path == "continuous":
         return total
-    total += tokens * layer.num_code_slices * (2 * ID_BYTES) + tokens * ID_BYTES
-    if layer.code_dim is not None:
-        total += tokens * layer.code_dim * 4  # projected tokens
-    if layer.path == "dual":
+    total += tokens * layer.vq.num_code_slices * (2 * ID_BYTES) + tokens * ID_BYTES
+    if layer.vq.code_dim is not None:
+        total += tokens * layer.vq.code_dim * 4  # projected tokens
+    if layer.vq.path == "dual":
         total += tokens * hidden * element  # the continuous output
-        total += tokens * (layer.moe_router_topk + layer.num_code_slices) * ID_BYTES
-    num_norms = {"none": 0, "shared": 2, "separate": 2}[layer.norm]
-    if in_code_space and layer.num_code_slices > 1:  # summed before the output norm
-        total += tokens * (hidden * element + 5 * layer.num_code_slices * ID_BYTES)
+        total += tokens * (layer.moe_router_topk + layer.vq.num_code_slices) * ID_BYTES
+    num_norms = {"none": 0, "shared": 2, "separate": 2}[layer.vq.norm]
+    if in_code_space and layer.vq.num_code_slices > 1:  # summed before the output norm
+        total += tokens * (hidden * element + 5 * layer.vq.num_code_slices * ID_BYTES)
     if in_code_space:
         return total + num_norms * slots * hidden * layer.sum_bytes_per_element
     if num_norms and layer.has_code_inputs:
         total += layer.num_discrete_rows * hidden * element  # before the norm
-    if layer.path == "dual":
+    if layer.vq.path == "dual":
         total += tokens * hidden * element  # the discrete output
     return total + (tokens * hidden * element if num_norms else 0)

@@ -169,7 +169,7 @@ def step_flops(layer: LayerShape) -> Flops:
     takes. A kept table is not built again."""
     each, row_per_code = Flops(), Flops()
     for part, flops in layer_flops(layer).items():
-        if part in ROW_PER_CODE_PARTS and layer.table_per_step:
+        if part in ROW_PER_CODE_PARTS and layer.vq.table_per_step:
             row_per_code += flops
         else:
             each += flops
@@ -180,19 +180,19 @@ def step_flops(layer: LayerShape) -> Flops:
 def layer_flops(layer: LayerShape) -> dict[str, Flops]:
     """Return the operations of a microbatch that evaluates the code rows, by what they are for, on
     one rank with equally loaded experts. The search has no gradient."""
-    in_code_space, shards = layer.execution == "code_space", layer.expert_tensor_parallel_size
-    rows, code_rows = layer.num_dispatched_rows, layer.num_slots if in_code_space else 0
+    shards = layer.expert_tensor_parallel_size
+    rows, code_rows = layer.num_dispatched_rows, layer.num_slots
     forward = expert_forward_flops(layer)
     dispatched_backward = _backward_flops(layer, layer.dispatched_rows_need_gradient)
     code_rows_backward = code_rows * _backward_flops(layer, layer.code_rows_need_gradient)
     per_logit = 2 * layer.num_local_tokens * layer.hidden_size
-    router = 0 if layer.path == "discrete" else per_logit * layer.num_moe_experts
+    router = 0 if layer.vq.path == "discrete" else per_logit * layer.num_moe_experts
     gate = per_logit * layer.num_gate_outputs
     return {
         "dispatched": Flops(rows * forward, rows * dispatched_backward),  # rows that travel
         "code_rows": Flops(code_rows * forward // shards, code_rows_backward // shards),
         # code space: gradients back to the tokens
-        "straight_through": Flops(backward=_straight_through_flops(layer) if in_code_space else 0),
+        "straight_through": Flops(backward=_straight_through_flops(layer)),
         # nearest code, with the projection of low_dim before it
         "search": Flops(search_flops(layer)),
         "lift": Flops(_lift_flops(layer)),
@@ -211,31 +211,30 @@ def expert_forward_flops(layer: LayerShape) -> int:
 def search_flops(layer: LayerShape) -> int:
     """2 T H K: every slice of every token against that slice's K codes. low_dim: 2 T D K, and
     2 T D H for the tokens' projection."""
-    if layer.path == "continuous":
+    if layer.vq.path == "continuous":
         return 0
-    searched = 2 * layer.num_discrete_rows * layer.code_width * layer.num_codes
+    searched = 2 * layer.num_discrete_rows * layer.code_width * layer.vq.num_codes
     return searched + layer.num_local_tokens * _projection_flops(layer)
 
 
 def _lift_flops(layer: LayerShape) -> int:
     """low_dim: 2 D H for every code that is brought to H columns, per code in code space, where
     all E shards do the same, else per token. A learned input has H already."""
-    if layer.code_input == "learned":
+    if layer.vq.code_input == "learned":
         return 0
-    in_code_space = layer.execution == "code_space"
-    num_rows = layer.num_slots if in_code_space else layer.num_discrete_rows
+    num_rows = layer.num_slots if layer.vq.in_code_space else layer.num_discrete_rows
     return num_rows * _projection_flops(layer)
 
 
 def _projection_flops(layer: LayerShape) -> int:
     """2 D H: one row through the projection of low_dim, either way."""
-    return 0 if layer.code_dim is None else 2 * layer.code_dim * layer.hidden_size
+    return 0 if layer.vq.code_dim is None else 2 * layer.vq.code_dim * layer.hidden_size
 
 
 def _projection_backward_flops(layer: LayerShape) -> int:
     """Gradients of expert inputs or outputs into the codes' space, and from there, together with
     the commitment loss's, to every token."""
-    if layer.path == "continuous":
+    if layer.vq.path == "continuous":
         return 0
     num_rows = layer.num_local_tokens + _num_lowered_rows(layer)
     return num_rows * _projection_flops(layer)
@@ -244,10 +243,10 @@ def _projection_backward_flops(layer: LayerShape) -> int:
 def _num_lowered_rows(layer: LayerShape) -> int:
     """Gradient rows that are brought into the space of low_dim: those of tokens, or where code
     space does it at the owner of a code, before they travel back, the rows on each of E shards."""
-    if not layer.has_code_inputs or layer.straight_through == "none":
+    if not layer.has_code_inputs or layer.vq.straight_through == "none":
         return 0
-    is_at_owner = layer.execution == "code_space" and layer.code_input == "codebook"
-    if is_at_owner and layer.straight_through in ("token", "group"):
+    is_at_owner = layer.vq.in_code_space and layer.vq.code_input == "codebook"
+    if is_at_owner and layer.vq.straight_through in ("token", "group"):
         return layer.expert_tensor_parallel_size * layer.num_gradient_rows_to_tokens
     return layer.num_local_tokens
 

@@ -105,7 +105,7 @@ def stage_memory(
     model, train = config.model, config.train
     places = chunk_places(model, layout, pipeline_rank)
     kept = activation_bytes(config, layout, kernels)
-    num_microbatches = layout.num_microbatches(train.global_batch_size, train.micro_batch_size)
+    num_microbatches = layout.num_microbatches(train)
     schedule = (layout.pipeline_model_parallel_size, pipeline_rank, num_microbatches)
     chunks = [chunk_activation_bytes(config, place, kept) for place in places]
     tables = [_kept_tables(config, kept.code_tables, place.layers) for place in places]

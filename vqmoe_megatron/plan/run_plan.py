@@ -12,7 +12,7 @@ figures are null and ``rank_grid`` is empty.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
@@ -165,7 +165,7 @@ def plan_json(plan: RunPlan, assumptions: Sequence[str] = ()) -> dict[str, Any]:
     described: dict[str, Any] = {
         "world_size": plan.world_size,
         "config": asdict(plan.config),
-        "hardware": hardware_json(plan.hardware),
+        "hardware": {**asdict(plan.hardware), "is_measured": False},  # every figure with its source
         "errors": list(plan.errors),
         "assumptions": [NOT_MEASURED, *assumptions],
         "excluded": list(EXCLUDED),
@@ -237,15 +237,6 @@ def layout_json(layout: ParallelLayout) -> dict[str, Any]:
         **asdict(layout),
         "data_parallel_size": layout.data_parallel_size,
         "expert_data_parallel_size": layout.expert_data_parallel_size,
-    }
-
-
-def hardware_json(hardware: Hardware) -> dict[str, Any]:
-    """Every figure with its source."""
-    return {f.name: getattr(hardware, f.name) for f in fields(hardware)} | {
-        "intra_node": asdict(hardware.intra_node),
-        "inter_node": asdict(hardware.inter_node),
-        "is_measured": False,
     }
 
 

@@ -201,7 +201,7 @@ def layer_statistics_bytes(config: RunConfig, layout: ParallelLayout) -> int:
     rank of the layer keeps them all."""
     layer, vq = LayerShape.from_config(config, layout), config.vq
     num_bytes = (layer.num_moe_experts + 2) * 4  # load per expert, gate
-    if layer.path == "continuous":
+    if layer.vq.path == "continuous":
         return num_bytes
     rows, width = layer.num_code_rows, layer.code_width
     num_bytes += 3 * 4  # losses
@@ -209,9 +209,9 @@ def layer_statistics_bytes(config: RunConfig, layout: ParallelLayout) -> int:
     num_bytes += rows * ID_BYTES  # code map
     if vq.codebook_update == "ema":
         num_bytes += 2 * rows * width * 4  # moving sums, the step's sums
-    if layer.code_dim is not None:
-        num_bytes += layer.code_dim * layer.hidden_size * 4  # projection
-    num_candidates = min(layer.num_codes, MAX_CANDIDATES)
+    if layer.vq.code_dim is not None:
+        num_bytes += layer.vq.code_dim * layer.hidden_size * 4  # projection
+    num_candidates = min(layer.vq.num_codes, MAX_CANDIDATES)
     num_probes = min(NUM_PROBES, num_candidates)
-    slices = layer.num_code_slices
+    slices = layer.vq.num_code_slices
     return num_bytes + num_probes * slices * (width * 4 + ID_BYTES)

@@ -142,7 +142,7 @@ def least_seconds(
 ) -> float:
     """Return what no step of this layout can be faster than: operations and their bubble."""
     train = config.train
-    microbatches = layout.num_microbatches(train.global_batch_size, train.micro_batch_size)
+    microbatches = layout.num_microbatches(train)
     bubble = bubble_microbatches(layout)
     rate = hardware.flops_per_second(config.model.bf16)
     ends = (flops.per_rank[0], flops.per_rank[-1])
@@ -165,7 +165,7 @@ def _stage_time(
     hardware: Hardware,
 ) -> StepTime:
     train, state = config.train, memory.state
-    microbatches = layout.num_microbatches(train.global_batch_size, train.micro_batch_size)
+    microbatches = layout.num_microbatches(train)
     flop_rate = hardware.flops_per_second(config.model.bf16)
     read_rate = hardware.memory_bytes_per_second * hardware.achievable_memory
     reads = 4 if config.model.recompute_granularity == "full" else 3

@@ -103,7 +103,7 @@ def _assumptions(config: RunConfig, traffic: MeanTraffic | None) -> tuple[str, .
 def _layer_terms(
     config: RunConfig, layout: ParallelLayout, stage: int, traffic: MeanTraffic | None
 ) -> Iterator[Term]:
-    microbatches = _num_microbatches(config, layout)
+    microbatches = layout.num_microbatches(config.train)
     terms = (
         term
         for place in chunk_places(config.model, layout, stage)
@@ -122,7 +122,7 @@ def _pipeline_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> It
     places = chunk_places(config.model, layout, stage)
     forward = sum(not place.is_last for place in places)
     backward = sum(not place.is_first for place in places)
-    calls = _num_microbatches(config, layout) * (forward + backward)
+    calls = layout.num_microbatches(config.train) * (forward + backward)
     yield Term("pipeline", "send", "pp", calls * sequence_block_bytes(config, layout), calls)
 
 
@@ -232,8 +232,3 @@ def _bucket_groups(config: RunConfig, layout: ParallelLayout, stage: int) -> Ite
             num_elements=sum(size for _, size in buckets),
             num_parameter_bytes=sum(b.bytes_per_element * size for b, size in buckets),
         )
-
-
-def _num_microbatches(config: RunConfig, layout: ParallelLayout) -> int:
-    train = config.train
-    return layout.num_microbatches(train.global_batch_size, train.micro_batch_size)

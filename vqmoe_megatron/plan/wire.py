@@ -180,16 +180,16 @@ def layer_terms(
     num_ranks = layer.expert_model_parallel_size
     traffic = traffic or RowTraffic.balanced(layer.num_dispatched_rows, num_ranks)
     back = straight_through_traffic or RowTraffic.balanced(layer.num_discrete_rows, num_ranks)
-    if layer.straight_through == "group":
+    if layer.vq.straight_through == "group":
         back = RowTraffic.balanced(num_ranks * layer.num_slots, num_ranks)
     terms: list[Term] = []
-    if layer.execution == "tokens" or layer.path == "dual":
+    if not layer.vq.in_code_space or layer.vq.path == "dual":
         terms += _dispatch_terms(layer, traffic)
-    if layer.execution == "code_space":
+    if layer.vq.in_code_space:
         terms += _table_terms(layer)
-    if layer.straight_through == "group" and layer.has_code_inputs:
+    if layer.vq.straight_through == "group" and layer.has_code_inputs:
         terms += _group_mean_terms(layer)
-    if layer.straight_through in ("token", "group") and layer.execution == "code_space":
+    if layer.vq.straight_through in ("token", "group") and layer.vq.in_code_space:
         terms += _row_gradient_terms(layer, back)
     return tuple(terms)
 
@@ -213,7 +213,7 @@ def _table_terms(layer: LayerShape) -> Iterator[Term]:
     sum_bytes = num_elements * layer.sum_bytes_per_element
 
     def term(collective: str, axis: str, sent_bytes: Exact, is_backward: bool) -> Term:
-        once = layer.table_per_step
+        once = layer.vq.table_per_step
         return Term("table", collective, axis, sent_bytes, 1, is_backward, once)
 
     if shards > 1:
@@ -230,10 +230,10 @@ def _group_mean_terms(layer: LayerShape) -> Iterator[Term]:
     column, their tokens per code: in code space all slots at once, else slice by slice."""
     ranks, num_sums, num_rows = (
         layer.tensor_model_parallel_size,
-        layer.num_code_slices,
-        layer.num_codes,
+        layer.vq.num_code_slices,
+        layer.vq.num_codes,
     )
-    if layer.execution == "code_space":
+    if layer.vq.in_code_space:
         num_sums, num_rows = 1, layer.expert_model_parallel_size * layer.num_slots
     if ranks > 1:
         sum_bytes = num_rows * (layer.hidden_size + 1) * layer.sum_bytes_per_element
