@@ -7,12 +7,11 @@ from real_model import measure_state, recipe
 from tiny_layer import FFN, HIDDEN, NUM_EXPERTS, draw_parameters
 
 from vqmoe_megatron.config import ModelConfig, RunConfig, VQConfig
-from vqmoe_megatron.plan.layout import check_layout
+from vqmoe_megatron.plan.layout import check_layout, unsharded
 from vqmoe_megatron.plan.parameters import (
     count_parameters,
     padded_vocab_size,
     stage_parameters,
-    unsharded,
 )
 from vqmoe_megatron.plan.state_memory import stage_buffers, state_bytes
 

@@ -46,10 +46,18 @@ class Hardware:
         if unsourced:
             raise ValueError(f"hardware {self.name}: no source for {', '.join(sorted(unsourced))}")
 
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return "cpu" if self.name == "CPU" else "cuda"
+
+    def peak_flops_per_second(self, is_bf16: bool) -> float:
+        """By the data sheet."""
+        return self.bf16_flops_per_second if is_bf16 else self.fp32_flops_per_second
+
     def flops_per_second(self, is_bf16: bool) -> float:
         """What matrix products are taken to reach."""
-        peak = self.bf16_flops_per_second if is_bf16 else self.fp32_flops_per_second
-        return peak * self.achievable_flops
+        return self.peak_flops_per_second(is_bf16) * self.achievable_flops
 
 
 ASSUMED = "planning assumption, not measured"

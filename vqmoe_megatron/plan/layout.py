@@ -87,6 +87,11 @@ class ParallelLayout:
         return train.global_batch_size // (train.micro_batch_size * self.data_parallel_size)
 
 
+def unsharded() -> ParallelLayout:
+    """Return the layout of one rank, which holds the whole model."""
+    return ParallelLayout(1, 1, 1, None, 1, 1, 1, False)
+
+
 def minimum_world_size(config: RunConfig) -> int:
     """Return the fewest ranks the layout fits on: PP * lcm(TP * CP, EP * ETP)."""
     parallel = config.parallel

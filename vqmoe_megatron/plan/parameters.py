@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from math import prod
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
-from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.layout import ParallelLayout, unsharded
 from vqmoe_megatron.plan.shape import LayerShape
 
 PARTS = (
@@ -69,11 +69,6 @@ class ChunkPlace:
     layers: range  # 0-based numbers over the whole model
     is_first: bool  # holds the embedding
     is_last: bool  # holds the final norm and the output layer
-
-
-def unsharded() -> ParallelLayout:
-    """Return the layout of one rank, which holds the whole model."""
-    return ParallelLayout(1, 1, 1, None, 1, 1, 1, False)
 
 
 def padded_vocab_size(model: ModelConfig) -> int:

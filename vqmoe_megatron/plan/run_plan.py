@@ -24,7 +24,7 @@ from vqmoe_megatron.plan.layout import ParallelLayout, layout_errors
 from vqmoe_megatron.plan.memory import EXCLUDED, StageMemory, stage_memory
 from vqmoe_megatron.plan.parameters import ParameterCount, count_parameters, padded_vocab_size
 from vqmoe_megatron.plan.step_time import StepTime, step_time
-from vqmoe_megatron.plan.step_wire import stage_wire, step_wire
+from vqmoe_megatron.plan.step_wire import step_wire
 from vqmoe_megatron.plan.wire import Exact, StepWire, Term
 
 NOT_MEASURED = (
@@ -124,8 +124,7 @@ def plan_run(config: RunConfig, world_size: int, hardware: Hardware | str | None
     padded_vocab_size(config.model)
     if not isinstance(hardware, Hardware):
         hardware = hardware_profile(hardware or default_hardware(config))
-    device = "cpu" if hardware.name == "CPU" else "cuda"
-    errors = tuple(layout_errors(config, world_size, device))
+    errors = tuple(layout_errors(config, world_size, hardware.device))
     figures = None
     if not errors:
         layout = ParallelLayout.from_config(config, world_size)
@@ -138,21 +137,9 @@ def plan_run(config: RunConfig, world_size: int, hardware: Hardware | str | None
             memory=memory,
             flops=flops,
             wire=step_wire(config, layout),
-            step_time=predict(config, layout, memory, hardware, flops),
+            step_time=step_time(config, layout, flops, memory, hardware),
         )
     return RunPlan(config, world_size, hardware, errors, figures)
-
-
-def predict(
-    config: RunConfig,
-    layout: ParallelLayout,
-    memory: tuple[StageMemory, ...],
-    hardware: Hardware,
-    flops: RunFlops,
-) -> StepTime:
-    """Predict a step from the stages whose memory is given; the slowest of them paces it."""
-    wires = tuple(stage_wire(config, layout, stage.pipeline_rank) for stage in memory)
-    return step_time(config, layout, flops, memory, wires, hardware)
 
 
 def default_hardware(config: RunConfig) -> str:

@@ -49,7 +49,6 @@ TOKEN_COUNT_BYTES = 4  # int32, with calculate_per_token_loss
 SEQUENCE_PARALLEL_PARTS = ("norms", "router", "codebooks", "learned_inputs", "gates")
 ROW_PARALLEL_BIASES = ("linear_proj.bias", "linear_fc2.bias")
 BALANCED = "rows are spread evenly over the experts' ranks"
-COUNTED = "rows go where the counted step's routing sent them"
 
 
 def step_wire(config: RunConfig, layout: ParallelLayout) -> StepWire:
@@ -64,7 +63,7 @@ def step_wire(config: RunConfig, layout: ParallelLayout) -> StepWire:
     """
     stages = range(layout.pipeline_model_parallel_size)
     return StepWire(
-        tuple(stage_wire(config, layout, stage) for stage in stages), _assumptions(config, None)
+        tuple(stage_wire(config, layout, stage) for stage in stages), _assumptions(config)
     )
 
 
@@ -86,9 +85,9 @@ def stage_wire(
     return StageWire(pipeline_rank, tuple(t for terms in parts for t in terms if t.sent_bytes))
 
 
-def _assumptions(config: RunConfig, traffic: MeanTraffic | None) -> tuple[str, ...]:
+def _assumptions(config: RunConfig) -> tuple[str, ...]:
     sentences = [
-        COUNTED if traffic else BALANCED,
+        BALANCED,
         "a step of training only: no evaluation, no log line, no checkpoint",
         "an all-reduce of n bytes over P ranks sends 2 (P - 1) / P n from each",
     ]

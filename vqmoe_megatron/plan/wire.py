@@ -35,6 +35,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import TypeVar
 
 from vqmoe_megatron.plan.shape import LayerShape
@@ -65,6 +66,9 @@ class Term:
     num_calls: int = 1
     is_backward: bool = False
     is_once_per_step: bool = False  # of a layer; else once per microbatch
+
+
+TermOf = Callable[[str, str, Exact], Term]
 
 
 def summed(
@@ -194,15 +198,21 @@ def layer_terms(
     return tuple(terms)
 
 
+def _term_of(part: str, is_backward: bool = False, is_once_per_step: bool = False) -> TermOf:
+    """Terms of one part and pass, by collective, axis and sent bytes."""
+    return partial(Term, part, is_backward=is_backward, is_once_per_step=is_once_per_step)
+
+
 def _dispatch_terms(layer: LayerShape, traffic: RowTraffic) -> Iterator[Term]:
     """Rows out and results back; in the backward pass the gradients the same ways."""
     row_bytes = layer.hidden_size * layer.bytes_per_element
-    yield from _counts(layer, layer.num_moe_experts, "counts", False)
-    yield from _rows_out(layer, traffic, row_bytes, "rows", False)
-    yield from _rows_back(layer, traffic, row_bytes, "rows", False)
-    yield from _rows_out(layer, traffic, row_bytes, "rows", True)
+    forward, backward = _term_of("rows"), _term_of("rows", is_backward=True)
+    yield from _counts(layer, layer.num_moe_experts, _term_of("counts"))
+    yield from _rows_out(layer, traffic, row_bytes, forward)
+    yield from _rows_back(layer, traffic, row_bytes, forward)
+    yield from _rows_out(layer, traffic, row_bytes, backward)
     if layer.dispatched_rows_need_gradient:
-        yield from _rows_back(layer, traffic, row_bytes, "rows", True)
+        yield from _rows_back(layer, traffic, row_bytes, backward)
 
 
 def _table_terms(layer: LayerShape) -> Iterator[Term]:
@@ -212,27 +222,22 @@ def _table_terms(layer: LayerShape) -> Iterator[Term]:
     own_bytes = num_elements * layer.bytes_per_element
     sum_bytes = num_elements * layer.sum_bytes_per_element
 
-    def term(collective: str, axis: str, sent_bytes: Exact, is_backward: bool) -> Term:
-        once = layer.vq.table_per_step
-        return Term("table", collective, axis, sent_bytes, 1, is_backward, once)
-
+    once = layer.vq.table_per_step
+    forward, backward = _term_of("table", False, once), _term_of("table", True, once)
     if shards > 1:
-        yield term("all_reduce", "expt_tp", all_reduced(own_bytes, shards), False)
+        yield forward("all_reduce", "expt_tp", all_reduced(own_bytes, shards))
     if others:
-        yield term("all_gather", "ep", others * own_bytes, False)
-        yield term("reduce_scatter", "ep", others * sum_bytes, True)
+        yield forward("all_gather", "ep", others * own_bytes)
+        yield backward("reduce_scatter", "ep", others * sum_bytes)
     if shards > 1:
-        yield term("all_reduce", "expt_tp", all_reduced(own_bytes, shards), True)
+        yield backward("all_reduce", "expt_tp", all_reduced(own_bytes, shards))
 
 
 def _group_mean_terms(layer: LayerShape) -> Iterator[Term]:
     """Under sequence parallelism the tensor ranks add up their sums per code and, as one more
     column, their tokens per code: in code space all slots at once, else slice by slice."""
-    ranks, num_sums, num_rows = (
-        layer.tensor_model_parallel_size,
-        layer.vq.num_code_slices,
-        layer.vq.num_codes,
-    )
+    ranks = layer.tensor_model_parallel_size
+    num_sums, num_rows = layer.vq.num_code_slices, layer.vq.num_codes
     if layer.vq.in_code_space:
         num_sums, num_rows = 1, layer.expert_model_parallel_size * layer.num_slots
     if ranks > 1:
@@ -244,45 +249,45 @@ def _group_mean_terms(layer: LayerShape) -> Iterator[Term]:
 
 def _row_gradient_terms(layer: LayerShape, traffic: RowTraffic) -> Iterator[Term]:
     """Gradient rows to the owners of their codes, counted per slot; w columns of each back."""
-    part = "straight_through"
+    term = _term_of("straight_through", is_backward=True)
     out_bytes = layer.hidden_size * layer.bytes_per_element
     back_bytes = layer.straight_through_width * layer.straight_through_bytes_per_element
     num_table_rows = layer.expert_model_parallel_size * layer.num_slots
-    yield from _counts(layer, num_table_rows, part, True)
-    yield from _rows_out(layer, traffic, out_bytes, part, True)
-    yield from _rows_back(layer, traffic, back_bytes, part, True)
+    yield from _counts(layer, num_table_rows, term)
+    yield from _rows_out(layer, traffic, out_bytes, term)
+    yield from _rows_back(layer, traffic, back_bytes, term)
 
 
-def _counts(layer: LayerShape, num_slots: int, part: str, is_backward: bool) -> Iterator[Term]:
+def _counts(layer: LayerShape, num_slots: int, term: TermOf) -> Iterator[Term]:
     """int64 [P, num_slots / P]: each rank tells each other one its counts, shards share theirs."""
     ranks, shards = layer.expert_model_parallel_size, layer.expert_tensor_parallel_size
     if ranks > 1:
         sent_bytes = (ranks - 1) * (num_slots // ranks) * COUNT_BYTES
-        yield Term(part, "all_to_all", "ep", sent_bytes, is_backward=is_backward)
+        yield term("all_to_all", "ep", sent_bytes)
     if shards > 1:
         sent_bytes = (shards - 1) * num_slots * COUNT_BYTES
-        yield Term(part, "all_gather", "expt_tp", sent_bytes, is_backward=is_backward)
+        yield term("all_gather", "expt_tp", sent_bytes)
 
 
 def _rows_out(
-    layer: LayerShape, traffic: RowTraffic, row_bytes: int, part: str, is_backward: bool
+    layer: LayerShape, traffic: RowTraffic, row_bytes: int, term: TermOf
 ) -> Iterator[Term]:
     """From a token's rank to its expert's shards: all-to-all, then padded all-gather."""
     if layer.expert_model_parallel_size > 1:
         sent_bytes = exact(traffic.num_rows_sent * row_bytes)
-        yield Term(part, "all_to_all", "ep", sent_bytes, is_backward=is_backward)
+        yield term("all_to_all", "ep", sent_bytes)
     if (others := layer.expert_tensor_parallel_size - 1) > 0:
         sent_bytes = exact(others * traffic.largest_gathered_rows * row_bytes)
-        yield Term(part, "all_gather", "expt_tp", sent_bytes, is_backward=is_backward)
+        yield term("all_gather", "expt_tp", sent_bytes)
 
 
 def _rows_back(
-    layer: LayerShape, traffic: RowTraffic, row_bytes: int, part: str, is_backward: bool
+    layer: LayerShape, traffic: RowTraffic, row_bytes: int, term: TermOf
 ) -> Iterator[Term]:
     """From an expert's shards to the token's rank: padded reduce-scatter, then all-to-all."""
     if (others := layer.expert_tensor_parallel_size - 1) > 0:
         sent_bytes = exact(others * traffic.largest_gathered_rows * row_bytes)
-        yield Term(part, "reduce_scatter", "expt_tp", sent_bytes, is_backward=is_backward)
+        yield term("reduce_scatter", "expt_tp", sent_bytes)
     if layer.expert_model_parallel_size > 1:
         sent_bytes = exact(traffic.num_rows_received * row_bytes)
-        yield Term(part, "all_to_all", "ep", sent_bytes, is_backward=is_backward)
+        yield term("all_to_all", "ep", sent_bytes)
