@@ -1,7 +1,7 @@
 """A world of lists: ranks exchange items one by one, and what each sends is counted.
 
 P expert-parallel ranks, E expert-tensor ranks; rank (p, e). The world counts what each collective
-carries away from a rank, under the conventions of wire_cost.py, and moves real items, so that a
+carries away from a rank, under the conventions of plan/wire.py, and moves real items, so that a
 wrong destination or a wrong padding shows.
 """
 

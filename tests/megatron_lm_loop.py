@@ -178,7 +178,7 @@ class MegatronLM:
             self.task.forward_step,
             self.model,
             iterators,
-            self.layout.num_microbatches(train.global_batch_size, train.micro_batch_size),
+            self.layout.num_microbatches(train),
             self.recipe.model.seq_length,
             train.micro_batch_size,
             forward_only=False,
@@ -195,8 +195,7 @@ class MegatronLM:
         train = self.recipe.train
         shown: dict = {}
         track_moe_metrics(
-            loss_scale=1
-            / self.layout.num_microbatches(train.global_batch_size, train.micro_batch_size),
+            loss_scale=1 / self.layout.num_microbatches(train),
             iteration=self.iteration,
             total_loss_dict=shown,
             force_initialize=True,

@@ -65,10 +65,10 @@ def test_the_cost_model_is_told_the_arm_s_settings(letter: str) -> None:
     spec = ARMS[letter]
     shape = layer_shape(CASE, spec, {"expert_model_parallel_size": 4})
     for name, value in spec.vq.items():
-        if name not in ("quantizer",):
-            assert getattr(shape, name) == value, name
+        assert getattr(shape.vq, name) == value, name
     assert shape.bytes_per_element == 2
     assert shape.num_local_tokens == 100
     assert shape.expert_model_parallel_size == 4
-    assert shape.norm == "separate"
+    assert shape.vq.norm == "separate"
+    assert shape.vq.num_codes == CASE.num_codes
     assert shape.num_microbatches == spec.num_microbatches

@@ -13,9 +13,9 @@ from toy_package import pretend_installed
 
 from vqmoe_megatron import cli, registry
 from vqmoe_megatron.cli import plan as plan_commands
-from vqmoe_megatron.plan.exact import Exact
 from vqmoe_megatron.plan.layout import check_layout
 from vqmoe_megatron.plan.step_wire import step_wire
+from vqmoe_megatron.plan.wire import Exact
 from vqmoe_megatron.simulate.simulated_step import SimulatedRank, SimulatedStep
 
 RECIPE = str(Path(__file__).resolve().parents[2] / "recipes" / "parity.yaml")

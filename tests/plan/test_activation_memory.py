@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
+from layer_shapes import changed, shape
+from owners import owner_of_code
 from real_model import measure_activations, recipe
 
-from vqmoe_megatron.plan.activation_memory import activation_bytes, chunk_activation_bytes
+from vqmoe_megatron.plan.activation_memory import (
+    activation_bytes,
+    chunk_activation_bytes,
+    saved_bytes,
+)
 from vqmoe_megatron.plan.layout import check_layout
-from vqmoe_megatron.plan.model_parameters import chunk_places
+from vqmoe_megatron.plan.parameters import chunk_places
+from vqmoe_megatron.plan.shape import LayerShape
 
 LARGEST_ERROR = 0.03
 SIZES = [
@@ -60,3 +69,59 @@ def test_fused_kernels_keep_no_scores() -> None:
     assert local.attention - fused.attention == local.core_scores - fused.core_scores
     with pytest.raises(ValueError, match="kernels='flash': choose one of local, fused"):
         activation_bytes(config, layout, "flash")
+
+
+LAYER = shape(num_local_tokens=12, hidden_size=6, moe_ffn_hidden_size=20, num_moe_experts=4)
+
+
+def walk(layer: LayerShape, shards: int, num_rows: int) -> int:
+    """Bytes of input, fc1 output and fc2 input of so many rows on one shard."""
+    cut = layer.moe_ffn_hidden_size // shards
+    halves = 2 if layer.gated_linear_unit else 1
+    tensors = [layer.hidden_size, *[cut] * halves, cut]
+    return sum(width * layer.bytes_per_element for _ in range(num_rows) for width in tensors)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("ranks", "shards"), list(product((1, 2, 4), (1, 2))))
+def test_saved_rows(gated: bool, ranks: int, shards: int) -> None:
+    layer = changed(
+        LAYER, gated_linear_unit=gated, moe_router_topk=2, num_codes=7, num_code_slices=3,
+        bytes_per_element=2, expert_model_parallel_size=ranks, expert_tensor_parallel_size=shards,
+    )  # fmt: skip
+    tokens = saved_bytes(layer)
+    assert tokens.saved_bytes == tokens.peak_bytes == walk(layer, shards, shards * 12 * (2 + 3))
+
+    owned = [0] * ranks
+    for row in range(21):
+        owned[owner_of_code(row, 4, ranks)] += 1
+    code_space = saved_bytes(changed(layer, execution="code_space", straight_through="none"))
+    assert code_space.dispatched_rows_bytes == walk(layer, shards, shards * 12 * 2)
+    assert code_space.code_rows_bytes == walk(layer, shards, max(owned))
+    assert code_space.table_bytes == sum(6 * 4 for _ in range(ranks) for _ in range(max(owned)))
+    assert code_space.code_ids_bytes == 12 * 3 * 8
+    assert code_space.peak_bytes == code_space.saved_bytes == (
+        code_space.dispatched_rows_bytes + code_space.code_rows_bytes + code_space.table_bytes
+        + code_space.code_ids_bytes
+    )  # fmt: skip
+
+
+def test_gradients_to_tokens_are_transient() -> None:
+    layer = changed(LAYER, execution="code_space", path="discrete", gated_linear_unit=True)
+    none = saved_bytes(changed(layer, straight_through="none"))
+    token = saved_bytes(changed(layer, straight_through="token"))
+    assert token.saved_bytes == none.saved_bytes
+    assert token.peak_bytes - token.saved_bytes == 12 * 40 * 4  # T c1 F b
+    group = saved_bytes(changed(layer, straight_through="group", expert_model_parallel_size=2))
+    assert group.peak_bytes - group.saved_bytes == 2 * 32 * 40 * 4  # 64 codes on 2 ranks
+
+
+def test_the_design_table_holds() -> None:
+    # bf16, T 4096, h 64, f 128, K 64 on 4 ranks: T b (h + 2 f) and K/P b (h + 2 f) + 4 K h + 8 T
+    layer = shape(
+        num_local_tokens=4096, hidden_size=64, moe_ffn_hidden_size=128, num_moe_experts=8,
+        bytes_per_element=2, expert_model_parallel_size=4, path="discrete", num_codes=64,
+    )  # fmt: skip
+    assert saved_bytes(layer).saved_bytes == 4096 * 2 * 320
+    in_code_space = saved_bytes(changed(layer, execution="code_space"))
+    assert in_code_space.saved_bytes == 16 * 2 * 320 + 64 * 64 * 4 + 8 * 4096

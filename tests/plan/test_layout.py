@@ -47,7 +47,8 @@ def test_derived_sizes() -> None:
     config = config_with(**{TP: 2, PP: 2, EP: 4})
     layout = check_layout(config, 16, device="cpu")
     assert (layout.data_parallel_size, layout.expert_data_parallel_size) == (4, 2)
-    assert layout.num_microbatches(global_batch_size=32, micro_batch_size=4) == 2
+    batch = replace(config.train, global_batch_size=32, micro_batch_size=4)
+    assert layout.num_microbatches(batch) == 2
     assert layout.sequence_parallel
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 from real_model import recipe
 
-from vqmoe_megatron.plan.axis_ranks import AxisPlace
+from vqmoe_megatron.plan.grid import AxisPlace
 from vqmoe_megatron.plan.hardware import GB, PROFILES, Hardware, Link, hardware_profile
+from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.run_plan import plan_run
-from vqmoe_megatron.plan.step_time import term_seconds
-from vqmoe_megatron.plan.step_wire_terms import StepTerm
+from vqmoe_megatron.plan.step_time import bubble_microbatches, term_seconds
+from vqmoe_megatron.plan.wire import Term
 
 PLAIN = replace(
     PROFILES["H100"],
@@ -23,7 +25,7 @@ NEAR, FAR = AxisPlace(8, 1, 8), AxisPlace(16, 2, 8)
 
 
 def seconds(collective: str, place: AxisPlace, calls: int = 3) -> float:
-    return term_seconds(StepTerm("rows", collective, "ep", calls, 10 * GB), place, PLAIN)
+    return term_seconds(Term("rows", collective, "ep", 10 * GB, calls), place, PLAIN)
 
 
 def test_within_a_node() -> None:
@@ -71,3 +73,12 @@ def test_every_hardware_figure_has_a_source() -> None:
         without = {k: v for k, v in PROFILES["CPU"].sources.items() if k != "achievable_flops"}
         replace(PROFILES["CPU"], sources=without)
     assert isinstance(PROFILES["B200"], Hardware)
+
+
+def test_bubble_shrinks_with_chunks() -> None:
+    def bubble(stages: int, chunks: int | None) -> Fraction:
+        return bubble_microbatches(ParallelLayout(stages, 1, stages, chunks, 1, 1, 1, False))
+
+    assert bubble(1, None) == 0
+    assert bubble(4, None) == 3
+    assert bubble(4, 2) == Fraction(3, 2)

@@ -8,12 +8,11 @@ import pytest
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.recipe import load_recipe
-from vqmoe_megatron.plan.layer_shape import LayerShape
-from vqmoe_megatron.plan.layer_wire import MeanTraffic
+from vqmoe_megatron.plan.chunk_wire import MeanTraffic
 from vqmoe_megatron.plan.layout import check_layout
+from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.step_wire import stage_wire, step_wire
-from vqmoe_megatron.plan.step_wire_terms import StageWire, StepTerm, StepWire
-from vqmoe_megatron.plan.wire_cost import RowTraffic, wire_cost
+from vqmoe_megatron.plan.wire import RowTraffic, StageWire, StepWire, Term, layer_terms, total_bytes
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "parity.yaml"
 TP, PP, VPP, EP = (
@@ -76,10 +75,10 @@ def test_learned_positions_reduce_the_whole_sequence() -> None:
 def test_the_moe_layer_is_that_of_the_layer_model() -> None:
     config = recipe(f"{EP}=2", "train.global_batch_size=4")
     layout = check_layout(config, 2, "cpu")
-    cost = wire_cost(LayerShape.from_config(config, layout))
+    terms = layer_terms(LayerShape.from_config(config, layout))
     (stage,) = step_wire(config, layout).stages
     sent = sum(t.sent_bytes for t in stage.terms if t.axis == "ep")
-    assert sent == LAYERS * 2 * cost.microbatch_bytes
+    assert sent == LAYERS * 2 * total_bytes(terms)
 
 
 def test_traffic_replaces_balance() -> None:
@@ -188,10 +187,8 @@ def test_per_token_loss_shares_its_count() -> None:
 
 
 def test_a_wire_is_judged_by_its_busiest_stage() -> None:
-    small = StageWire(
-        0, (StepTerm("a", "send", "pp", 1, 5), StepTerm("b", "all_reduce", "tp", 1, 1))
-    )
-    large = StageWire(1, (StepTerm("a", "send", "pp", 2, 9),))
+    small = StageWire(0, (Term("a", "send", "pp", 5), Term("b", "all_reduce", "tp", 1)))
+    large = StageWire(1, (Term("a", "send", "pp", 9, 2),))
     wire = StepWire((small, large), ())
     assert wire.sent_bytes == 9
     assert wire.by_axis == {"tp": 1, "pp": 9}

@@ -19,7 +19,7 @@ from typing import Any
 
 from vqmoe_megatron.bench.cases import PASSES, LayerCase, check_choice
 from vqmoe_megatron.config.vq import VQConfig
-from vqmoe_megatron.plan.layer_shape import LayerShape
+from vqmoe_megatron.plan.shape import LayerShape
 
 FORWARD, FORWARD_BACKWARD = PASSES
 NUM_PRODUCT_SLICES = 8  # of arm P8
@@ -145,27 +145,16 @@ def layer_shape(case: LayerCase, spec: ArmSpec, sizes: Mapping[str, int]) -> Lay
         spec: the arm.
         sizes: the layout's parallel sizes; those left out are 1.
     """
-    vq = VQConfig(num_codes=case.num_codes, norm=case.norm, **spec.vq)
     return LayerShape(
+        vq=VQConfig(num_codes=case.num_codes, norm=case.norm, **spec.vq),
         num_local_tokens=case.num_tokens,
         hidden_size=case.hidden_size,
         moe_ffn_hidden_size=case.ffn_hidden_size,
         num_moe_experts=case.num_experts,
         moe_router_topk=spec.topk,
-        num_codes=vq.num_codes,
-        num_code_slices=vq.num_code_slices,
-        code_dim=vq.code_dim,
-        add_bias_linear=False,
         bytes_per_element=ELEMENT_BYTES[case.dtype],
         expert_model_parallel_size=sizes.get("expert_model_parallel_size", 1),
         expert_tensor_parallel_size=sizes.get("expert_tensor_parallel_size", 1),
         tensor_model_parallel_size=sizes.get("tensor_model_parallel_size", 1),
         num_microbatches=spec.num_microbatches,
-        path=vq.path,
-        execution="code_space" if vq.in_code_space else "tokens",
-        straight_through=vq.straight_through,
-        expert_input=vq.expert_input,
-        code_input=vq.code_input,
-        norm=vq.norm,
-        table_per_step=vq.table_per_step,
     )

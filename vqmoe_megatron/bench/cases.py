@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
-from vqmoe_megatron.plan.divisibility import expert_width_errors
+from vqmoe_megatron.plan.rules import expert_width_errors
 
 ROUTINGS = ("balanced", "zipf", "one-hot")
 PASSES = ("forward", "forward_backward")

@@ -1,9 +1,10 @@
 """``vqmoe bench memory``: what each arm's forward pass saves for its backward pass.
 
 T tokens. Counted by :mod:`saved_tensors`, without parameters, buffers and the layer's input; the
-arms pass the equality gate first. Beside it stands what ``plan/memory_cost.py`` predicts, which
-counts the rows in experts and the code table only, the part in which executions differ. On CUDA
-the allocator's peak over a whole step, above what was allocated before it, is measured as well.
+arms pass the equality gate first. Beside it stands what ``plan/activation_memory.py``
+predicts, which counts the rows in experts and the code table only, the part in which executions
+differ. On CUDA the allocator's peak over a whole step, above what was allocated before it, is
+measured as well.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from vqmoe_megatron.bench.gate import check_arms, check_routing, output_gradient
 from vqmoe_megatron.bench.progress import Progress
 from vqmoe_megatron.bench.saved_tensors import saved_bytes
 from vqmoe_megatron.bench.shared_inputs import case_inputs
-from vqmoe_megatron.plan.memory_cost import saved_bytes as predicted_saved_bytes
+from vqmoe_megatron.plan.activation_memory import saved_bytes as predicted_saved_bytes
 
 
 def measure_memory(

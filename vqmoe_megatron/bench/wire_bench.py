@@ -2,7 +2,7 @@
 
 T tokens per rank, P expert-parallel ranks, E expert-tensor ranks. Bytes only: how long gloo takes
 says nothing about a network. Every collective of every rank is compared with the terms of
-``plan/wire_cost.py``, which are told where the rows of all ranks go; they must be equal to the
+``plan/wire.py``, which are told where the rows of all ranks go; they must be equal to the
 byte, collective by collective. Megatron's own layer (A, A2) is counted beside ours; the formulas
 are not about it.
 """
@@ -23,9 +23,9 @@ from vqmoe_megatron.bench.cases import PASSES, LayerCase, RanksFailed, check_cho
 from vqmoe_megatron.bench.progress import Progress
 from vqmoe_megatron.bench.wire_rank import JOB_FILE, result_file, step_spec
 from vqmoe_megatron.launch.local_ranks import run_local_ranks
-from vqmoe_megatron.plan.divisibility import remainder
-from vqmoe_megatron.plan.layer_shape import LayerShape
-from vqmoe_megatron.plan.wire_cost import RowTraffic, wire_cost
+from vqmoe_megatron.plan.rules import remainder
+from vqmoe_megatron.plan.shape import LayerShape
+from vqmoe_megatron.plan.wire import RowTraffic, layer_terms
 from vqmoe_megatron.rundir.waiting import told_while_waiting
 
 TP, EP, ETP = (
@@ -169,17 +169,17 @@ def _predicted(
     shape: LayerShape, findings: Findings, letter: str, rank: int, spec: ArmSpec
 ) -> Terms:
     travelling = ["continuous", "discrete"]
-    if shape.execution == "code_space":
+    if shape.vq.in_code_space:
         travelling = ["continuous"]
-    cost = wire_cost(
+    called = layer_terms(
         shape,
         _traffic(shape, findings, letter, rank, travelling),
         _traffic(shape, findings, letter, rank, ["discrete"]),
     )
     terms: Terms = Counter()
-    for term in cost.terms:
+    for term in called:
         if term.sent_bytes:
-            key = term.is_backward, term.collective, term.group, Fraction(term.sent_bytes)
+            key = term.is_backward, term.collective, term.axis, Fraction(term.sent_bytes)
             terms[key] += 1 if term.is_once_per_step else spec.num_microbatches
     return terms
 

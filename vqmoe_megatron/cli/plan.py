@@ -25,9 +25,8 @@ from vqmoe_megatron.config.recipe import load_recipe
 from vqmoe_megatron.data.corpus import load_corpus
 from vqmoe_megatron.plan.hardware import PROFILES, hardware_profile
 from vqmoe_megatron.plan.layout import minimum_world_size
-from vqmoe_megatron.plan.layout_search import search_layouts
-from vqmoe_megatron.plan.plan_json import number, plan_json, search_json
-from vqmoe_megatron.plan.run_plan import RunPlan, default_hardware, plan_run
+from vqmoe_megatron.plan.run_plan import RunPlan, default_hardware, number, plan_json, plan_run
+from vqmoe_megatron.plan.search import search_json, search_layouts
 from vqmoe_megatron.runtime.table_console import table_console
 from vqmoe_megatron.simulate.simulated_step import SimulatedStep, SimulationFailed, simulate_step
 

@@ -2,59 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vqmoe_megatron.plan.code_owners import code_owners
+from vqmoe_megatron.config import ParallelConfig
+from vqmoe_megatron.plan.grid import code_owners, rank_grid, rank_groups
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.plan.layout_search import SearchResult
-from vqmoe_megatron.plan.plan_json import NOT_MEASURED
-from vqmoe_megatron.plan.rank_grid import rank_grid
-from vqmoe_megatron.plan.rank_groups import rank_groups
-from vqmoe_megatron.plan.run_memory import EXCLUDED
-from vqmoe_megatron.plan.run_plan import RunPlan
+from vqmoe_megatron.plan.memory import EXCLUDED
+from vqmoe_megatron.plan.run_plan import NOT_MEASURED, RunPlan
+from vqmoe_megatron.plan.search import SearchResult
 from vqmoe_megatron.simulate.simulated_step import SimulatedStep
 
 MOST_ROWS = 16  # of ranks, owners and stages; more are shown as the first and the last ones
-SIZES = (
-    ("TP", "tensor_model_parallel_size"),
-    ("PP", "pipeline_model_parallel_size"),
-    ("VPP", "virtual_pipeline_model_parallel_size"),
-    ("CP", "context_parallel_size"),
-    ("DP", "data_parallel_size"),
-    ("EP", "expert_model_parallel_size"),
-    ("ETP", "expert_tensor_parallel_size"),
-    ("EDP", "expert_data_parallel_size"),
-)
+SIZES = {
+    "TP": "tensor_model_parallel_size",
+    "PP": "pipeline_model_parallel_size",
+    "VPP": "virtual_pipeline_model_parallel_size",
+    "CP": "context_parallel_size",
+    "DP": "data_parallel_size",
+    "EP": "expert_model_parallel_size",
+    "ETP": "expert_tensor_parallel_size",
+    "EDP": "expert_data_parallel_size",
+}
 
 
 def show_errors(plan: RunPlan, console: Console) -> None:
     """Print every broken rule as its equation."""
     ranks = f"{plan.world_size} rank{'s' if plan.world_size != 1 else ''}"
-    table = _table(f"error: the recipe cannot run on {ranks}", "rule that does not hold")
-    for error in plan.errors:
-        table.add_row(error)
-    console.print(table)
+    title = f"error: the recipe cannot run on {ranks}"
+    console.print(_table(title, ["rule that does not hold"], ([error] for error in plan.errors)))
 
 
 def show_plan(plan: RunPlan, assumptions: Sequence[str], console: Console) -> None:
     """Print everything a layout costs."""
-    tables = (
-        _configuration(plan),
-        _rank_grid(plan.layout),
-        _groups(plan),
-        _owners(plan),
-        _parameters(plan),
-        _memory(plan),
-        _flops(plan),
-        _wire(plan),
-        _step_time(plan),
-    )
-    for table in tables:
-        console.print(table)
+    console.print(_configuration(plan))
+    console.print(_rank_grid(plan.layout))
+    for table in (_groups, _owners, _parameters, _memory, _flops, _wire, _step_time):
+        console.print(table(plan))
     console.print("Not in the memory figures: " + "; ".join(EXCLUDED) + ".")
     console.print(_memory_verdict(plan))
     for sentence in (*assumptions, *plan.figures.wire.assumptions, NOT_MEASURED):
@@ -63,51 +50,40 @@ def show_plan(plan: RunPlan, assumptions: Sequence[str], console: Console) -> No
 
 def show_search(result: SearchResult, world_size: int, hardware: str, console: Console) -> None:
     """Print the best layouts, the recipe's own among or below them, and why the others fell out."""
-    names = [name for name, _ in SIZES if name != "CP"]
-    table = _table(
-        f"best layouts of {world_size} ranks on {hardware}, by predicted step time",
-        *("rank", *names, "micro batch", "distributed optimizer", "microbatches", "peak memory"),
-        *("exposed wire", "bubble", "step", "tokens/s"),
-    )
+    names = [name for name in SIZES if name != "CP"]
     own, own_rank = result.own, result.own_rank
-    rows = list(enumerate(result.best, start=1))
-    if own_rank is None or own_rank > len(rows):
-        rows.append((own_rank, own))
-    for place, plan in rows:
-        sizes, train = dict(_sizes_as_planned(plan)), plan.config.train
-        table.add_row(
+    shown = list(enumerate(result.best, start=1))
+    if own_rank is None or own_rank > len(shown):
+        shown.append((own_rank, own))
+    columns = ("rank", *names, "micro batch", "distributed optimizer", "microbatches")
+    columns += ("peak memory", "exposed wire", "bubble", "step", "tokens/s")
+    title = f"best layouts of {world_size} ranks on {hardware}, by predicted step time"
+    rows = (
+        [
             f"{place or '-'}{' (recipe)' if place == own_rank else ''}",
-            *(sizes[name] for name in names),
-            str(train.micro_batch_size),
+            # of a layout that cannot run the sizes that the recipe names
+            *(_size(plan.config.parallel if plan.errors else plan.layout, name) for name in names),
+            plan.config.train.micro_batch_size,
             "yes" if plan.config.optimizer.use_distributed_optimizer else "no",
             *(["-"] * 6 if plan.errors else _search_figures(plan)),
-        )
-    console.print(table)
+        ]
+        for place, plan in shown
+    )
+    console.print(_table(title, columns, rows))
     verdict = [_memory_verdict(own)] if own_rank is None and not own.errors else []
     for reason in (*own.errors, *verdict):
         console.print(f"recipe: {reason}")
-    dropped = _table("why the others fell out", "candidates", "reason")
-    for reason, count in result.dropped.items():
-        dropped.add_row(f"{count:,}", reason)
-    console.print(dropped)
+    dropped = ([f"{count:,}", reason] for reason, count in result.dropped.items())
+    console.print(_table("why the others fell out", ("candidates", "reason"), dropped))
     console.print(f"{result.num_fitting:,} of {result.num_tried:,} candidates can run.")
     if not result.num_fitting and result.smallest_peak_bytes is not None:
         console.print(f"The smallest needs {bytes_text(result.smallest_peak_bytes)} per rank.")
     console.print(f"assumed: {NOT_MEASURED}")
 
 
-def _sizes_as_planned(plan: RunPlan) -> Iterator[tuple[str, str]]:
-    """Sizes of all axes; of a layout that cannot run those that the recipe names."""
-    if not plan.errors:
-        yield from layout_sizes(plan.layout)
-        return
-    for name, attribute in SIZES:
-        yield name, str(getattr(plan.config.parallel, attribute, None) or "-")
-
-
 def _search_figures(plan: RunPlan) -> Iterator[str]:
     time, train = plan.step_time, plan.config.train
-    yield str(plan.layout.num_microbatches(train.global_batch_size, train.micro_batch_size))
+    yield str(plan.layout.num_microbatches(train))
     yield bytes_text(plan.memory_bytes)
     for seconds in (time.exposed_seconds, time.bubble_seconds, time.total_seconds):
         yield seconds_text(seconds)
@@ -119,17 +95,15 @@ def show_simulation(simulated: SimulatedStep, console: Console) -> None:
     for rank in simulated.ranks:
         title = f"rank {rank.rank} of {simulated.world_size}, stage {rank.pipeline_rank}, simulated"
         columns = ("collective", "axis", "calls", "planned", "simulated", "agree")
-        table = _table(title, *columns)
-        for entry in simulated.comparison(rank):
-            table.add_row(
-                entry.collective,
-                entry.axis,
-                f"{entry.counted[0]:,}",
-                f"{float(entry.planned[1]):,.10g}",
-                f"{float(entry.counted[1]):,.10g}",
+        rows = (
+            [
+                *(entry.collective, entry.axis, f"{entry.counted[0]:,}"),
+                *(f"{float(sent):,.10g}" for _, sent in (entry.planned, entry.counted)),
                 "yes" if entry.is_equal else f"NO: planned {entry.planned[0]:,} calls",
-            )
-        console.print(table)
+            ]
+            for entry in simulated.comparison(rank)
+        )
+        console.print(_table(title, columns, rows))
     console.print(
         f"simulated {len(simulated.ranks)} rank(s) in {simulated.seconds:.1f} s "
         f"({simulated.cpu_seconds:.1f} s of processor) and "
@@ -143,8 +117,11 @@ def show_simulation(simulated: SimulatedStep, console: Console) -> None:
 
 def layout_sizes(layout: ParallelLayout) -> Iterator[tuple[str, str]]:
     """Short name and size of every axis; VPP ``-`` without interleaving."""
-    for name, attribute in SIZES:
-        yield name, str(getattr(layout, attribute) or "-")
+    return ((name, _size(layout, name)) for name in SIZES)
+
+
+def _size(sizes: ParallelLayout | ParallelConfig, name: str) -> str:
+    return str(getattr(sizes, SIZES[name], None) or "-")
 
 
 def bytes_text(number: float) -> str:
@@ -163,14 +140,16 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, columns: Sequence[str], rows: Iterable[Iterable[object]]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
     return table
 
 
-def _ends(rows: list[list[str]]) -> list[list[str]]:
+def _ends(rows: list[list[object]]) -> list[list[object]]:
     """All rows, or the first and last ones with a row of dots between them."""
     if len(rows) <= MOST_ROWS:
         return rows
@@ -180,10 +159,9 @@ def _ends(rows: list[list[str]]) -> list[list[str]]:
 
 def _configuration(plan: RunPlan) -> Table:
     model, vq, train = plan.config.model, plan.config.vq, plan.config.train
-    table = _table("configuration", "setting", "value")
     layout = plan.layout
-    num_microbatches = layout.num_microbatches(train.global_batch_size, train.micro_batch_size)
-    for name, value in (
+    num_microbatches = layout.num_microbatches(train)
+    rows = (
         (
             "model",
             f"{model.num_layers} layers, hidden {model.hidden_size}, heads "
@@ -204,78 +182,59 @@ def _configuration(plan: RunPlan) -> Table:
         ),
         ("layout", ", ".join(f"{name} {size}" for name, size in layout_sizes(layout))),
         ("hardware", f"{plan.hardware.name} (assumed, not measured)"),
-    ):
-        table.add_row(name, value)
-    return table
+    )
+    return _table("configuration", ("setting", "value"), rows)
 
 
 def _rank_grid(layout: ParallelLayout) -> Table:
     columns = ("rank", "tp", "dp", "pp", "expert tp", "ep", "expert dp")
-    table = _table(f"rank grid of {layout.world_size} ranks", *columns)
     rows = [
         [p.rank, p.tensor, p.data, p.pipeline, p.expert_tensor, p.expert, p.expert_data]
         for p in rank_grid(layout)
     ]
-    for row in _ends([list(map(str, row)) for row in rows]):
-        table.add_row(*row)
-    return table
+    return _table(f"rank grid of {layout.world_size} ranks", columns, _ends(rows))
 
 
 def _groups(plan: RunPlan) -> Table:
     columns = ("axis", "groups", "ranks", "first group", "nodes", "link", "what for")
-    table = _table(f"groups, {plan.hardware.devices_per_node} ranks per node", *columns)
-    for group in rank_groups(plan.layout, plan.hardware):
-        table.add_row(
-            group.axis,
-            str(group.num_groups),
-            str(group.num_ranks),
-            group.first_group,
-            str(group.nodes),
-            group.link,
-            group.purpose,
-        )
-    return table
+    rows = (
+        [g.axis, g.num_groups, g.num_ranks, g.first_group, g.nodes, g.link, g.purpose]
+        for g in rank_groups(plan.layout, plan.hardware)
+    )
+    return _table(f"groups, {plan.hardware.devices_per_node} ranks per node", columns, rows)
 
 
 def _owners(plan: RunPlan) -> Table:
-    table = _table("experts and codes", "ep rank", "experts", "code rows", "which")
     rows = [
-        [
-            str(owner.expert_parallel_rank),
-            f"{owner.first_expert}..{owner.last_expert}",
-            str(owner.num_code_rows),
-            owner.codes,
-        ]
-        for owner in code_owners(plan.config, plan.layout)
+        [o.expert_parallel_rank, f"{o.first_expert}..{o.last_expert}", o.num_code_rows, o.codes]
+        for o in code_owners(plan.config, plan.layout)
     ]
-    for row in _ends(rows):
-        table.add_row(*row)
-    return table
+    columns = ("ep rank", "experts", "code rows", "which")
+    return _table("experts and codes", columns, _ends(rows))
 
 
 def _parameters(plan: RunPlan) -> Table:
     counted = plan.parameters
     stages = _shown_stages(len(counted.per_rank))
-    table = _table("parameters", "part", "total", "used by one token", *_stage_titles(stages))
+    by_part = [counted.total_by_part, counted.active_by_part]
+    by_part += [counted.per_rank_by_part[stage] for stage in stages]
     copies = (part for parts in counted.per_rank_by_part for part in parts)  # a tied table's, too
-    for part in dict.fromkeys([*counted.total_by_part, *copies]):
-        of_model = [found.get(part, 0) for found in (counted.total_by_part, counted.active_by_part)]
-        of_ranks = [counted.per_rank_by_part[stage].get(part, 0) for stage in stages]
-        table.add_row(part, *(f"{count:,}" for count in (*of_model, *of_ranks)))
-    of_ranks = [f"{counted.per_rank[stage]:,}" for stage in stages]
-    table.add_row("all", f"{counted.total:,}", f"{counted.active:,}", *of_ranks)
-    return table
+    parts = dict.fromkeys([*counted.total_by_part, *copies])
+    rows = [[part, *(f"{found.get(part, 0):,}" for found in by_part)] for part in parts]
+    rows.append(["all", *(f"{sum(found.values()):,}" for found in by_part)])
+    columns = ("part", "total", "used by one token", *_stage_titles(stages))
+    return _table("parameters", columns, rows)
 
 
 def _memory(plan: RunPlan) -> Table:
     stages = _shown_stages(len(plan.figures.memory))
-    table = _table("memory of a rank", "part", *_stage_titles(stages), "exact")
     by_part = [plan.figures.memory[stage].by_part() for stage in stages]
-    exact_parts = ("weights", "gradients", "optimizer", "codebook_statistics")
-    for part in by_part[0]:
-        is_exact = "yes" if part in exact_parts else "estimate"
-        table.add_row(part, *(bytes_text(parts[part]) for parts in by_part), is_exact)
-    return table
+    exact = ("weights", "gradients", "optimizer", "codebook_statistics")
+    rows = (
+        [part, *(bytes_text(of[part]) for of in by_part), "yes" if part in exact else "estimate"]
+        for part in by_part[0]
+    )
+    return _table("memory of a rank", ("part", *_stage_titles(stages), "exact"), rows)
 
 
 def _memory_verdict(plan: RunPlan) -> str:
@@ -287,50 +246,47 @@ def _memory_verdict(plan: RunPlan) -> str:
 
 def _flops(plan: RunPlan) -> Table:
     flops = plan.figures.flops
-    table = _table("operations of a step, all ranks", "part", "FLOP")
-    for part, count in flops.by_part.items():
-        table.add_row(f"{part} (forward + backward)", f"{count:.4g}")
-    table.add_row("recompute", f"{flops.all_ranks.recompute:.4g}")
-    table.add_row("all", f"{flops.all_ranks.total:.4g}")
-    table.add_row("per token, without recompute", f"{flops.per_token:.4g}")
-    return table
+    counts = {f"{part} (forward + backward)": count for part, count in flops.by_part.items()} | {
+        "recompute": flops.all_ranks.recompute,
+        "all": flops.all_ranks.total,
+        "per token, without recompute": flops.per_token,
+    }
+    rows = ([part, f"{count:.4g}"] for part, count in counts.items())
+    return _table("operations of a step, all ranks", ("part", "FLOP"), rows)
 
 
 def _wire(plan: RunPlan) -> Table:
     time = plan.step_time
-    columns = ("part", "axis", "link", "sent", "time", "of it hidden")
-    title = f"sent by a rank of stage {time.pipeline_rank} in a step"
-    table = _table(title, *columns)
-    for entry in time.communication:
-        table.add_row(
-            entry.part,
-            entry.axis,
-            entry.link,
-            bytes_text(entry.sent_bytes),
-            seconds_text(entry.seconds),
-            seconds_text(entry.overlapped_seconds),
-        )
+    rows = [
+        [
+            *(e.part, e.axis, e.link, bytes_text(e.sent_bytes)),
+            *map(seconds_text, (e.seconds, e.overlapped_seconds)),
+        ]
+        for e in time.communication
+    ]
     total = bytes_text(plan.wire_bytes_per_step)
-    table.add_row("all of the busiest rank", "", "", total, "", "")
-    return table
+    rows.append(["all of the busiest rank", "", "", total, "", ""])
+    columns = ("part", "axis", "link", "sent", "time", "of it hidden")
+    return _table(f"sent by a rank of stage {time.pipeline_rank} in a step", columns, rows)
 
 
 def _step_time(plan: RunPlan) -> Table:
     time = plan.step_time
-    table = _table(f"predicted step on {time.hardware} (not measured)", "part", "time", "what")
     reads = f"operations {seconds_text(time.flop_seconds)}, weight reads "
     reads += seconds_text(time.weight_read_seconds)
-    for part, seconds, what in (
+    parts = (
         ("compute", time.compute_seconds, f"the larger of {reads}"),
         ("communication", time.exposed_seconds, "exposed"),
         ("hidden communication", time.overlapped_seconds, "not in the sum"),
         ("pipeline bubble", time.bubble_seconds, "(PP - 1) / VPP microbatches"),
         ("optimizer", time.optimizer_seconds, "state read and written once"),
         ("step", time.total_seconds, f"{time.tokens_per_second:,.0f} tokens/s"),
-    ):
-        table.add_row(part, seconds_text(seconds), what)
-    table.add_row("model FLOP/s utilisation", f"{time.model_flops_utilisation:.1%}", "of the peak")
-    return table
+    )
+    rows = [[part, seconds_text(seconds), what] for part, seconds, what in parts]
+    utilisation = f"{time.model_flops_utilisation:.1%}"
+    rows.append(["model FLOP/s utilisation", utilisation, "of the peak"])
+    title = f"predicted step on {time.hardware} (not measured)"
+    return _table(title, ("part", "time", "what"), rows)
 
 
 def _shown_stages(num_stages: int) -> list[int]:

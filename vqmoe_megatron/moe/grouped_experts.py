@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.moe.expert_gemm import grouped_linear
 from vqmoe_megatron.moe.megatron_settings import check_expert_settings
-from vqmoe_megatron.plan.divisibility import expert_width_errors
+from vqmoe_megatron.plan.rules import expert_width_errors
 
 
 class GroupedExperts(MegatronModule):

@@ -1,1 +1,1 @@
-"""Arithmetic of a run that needs no torch and no ranks: layouts, ownership, rank coordinates."""
+"""Arithmetic of a run that needs no torch and no ranks: layout, bytes, operations, time, search."""

@@ -1,13 +1,14 @@
 """What one microbatch keeps of its forward pass on one rank, layer by layer: an estimate.
 
 b micro batch, S sequence length, T local tokens (b S / TP), t = b S, H hidden size, A heads and G
-query groups of d columns, D dense and F expert width, V padded vocabulary, e bytes per element,
-R rows that travel, k selected experts, C codes per token, s slots of code space.
+query groups of d columns, D dense and F expert width, c1 F the width of fc1, V padded vocabulary,
+e bytes per element, R rows that travel, k selected experts, C codes per token, s slots of code
+space on each of P expert-parallel ranks, E expert-tensor ranks.
 
     attention   norm input and output, context, residual, its norm: about 5 T H e; q, k, v; local
                 kernels also keep the scores [b, A, S, S], fused ones a number per row
     dense MLP   fc1 output and activation: 2 t D e, gated 5 t D e
-    MoE         rows in experts and the code table (``memory_cost``), rows that came back, both
+    MoE         rows in experts and the code table (:func:`saved_bytes`), rows that came back, both
                 paths' outputs, router scores in fp32, ids
     head        final norm, softmax of the logits in fp32 [t, V / TP]
 
@@ -21,21 +22,67 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vqmoe_megatron.config import RunConfig
-from vqmoe_megatron.plan.layer_shape import LayerShape
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.plan.memory_cost import saved_bytes
-from vqmoe_megatron.plan.model_parameters import (
+from vqmoe_megatron.plan.parameters import (
     ChunkPlace,
     dense_ffn_size,
     head_sizes,
     is_moe_layer,
     padded_vocab_size,
 )
+from vqmoe_megatron.plan.shape import LayerShape
 
 KERNELS = ("local", "fused")
-ID_BYTES = 8
+ID_BYTES = 8  # of codes, experts and places: int64
 SOFTMAX_BYTES = 4  # attention_softmax_in_fp32, and the loss in fp32
 RANDOM_STATE_BYTES = 4 * 5056  # what one recomputed call keeps to replay dropout
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """What the two executions of one VQMoE layer do not share: rows in experts, the table of code
+    outputs and the codes that read it; of one microbatch on one rank."""
+
+    dispatched_rows_bytes: int  # in the experts
+    code_rows_bytes: int  # in the experts, code space
+    table_bytes: int  # [P S, H] code outputs in fp32 (fp64), code space
+    code_ids_bytes: int  # [T, C], code space
+    transient_bytes: int  # made anew within the backward pass, code space
+
+    @property
+    def saved_bytes(self) -> int:
+        """Kept between the passes."""
+        return (
+            self.dispatched_rows_bytes
+            + self.code_rows_bytes
+            + self.table_bytes
+            + self.code_ids_bytes
+        )
+
+    @property
+    def peak_bytes(self) -> int:
+        """Kept between the passes, and made anew within the backward pass."""
+        return self.saved_bytes + self.transient_bytes
+
+
+def saved_bytes(layer: LayerShape) -> SavedBytes:
+    """Return the saved activations of the layer on one rank; experts are equally loaded.
+
+    An expert saves of every row its input [H], fc1's output [c1 F] and fc2's input [F]; a shard has
+    the rows of E ranks and 1 / E of the width. Transient are the rows of ``straight_through``, at
+    fc1's output: of tokens or of codes.
+    """
+    b, shards = layer.bytes_per_element, layer.expert_tensor_parallel_size
+    inner = (layer.fc1_width + layer.moe_ffn_hidden_size) // shards
+    row_bytes = b * (layer.hidden_size + inner)
+    table_rows = layer.expert_model_parallel_size * layer.num_slots
+    return SavedBytes(
+        dispatched_rows_bytes=shards * layer.num_dispatched_rows * row_bytes,
+        code_rows_bytes=layer.num_slots * row_bytes,
+        table_bytes=table_rows * layer.hidden_size * layer.sum_bytes_per_element,
+        code_ids_bytes=ID_BYTES * layer.num_discrete_rows if layer.vq.in_code_space else 0,
+        transient_bytes=layer.num_gradient_rows_to_tokens * layer.fc1_width * b,
+    )
 
 
 @dataclass(frozen=True)
@@ -72,7 +119,7 @@ def activation_bytes(config: RunConfig, layout: ParallelLayout, kernels: str) ->
     if model.hidden_dropout > 0:
         dropout_bytes = hidden_bytes if kernels == "local" else hidden_bytes // element
     code_tables = 0
-    if layer.execution == "code_space":
+    if layer.vq.in_code_space:
         kept = saved_bytes(layer)
         code_tables = kept.code_rows_bytes + kept.table_bytes
     scores = _scores(config, layout, kernels)
@@ -193,32 +240,32 @@ def _moe(config: RunConfig, layer: LayerShape) -> int:
     rows = layer.num_dispatched_rows
     kept = saved_bytes(layer)
     total = kept.saved_bytes
-    in_code_space = layer.execution == "code_space"
-    slots = layer.num_slots if in_code_space else 0
+    in_code_space = layer.vq.in_code_space
+    slots = layer.num_slots
     if config.model.gated_linear_unit:  # the activated half, beside fc1's output and the product
         inner = layer.moe_ffn_hidden_size * element
         total += (rows + slots // layer.expert_tensor_parallel_size) * inner
     if rows:
-        total += (rows + (slots if layer.path == "dual" else 0)) * hidden * element  # came back
+        total += (rows + (slots if layer.vq.path == "dual" else 0)) * hidden * element  # came back
         total += 4 * ID_BYTES * (rows + slots)  # order, places
-    if layer.path != "discrete":
+    if layer.vq.path != "discrete":
         total += 3 * tokens * layer.num_moe_experts * 4  # router scores, fp32
         total += tokens * layer.moe_router_topk * (2 * ID_BYTES + 2 * 4)
-    if layer.path == "continuous":
+    if layer.vq.path == "continuous":
         return total
-    total += tokens * layer.num_code_slices * (2 * ID_BYTES) + tokens * ID_BYTES
-    if layer.code_dim is not None:
-        total += tokens * layer.code_dim * 4  # projected tokens
-    if layer.path == "dual":
+    total += tokens * layer.vq.num_code_slices * (2 * ID_BYTES) + tokens * ID_BYTES
+    if layer.vq.code_dim is not None:
+        total += tokens * layer.vq.code_dim * 4  # projected tokens
+    if layer.vq.path == "dual":
         total += tokens * hidden * element  # the continuous output
-        total += tokens * (layer.moe_router_topk + layer.num_code_slices) * ID_BYTES
-    num_norms = {"none": 0, "shared": 2, "separate": 2}[layer.norm]
-    if in_code_space and layer.num_code_slices > 1:  # summed before the output norm
-        total += tokens * (hidden * element + 5 * layer.num_code_slices * ID_BYTES)
+        total += tokens * (layer.moe_router_topk + layer.vq.num_code_slices) * ID_BYTES
+    num_norms = {"none": 0, "shared": 2, "separate": 2}[layer.vq.norm]
+    if in_code_space and layer.vq.num_code_slices > 1:  # summed before the output norm
+        total += tokens * (hidden * element + 5 * layer.vq.num_code_slices * ID_BYTES)
     if in_code_space:
         return total + num_norms * slots * hidden * layer.sum_bytes_per_element
     if num_norms and layer.has_code_inputs:
         total += layer.num_discrete_rows * hidden * element  # before the norm
-    if layer.path == "dual":
+    if layer.vq.path == "dual":
         total += tokens * hidden * element  # the discrete output
     return total + (tokens * hidden * element if num_norms else 0)

@@ -23,7 +23,7 @@ class Link:
     bytes_per_second: float  # of one GPU, one direction, before the achievable share
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Hardware:
     """One kind of device in nodes of equal size."""
 
@@ -32,13 +32,13 @@ class Hardware:
     fp32_flops_per_second: float
     memory_bytes: int
     memory_bytes_per_second: float
-    devices_per_node: int
+    devices_per_node: int = 8
     intra_node: Link
     inter_node: Link
-    achievable_flops: float  # share of the peak that large matrix products reach
-    achievable_memory: float
-    achievable_link: float
-    kernels: str  # of activation_memory: local | fused
+    achievable_flops: float = 0.4  # share of the peak that large matrix products reach
+    achievable_memory: float = 0.8
+    achievable_link: float = 0.8
+    kernels: str = "fused"  # of activation_memory: local | fused
     sources: dict[str, str]  # by field name
 
     def __post_init__(self) -> None:
@@ -46,10 +46,18 @@ class Hardware:
         if unsourced:
             raise ValueError(f"hardware {self.name}: no source for {', '.join(sorted(unsourced))}")
 
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return "cpu" if self.name == "CPU" else "cuda"
+
+    def peak_flops_per_second(self, is_bf16: bool) -> float:
+        """By the data sheet."""
+        return self.bf16_flops_per_second if is_bf16 else self.fp32_flops_per_second
+
     def flops_per_second(self, is_bf16: bool) -> float:
         """What matrix products are taken to reach."""
-        peak = self.bf16_flops_per_second if is_bf16 else self.fp32_flops_per_second
-        return peak * self.achievable_flops
+        return self.peak_flops_per_second(is_bf16) * self.achievable_flops
 
 
 ASSUMED = "planning assumption, not measured"
@@ -77,13 +85,8 @@ _H100 = Hardware(
     fp32_flops_per_second=66.9 * TERA,
     memory_bytes=80 * GB,
     memory_bytes_per_second=3350 * GB,
-    devices_per_node=8,
     intra_node=_NVLINK4,
     inter_node=_NDR,
-    achievable_flops=0.4,
-    achievable_memory=0.8,
-    achievable_link=0.8,
-    kernels="fused",
     sources={
         **_HOPPER,
         "memory_bytes": "NVIDIA H100 SXM data sheet: 80 GB HBM3",
@@ -110,13 +113,8 @@ PROFILES = {
         fp32_flops_per_second=80 * TERA,
         memory_bytes=180 * GB,
         memory_bytes_per_second=8000 * GB,
-        devices_per_node=8,
         intra_node=Link(5e-6, 900 * GB),
         inter_node=_NDR,
-        achievable_flops=0.4,
-        achievable_memory=0.8,
-        achievable_link=0.8,
-        kernels="fused",
         sources={
             **_COMMON,
             "bf16_flops_per_second": "NVIDIA Blackwell brief, HGX B200 at 1,000 W: 2,250 TFLOP/s "
@@ -135,12 +133,9 @@ PROFILES = {
         fp32_flops_per_second=50e9,
         memory_bytes=4 * GIB,
         memory_bytes_per_second=10 * GB,
-        devices_per_node=8,
         intra_node=Link(100e-6, 1 * GB),
         inter_node=Link(200e-6, 1.25 * GB),
         achievable_flops=0.5,
-        achievable_memory=0.8,
-        achievable_link=0.8,
         kernels="local",
         sources={
             "bf16_flops_per_second": "one core without bf16 instructions computes in fp32; "

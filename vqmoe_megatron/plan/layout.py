@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import lcm
 
-from vqmoe_megatron.config import ModelConfig, RunConfig
+from vqmoe_megatron.config import ModelConfig, RunConfig, TrainConfig
 from vqmoe_megatron.config.ranges import RANKS
-from vqmoe_megatron.plan.divisibility import expert_width_errors, remainder
-from vqmoe_megatron.plan.run_rules import run_errors
+from vqmoe_megatron.plan.rules import expert_width_errors, remainder, run_errors
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,14 @@ class ParallelLayout:
         """EDP = world_size / (ETP * EP * PP), in a layout that passed the check."""
         return self.world_size // self.expert_ranks
 
-    def num_microbatches(self, global_batch_size: int, micro_batch_size: int) -> int:
+    def num_microbatches(self, train: TrainConfig) -> int:
         """Return the microbatches per step: global_batch_size / (micro_batch_size * DP)."""
-        return global_batch_size // (micro_batch_size * self.data_parallel_size)
+        return train.global_batch_size // (train.micro_batch_size * self.data_parallel_size)
+
+
+def unsharded() -> ParallelLayout:
+    """Return the layout of one rank, which holds the whole model."""
+    return ParallelLayout(1, 1, 1, None, 1, 1, 1, False)
 
 
 def minimum_world_size(config: RunConfig) -> int:
@@ -255,7 +259,7 @@ def _batch_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
     if layout.virtual_pipeline_model_parallel_size is not None and not uneven:
         yield from remainder(
             "num_microbatches",
-            layout.num_microbatches(batch, micro),
+            layout.num_microbatches(config.train),
             "PP",
             pp,
             f"the interleaved schedule runs microbatches in groups of PP; num_microbatches = "

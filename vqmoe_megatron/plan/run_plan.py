@@ -2,23 +2,34 @@
 
 Parameters, weights, gradients, optimizer state and wire bytes are exact; activations are an
 estimate from saved tensors; times come from assumed hardware. Communicates nothing, needs no torch.
+
+As one JSON object it is the contract of ``vqmoe plan --json``. Always there: ``world_size``,
+``hardware``, ``rank_grid``, ``parameters``, ``memory_bytes``, ``flops_per_step``,
+``wire_bytes_per_step``, ``step_time``, ``errors``, ``assumptions``, ``excluded``. With errors the
+figures are null and ``rank_grid`` is empty.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from math import ceil
+from typing import Any
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.plan.flops import RunFlops, run_flops
+from vqmoe_megatron.plan.grid import code_owners, rank_grid, rank_groups
 from vqmoe_megatron.plan.hardware import Hardware, hardware_profile
 from vqmoe_megatron.plan.layout import ParallelLayout, layout_errors
-from vqmoe_megatron.plan.model_parameters import padded_vocab_size
-from vqmoe_megatron.plan.parameter_count import ParameterCount, count_parameters
-from vqmoe_megatron.plan.run_flops import RunFlops, run_flops
-from vqmoe_megatron.plan.run_memory import StageMemory, stage_memory
+from vqmoe_megatron.plan.memory import EXCLUDED, StageMemory, stage_memory
+from vqmoe_megatron.plan.parameters import ParameterCount, count_parameters, padded_vocab_size
 from vqmoe_megatron.plan.step_time import StepTime, step_time
-from vqmoe_megatron.plan.step_wire import stage_wire, step_wire
-from vqmoe_megatron.plan.step_wire_terms import StepWire
+from vqmoe_megatron.plan.step_wire import step_wire
+from vqmoe_megatron.plan.wire import Exact, StepWire, Term
+
+NOT_MEASURED = (
+    "hardware figures are assumptions from data sheets; no GPU figure was measured by this project"
+)
 
 
 @dataclass(frozen=True)
@@ -61,11 +72,6 @@ class RunPlan:
     def parameters(self) -> ParameterCount:
         """Elements in total, used by one token, and per rank."""
         return self.figures.parameters
-
-    @property
-    def num_active_parameters(self) -> int:
-        """Elements that one token uses, as :mod:`parameter_count` defines it."""
-        return self.figures.parameters.active
 
     @property
     def memory_bytes(self) -> int:
@@ -118,8 +124,7 @@ def plan_run(config: RunConfig, world_size: int, hardware: Hardware | str | None
     padded_vocab_size(config.model)
     if not isinstance(hardware, Hardware):
         hardware = hardware_profile(hardware or default_hardware(config))
-    device = "cpu" if hardware.name == "CPU" else "cuda"
-    errors = tuple(layout_errors(config, world_size, device))
+    errors = tuple(layout_errors(config, world_size, hardware.device))
     figures = None
     if not errors:
         layout = ParallelLayout.from_config(config, world_size)
@@ -132,23 +137,118 @@ def plan_run(config: RunConfig, world_size: int, hardware: Hardware | str | None
             memory=memory,
             flops=flops,
             wire=step_wire(config, layout),
-            step_time=predict(config, layout, memory, hardware, flops),
+            step_time=step_time(config, layout, flops, memory, hardware),
         )
     return RunPlan(config, world_size, hardware, errors, figures)
-
-
-def predict(
-    config: RunConfig,
-    layout: ParallelLayout,
-    memory: tuple[StageMemory, ...],
-    hardware: Hardware,
-    flops: RunFlops,
-) -> StepTime:
-    """Predict a step from the stages whose memory is given; the slowest of them paces it."""
-    wires = tuple(stage_wire(config, layout, stage.pipeline_rank) for stage in memory)
-    return step_time(config, layout, flops, memory, wires, hardware)
 
 
 def default_hardware(config: RunConfig) -> str:
     """Name of the profile where none is asked for."""
     return "CPU" if config.train.device == "cpu" else "H100"
+
+
+def plan_json(plan: RunPlan, assumptions: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the plan as plain values; bytes are ints, or floats where no whole number."""
+    described: dict[str, Any] = {
+        "world_size": plan.world_size,
+        "config": asdict(plan.config),
+        "hardware": {**asdict(plan.hardware), "is_measured": False},  # every figure with its source
+        "errors": list(plan.errors),
+        "assumptions": [NOT_MEASURED, *assumptions],
+        "excluded": list(EXCLUDED),
+        "layout": None,
+        "rank_grid": [],
+        "groups": None,
+        "owners": None,
+        "parameters": None,
+        "memory_bytes": None,
+        "flops_per_step": None,
+        "wire_bytes_per_step": None,
+        "step_time": None,
+    }
+    if plan.errors:
+        return described
+    figures = plan.figures
+    described["assumptions"] += figures.wire.assumptions
+    return described | {
+        "layout": layout_json(figures.layout),
+        "rank_grid": [asdict(place) for place in rank_grid(figures.layout)],
+        "groups": [asdict(group) for group in rank_groups(figures.layout, plan.hardware)],
+        "owners": [asdict(owner) for owner in code_owners(plan.config, figures.layout)],
+        "parameters": {
+            "total": figures.parameters.total,
+            "active": figures.parameters.active,
+            "total_by_part": figures.parameters.total_by_part,
+            "active_by_part": figures.parameters.active_by_part,
+            "per_rank": list(figures.parameters.per_rank),
+            "per_rank_by_part": list(figures.parameters.per_rank_by_part),
+        },
+        "memory_bytes": {
+            "peak": plan.memory_bytes,
+            "device": plan.hardware.memory_bytes,
+            "fits": plan.fits,
+            "stages": [stage.by_part() for stage in figures.memory],
+        },
+        "flops_per_step": {
+            "total": plan.flops_per_step,
+            "forward": figures.flops.all_ranks.forward,
+            "backward": figures.flops.all_ranks.backward,
+            "recompute": figures.flops.all_ranks.recompute,
+            "by_part": figures.flops.by_part,
+            "per_rank": [of_rank.total for of_rank in figures.flops.per_rank],
+            "per_token": figures.flops.per_token,
+            "tokens_per_step": figures.flops.num_tokens,
+        },
+        "wire_bytes_per_step": {
+            "total": number(figures.wire.sent_bytes),
+            "by_axis": {axis: number(sent) for axis, sent in figures.wire.by_axis.items()},
+            "stages": [[_term_json(term) for term in stage.terms] for stage in figures.wire.stages],
+        },
+        "step_time": step_time_json(figures.step_time),
+    }
+
+
+def _term_json(term: Term) -> dict[str, Any]:
+    return {
+        "part": term.part,
+        "collective": term.collective,
+        "axis": term.axis,
+        "num_calls": term.num_calls,
+        "sent_bytes": number(term.sent_bytes),
+    }
+
+
+def layout_json(layout: ParallelLayout) -> dict[str, Any]:
+    """Sizes of all axes, the data-parallel ones included."""
+    return {
+        **asdict(layout),
+        "data_parallel_size": layout.data_parallel_size,
+        "expert_data_parallel_size": layout.expert_data_parallel_size,
+    }
+
+
+def step_time_json(time: StepTime) -> dict[str, Any]:
+    """Predicted seconds by part."""
+    return {
+        "is_measured": False,
+        "total_seconds": time.total_seconds,
+        "compute_seconds": time.compute_seconds,
+        "flop_seconds": time.flop_seconds,
+        "weight_read_seconds": time.weight_read_seconds,
+        "exposed_communication_seconds": time.exposed_seconds,
+        "overlapped_communication_seconds": time.overlapped_seconds,
+        "bubble_seconds": time.bubble_seconds,
+        "optimizer_seconds": time.optimizer_seconds,
+        "slowest_pipeline_rank": time.pipeline_rank,
+        "tokens_per_second": time.tokens_per_second,
+        "model_flops_utilisation": time.model_flops_utilisation,
+        "communication": [
+            {**asdict(entry), "exposed_seconds": entry.exposed_seconds}
+            for entry in time.communication
+        ],
+    }
+
+
+def number(value: Exact) -> int | float:
+    """A whole number as it is, a fraction as the nearest float."""
+    return value if isinstance(value, int) else float(value)

@@ -10,22 +10,129 @@
 
 With the distributed optimizer main copies and moments are of the rank's shard. Adam's step counters
 (4 bytes per tensor, on the host) are left out.
+
+Megatron's DDP lays the trained parameters of a chunk into one buffer per kind (dense or expert) and
+dtype, in reverse order. With the distributed optimizer each parameter starts at a multiple of 64
+elements and each bucket ends at a multiple of lcm(ranks, 128), so that every data-parallel rank
+gets an equal shard of every bucket. Buckets are cut only on the first chunk of the first pipeline
+stage and only with ``overlap_grad_reduce``, besides tied embeddings, which have one of their own.
+Follows ``_ParamAndGradBuffer`` of megatron-core 0.16.1; a test compares with the real buffers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm
 
 from vqmoe_megatron.config import RunConfig
-from vqmoe_megatron.plan.gradient_buffers import GRADIENT_BYTES, stage_buffers
-from vqmoe_megatron.plan.layer_shape import LayerShape
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.plan.model_parameters import chunk_places, is_moe_layer, stage_parameters
+from vqmoe_megatron.plan.parameters import Parameter, chunk_places, num_moe_layers, stage_parameters
+from vqmoe_megatron.plan.shape import LayerShape
 
+PARAMETER_ALIGNMENT = 64  # elements; of Megatron's _pad_start_of_param_if_needed
+BUCKET_ALIGNMENT = 128  # elements; of Megatron's _pad_end_of_bucket_if_needed
+MINIMUM_BUCKET = 40_000_000  # elements; of Megatron's DistributedDataParallel
+BUCKET_PER_RANK = 1_000_000
+GRADIENT_BYTES = 4  # grad_reduce_in_fp32
 NUM_PROBES = 256  # of vq/codebook.py: tokens kept to measure how many change their code
 MAX_CANDIDATES = 4096  # of moe/code_assigner.py: tokens per step that may replace dead codes
 MAIN_BYTES = MOMENT_BYTES = 4
 ID_BYTES = 8
+
+
+@dataclass(frozen=True)
+class GradientBuffer:
+    """One buffer of one model chunk on one rank."""
+
+    chunk: int
+    is_expert: bool
+    bytes_per_element: int  # of the parameters
+    num_ranks: int  # that share it: the data-parallel or expert-data-parallel group
+    is_distributed: bool  # by the distributed optimizer
+    buckets: tuple[tuple[int, int], ...]  # [start, end) in elements, padding included
+    spans: tuple[tuple[int, int], ...]  # [start, end) of each parameter
+
+    @property
+    def num_elements(self) -> int:
+        """Of the whole buffer, padding included."""
+        return self.buckets[-1][1]
+
+    def shard_elements(self, rank: int) -> int:
+        """Parameter elements, without padding, in the shards that one rank of the group owns; all
+        of them without the distributed optimizer."""
+        if not self.is_distributed:
+            return sum(end - start for start, end in self.spans)
+        owned = 0
+        for start, end in self.buckets:
+            share = (end - start) // self.num_ranks
+            low, high = start + rank * share, start + (rank + 1) * share
+            owned += sum(max(0, min(high, b) - max(low, a)) for a, b in self.spans)
+        return owned
+
+
+def stage_buffers(
+    config: RunConfig, layout: ParallelLayout, pipeline_rank: int
+) -> list[GradientBuffer]:
+    """Return the buffers of one rank of a pipeline stage, chunk by chunk, dense before experts."""
+    buffers = []
+    for chunk, parameters in enumerate(stage_parameters(config, layout, pipeline_rank)):
+        limit = None
+        if config.optimizer.overlap_grad_reduce and pipeline_rank == 0 and chunk == 0:
+            limit = max(MINIMUM_BUCKET, BUCKET_PER_RANK * layout.data_parallel_size)
+        for is_expert in (False, True):
+            trained = [p for p in parameters if p.is_trained and p.is_expert == is_expert]
+            for element in dict.fromkeys(p.bytes_per_element for p in trained):
+                of_kind = [p for p in trained if p.bytes_per_element == element]
+                buffers.append(_buffer(config, layout, chunk, of_kind, limit))
+    return buffers
+
+
+def _buffer(
+    config: RunConfig,
+    layout: ParallelLayout,
+    chunk: int,
+    parameters: list[Parameter],
+    limit: int | None,
+) -> GradientBuffer:
+    is_expert = parameters[0].is_expert
+    num_ranks = layout.expert_data_parallel_size
+    if not is_expert:
+        num_ranks = layout.data_parallel_size * layout.context_parallel_size
+    is_distributed = config.optimizer.use_distributed_optimizer
+    alignment = lcm(num_ranks, BUCKET_ALIGNMENT) if is_distributed else 1
+    spans: list[tuple[int, int]] = []
+    buckets: list[tuple[int, int]] = []
+    bucket_start = end = 0
+    is_open = False  # whether the current bucket holds a parameter
+    for parameter in reversed(parameters):
+        start = _padded(end, PARAMETER_ALIGNMENT) if is_distributed else end
+        is_alone = parameter.is_shared_embedding and is_distributed
+        if is_alone and is_open:
+            start = _padded(start, alignment)
+            buckets.append((bucket_start, start))
+            bucket_start = start
+        end = start + parameter.num_elements
+        spans.append((start, end))
+        is_open = True
+        if is_alone or (limit is not None and end - bucket_start >= limit):
+            end = _padded(end, alignment)
+            buckets.append((bucket_start, end))
+            bucket_start, is_open = end, False
+    if is_open:
+        buckets.append((bucket_start, _padded(end, alignment)))
+    return GradientBuffer(
+        chunk=chunk,
+        is_expert=is_expert,
+        bytes_per_element=parameters[0].bytes_per_element,
+        num_ranks=num_ranks,
+        is_distributed=is_distributed,
+        buckets=tuple(buckets),
+        spans=tuple(spans),
+    )
+
+
+def _padded(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -79,13 +186,12 @@ def state_bytes(
         if buffer.bytes_per_element < MAIN_BYTES:
             main += MAIN_BYTES * owned
     places = chunk_places(config.model, layout, pipeline_rank)
-    num_layers = sum(is_moe_layer(config.model, n) for place in places for n in place.layers)
     return StateBytes(
         weights=weights,
         gradients=gradients,
         main_parameters=main,
         moments=moments,
-        statistics=num_layers * layer_statistics_bytes(config, layout),
+        statistics=num_moe_layers(config.model, places) * layer_statistics_bytes(config, layout),
         largest_weight=largest,
     )
 
@@ -95,7 +201,7 @@ def layer_statistics_bytes(config: RunConfig, layout: ParallelLayout) -> int:
     rank of the layer keeps them all."""
     layer, vq = LayerShape.from_config(config, layout), config.vq
     num_bytes = (layer.num_moe_experts + 2) * 4  # load per expert, gate
-    if layer.path == "continuous":
+    if layer.vq.path == "continuous":
         return num_bytes
     rows, width = layer.num_code_rows, layer.code_width
     num_bytes += 3 * 4  # losses
@@ -103,9 +209,9 @@ def layer_statistics_bytes(config: RunConfig, layout: ParallelLayout) -> int:
     num_bytes += rows * ID_BYTES  # code map
     if vq.codebook_update == "ema":
         num_bytes += 2 * rows * width * 4  # moving sums, the step's sums
-    if layer.code_dim is not None:
-        num_bytes += layer.code_dim * layer.hidden_size * 4  # projection
-    num_candidates = min(layer.num_codes, MAX_CANDIDATES)
+    if layer.vq.code_dim is not None:
+        num_bytes += layer.vq.code_dim * layer.hidden_size * 4  # projection
+    num_candidates = min(layer.vq.num_codes, MAX_CANDIDATES)
     num_probes = min(NUM_PROBES, num_candidates)
-    slices = layer.num_code_slices
+    slices = layer.vq.num_code_slices
     return num_bytes + num_probes * slices * (width * 4 + ID_BYTES)

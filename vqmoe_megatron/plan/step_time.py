@@ -22,29 +22,23 @@ loading, stragglers, contention, uneven expert load.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from fractions import Fraction
 from math import ceil, log2
 
 from vqmoe_megatron.config import RunConfig
-from vqmoe_megatron.plan.axis_ranks import AxisPlace, axis_place
+from vqmoe_megatron.plan.flops import RunFlops
+from vqmoe_megatron.plan.grid import AxisPlace, axis_place
 from vqmoe_megatron.plan.hardware import Hardware
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.plan.pipeline_schedule import bubble_microbatches
-from vqmoe_megatron.plan.run_flops import Flops, RunFlops
-from vqmoe_megatron.plan.run_memory import StageMemory
-from vqmoe_megatron.plan.step_wire_terms import StageWire, StepTerm
+from vqmoe_megatron.plan.memory import StageMemory
+from vqmoe_megatron.plan.step_wire import stage_wire
+from vqmoe_megatron.plan.wire import Term
 
 # Parts of the wire that travel once per step, behind the last microbatch.
 ONCE_PER_STEP = (
-    "gradients",
-    "shared gradients",
-    "tied embeddings",
-    "codebook statistics",
-    "loss",
-    "token count",
-    "flags",
-    "gradient norm",
-    "parameters",
+    *("gradients", "shared gradients", "tied embeddings", "codebook statistics"),
+    *("loss", "token count", "flags", "gradient norm", "parameters"),
 )
 
 
@@ -77,7 +71,7 @@ class StepTime:
     bubble_seconds: float
     optimizer_seconds: float
     num_tokens: int  # of the global batch
-    model_flops_per_second_per_rank: float
+    model_flops_per_rank: float  # forward and backward, mean over all ranks
     peak_flops_per_second: float
 
     @property
@@ -109,7 +103,7 @@ class StepTime:
     @property
     def model_flops_utilisation(self) -> float:
         """Forward and backward operations per second and rank, as a share of the peak."""
-        return self.model_flops_per_second_per_rank / self.peak_flops_per_second
+        return self.model_flops_per_rank / self.total_seconds / self.peak_flops_per_second
 
 
 def step_time(
@@ -117,50 +111,39 @@ def step_time(
     layout: ParallelLayout,
     flops: RunFlops,
     memory: tuple[StageMemory, ...],
-    wires: tuple[StageWire, ...],
     hardware: Hardware,
 ) -> StepTime:
-    """Predict a step from its operations, and memory and wire bytes of some stages, the same ones
-    in the same order."""
-    times = [
-        _stage_time(config, layout, flops.per_rank[stage.pipeline_rank], stage, sent, hardware)
-        for stage, sent in zip(memory, wires, strict=True)
-    ]
-    slowest = max(times, key=lambda time: time.total_seconds)
-    peak = hardware.bf16_flops_per_second if config.model.bf16 else hardware.fp32_flops_per_second
-    share = flops.all_ranks.model / layout.world_size / slowest.total_seconds
-    return replace(
-        slowest,
-        num_tokens=flops.num_tokens,
-        model_flops_per_second_per_rank=share,
-        peak_flops_per_second=peak,
-    )
+    """Predict a step from the stages whose memory is given; the slowest of them paces it."""
+    times = (_stage_time(config, layout, flops, stage, hardware) for stage in memory)
+    return max(times, key=lambda time: time.total_seconds)
 
 
 def least_seconds(
     config: RunConfig, layout: ParallelLayout, flops: RunFlops, hardware: Hardware
 ) -> float:
     """Return what no step of this layout can be faster than: operations and their bubble."""
-    train = config.train
-    microbatches = layout.num_microbatches(train.global_batch_size, train.micro_batch_size)
-    bubble = bubble_microbatches(
-        layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size or 1
-    )
+    bubble = bubble_microbatches(layout) / layout.num_microbatches(config.train)
     rate = hardware.flops_per_second(config.model.bf16)
     ends = (flops.per_rank[0], flops.per_rank[-1])
-    return max(end.total for end in ends) / rate * float(1 + bubble / microbatches)
+    return max(end.total for end in ends) / rate * float(1 + bubble)
+
+
+def bubble_microbatches(layout: ParallelLayout) -> Fraction:
+    """Idle time of a stage in a step, (PP - 1) / VPP, in forward and backward passes of whole
+    microbatches, whatever their number is."""
+    chunks = layout.virtual_pipeline_model_parallel_size or 1
+    return Fraction(layout.pipeline_model_parallel_size - 1, chunks)
 
 
 def _stage_time(
     config: RunConfig,
     layout: ParallelLayout,
-    flops: Flops,
+    run: RunFlops,
     memory: StageMemory,
-    wire: StageWire,
     hardware: Hardware,
 ) -> StepTime:
-    train, state = config.train, memory.state
-    microbatches = layout.num_microbatches(train.global_batch_size, train.micro_batch_size)
+    state, flops = memory.state, run.per_rank[memory.pipeline_rank]
+    microbatches = layout.num_microbatches(config.train)
     flop_rate = hardware.flops_per_second(config.model.bf16)
     read_rate = hardware.memory_bytes_per_second * hardware.achievable_memory
     reads = 4 if config.model.recompute_granularity == "full" else 3
@@ -175,18 +158,15 @@ def _stage_time(
     if layout.virtual_pipeline_model_parallel_size is not None:
         hides["pipeline"] = compute * microbatches
     entries = []
-    for term in wire.terms:
+    for term in stage_wire(config, layout, memory.pipeline_rank).terms:
         place = axis_place(layout, term.axis, hardware.devices_per_node)
         seconds = term_seconds(term, place, hardware)
         hidden = min(seconds, hides.get(term.part, 0.0))
         hides[term.part] = hides.get(term.part, 0.0) - hidden
-        link = "inter_node" if place.spans_nodes else "intra_node"
         sent = float(term.sent_bytes)
-        entries.append(AxisTime(term.part, term.axis, link, sent, seconds, hidden))
+        entries.append(AxisTime(term.part, term.axis, place.link, sent, seconds, hidden))
     in_schedule = sum(e.exposed_seconds for e in entries if e.part not in ONCE_PER_STEP)
-    bubble = bubble_microbatches(
-        layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size or 1
-    )
+    bubble = bubble_microbatches(layout)
     touched = 2 * state.optimizer + state.gradients + state.weights
     return StepTime(
         hardware=hardware.name,
@@ -196,13 +176,13 @@ def _stage_time(
         communication=tuple(entries),
         bubble_seconds=float(bubble) * (compute + in_schedule / microbatches),
         optimizer_seconds=touched / read_rate,
-        num_tokens=0,
-        model_flops_per_second_per_rank=0.0,
-        peak_flops_per_second=1.0,
+        num_tokens=run.num_tokens,
+        model_flops_per_rank=run.all_ranks.model / layout.world_size,
+        peak_flops_per_second=hardware.peak_flops_per_second(config.model.bf16),
     )
 
 
-def term_seconds(term: StepTerm, place: AxisPlace, hardware: Hardware) -> float:
+def term_seconds(term: Term, place: AxisPlace, hardware: Hardware) -> float:
     """alpha-beta time of all calls of one term, on the link its worst group needs."""
     ranks, near = place.num_ranks, hardware.intra_node
     sent, share = float(term.sent_bytes), hardware.achievable_link

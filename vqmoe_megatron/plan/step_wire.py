@@ -1,16 +1,7 @@
 """Bytes that one rank sends in one optimizer step: every collective of the training loop.
 
-P ranks of a group, n bytes; a group of one rank sends nothing:
-
-    all-to-all of blocks       what leaves for other ranks
-    all-gather of n bytes      (P - 1) n
-    reduce-scatter to n bytes  (P - 1) n
-    all-reduce of n bytes      2 (P - 1) / P n
-    broadcast of n bytes       (P - 1) n from its source, nothing from the others
-    send of n bytes            n
-
 In the order of the step:
-  1. the layers of all microbatches                ``layer_wire``
+  1. the layers of all microbatches                ``chunk_wire``
   2. activations and gradients between stages      ``_pipeline_terms``
   3. gradients over replicas, then over the tensor ranks and the two ends of the pipeline that
      share a parameter                             ``_gradient_terms``
@@ -26,38 +17,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 
 from vqmoe_megatron.config import RunConfig
-from vqmoe_megatron.plan.exact import exact
-from vqmoe_megatron.plan.gradient_buffers import GRADIENT_BYTES, GradientBuffer, stage_buffers
-from vqmoe_megatron.plan.layer_shape import LayerShape
-from vqmoe_megatron.plan.layer_wire import (
+from vqmoe_megatron.plan.chunk_wire import (
     FP32_BYTES,
     MeanTraffic,
-    all_reduced,
     chunk_terms,
     sequence_block_bytes,
 )
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.plan.model_parameters import (
+from vqmoe_megatron.plan.parameters import (
     Parameter,
     chunk_places,
-    is_moe_layer,
+    num_moe_layers,
     padded_vocab_size,
     stage_parameters,
 )
-from vqmoe_megatron.plan.step_wire_terms import StageWire, StepTerm, StepWire
+from vqmoe_megatron.plan.shape import LayerShape
+from vqmoe_megatron.plan.state_memory import (
+    GRADIENT_BYTES,
+    MAX_CANDIDATES,
+    GradientBuffer,
+    stage_buffers,
+)
+from vqmoe_megatron.plan.wire import StageWire, StepWire, Term, all_reduced, others_share, summed
 
 LOSS_SUM_BYTES = 16  # fp64: loss, scored tokens
 FLAG_BYTES = 12  # int32: a bad step, a stop request, a save request
 TOKEN_COUNT_BYTES = 4  # int32, with calculate_per_token_loss
-MAX_CANDIDATES = 4096  # of moe/code_assigner.py: tokens per step that may replace dead codes
 # Replicated over tensor ranks that see different shards of the sequence.
 SEQUENCE_PARALLEL_PARTS = ("norms", "router", "codebooks", "learned_inputs", "gates")
 ROW_PARALLEL_BIASES = ("linear_proj.bias", "linear_fc2.bias")
 BALANCED = "rows are spread evenly over the experts' ranks"
-COUNTED = "rows go where the counted step's routing sent them"
 
 
 def step_wire(config: RunConfig, layout: ParallelLayout) -> StepWire:
@@ -72,7 +63,7 @@ def step_wire(config: RunConfig, layout: ParallelLayout) -> StepWire:
     """
     stages = range(layout.pipeline_model_parallel_size)
     return StepWire(
-        tuple(stage_wire(config, layout, stage) for stage in stages), _assumptions(config, None)
+        tuple(stage_wire(config, layout, stage) for stage in stages), _assumptions(config)
     )
 
 
@@ -94,9 +85,9 @@ def stage_wire(
     return StageWire(pipeline_rank, tuple(t for terms in parts for t in terms if t.sent_bytes))
 
 
-def _assumptions(config: RunConfig, traffic: MeanTraffic | None) -> tuple[str, ...]:
+def _assumptions(config: RunConfig) -> tuple[str, ...]:
     sentences = [
-        COUNTED if traffic else BALANCED,
+        BALANCED,
         "a step of training only: no evaluation, no log line, no checkpoint",
         "an all-reduce of n bytes over P ranks sends 2 (P - 1) / P n from each",
     ]
@@ -110,20 +101,19 @@ def _assumptions(config: RunConfig, traffic: MeanTraffic | None) -> tuple[str, .
 
 def _layer_terms(
     config: RunConfig, layout: ParallelLayout, stage: int, traffic: MeanTraffic | None
-) -> Iterator[StepTerm]:
-    microbatches = _num_microbatches(config, layout)
-    merged: dict[tuple[str, str, str], list] = {}
-    for place in chunk_places(config.model, layout, stage):
-        for term in chunk_terms(config, layout, place, traffic):
-            times = 1 if term.is_once_per_step else microbatches
-            found = merged.setdefault((term.part, term.collective, term.axis), [0, 0])
-            found[0] += times
-            found[1] += times * term.sent_bytes
-    for (part, collective, axis), (calls, sent) in merged.items():
-        yield StepTerm(part, collective, axis, calls, exact(sent))
+) -> Iterator[Term]:
+    microbatches = layout.num_microbatches(config.train)
+    terms = (
+        term
+        for place in chunk_places(config.model, layout, stage)
+        for term in chunk_terms(config, layout, place, traffic)
+    )
+    kinds = summed(terms, lambda t: (t.part, t.collective, t.axis), microbatches)
+    for (part, collective, axis), (calls, sent) in kinds.items():
+        yield Term(part, collective, axis, sent, calls)
 
 
-def _pipeline_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[StepTerm]:
+def _pipeline_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[Term]:
     """Every chunk's output goes to the next stage, round the corner too, and its gradient back."""
     stages = layout.pipeline_model_parallel_size
     if stages == 1:
@@ -131,34 +121,34 @@ def _pipeline_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> It
     places = chunk_places(config.model, layout, stage)
     forward = sum(not place.is_last for place in places)
     backward = sum(not place.is_first for place in places)
-    calls = _num_microbatches(config, layout) * (forward + backward)
-    yield StepTerm("pipeline", "send", "pp", calls, calls * sequence_block_bytes(config, layout))
+    calls = layout.num_microbatches(config.train) * (forward + backward)
+    yield Term("pipeline", "send", "pp", calls * sequence_block_bytes(config, layout), calls)
 
 
-def _gradient_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[StepTerm]:
+def _gradient_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[Term]:
     chunks = stage_parameters(config, layout, stage)
     for buckets in _bucket_groups(config, layout, stage):
         ranks, axis = buckets.num_ranks, buckets.axis
         num_bytes = GRADIENT_BYTES * buckets.num_elements
         if config.optimizer.use_distributed_optimizer:
-            sent = exact(Fraction((ranks - 1) * num_bytes, ranks))
-            yield StepTerm("gradients", "reduce_scatter", axis, 1, sent)
+            sent = others_share(num_bytes, ranks)
+            yield Term("gradients", "reduce_scatter", axis, sent)
         else:
-            yield StepTerm("gradients", "all_reduce", axis, 1, all_reduced(num_bytes, ranks))
+            yield Term("gradients", "all_reduce", axis, all_reduced(num_bytes, ranks))
     tensor_ranks = layout.tensor_model_parallel_size
     if layout.sequence_parallel:
         shared = sum(
             p.num_elements for chunk in chunks for p in chunk if p.is_trained and _sees_a_shard(p)
         )
         sent_over_tp = all_reduced(GRADIENT_BYTES * shared, tensor_ranks)
-        yield StepTerm("shared gradients", "all_reduce", "tp", 1, sent_over_tp)
+        yield Term("shared gradients", "all_reduce", "tp", sent_over_tp)
     stages = layout.pipeline_model_parallel_size
     is_tied = not config.model.untie_embeddings_and_output_weights
     if is_tied and stages > 1 and stage in (0, stages - 1):
         rows = padded_vocab_size(config.model) // tensor_ranks
         num_bytes = GRADIENT_BYTES * rows * config.model.hidden_size
         sent_by_ends = all_reduced(num_bytes, 2)
-        yield StepTerm("tied embeddings", "all_reduce", "embedding", 1, sent_by_ends)
+        yield Term("tied embeddings", "all_reduce", "embedding", sent_by_ends)
 
 
 def _sees_a_shard(parameter: Parameter) -> bool:
@@ -166,16 +156,12 @@ def _sees_a_shard(parameter: Parameter) -> bool:
     return is_bias or parameter.part in SEQUENCE_PARALLEL_PARTS
 
 
-def _statistics_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[StepTerm]:
+def _statistics_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[Term]:
     """CodebookSync: per MoE layer expert loads [N] and gate sums [2]; with a codebook also losses
     [3], usage [C, K], the moving sums' tokens [C, K, D] and M candidates [M, C, D]; all fp32."""
     model, vq = config.model, config.vq
     shape = LayerShape.from_config(config, layout)
-    num_layers = sum(
-        is_moe_layer(model, number)
-        for place in chunk_places(model, layout, stage)
-        for number in place.layers
-    )
+    num_layers = num_moe_layers(model, chunk_places(model, layout, stage))
     elements = model.num_moe_experts + 2
     if vq.path != "continuous":
         width = vq.num_code_slices * shape.code_width
@@ -184,31 +170,31 @@ def _statistics_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> 
             elements += shape.num_code_rows * shape.code_width
     ranks = layout.tensor_model_parallel_size * layout.data_parallel_size
     sent = all_reduced(FP32_BYTES * num_layers * elements, ranks)
-    yield StepTerm("codebook statistics", "all_reduce", "tp_dp", 1, sent)
+    yield Term("codebook statistics", "all_reduce", "tp_dp", sent)
 
 
-def _control_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[StepTerm]:
+def _control_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[Term]:
     stages, replicas = layout.pipeline_model_parallel_size, layout.data_parallel_size
     is_last = stage == stages - 1
     if is_last:
         sums = all_reduced(LOSS_SUM_BYTES, replicas)
-        yield StepTerm("loss", "all_reduce", "dp", 1, sums)
-        yield StepTerm("loss", "broadcast", "pp", 1, (stages - 1) * LOSS_SUM_BYTES)
+        yield Term("loss", "all_reduce", "dp", sums)
+        yield Term("loss", "broadcast", "pp", (stages - 1) * LOSS_SUM_BYTES)
     if config.model.calculate_per_token_loss:
         if is_last:
-            yield StepTerm("token count", "broadcast", "pp", 1, (stages - 1) * TOKEN_COUNT_BYTES)
+            yield Term("token count", "broadcast", "pp", (stages - 1) * TOKEN_COUNT_BYTES)
         counts = all_reduced(TOKEN_COUNT_BYTES, replicas)
-        yield StepTerm("token count", "all_reduce", "dp", 1, counts)
+        yield Term("token count", "all_reduce", "dp", counts)
     flags = all_reduced(FLAG_BYTES, layout.world_size)
-    yield StepTerm("flags", "all_reduce", "world", 1, flags)
+    yield Term("flags", "all_reduce", "world", flags)
     groups = {"tp_pp": layout.dense_ranks, "expt_tp_ep_pp": layout.expert_ranks}
     if config.optimizer.use_distributed_optimizer:
         groups = {"world": layout.world_size}
     for axis, ranks in groups.items():
-        yield StepTerm("gradient norm", "all_reduce", axis, 1, all_reduced(FP32_BYTES, ranks))
+        yield Term("gradient norm", "all_reduce", axis, all_reduced(FP32_BYTES, ranks))
 
 
-def _parameter_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[StepTerm]:
+def _parameter_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[Term]:
     """Each chained optimizer, dense and expert, gathers all parameters, unless the next forward
     pass gathers what it comes to."""
     if not config.optimizer.use_distributed_optimizer:
@@ -216,8 +202,8 @@ def _parameter_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> I
     times = 1 if config.optimizer.overlap_param_gather else 2
     for buckets in _bucket_groups(config, layout, stage):
         ranks = buckets.num_ranks
-        sent = exact(Fraction(times * (ranks - 1) * buckets.num_parameter_bytes, ranks))
-        yield StepTerm("parameters", "all_gather", buckets.axis, times, sent)
+        sent = others_share(times * buckets.num_parameter_bytes, ranks)
+        yield Term("parameters", "all_gather", buckets.axis, sent, times)
 
 
 @dataclass(frozen=True)
@@ -245,8 +231,3 @@ def _bucket_groups(config: RunConfig, layout: ParallelLayout, stage: int) -> Ite
             num_elements=sum(size for _, size in buckets),
             num_parameter_bytes=sum(b.bytes_per_element * size for b, size in buckets),
         )
-
-
-def _num_microbatches(config: RunConfig, layout: ParallelLayout) -> int:
-    train = config.train
-    return layout.num_microbatches(train.global_batch_size, train.micro_batch_size)

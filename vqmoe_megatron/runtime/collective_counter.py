@@ -10,7 +10,7 @@ P ranks of a group, n bytes of a rank's block:
     send of n bytes            n
 
 What a collective costs on the wire depends on its algorithm; these are the conventions of
-``plan/wire_cost.py``. Every call of a collective ends in one operator of torch's ``c10d`` library,
+``plan/wire.py``. Every call of a collective ends in one operator of torch's ``c10d`` library,
 by whatever Python name it was called, so that none is missed; an operator that is not known here
 raises. The same counter serves real ranks, and a fake process group where nothing is sent.
 """
@@ -96,7 +96,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def process_group_axes() -> dict[str, str]:
-    """Name of every process group of this rank -> its axis, as ``plan/step_wire.py`` names them.
+    """Name of every process group of this rank -> its axis, as ``plan/wire.py`` names them.
 
     Context parallelism is refused, so groups with and without it are the same ranks and the same
     axis. No communication.

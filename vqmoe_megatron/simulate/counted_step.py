@@ -18,10 +18,9 @@ from megatron.core import parallel_state
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.engines.megatron.engine import MegatronEngine
 from vqmoe_megatron.moe.dispatch import DispatchReceipt
-from vqmoe_megatron.plan.exact import Exact, exact
-from vqmoe_megatron.plan.layer_wire import MeanTraffic
+from vqmoe_megatron.plan.chunk_wire import MeanTraffic
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.plan.wire_cost import RowTraffic
+from vqmoe_megatron.plan.wire import Exact, RowTraffic, exact
 from vqmoe_megatron.runtime.collective_counter import CollectiveCounter, process_group_axes
 from vqmoe_megatron.simulate.engines import BalancedCountedEngine, CountedEngine
 from vqmoe_megatron.tasks.pretrain import Pretrain

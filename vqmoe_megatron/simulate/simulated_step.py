@@ -18,11 +18,10 @@ from pathlib import Path
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.recipe import save_recipe
-from vqmoe_megatron.plan.exact import Exact, exact
-from vqmoe_megatron.plan.layer_shape import LayerShape
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
+from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.step_wire import step_wire
-from vqmoe_megatron.plan.step_wire_terms import StepWire
+from vqmoe_megatron.plan.wire import Exact, StepWire, exact
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 from vqmoe_megatron.runtime.exit_codes import end_in_words
 
@@ -132,7 +131,7 @@ def simulate_step(
         )
     layout = check_layout(config, world_size, "cpu")
     _check_rows(config, layout)
-    num_of_run = _num_microbatches(config, layout)
+    num_of_run = layout.num_microbatches(config.train)
     simulated = config if all_microbatches else _shortened(config, layout)
     planned = step_wire(simulated, layout)
     chosen = list(_distinct_stages(planned, layout) if ranks is None else ranks)
@@ -142,14 +141,14 @@ def simulate_step(
     result = _run_process(simulated, world_size, chosen)
     return SimulatedStep(
         world_size=world_size,
-        num_microbatches=_num_microbatches(simulated, layout),
+        num_microbatches=layout.num_microbatches(simulated.train),
         num_microbatches_of_run=num_of_run,
         ranks=tuple(_simulated_rank(found) for found in result["ranks"]),
         planned=planned,
         seconds=result["seconds"],
         cpu_seconds=result["cpu_seconds"],
         peak_memory_bytes=result["peak_memory_bytes"],
-        notes=_notes(_num_microbatches(simulated, layout), num_of_run),
+        notes=_notes(layout.num_microbatches(simulated.train), num_of_run),
     )
 
 
@@ -168,15 +167,10 @@ def _check_rows(config: RunConfig, layout: ParallelLayout) -> None:
             )
 
 
-def _num_microbatches(config: RunConfig, layout: ParallelLayout) -> int:
-    train = config.train
-    return layout.num_microbatches(train.global_batch_size, train.micro_batch_size)
-
-
 def _shortened(config: RunConfig, layout: ParallelLayout) -> RunConfig:
     train = config.train
     most = MICROBATCHES_PER_STAGE * layout.pipeline_model_parallel_size
-    if _num_microbatches(config, layout) <= most:
+    if layout.num_microbatches(config.train) <= most:
         return config
     batch = most * train.micro_batch_size * layout.data_parallel_size
     return replace(config, train=replace(train, global_batch_size=batch))

@@ -74,9 +74,7 @@ class LogWindow:
         elapsed = time.perf_counter() - self._started
         data_seconds = sum(iterator.take_seconds() for iterator in iterators)
         tokens_per_step = config.train.global_batch_size * config.model.seq_length
-        num_microbatches = self.run.layout.num_microbatches(
-            config.train.global_batch_size, config.train.micro_batch_size
-        )
+        num_microbatches = self.run.layout.num_microbatches(config.train)
         layers = gather_layers(self._layers)
         if torch.distributed.get_rank() == 0:
             try:

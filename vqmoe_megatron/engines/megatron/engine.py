@@ -68,7 +68,7 @@ class MegatronEngine(Engine):
             optimizer,
             scheduler,
             codebook_sync,
-            layout.num_microbatches(train.global_batch_size, train.micro_batch_size),
+            layout.num_microbatches(train),
             config.model.seq_length,
             train.micro_batch_size,
             train.global_batch_size,

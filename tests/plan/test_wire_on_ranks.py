@@ -13,8 +13,8 @@ import torch
 from tiny_layer import FFN, HIDDEN, NUM_EXPERTS, build_layer, draw_parameters
 
 from vqmoe_megatron.config import VQConfig
-from vqmoe_megatron.plan.layer_shape import LayerShape
-from vqmoe_megatron.plan.wire_cost import RowTraffic, wire_cost
+from vqmoe_megatron.plan.shape import LayerShape
+from vqmoe_megatron.plan.wire import RowTraffic, layer_terms, total_bytes
 
 pytestmark = pytest.mark.distributed
 
@@ -167,24 +167,16 @@ def traffic_of(found: list[dict], rank: int, paths: list[str], num_ranks: int) -
 
 def shape_of(vq: VQConfig, sizes: dict[str, int], dtype: str) -> LayerShape:
     return LayerShape(
+        vq=vq,
         num_local_tokens=10,
         hidden_size=HIDDEN,
         moe_ffn_hidden_size=FFN,
         num_moe_experts=NUM_EXPERTS,
         moe_router_topk=TOPK,
-        num_codes=vq.num_codes,
-        num_code_slices=vq.num_code_slices,
-        code_dim=vq.code_dim,
         bytes_per_element={"bfloat16": 2, "float32": 4}[dtype],
         expert_model_parallel_size=sizes.get(EP, 1),
         expert_tensor_parallel_size=sizes.get(ETP, 1),
         tensor_model_parallel_size=sizes.get(TP, 1),
-        path=vq.path,
-        execution="code_space" if vq.in_code_space else "tokens",
-        straight_through=vq.straight_through,
-        code_input=vq.code_input,
-        norm=vq.norm,
-        table_per_step=vq.table_per_step,
     )
 
 
@@ -205,17 +197,17 @@ def test_every_collective_of_the_layer_is_predicted(ranks, layout: str) -> None:
 
 
 def compare(found: list[dict], rank: int, shape: LayerShape, num_microbatches: int) -> None:
-    in_code_space = shape.execution == "code_space"
+    in_code_space = shape.vq.in_code_space
     paths = ["continuous"] if in_code_space else ["continuous", "discrete"]
     num_ranks = shape.expert_model_parallel_size
-    cost = wire_cost(
+    terms = layer_terms(
         shape,
         traffic_of(found, rank, paths, num_ranks),
         traffic_of(found, rank, ["discrete"], num_ranks),
     )
     predicted = [
-        (term.is_backward, term.collective, term.group, term.sent_bytes)
-        for term in cost.terms
+        (term.is_backward, term.collective, term.axis, term.sent_bytes)
+        for term in terms
         for _ in range(1 if term.is_once_per_step else num_microbatches)
         if term.sent_bytes
     ]
@@ -224,4 +216,4 @@ def compare(found: list[dict], rank: int, shape: LayerShape, num_microbatches: i
         for is_backward, collective, group, numerator, denominator in found[rank]["sent"]
     ]
     assert sorted(counted) == sorted(predicted), f"rank {rank} of {shape}"
-    assert sum(term[3] for term in counted) == cost.step_bytes(num_microbatches) > 0
+    assert sum(term[3] for term in counted) == total_bytes(terms, num_microbatches) > 0

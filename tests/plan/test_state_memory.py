@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from real_model import recipe
 
-from vqmoe_megatron.plan.gradient_buffers import GradientBuffer, stage_buffers
 from vqmoe_megatron.plan.layout import check_layout
+from vqmoe_megatron.plan.state_memory import GradientBuffer, stage_buffers
 
 
 def test_shards_cut_buckets_not_parameters() -> None:

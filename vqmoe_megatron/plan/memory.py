@@ -2,27 +2,40 @@
 
 Weights, gradients, optimizer and statistics are exact (``state_memory``); activations, tables and
 buffers are estimates from saved tensors (``activation_memory``), of equally loaded experts.
+
+How many microbatches' activations are alive follows from Megatron's 1F1B and interleaved schedules:
+PP stages, VPP chunks per stage. A stage runs w forward passes ahead, then one forward and one
+backward pass in turn, then the w backward passes that are left:
+
+    1F1B          w = PP - 1 - stage
+    interleaved   w = 2 (PP - 1 - stage) + (VPP - 1) PP, in passes of one chunk
+
+Interleaved chunks take turns every PP microbatches, forwards from the first chunk, backwards from
+the last.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, cycle, islice, repeat
+from operator import sub
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.activation_memory import (
     activation_bytes,
     chunk_activation_bytes,
     recompute_peak_bytes,
+    saved_bytes,
 )
-from vqmoe_megatron.plan.layer_shape import LayerShape
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.plan.memory_cost import saved_bytes
-from vqmoe_megatron.plan.model_parameters import (
+from vqmoe_megatron.plan.parameters import (
     chunk_places,
     is_moe_layer,
+    num_moe_layers,
     padded_vocab_size,
 )
-from vqmoe_megatron.plan.pipeline_schedule import peak_in_flight
+from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.state_memory import StateBytes, state_bytes
 
 EXCLUDED = (
@@ -92,7 +105,7 @@ def stage_memory(
     model, train = config.model, config.train
     places = chunk_places(model, layout, pipeline_rank)
     kept = activation_bytes(config, layout, kernels)
-    num_microbatches = layout.num_microbatches(train.global_batch_size, train.micro_batch_size)
+    num_microbatches = layout.num_microbatches(train)
     schedule = (layout.pipeline_model_parallel_size, pipeline_rank, num_microbatches)
     chunks = [chunk_activation_bytes(config, place, kept) for place in places]
     tables = [_kept_tables(config, kept.code_tables, place.layers) for place in places]
@@ -106,7 +119,7 @@ def stage_memory(
         # Megatron's cross entropy turns fp32 logits into the softmax, which is kept, and that into
         # the gradient, in place; bf16 logits, and later their gradient, stand beside it.
         workspace = max(workspace, tokens * vocab * 2 if model.bf16 else 0)
-    has_experts = any(is_moe_layer(model, n) for place in places for n in place.layers)
+    has_experts = num_moe_layers(model, places) > 0
     return StageMemory(
         pipeline_rank=pipeline_rank,
         state=state,
@@ -141,3 +154,31 @@ def _dispatch_bytes(config: RunConfig, layout: ParallelLayout) -> int:
         2 * (1 + shards) * layer.num_dispatched_rows * row_bytes
         + saved_bytes(layer).transient_bytes
     )
+
+
+def num_warmup_passes(num_stages: int, num_chunks: int, stage: int, num_microbatches: int) -> int:
+    """w: forward passes of one chunk before the first backward pass."""
+    ahead = num_stages - 1 - stage
+    if num_chunks > 1:
+        ahead = 2 * ahead + (num_chunks - 1) * num_stages
+    return min(ahead, num_microbatches * num_chunks)
+
+
+def peak_in_flight(
+    chunk_bytes: Sequence[int], num_stages: int, stage: int, num_microbatches: int
+) -> int:
+    """Most bytes that a stage holds between its passes, when chunk c keeps ``chunk_bytes[c]``.
+
+    Walks the schedule; what lies behind two rounds of chunks repeats itself and is left out.
+    """
+    num_chunks = len(chunk_bytes)
+    period = num_stages * num_chunks
+    warmup = num_warmup_passes(num_stages, num_chunks, stage, num_microbatches)
+    num_passes = min(num_microbatches * num_chunks, warmup + 2 * period)
+
+    def in_turn(chunks: Iterable[int]) -> Iterator[int]:
+        turns = [chunk for chunk in chunks for _ in range(num_stages)]
+        return accumulate(islice(cycle(turns), num_passes))
+
+    freed = chain(repeat(0, warmup + 1), in_turn(reversed(chunk_bytes)))
+    return max(map(sub, in_turn(chunk_bytes), freed), default=0)

@@ -13,8 +13,8 @@ from tiny_layer import FFN, HIDDEN, NUM_EXPERTS, build_layer, draw_parameters
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_megatron.config import VQConfig
-from vqmoe_megatron.plan.flop_cost import flop_cost
-from vqmoe_megatron.plan.layer_shape import LayerShape
+from vqmoe_megatron.plan.flops import Flops, layer_flops
+from vqmoe_megatron.plan.shape import LayerShape
 
 pytestmark = pytest.mark.distributed
 
@@ -87,25 +87,16 @@ def test_every_product_of_the_layer_is_predicted(ranks, gated: bool) -> None:  #
     (found,) = ranks(1).run(count_all, cases, gated)
     for case, (forward, backward) in zip(cases, found, strict=True):
         vq = VQConfig(**case)
-        cost = flop_cost(
+        cost = layer_flops(
             LayerShape(
+                vq=vq,
                 num_local_tokens=10,
                 hidden_size=HIDDEN,
                 moe_ffn_hidden_size=FFN,
                 num_moe_experts=NUM_EXPERTS,
                 moe_router_topk=TOPK,
-                num_codes=vq.num_codes,
-                num_code_slices=vq.num_code_slices,
-                code_dim=vq.code_dim,
                 gated_linear_unit=gated,
                 bytes_per_element=8,
-                path=vq.path,
-                execution="code_space" if vq.in_code_space else "tokens",
-                straight_through=vq.straight_through,
-                expert_input=vq.expert_input,
-                code_input=vq.code_input,
-                norm=vq.norm,
-                table_per_step=vq.table_per_step,
             )
         )
-        assert (cost.forward_flops, cost.backward_flops) == (forward, backward), case
+        assert sum(cost.values(), Flops()) == Flops(forward, backward), case

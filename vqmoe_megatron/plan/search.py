@@ -19,15 +19,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.plan.flops import run_flops
 from vqmoe_megatron.plan.hardware import Hardware
 from vqmoe_megatron.plan.layout import ParallelLayout, layout_errors
-from vqmoe_megatron.plan.run_flops import run_flops
-from vqmoe_megatron.plan.run_memory import stage_memory
-from vqmoe_megatron.plan.run_plan import RunPlan, plan_run, predict
+from vqmoe_megatron.plan.memory import stage_memory
+from vqmoe_megatron.plan.run_plan import RunPlan, layout_json, plan_run, step_time_json
 from vqmoe_megatron.plan.state_memory import StateBytes, state_bytes
-from vqmoe_megatron.plan.step_time import least_seconds
+from vqmoe_megatron.plan.step_time import least_seconds, step_time
 
 VIRTUAL_SIZES = (None, 2, 4)
 MOST_MICRO_BATCH = 16
@@ -64,7 +65,6 @@ def search_layouts(
     fitting: list[tuple[float, int, RunConfig]] = []  # seconds, order of trial
     num_tried = num_fitting = 0
     smallest: int | None = None
-    device = "cpu" if hardware.name == "CPU" else "cuda"
     place: tuple[ParallelLayout, bool] | None = None
     is_too_full = False
     states: dict[int, StateBytes] = {}
@@ -77,7 +77,7 @@ def search_layouts(
 
     for candidate in candidates():
         num_tried += 1
-        if errors := layout_errors(candidate, world_size, device):
+        if errors := layout_errors(candidate, world_size, hardware.device):
             dropped[_reason(errors[0])] += 1
             continue
         layout = ParallelLayout.from_config(candidate, world_size)
@@ -107,7 +107,7 @@ def search_layouts(
             candidate, layout, flops, hardware
         ):
             continue
-        seconds = predict(candidate, layout, memory, hardware, flops).total_seconds
+        seconds = step_time(candidate, layout, flops, memory, hardware).total_seconds
         num_faster += seconds < own_seconds
         fitting = sorted([*fitting, (seconds, num_tried, candidate)], key=lambda e: e[:2])
         fitting = fitting[:num_best]
@@ -134,7 +134,7 @@ def _judged_seconds(plan: RunPlan) -> float:
     ends = sorted({0, plan.layout.pipeline_model_parallel_size - 1})
     memory = tuple(plan.figures.memory[end] for end in ends)
     flops = plan.figures.flops
-    return predict(plan.config, plan.layout, memory, plan.hardware, flops).total_seconds
+    return step_time(plan.config, plan.layout, flops, memory, plan.hardware).total_seconds
 
 
 def _is_same(candidate: RunConfig, layout: ParallelLayout, own: RunPlan) -> bool:
@@ -211,3 +211,30 @@ def _reason(error: str) -> str:
     if equation:
         return re.sub(r" = [\d *]+\)", ")", equation.group(1))
     return re.sub(r" *= *\d+", "", error.split(":")[0].split(";")[0])
+
+
+def search_json(result: SearchResult) -> dict[str, Any]:
+    """Return a search: the best layouts and the recipe's own, and counts of the others."""
+    own = result.own
+    return {
+        "num_tried": result.num_tried,
+        "num_fitting": result.num_fitting,
+        "dropped": result.dropped,
+        "smallest_peak_bytes": result.smallest_peak_bytes,
+        "best": [_found_json(plan) for plan in result.best],
+        "recipe": {
+            "rank": result.own_rank,
+            **({"errors": list(own.errors)} if own.errors else _found_json(own)),
+        },
+    }
+
+
+def _found_json(plan: RunPlan) -> dict[str, Any]:
+    return {
+        "layout": layout_json(plan.layout),
+        "micro_batch_size": plan.config.train.micro_batch_size,
+        "use_distributed_optimizer": plan.config.optimizer.use_distributed_optimizer,
+        "memory_bytes": plan.memory_bytes,
+        "wire_bytes_per_step": plan.wire_bytes_per_step,
+        "step_time": step_time_json(plan.step_time),
+    }

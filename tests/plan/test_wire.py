@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 
 import pytest
+from layer_shapes import changed, shape
 from list_world import Rank, World
+from owners import owner_of_code, owner_rank
 
-from vqmoe_megatron.plan.layer_shape import LayerShape
-from vqmoe_megatron.plan.ownership import owner_of_code, owner_rank
-from vqmoe_megatron.plan.wire_cost import RowTraffic, wire_cost
+from vqmoe_megatron.plan.shape import LayerShape
+from vqmoe_megatron.plan.wire import RowTraffic, Term, exact, layer_terms, summed, total_bytes
 
-LAYER = LayerShape(num_local_tokens=10, hidden_size=12, moe_ffn_hidden_size=8, num_moe_experts=8)
+
+def test_whole_numbers_are_ints() -> None:
+    assert type(exact(Fraction(6, 3))) is int and exact(Fraction(6, 3)) == 2
+    assert type(exact(7)) is int and exact(7) == 7
+
+
+def test_others_stay_as_they_are() -> None:
+    assert exact(Fraction(1, 3)) == Fraction(1, 3)
+    assert type(exact(Fraction(1, 3))) is Fraction
+
+
+LAYER = shape(num_local_tokens=10, hidden_size=12, moe_ffn_hidden_size=8, num_moe_experts=8)
+
+
+def forward_bytes(terms: tuple[Term, ...]) -> int | Fraction:
+    return total_bytes(term for term in terms if not term.is_backward)
+
+
+def backward_bytes(terms: tuple[Term, ...]) -> int | Fraction:
+    return total_bytes(term for term in terms if term.is_backward)
 
 
 def boxes_by_owner(world: World, owners: dict[Rank, list[int]]) -> dict[Rank, list[list]]:
@@ -43,14 +62,14 @@ def traffic_of(world: World, owners: dict[Rank, list[int]], rank: Rank) -> RowTr
 
 def check(world: World, layer: LayerShape, owners: dict, back_owners: dict | None = None) -> None:
     for rank in world.ranks:
-        cost = wire_cost(
+        terms = layer_terms(
             layer,
             traffic_of(world, owners, rank) if owners else None,
             traffic_of(world, back_owners, rank) if back_owners else None,
         )
-        assert cost.forward_bytes == world.sent[rank, False]
-        assert cost.backward_bytes == world.sent[rank, True]
-        assert cost.microbatch_bytes == world.sent[rank, False] + world.sent[rank, True]
+        assert forward_bytes(terms) == world.sent[rank, False]
+        assert backward_bytes(terms) == world.sent[rank, True]
+        assert total_bytes(terms) == world.sent[rank, False] + world.sent[rank, True]
 
 
 def draw_owners(world: World, num_rows: int, seed: int, skew: float = 3.0) -> dict[Rank, list[int]]:
@@ -83,7 +102,7 @@ def run_dispatch(world: World, layer: LayerShape, owners: dict, has_input_gradie
 @pytest.mark.parametrize(("ranks", "shards"), list(product((1, 2, 4, 8), (1, 2, 4))))
 @pytest.mark.parametrize("seed", [0, 1])
 def test_token_dispatch_of_uneven_rows(ranks: int, shards: int, seed: int) -> None:
-    layer = replace(
+    layer = changed(
         LAYER, moe_router_topk=2, bytes_per_element=2, expert_model_parallel_size=ranks,
         expert_tensor_parallel_size=shards,
     )  # fmt: skip
@@ -94,7 +113,7 @@ def test_token_dispatch_of_uneven_rows(ranks: int, shards: int, seed: int) -> No
 
 
 def test_rows_without_gradient_bring_none_back() -> None:
-    layer = replace(
+    layer = changed(
         LAYER, path="discrete", norm="none", straight_through="identity",
         expert_model_parallel_size=4, expert_tensor_parallel_size=2,
     )  # fmt: skip
@@ -105,20 +124,20 @@ def test_rows_without_gradient_bring_none_back() -> None:
 
 
 def test_idle_owners_still_exchange_counts() -> None:
-    layer = replace(LAYER, expert_model_parallel_size=4, path="continuous")
+    layer = changed(LAYER, expert_model_parallel_size=4, path="continuous")
     world = World(4, 1)
     owners = {rank: [0] * 10 for rank in world.ranks}  # all rows to rank 0
     run_dispatch(world, layer, owners, has_input_gradient=True)
     check(world, layer, owners)
     # rank 3 sends 3 blocks of 2 counts, its 10 rows, and nothing back; then 10 rows of gradients
-    cost = wire_cost(layer, traffic_of(world, owners, (3, 0)))
-    assert (cost.forward_bytes, cost.backward_bytes) == (3 * 2 * 8 + 10 * 48, 10 * 48)
+    terms = layer_terms(layer, traffic_of(world, owners, (3, 0)))
+    assert (forward_bytes(terms), backward_bytes(terms)) == (3 * 2 * 8 + 10 * 48, 10 * 48)
 
 
 def run_table(world: World, layer: LayerShape) -> None:
     """Walk over the slots of every rank: summed over shards, to all; the sums per code back."""
     owned = [0] * world.num_ranks
-    for row in range(layer.num_code_slices * layer.num_codes):
+    for row in range(layer.vq.num_code_slices * layer.vq.num_codes):
         owned[owner_of_code(row, layer.num_moe_experts, world.num_ranks)] += 1
     num_slots, width = max(owned), layer.hidden_size
     block_bytes = num_slots * width * layer.bytes_per_element
@@ -140,8 +159,8 @@ def run_token_gradients(world: World, layer: LayerShape, owners: dict) -> None:
     b = layer.bytes_per_element
     rows, split, sizes = world.to_owners(boxes, layer.hidden_size * b)
     width = layer.hidden_size
-    if layer.code_input == "codebook":
-        width = len(range(0, layer.hidden_size, layer.num_code_slices))
+    if layer.vq.code_input == "codebook":
+        width = len(range(0, layer.hidden_size, layer.vq.num_code_slices))
     assert world.from_owners(rows, split, sizes, width * b) == boxes
 
 
@@ -158,7 +177,7 @@ def run_token_gradients(world: World, layer: LayerShape, owners: dict) -> None:
     ],
 )  # fmt: skip
 def test_code_space(ranks: int, shards: int, path: str, changes: dict) -> None:
-    layer = replace(
+    layer = changed(
         LAYER, execution="code_space", path=path, expert_model_parallel_size=ranks,
         expert_tensor_parallel_size=shards, **changes,
     )  # fmt: skip
@@ -168,7 +187,7 @@ def test_code_space(ranks: int, shards: int, path: str, changes: dict) -> None:
         owners = draw_owners(world, layer.num_continuous_rows, seed=3)
         run_dispatch(world, layer, owners, has_input_gradient=True)
     run_table(world, layer)
-    if layer.straight_through == "token":
+    if layer.vq.straight_through == "token":
         back_owners = draw_owners(world, layer.num_discrete_rows, seed=4)
         run_token_gradients(world, layer, back_owners)
     check(world, layer, owners, back_owners)
@@ -176,7 +195,7 @@ def test_code_space(ranks: int, shards: int, path: str, changes: dict) -> None:
 
 @pytest.mark.parametrize(("ranks", "shards", "tensor"), list(product((1, 2, 4), (1, 2), (1, 2))))
 def test_group_gradients(ranks: int, shards: int, tensor: int) -> None:
-    layer = replace(
+    layer = changed(
         LAYER, execution="code_space", path="discrete", straight_through="group", num_codes=13,
         num_code_slices=3, expert_model_parallel_size=ranks, expert_tensor_parallel_size=shards,
         tensor_model_parallel_size=tensor, bytes_per_element=2,
@@ -199,7 +218,7 @@ def test_group_gradients(ranks: int, shards: int, tensor: int) -> None:
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_group_gradients_by_tokens(tensor: int) -> None:
-    layer = replace(
+    layer = changed(
         LAYER, straight_through="group", num_codes=13, num_code_slices=3,
         expert_model_parallel_size=2, tensor_model_parallel_size=tensor, bytes_per_element=2,
     )  # fmt: skip
@@ -209,17 +228,17 @@ def test_group_gradients_by_tokens(tensor: int) -> None:
     for _slice in range(3):
         world.ring_all_reduce(13 * 13 * 4, tensor)  # 13 codes; 12 columns and the count
     check(world, layer, owners)
-    blend = replace(layer, expert_input="blend")  # has its own gradient
-    assert "tp" not in {term.group for term in wire_cost(blend).terms}
+    blend = changed(layer, expert_input="blend", straight_through="token")  # its own gradient
+    assert "tp" not in {term.axis for term in layer_terms(blend)}
 
 
 def test_terms_name_their_collectives() -> None:
-    layer = replace(
+    layer = changed(
         LAYER, execution="code_space", straight_through="token", num_codes=16,
         expert_model_parallel_size=2, expert_tensor_parallel_size=2,
     )  # fmt: skip
-    terms = wire_cost(layer).terms
-    assert [(t.part, "bwd" if t.is_backward else "fwd", t.collective, t.group) for t in terms] == [
+    terms = layer_terms(layer)
+    assert [(t.part, "bwd" if t.is_backward else "fwd", t.collective, t.axis) for t in terms] == [
         ("counts", "fwd", "all_to_all", "ep"),
         ("counts", "fwd", "all_gather", "expt_tp"),
         ("rows", "fwd", "all_to_all", "ep"),
@@ -245,78 +264,159 @@ def test_terms_name_their_collectives() -> None:
 
 def test_hand_computed_tokens() -> None:
     # 10 tokens, one row of each path: 20 rows of 48 bytes, half of them away, 8 counts of 8 bytes
-    cost = wire_cost(replace(LAYER, expert_model_parallel_size=2))
-    assert cost.forward_bytes == 4 * 8 + 10 * 48 + 10 * 48 == 992
-    assert cost.backward_bytes == 960
-    assert all(type(term.sent_bytes) is int for term in cost.terms)
+    terms = layer_terms(changed(LAYER, expert_model_parallel_size=2))
+    assert forward_bytes(terms) == 4 * 8 + 10 * 48 + 10 * 48 == 992
+    assert backward_bytes(terms) == 960
+    assert all(type(term.sent_bytes) is int for term in terms)
 
 
 def test_hand_computed_code_space() -> None:
     # 16 codes on 4 ranks: 4 slots of 12 fp64 elements, sums as wide
-    layer = replace(
+    layer = changed(
         LAYER, execution="code_space", path="discrete", straight_through="none", num_codes=16,
         expert_model_parallel_size=4, bytes_per_element=8,
     )  # fmt: skip
-    cost = wire_cost(layer)
-    assert (cost.forward_bytes, cost.backward_bytes) == (3 * 4 * 96, 3 * 4 * 96)
+    terms = layer_terms(layer)
+    assert (forward_bytes(terms), backward_bytes(terms)) == (3 * 4 * 96, 3 * 4 * 96)
 
 
 def test_one_rank_sends_nothing() -> None:
     for execution, straight_through in product(("tokens", "code_space"), ("token", "group")):
-        layer = replace(LAYER, execution=execution, straight_through=straight_through)
-        assert wire_cost(layer).terms == ()
-        assert wire_cost(layer).microbatch_bytes == 0
+        layer = changed(LAYER, execution=execution, straight_through=straight_through)
+        assert layer_terms(layer) == ()
+        assert total_bytes(layer_terms(layer)) == 0
 
 
 def test_amounts_are_exact() -> None:
     # 10 rows over 4 ranks: 7.5 leave; 4 shards reduce 8 * 12 fp16 elements by 3 / 2 of their bytes
-    layer = replace(LAYER, path="continuous", expert_model_parallel_size=4)
-    rows = [t.sent_bytes for t in wire_cost(layer).terms if t.part == "rows"]
+    layer = changed(LAYER, path="continuous", expert_model_parallel_size=4)
+    rows = [t.sent_bytes for t in layer_terms(layer) if t.part == "rows"]
     assert rows == [360] * 4 and all(type(amount) is int for amount in rows)
     assert RowTraffic.balanced(10, 4) == RowTraffic(Fraction(15, 2), Fraction(15, 2), 10)
-    shards = replace(
-        LAYER, execution="code_space", path="discrete", straight_through="none", num_codes=1,
+    shards = changed(
+        LAYER, execution="code_space", path="discrete", straight_through="none", num_codes=8,
         hidden_size=5, moe_ffn_hidden_size=9, expert_tensor_parallel_size=3, bytes_per_element=2,
     )  # fmt: skip
-    assert wire_cost(shards).forward_bytes == Fraction(40, 3)
+    assert forward_bytes(layer_terms(shards)) == Fraction(8 * 40, 3)
 
 
 def test_a_table_per_step_is_exchanged_once() -> None:
-    layer = replace(
+    layer = changed(
         LAYER, execution="code_space", straight_through="token", num_codes=16,
         expert_model_parallel_size=4, expert_tensor_parallel_size=2, table_per_step=True,
     )  # fmt: skip
-    once, every = wire_cost(layer), wire_cost(replace(layer, table_per_step=False))
-    assert every.step_bytes(8) == 8 * every.microbatch_bytes
-    assert once.microbatch_bytes == once.step_bytes(1) == every.step_bytes(1)
+    once, every = layer_terms(layer), layer_terms(changed(layer, table_per_step=False))
+    assert total_bytes(every, 8) == 8 * total_bytes(every)
+    assert total_bytes(once) == total_bytes(once, 1) == total_bytes(every, 1)
     # 4 slots * 12 elements * 4 bytes: gathered and reduced over 4 ranks, all-reduced over 2 shards
-    assert every.step_bytes(8) - once.step_bytes(8) == 7 * (2 * 3 + 2 * 1) * 192
+    assert total_bytes(every, 8) - total_bytes(once, 8) == 7 * (2 * 3 + 2 * 1) * 192
 
 
 def test_low_dim_gradients_travel_back_as_narrow_fp32() -> None:
     # 2 ranks, 10 tokens: 5 rows to the other rank, 5 rows of it back
-    layer = replace(
+    layer = changed(
         LAYER, execution="code_space", path="discrete", bytes_per_element=2, code_dim=4,
         expert_model_parallel_size=2,
     )  # fmt: skip
 
     def rows(layer: LayerShape) -> list:
-        terms = [t for t in wire_cost(layer).terms if t.part == "straight_through"]
+        terms = [t for t in layer_terms(layer) if t.part == "straight_through"]
         return [t.sent_bytes for t in terms][1:]  # behind the counts
 
     assert rows(layer) == [5 * 12 * 2, 5 * 4 * 4]
-    assert rows(replace(layer, code_input="learned")) == [5 * 12 * 2, 5 * 12 * 2]
-    assert rows(replace(layer, code_dim=None)) == [5 * 12 * 2, 5 * 12 * 2]
+    assert rows(changed(layer, code_input="learned")) == [5 * 12 * 2, 5 * 12 * 2]
+    assert rows(changed(layer, code_dim=None)) == [5 * 12 * 2, 5 * 12 * 2]
 
 
 def test_code_space_beats_tokens_where_tokens_outnumber_codes() -> None:
-    base = LayerShape(
+    base = shape(
         num_local_tokens=4096, hidden_size=1024, moe_ffn_hidden_size=2048, num_moe_experts=16,
         num_codes=64, expert_model_parallel_size=4, path="discrete", straight_through="none",
         bytes_per_element=2,
     )  # fmt: skip
     for element_bytes in (2, 4):
-        tokens = replace(base, bytes_per_element=element_bytes)
-        code_space = wire_cost(replace(tokens, execution="code_space"))
-        assert 40 * code_space.microbatch_bytes <= wire_cost(tokens).microbatch_bytes
-        assert 40 * code_space.forward_bytes <= wire_cost(tokens).forward_bytes
+        tokens = changed(base, bytes_per_element=element_bytes)
+        code_space = layer_terms(changed(tokens, execution="code_space"))
+        assert 40 * total_bytes(code_space) <= total_bytes(layer_terms(tokens))
+        assert 40 * forward_bytes(code_space) <= forward_bytes(layer_terms(tokens))
+
+
+def test_terms_of_a_key_are_summed_in_the_order_in_which_they_come() -> None:
+    terms = (
+        Term("b", "send", "pp", Fraction(1, 2), 3),
+        Term("a", "send", "pp", 5, is_once_per_step=True),
+        Term("b", "send", "pp", Fraction(1, 2)),
+    )
+    assert list(summed(terms, lambda t: t.part, 2).items()) == [("b", (8, 2)), ("a", (1, 5))]
+    assert (total_bytes(terms), total_bytes(terms, 2), total_bytes(())) == (6, 7, 0)
+    assert type(total_bytes(terms)) is int
+
+
+TOKENS = 4096
+LARGE = shape(  # many ranks, wide rows: what is left of a row is its size
+    num_local_tokens=TOKENS, hidden_size=4096, moe_ffn_hidden_size=1024, num_moe_experts=64,
+    expert_model_parallel_size=64, path="discrete", straight_through="none",
+)  # fmt: skip
+
+
+def by_both(layer: LayerShape) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
+    """Terms by tokens and in code space."""
+    by_tokens = changed(layer, execution="tokens", table_per_step=False)
+    return layer_terms(by_tokens), layer_terms(changed(layer, execution="code_space"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "measure", "break_even"),
+    [
+        ({}, forward_bytes, Fraction(2)),
+        ({"bytes_per_element": 2}, forward_bytes, Fraction(2)),
+        ({"bytes_per_element": 2}, total_bytes, Fraction(4, 3)),  # bf16 rows, fp32 sums
+        ({}, total_bytes, Fraction(2)),  # sums as wide as rows
+        # 2 T rows less, K (b + 4) bytes more: the sums per code are exchanged beside the rows
+        ({"straight_through": "token"}, total_bytes, Fraction(1)),
+        ({"straight_through": "token", "bytes_per_element": 2}, total_bytes, Fraction(2, 3)),
+        ({"path": "dual"}, forward_bytes, Fraction(2)),  # the other path is common
+    ],
+)
+def test_break_even_of_large_layers(changes: dict, measure, break_even: Fraction) -> None:
+    """Up to ``break_even`` codes per token code space sends no more than tokens do."""
+    for offset, wins in ((-64, True), (128, False)):  # a table grows by whole rounds over experts
+        num_codes = int(break_even * TOKENS) // 64 * 64 + offset
+        tokens, code_space = by_both(changed(LARGE, num_codes=num_codes, **changes))
+        assert (measure(code_space) <= measure(tokens)) is wins
+
+
+def test_code_space_at_twice_the_break_even_sends_twice_as_much() -> None:
+    tokens, code_space = by_both(changed(LARGE, num_codes=4 * TOKENS))
+    assert float(forward_bytes(code_space) / forward_bytes(tokens)) == pytest.approx(2, rel=1e-3)
+
+
+def test_straight_through_without_sums_per_code_would_break_even_at_2_tokens() -> None:
+    """The design's table has the owner form the sums from the rows that it gets anyway."""
+    tokens, code_space = by_both(changed(LARGE, straight_through="token", num_codes=2 * TOKENS))
+    without = [term for term in code_space if term.collective != "reduce_scatter"]
+    assert float(total_bytes(without) / total_bytes(tokens)) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_table_costs_more_than_the_counts_of_no_tokens() -> None:
+    # one row of the table per rank against one count per pair of ranks
+    no_tokens = changed(LARGE, num_local_tokens=0, hidden_size=64, num_codes=64)
+    tokens, code_space = by_both(no_tokens)
+    assert total_bytes(code_space) > total_bytes(tokens)
+
+
+def test_a_table_per_step_pays_for_as_many_more_codes_as_there_are_microbatches() -> None:
+    for times, offset, wins in ((1, -64, True), (1, 128, False), (8, -64, True), (8, 512, False)):
+        layer = changed(LARGE, num_codes=2 * TOKENS * times + offset, table_per_step=False)
+        layer = changed(layer, execution="code_space", table_per_step=times > 1)
+        tokens, code_space = by_both(layer)
+        assert (total_bytes(code_space, 8) <= total_bytes(tokens, 8)) is wins
+
+
+def test_counted_rows_take_the_place_of_balanced_ones() -> None:
+    counted = RowTraffic(num_rows_sent=5, num_rows_received=7, largest_gathered_rows=0)
+    layer = changed(LAYER, num_moe_experts=4, expert_model_parallel_size=2, path="continuous")
+    terms = layer_terms(layer, counted)
+    # 1 block of 2 counts; rows of 48 bytes: 5 out and 7 back, forward and backward
+    assert total_bytes(terms) == 16 + 2 * (5 + 7) * 48
+    assert total_bytes(terms, 3) == 3 * (16 + 2 * 12 * 48)

@@ -1,7 +1,7 @@
-"""Rules between the sections of a recipe that are not about where the ranks stand.
+"""How a broken rule is reported, and the rules that are not about where the ranks stand.
 
-Recompute, schedule, optimizer and checkpoints. As in :mod:`vqmoe_megatron.plan.layout`
-a broken rule is reported with its numbers, all of them at once.
+Recompute, schedule, optimizer and checkpoints. As in ``layout`` a broken rule is reported as its
+equation with the numbers filled in, all of them at once.
 """
 
 from __future__ import annotations
@@ -10,14 +10,42 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
-from vqmoe_megatron.plan.divisibility import remainder
 
 if TYPE_CHECKING:
     from vqmoe_megatron.plan.layout import ParallelLayout
 
+GEMM_BYTES = 16  # torch's grouped_mm refuses strides that are no multiple of it, on every device
 # Megatron's recompute_modules that work here: GroupedExperts has no moe_act, and Megatron's
 # layernorm recompute needs Transformer Engine.
 RECOMPUTE_MODULES = ("core_attn", "mlp", "moe")
+
+
+def remainder(name: str, value: int, divisor: str, size: int, advice: str) -> Iterator[str]:
+    """Yield ``name % divisor != 0`` with its numbers, unless ``size`` divides ``value``."""
+    if value % size:
+        yield f"{name} % {divisor} != 0: {value} % {size} = {value % size}; {advice}"
+
+
+def expert_width_errors(
+    hidden_size: int, moe_ffn_hidden_size: int, element_bytes: int, etp: int = 1
+) -> Iterator[str]:
+    """Yield what keeps experts of these widths, cut over ``etp`` ranks, from the grouped GEMM."""
+    aligned = GEMM_BYTES // element_bytes
+    yield from remainder(
+        "hidden_size",
+        hidden_size,
+        str(aligned),
+        aligned,
+        f"the experts' grouped GEMM takes rows of a multiple of {GEMM_BYTES} bytes",
+    )
+    yield from remainder(
+        "moe_ffn_hidden_size",
+        moe_ffn_hidden_size,
+        f"(ETP * {aligned} = {etp} * {aligned})",
+        etp * aligned,
+        "every expert-tensor-parallel rank holds an equal share, and the grouped GEMM takes shares "
+        f"of a multiple of {GEMM_BYTES} bytes",
+    )
 
 
 def run_errors(config: RunConfig, layout: ParallelLayout) -> list[str]:

@@ -1,15 +1,16 @@
-"""In-flight microbatches and bubbles against schedules drawn by hand."""
+"""In-flight microbatches against schedules drawn by hand; the estimated peak of a step against the
+storages that a real step makes and holds."""
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import pytest
+from real_model import measure_peak, recipe
 
-from vqmoe_megatron.plan.pipeline_schedule import (
-    bubble_microbatches,
+from vqmoe_megatron.plan.layout import check_layout
+from vqmoe_megatron.plan.memory import (
     num_warmup_passes,
     peak_in_flight,
+    stage_memory,
 )
 
 
@@ -35,7 +36,21 @@ def test_interleaved_by_hand() -> None:
     assert peak_in_flight([1, 100], 2, 1, 4) == 102
 
 
-def test_bubble_shrinks_with_chunks() -> None:
-    assert bubble_microbatches(1, 1) == 0
-    assert bubble_microbatches(4, 1) == 3
-    assert bubble_microbatches(4, 2) == Fraction(3, 2)
+LARGEST_ERROR = 0.12
+SMALL_BATCH = ["train.global_batch_size=8", "train.micro_batch_size=8", "model.seq_length=64"]
+CASES = {
+    "large vocabulary, fp32": ["model.vocab_size=32000"],
+    "large vocabulary, bf16": ["model.vocab_size=32000", "model.bf16=true"],
+    "small vocabulary": ["model.vocab_size=300"],
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", CASES)
+def test_peak_is_near_what_a_step_holds(ranks, name: str) -> None:
+    overrides = SMALL_BATCH + CASES[name]
+    (measured,) = ranks(1).run(measure_peak, overrides)
+    config = recipe(overrides)
+    planned = stage_memory(config, check_layout(config, 1, "cpu"), 0, "local")
+    beside_state = planned.peak - planned.state.total
+    assert abs(beside_state / measured - 1) < LARGEST_ERROR, (beside_state, measured)

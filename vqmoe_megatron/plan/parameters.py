@@ -8,30 +8,34 @@ The order is that of ``named_parameters`` of the real model with Megatron-core's
 distributed optimizer pads and cuts its buffers in this order, so bytes follow from it exactly.
 With Transformer Engine the same elements come in another order, which moves padding only.
 All ranks of a pipeline stage hold equally many elements, whatever their TP and EP place.
+
+Counted by part: in total, used by one token, and on a rank. A token uses its row of the word
+embedding (and of learned positions); attention, norms, dense MLPs, router, gates and the output
+layer whole; the codebook whole, because every code is compared; of the experts those that its rows
+meet, k continuous and C discrete ones (as many experts as rows, also when two meet the same, but at
+most all); and its C learned inputs. In code space an expert runs once per code and not once per
+token: its weights count for the token all the same, because the token's output comes from them:
+
+    path=continuous   k experts, router                    (a plain sparse mixture of experts)
+    path=discrete     C experts, codebook                  (no router)
+    path=dual         k + C experts, router, codebook, gate
+
+Tied embeddings count once, and whole, because the output layer uses all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
-from vqmoe_megatron.plan.flop_cost import num_gate_outputs
-from vqmoe_megatron.plan.layer_shape import LayerShape
-from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.layout import ParallelLayout, unsharded
+from vqmoe_megatron.plan.shape import LayerShape
 
 PARTS = (
-    "embeddings",
-    "attention",
-    "norms",
-    "dense_mlp",
-    "router",
-    "experts",
-    "codebooks",
-    "learned_inputs",
-    "gates",
-    "output_layer",
+    *("embeddings", "attention", "norms", "dense_mlp", "router", "experts"),
+    *("codebooks", "learned_inputs", "gates", "output_layer"),
 )
 
 
@@ -62,16 +66,9 @@ class Parameter:
 class ChunkPlace:
     """One model chunk: a pipeline stage, or one of its interleaved parts."""
 
-    pipeline_rank: int
-    virtual_rank: int
     layers: range  # 0-based numbers over the whole model
     is_first: bool  # holds the embedding
     is_last: bool  # holds the final norm and the output layer
-
-
-def unsharded() -> ParallelLayout:
-    """Return the layout of one rank, which holds the whole model."""
-    return ParallelLayout(1, 1, 1, None, 1, 1, 1, False)
 
 
 def padded_vocab_size(model: ModelConfig) -> int:
@@ -94,6 +91,11 @@ def is_moe_layer(model: ModelConfig, number: int) -> bool:
     return number % model.moe_layer_freq == 0
 
 
+def num_moe_layers(model: ModelConfig, places: Iterable[ChunkPlace]) -> int:
+    """Layers of these chunks that hold experts."""
+    return sum(is_moe_layer(model, number) for place in places for number in place.layers)
+
+
 def chunk_places(
     model: ModelConfig, layout: ParallelLayout, pipeline_rank: int
 ) -> list[ChunkPlace]:
@@ -101,19 +103,15 @@ def chunk_places(
     stages = layout.pipeline_model_parallel_size
     num_chunks = layout.virtual_pipeline_model_parallel_size or 1
     per_chunk = model.num_layers // (stages * num_chunks)
-    places = []
-    for virtual_rank in range(num_chunks):
-        first = (virtual_rank * stages + pipeline_rank) * per_chunk
-        places.append(
-            ChunkPlace(
-                pipeline_rank=pipeline_rank,
-                virtual_rank=virtual_rank,
-                layers=range(first, first + per_chunk),
-                is_first=pipeline_rank == 0 and virtual_rank == 0,
-                is_last=pipeline_rank == stages - 1 and virtual_rank == num_chunks - 1,
-            )
+    firsts = [(virtual * stages + pipeline_rank) * per_chunk for virtual in range(num_chunks)]
+    return [
+        ChunkPlace(
+            layers=range(first, first + per_chunk),
+            is_first=first == 0,
+            is_last=first + per_chunk == stages * num_chunks * per_chunk,
         )
-    return places
+        for first in firsts
+    ]
 
 
 def stage_parameters(
@@ -152,18 +150,24 @@ def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iter
     if place.is_last:
         yield from _norm(model, element, "decoder.final_layernorm")
         if not is_tied or is_tied_over_stages:
+            name = "output_layer.weight"
             yield Parameter(
-                "output_layer.weight",
-                "output_layer",
-                table,
-                element,
-                is_shared_embedding=is_tied_over_stages,
+                name, "output_layer", table, element, is_shared_embedding=is_tied_over_stages
             )
 
 
 def _norm(model: ModelConfig, element: int, name: str) -> Iterator[Parameter]:
     for tensor in ("weight", "bias")[: 2 if model.normalization == "LayerNorm" else 1]:
         yield Parameter(f"{name}.{tensor}", "norms", (model.hidden_size,), element)
+
+
+def _linear(
+    name: str, part: str, shape: tuple[int, ...], element: int, has_bias: bool
+) -> Iterator[Parameter]:
+    """A matrix [out, in] and, after it, its bias [out]."""
+    yield Parameter(f"{name}.weight", part, shape, element)
+    if has_bias:
+        yield Parameter(f"{name}.bias", part, shape[:1], element)
 
 
 def head_sizes(model: ModelConfig) -> tuple[int, int, int]:
@@ -179,15 +183,11 @@ def _attention(
     heads, groups, columns = head_sizes(model)
     hidden, has_bias = model.hidden_size, model.add_bias_linear
     yield from _norm(model, element, f"{prefix}input_layernorm")
-    name = f"{prefix}self_attention."
+    name, part = f"{prefix}self_attention.linear", "attention"
     shape = (hidden, heads * columns // tensor_ranks)
-    yield Parameter(f"{name}linear_proj.weight", "attention", shape, element)
-    if has_bias:
-        yield Parameter(f"{name}linear_proj.bias", "attention", (hidden,), element)
-    width = (heads + 2 * groups) * columns // tensor_ranks
-    yield Parameter(f"{name}linear_qkv.weight", "attention", (width, hidden), element)
-    if has_bias or model.add_qkv_bias:
-        yield Parameter(f"{name}linear_qkv.bias", "attention", (width,), element)
+    yield from _linear(f"{name}_proj", part, shape, element, has_bias)
+    shape = ((heads + 2 * groups) * columns // tensor_ranks, hidden)
+    yield from _linear(f"{name}_qkv", part, shape, element, has_bias or model.add_qkv_bias)
 
 
 def dense_ffn_size(model: ModelConfig) -> int:
@@ -200,48 +200,98 @@ def _dense_mlp(
 ) -> Iterator[Parameter]:
     """fc1 [c1 D / TP, H], fc2 [H, D / TP]."""
     width, hidden = dense_ffn_size(model) // tensor_ranks, model.hidden_size
-    halves = 2 if model.gated_linear_unit else 1
-    for name, shape in (
-        ("linear_fc1", (halves * width, hidden)),
-        ("linear_fc2", (hidden, width)),
-    ):
-        yield Parameter(f"{prefix}{name}.weight", "dense_mlp", shape, element)
-        if model.add_bias_linear:
-            yield Parameter(f"{prefix}{name}.bias", "dense_mlp", shape[:1], element)
+    shape = ((2 if model.gated_linear_unit else 1) * width, hidden)
+    for name, of_shard in (("linear_fc1", shape), ("linear_fc2", (hidden, width))):
+        yield from _linear(f"{prefix}{name}", "dense_mlp", of_shard, element, model.add_bias_linear)
 
 
 def _moe(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> Iterator[Parameter]:
     """Router [N, H], experts [N / EP, ...] cut over ETP, codes [C, K, w] in fp32."""
     model, vq, hidden = config.model, config.vq, layer.hidden_size
-    if layer.path != "discrete":
+    if vq.path != "discrete":
         shape = (layer.num_moe_experts, hidden)
-        yield Parameter(f"{prefix}router.weight", "router", shape, element)
-        if model.add_bias_linear:
-            yield Parameter(f"{prefix}router.bias", "router", shape[:1], element)
-    experts = layer.num_moe_experts // layer.expert_model_parallel_size
+        yield from _linear(f"{prefix}router", "router", shape, element, model.add_bias_linear)
+    experts = layer.num_experts_per_rank
     inner = layer.moe_ffn_hidden_size // layer.expert_tensor_parallel_size
     outer = layer.fc1_width // layer.expert_tensor_parallel_size
-    shapes: list[tuple[str, tuple[int, ...]]] = [
-        ("weight1", (experts, outer, hidden)),
-        ("weight2", (experts, hidden, inner)),
-    ]
-    if model.add_bias_linear:
-        shapes += [("bias1", (experts, outer)), ("bias2", (experts, hidden))]
-    for name, tensor in shapes:
+    weights = {"weight1": (experts, outer, hidden), "weight2": (experts, hidden, inner)}
+    biases = {"bias1": (experts, outer), "bias2": (experts, hidden)}
+    for name, tensor in (weights | (biases if model.add_bias_linear else {})).items():
         yield Parameter(f"{prefix}experts.{name}", "experts", tensor, element, is_expert=True)
-    if layer.path == "continuous":
+    if vq.path == "continuous":
         return
-    codes = (layer.num_code_slices, layer.num_codes)
+    codes = (vq.num_code_slices, vq.num_codes)
     is_trained = vq.codebook_update in ("gradient", "reanchor") and not vq.freeze_codebook
     name = f"{prefix}assigner.codebook.codes"
     yield Parameter(name, "codebooks", (*codes, layer.code_width), 4, is_trained=is_trained)
-    if layer.code_input == "learned":
-        shape_of_inputs = (*codes, hidden)
-        yield Parameter(f"{prefix}code_inputs.vectors", "learned_inputs", shape_of_inputs, element)
-    if layer.norm != "none":
+    if vq.code_input == "learned":
+        name = f"{prefix}code_inputs.vectors"
+        yield Parameter(name, "learned_inputs", (*codes, hidden), element)
+    if vq.norm != "none":
         yield from _norm(model, element, f"{prefix}input_norm")
-    if layer.norm == "separate":
+    if vq.norm == "separate":
         yield from _norm(model, element, f"{prefix}output_norm")
-    if outputs := num_gate_outputs(layer):
-        yield Parameter(f"{prefix}gate.linear.weight", "gates", (outputs, hidden), element)
-        yield Parameter(f"{prefix}gate.linear.bias", "gates", (outputs,), element)
+    if outputs := layer.num_gate_outputs:
+        yield from _linear(f"{prefix}gate.linear", "gates", (outputs, hidden), element, True)
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Elements by part, and by rank of every pipeline stage."""
+
+    total_by_part: dict[str, int]  # replicas once, a tied table once
+    active_by_part: dict[str, int]  # used by one token
+    per_rank_by_part: tuple[dict[str, int], ...]  # of each stage; equal for all its TP, EP places
+
+    @property
+    def total(self) -> int:
+        """Of the model."""
+        return sum(self.total_by_part.values())
+
+    @property
+    def active(self) -> int:
+        """Used by one token."""
+        return sum(self.active_by_part.values())
+
+    @property
+    def per_rank(self) -> tuple[int, ...]:
+        """On one rank of each pipeline stage."""
+        return tuple(sum(parts.values()) for parts in self.per_rank_by_part)
+
+
+def count_parameters(config: RunConfig, layout: ParallelLayout) -> ParameterCount:
+    """Count the model of a recipe at a layout that passed the check.
+
+    Raises:
+        ValueError: when the vocabulary size is not known.
+    """
+    total = _by_part(config, unsharded(), 0)
+    stages = range(layout.pipeline_model_parallel_size)
+    return ParameterCount(
+        total_by_part=total,
+        active_by_part=_active(config, total),
+        per_rank_by_part=tuple(_by_part(config, layout, stage) for stage in stages),
+    )
+
+
+def _active(config: RunConfig, total: dict[str, int]) -> dict[str, int]:
+    model, vq = config.model, config.vq
+    active = dict(total)
+    if model.untie_embeddings_and_output_weights:
+        num_tables = 2 if model.position_embedding_type == "learned_absolute" else 1
+        active["embeddings"] = num_tables * model.hidden_size
+    elif model.position_embedding_type == "learned_absolute":
+        active["embeddings"] -= (model.seq_length - 1) * model.hidden_size
+    num_rows = 0 if vq.path == "discrete" else model.moe_router_topk
+    num_rows += 0 if vq.path == "continuous" else vq.num_code_slices
+    of_one = total["experts"] // model.num_moe_experts
+    active["experts"] = of_one * min(num_rows, model.num_moe_experts)
+    if "learned_inputs" in active:  # one of K per slice
+        active["learned_inputs"] //= vq.num_codes
+    return active
+
+
+def _by_part(config: RunConfig, layout: ParallelLayout, stage: int) -> dict[str, int]:
+    found = [p for chunk in stage_parameters(config, layout, stage) for p in chunk]
+    counts = {part: sum(p.num_elements for p in found if p.part == part) for part in PARTS}
+    return {part: count for part, count in counts.items() if count}
