@@ -1,7 +1,8 @@
 """Real gloo ranks for tests: started once, then handed one function after the other.
 
-A rank is a subprocess with megatron-core adapted to the CPU. ``RankPool`` keeps a world of them, so
-that a test pays for its own work and not for imports; ``run_ranks`` is a world for one call.
+A rank is a process with megatron-core adapted to the CPU, forked from one that has imported it
+(``rank_server``). ``RankPool`` keeps a world of them, so that a test pays for its own work alone;
+``run_ranks`` is a world for one call.
 
     def sum_of_ranks(offset):                 # in the test's own file
         total = torch.tensor([torch.distributed.get_rank() + offset])
@@ -21,25 +22,30 @@ through pipes, so that no orphan can hold one open.
 
 from __future__ import annotations
 
-import gc
-import importlib.util
+import contextlib
 import inspect
+import multiprocessing
 import os
-import random
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+_FOR_ALL_RANKS = {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",  # these are CPU tests wherever they run
+}
 POLL_SECONDS = 0.005
 GRACE_SECONDS = 1.0  # for the other ranks to report their own failure after one died
 SHOWN_LINES = 60  # of a failed rank's output
@@ -59,26 +65,21 @@ class RankPool:
         self.num_jobs = 0
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "OMP_NUM_THREADS": "1",
+            **_FOR_ALL_RANKS,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
             "WORLD_SIZE": str(world_size),
-            "CUDA_VISIBLE_DEVICES": "",  # these are CPU tests wherever they run
         }
-        self.ranks = []
+        context = _context()
+        self.ranks, self.jobs = [], []
         for rank in range(world_size):
-            with self._output_file(rank).open("w") as output:
-                self.ranks.append(
-                    subprocess.Popen(
-                        [sys.executable, "-u", __file__, str(self.folder)],
-                        stdin=subprocess.PIPE,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        cwd=ROOT,
-                        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    )
-                )
+            receiving, sending = context.Pipe(duplex=False)
+            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            arguments = (self.folder, self._output_file(rank), own, receiving)
+            self.ranks.append(context.Process(target=_rank, args=arguments))
+            self.ranks[-1].start()
+            receiving.close()
+            self.jobs.append(sending)
 
     def run(
         self,
@@ -110,10 +111,10 @@ class RankPool:
             "seed": seed,
         }
         torch.save(job, self.folder / f"job_{self.num_jobs}.pt")
-        for rank in self.ranks:
-            if rank.poll() is None:
-                rank.stdin.write(f"{self.num_jobs}\n".encode())
-                rank.stdin.flush()
+        for rank, jobs in zip(self.ranks, self.jobs, strict=True):
+            if rank.exitcode is None:
+                with contextlib.suppress(BrokenPipeError):  # it died just now: _wait tells
+                    jobs.send(self.num_jobs)
         self._wait(function.__name__, time.monotonic() + timeout_seconds)
         files = [self._result_file(rank) for rank in range(self.world_size)]
         results = [torch.load(file, weights_only=True) for file in files]
@@ -135,21 +136,20 @@ class RankPool:
 
     def close(self) -> None:
         """End the ranks, by force after a grace, and remove their files. Repeatable."""
-        for rank in self.ranks:
-            rank.stdin.close()
+        for jobs in self.jobs:
+            jobs.close()
         deadline = time.monotonic() + 5.0
         for rank in self.ranks:
-            try:
-                rank.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            rank.join(max(0.0, deadline - time.monotonic()))
+            if rank.is_alive():
                 rank.kill()
-                rank.wait()
+                rank.join()
         self.ranks = []
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _wait(self, name: str, deadline: float) -> None:
         while not all(self._result_file(rank).exists() for rank in range(self.world_size)):
-            codes = [rank.poll() for rank in self.ranks]
+            codes = [rank.exitcode for rank in self.ranks]
             if any(code is not None for code in codes):
                 self._fail(name, f"ended with {[c for c in codes if c is not None][0]}", codes)
             if time.monotonic() > deadline:
@@ -160,9 +160,8 @@ class RankPool:
         """Kill everything and raise with the output of the first rank to fail, else of all."""
         time.sleep(GRACE_SECONDS)
         for rank in self.ranks:
-            if rank.poll() is None:
-                rank.kill()
-            rank.wait()
+            rank.kill()
+            rank.join()
         dead = [rank for rank, code in enumerate(codes) if code is not None]
         shown = dead[:1] or range(self.world_size)
         text = "".join(f"--- rank {rank}\n{self._tail(rank)}\n" for rank in shown)
@@ -197,87 +196,42 @@ def run_ranks(
         pool.close()
 
 
+def _context() -> ForkServerContext:
+    """Ranks are forked from a process of their own, started at first use in its environment."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rank_server"])
+    before = dict(os.environ)
+    paths = [str(ROOT), str(ROOT / "tests"), before.get("PYTHONPATH", "")]
+    os.environ.update(_FOR_ALL_RANKS, PYTHONPATH=os.pathsep.join(paths))
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+def _rank(folder: Path, output: Path, environment: dict[str, str], jobs: Connection) -> None:
+    """The process of a rank, from its fork to its end."""
+    multiprocessing.set_start_method(None, force=True)  # what a rank starts, it starts as ever
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    with output.open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+    try:
+        from rank_server import serve
+
+        serve(folder, jobs)
+        os._exit(0)  # not through gloo's destructors, which wait for the other ranks
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # no orderly goodbye: the other ranks may wait in a collective
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-# What follows runs in the ranks.
-
-
-def _serve(folder: Path) -> None:
-    """Join the world, then run one job per line of standard input until it ends."""
-    from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat
-    from vqmoe_megatron.runtime.world import discover_rank, join_world
-
-    install_cpu_compat()
-    variables = discover_rank()
-    join_world(variables, "cpu")
-    current_layout = None
-    loaded: dict[str, Any] = {}
-    for line in sys.stdin:
-        number = int(line)
-        job = torch.load(folder / f"job_{number}.pt", weights_only=True)
-        print(f"job {number}: {job['function']} {job['layout']}")
-        if job["layout"] != current_layout:
-            _build_groups(job["layout"])
-            current_layout = job["layout"]
-        _seed(job["seed"])
-        if job["file"] not in loaded:
-            loaded[job["file"]] = _load_file(job["file"])
-        result = getattr(loaded[job["file"]], job["function"])(*job["args"])
-        unfinished = folder / f"unfinished_{variables.rank}.pt"
-        torch.save(result, unfinished)
-        unfinished.rename(folder / f"result_{number}_{variables.rank}.pt")
-
-
-def _build_groups(sizes: dict[str, int]) -> None:
-    from megatron.core import parallel_state
-    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
-    from torch.distributed import distributed_c10d
-
-    from vqmoe_megatron.config import ParallelConfig, RunConfig
-    from vqmoe_megatron.plan.layout import ParallelLayout
-    from vqmoe_megatron.runtime.world import build_process_groups
-
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()  # forgets the groups, but does not destroy them
-        get_moe_layer_wise_logging_tracker().clear()  # holds groups
-        gc.collect()  # models hold groups, in cycles
-        torch.distributed.barrier()
-        for group in list(distributed_c10d._world.pg_map):
-            if group is not torch.distributed.group.WORLD:
-                # Each group keeps several threads alive: left alone, they add up to thousands.
-                torch.distributed.destroy_process_group(group)
-    config = RunConfig(parallel=ParallelConfig(**sizes))
-    build_process_groups(ParallelLayout.from_config(config, torch.distributed.get_world_size()))
-
-
-def _seed(seed: int) -> None:
-    from megatron.core import tensor_parallel
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
-    random.seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    torch.manual_seed(seed)
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # a job may have set it
-
-
-def _load_file(path: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"ranked_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-if __name__ == "__main__":
-    try:
-        _serve(Path(sys.argv[1]))
-        sys.stdout.flush()
-        os._exit(0)  # not through gloo's destructors, which wait for the other ranks
-    except BaseException:
-        traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(1)  # no orderly goodbye: the other ranks may wait in a collective

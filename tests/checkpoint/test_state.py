@@ -37,9 +37,11 @@ def curve(results):
             id="gradient-product",
             marks=pytest.mark.full,
         ),
-        pytest.param(OVERLAPPED, id="overlapped-bf16", marks=pytest.mark.full),
+        pytest.param(OVERLAPPED, id="overlapped-bf16"),
         # fp32 codes beside bf16 parameters
-        pytest.param([*OVERLAPPED, "vq.codebook_update=gradient"], id="bf16-gradient"),
+        pytest.param(
+            [*OVERLAPPED, "vq.codebook_update=gradient"], id="bf16-gradient", marks=pytest.mark.full
+        ),
     ],
 )
 def test_resuming_is_bitwise_exact(overrides, ranks, small_corpus, tmp_path):

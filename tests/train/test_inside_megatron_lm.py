@@ -136,6 +136,7 @@ def check_log(last_rank, records, num_layers):
     assert any(step["log"]["vq/dead_codes"] > 0 for step in last_rank["steps"])
 
 
+@pytest.mark.full
 def test_the_log_is_right_when_the_names_are_listed_too(ranks, small_corpus, tmp_path):
     num_ranks, layout, changes = LAYOUTS["pp2"]
     pool, overrides = ranks(num_ranks), [*SHORT, *changes]

@@ -40,7 +40,7 @@ LAYOUTS = {
 }
 
 FAST = (
-    "tp2-ep4",
+    "tp2",
     "pp2-vpp2",
     "dp2-distributed-optimizer",
     "tp2-ep2-etp2",

@@ -54,9 +54,8 @@ def test_a_run_goes_on_at_other_layouts(name, ranks, stdlib_corpus, tmp_path):
             assert moved[iteration][metric] == pytest.approx(theirs[metric], rel=1e-5), metric
 
 
-@pytest.mark.parametrize(
-    "first, second", [(DISTRIBUTED, []), pytest.param([], DISTRIBUTED, marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("first, second", [(DISTRIBUTED, []), ([], DISTRIBUTED)])
 def test_bf16_keeps_its_main_parameters_when_the_optimizer_changes(
     first, second, ranks, small_corpus, tmp_path
 ):

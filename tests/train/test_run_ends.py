@@ -137,8 +137,9 @@ def test_a_run_without_any_console_completes(small_corpus, tmp_path):
     assert [record["iteration"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.full
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_terminal_that_hangs_up_stops_the_run_with_a_checkpoint(
     num_ranks, small_corpus, tmp_path
 ):

@@ -199,8 +199,13 @@ def _adapt_megatron_modules() -> None:
     moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
     token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
 
-    results = _ForkedResults()
-    filesystem_async._get_write_results_queue = lambda: results
+    filesystem_async._get_write_results_queue = lambda: _results_of(os.getpid())
+
+
+@functools.cache
+def _results_of(process_id: int) -> _ForkedResults:
+    """One for each process that saves, also where several were forked from one."""
+    return _ForkedResults()
 
 
 class _ForkedResults:
