@@ -24,4 +24,15 @@ def end_forks_with_parent() -> None:
         print(f"{sys.platform} cannot end helpers of a killed rank: they may be left behind")
         return
     prctl = ctypes.CDLL(None, use_errno=True).prctl
-    os.register_at_fork(after_in_child=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+    parent = 0
+
+    def remember_parent() -> None:
+        nonlocal parent
+        parent = os.getpid()
+
+    def die_with_parent() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # killed between the fork and the line above
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.register_at_fork(before=remember_parent, after_in_child=die_with_parent)
