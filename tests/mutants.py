@@ -243,6 +243,28 @@ MUTANTS = (
         "names[: 1 - self.run.config.checkpoint.keep_last]",
         "tests/checkpoint/test_saver.py",
     ),
+    # What is predicted and what is concluded
+    Mutant(
+        "plan: an all-reduce sends its bytes once",
+        "plan/wire.py",
+        "return others_share(2 * num_bytes, num_ranks)",
+        "return others_share(num_bytes, num_ranks)",
+        "tests/plan/test_wire.py",
+    ),
+    Mutant(
+        "plan: a backward pass as long as the forward pass",
+        "plan/flops.py",
+        '"router": Flops(router, 2 * router),',
+        '"router": Flops(router, router),',
+        "tests/plan/test_flops.py",
+    ),
+    Mutant(
+        "study: intervals with one degree of freedom too many",
+        "study/report/intervals.py",
+        "math.sqrt(squares / freedom)",
+        "math.sqrt(squares / (freedom + 1))",
+        "tests/study/report/test_intervals.py",
+    ),
     # The run directory and what is told of it
     Mutant(
         "files: a replaced file is written in place",
@@ -308,7 +330,7 @@ def failed_test(tree: Path, mutant: Mutant) -> tuple[str | None, str]:
         )
     finally:
         path.write_text(right)
-    failed = re.search(r"^(?:FAILED|ERROR) \S*?::(\S+)", ended.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) \S*?::(.+?)(?: - |$)", ended.stdout, re.MULTILINE)
     return (failed[1] if failed and ended.returncode == 1 else None), ended.stdout
 
 

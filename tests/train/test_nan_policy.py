@@ -36,6 +36,21 @@ def test_a_poisoned_step_is_skipped_on_all_ranks_and_training_goes_on(
     assert results[0]["codebooks"] == results[1]["codebooks"]
 
 
+def test_a_skipped_step_moves_no_codebook(ranks, small_corpus, tmp_path):
+    """The loss alone is poisoned: what the codebooks saw is as good as in any step."""
+    every = [*TINY, "train.train_iters=6", "train.nan_policy=skip", f"data.path={small_corpus}"]
+    every += ["parallel.expert_model_parallel_size=2"]
+    codebooks = {}
+    for last in (2, 3):
+        where = [f"train.output_dir={tmp_path / str(last)}", f"train.exit_interval={last}"]
+        results = ranks(2).run(
+            train_with_one_poisoned_step, str(PARITY), [*every, *where], layout=EP2
+        )
+        assert [result["skipped"] for result in results] == [last - 2] * 2
+        codebooks[last] = [result["codebooks"] for result in results]
+    assert codebooks[2] == codebooks[3]
+
+
 def test_stop_names_the_samples_and_every_rank_agrees(ranks, small_corpus, tmp_path):
     results = run_on(ranks(2), small_corpus, tmp_path, [*TINY, *EXPLODE], EP2)
     for result in results:

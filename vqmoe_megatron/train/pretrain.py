@@ -13,6 +13,7 @@ import torch
 
 from vqmoe_megatron.checkpoint.folder import iteration_of
 from vqmoe_megatron.checkpoint.saver import SaveFailed
+from vqmoe_megatron.plan.parameters import count_parameters
 from vqmoe_megatron.rundir.status import read_status, write_status
 from vqmoe_megatron.runtime.rendezvous import RendezvousFailed, StoppedWhileWaiting
 from vqmoe_megatron.runtime.world import (
@@ -120,7 +121,11 @@ def _open_report(run: CheckedRun, trainer: Trainer) -> RunReport:
         report = Rank0Report(run, progress.iteration, known_id)
         if known_id is not None and not run.is_own:
             report.message(f"a run of its own, started from {run.resume_from}")
-        report.message(f"{trainer.num_parameters:,} parameters on rank 0")
+        planned = count_parameters(run.config, run.layout)
+        report.message(
+            f"{trainer.num_parameters:,} parameters on rank 0; by the plan {planned.total:,} in "
+            f"all, {planned.active:,} used by one token"
+        )
         report.message(run.config.vq.execution_in_words)
     shared = [report.mlflow_run_id]
     torch.distributed.broadcast_object_list(shared, src=0)
