@@ -147,3 +147,13 @@ def test_a_plot_that_fails_does_not_cost_the_state(start, monkeypatch, capsys):
     status = read_status(report.run_dir.path)
     assert (status.state, status.iteration) == ("requeue", 7)
     assert "plots could not be drawn: OSError: no space left on device" in capsys.readouterr().out
+
+
+def test_records_that_are_gone_are_told(small_corpus, tmp_path, capsys):
+    where = [f"data.path={small_corpus}", f"train.output_dir={tmp_path}", "tracking.mlflow=false"]
+    config = load_recipe(PARITY, [*TINY, *where])
+    for start, is_told in ((20, True), (0, False)):
+        report = Rank0Report(check_run(config, 1, "cpu"), start, None)
+        report.console.close()
+        shown = "".join(capsys.readouterr().out.split())  # a console wraps lines
+        assert ("itholdsnothingofiterations1to20" in shown) is is_told

@@ -179,6 +179,12 @@ class MetricsLog:
         self._open()
         return len(lines) - len(kept)
 
+    @property
+    def last_iteration(self) -> int:
+        """Of the last record in the file; 0 where there is none."""
+        lines = _complete_lines(self.path.read_bytes())
+        return int(_iteration_of(lines[-1]) or 0) if lines else 0
+
     def close(self) -> None:
         """Close the file; what the disk still refuses is lost, and said so."""
         self._file.close()

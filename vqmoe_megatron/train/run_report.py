@@ -74,6 +74,12 @@ class Rank0Report(RunReport):
         self.system_log = MetricsLog(self.run_dir.path, SYSTEM_METRICS_FILE)
         for log in (self.metrics_log, self.system_log):
             log.truncate_after(start_iteration or -1)
+        last = self.metrics_log.last_iteration
+        if run.is_own and last + run.config.train.log_interval <= start_iteration:
+            self.message(
+                f"{self.metrics_log.path} goes on behind a gap: it holds nothing of iterations "
+                f"{last + 1} to {start_iteration}"
+            )
         tracking = run.config.tracking
         self.system_metrics = SystemMetrics(self.message) if tracking.system_metrics else None
         tracked = TrackedRun(
