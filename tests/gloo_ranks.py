@@ -16,8 +16,9 @@ numbers, strings, and lists, tuples and dicts of them. The function must be a pl
 top of its file; the ranks load that file by its path, with this folder on ``sys.path``.
 
 A function that raises, dies or hangs on any rank ends the whole world: its ranks are killed, and
-``RanksFailed`` carries the output of the first rank that failed. Output goes to files, never
-through pipes, so that no orphan can hold one open.
+``RanksFailed`` carries the output of the first rank that failed. Ranks end with the process that
+holds their pool, also when that is killed. Output goes to files, never through pipes, so that no
+orphan can hold one open.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ import contextlib
 import inspect
 import multiprocessing
 import os
+import select
 import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -221,6 +224,7 @@ def _rank(folder: Path, output: Path, environment: dict[str, str], jobs: Connect
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+    threading.Thread(target=_end_with_pool, args=(jobs, folder), daemon=True).start()
     try:
         from rank_server import serve
 
@@ -229,6 +233,16 @@ def _rank(folder: Path, output: Path, environment: dict[str, str], jobs: Connect
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # no orderly goodbye: the other ranks may wait in a collective
+
+
+def _end_with_pool(jobs: Connection, folder: Path) -> None:
+    """End this process, whatever it does or waits for, when the one with the pool has closed its
+    side of ``jobs`` or is gone, killed perhaps; then nobody else removes the files."""
+    gone = select.poll()
+    gone.register(jobs.fileno(), 0)  # no event is asked for: a hang-up is always told
+    gone.poll()
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 def _free_port() -> int:

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
-from gloo_ranks import RanksFailed, run_ranks
+from gloo_ranks import ROOT, RanksFailed, run_ranks
+
+HOLDS_A_POOL = """
+import time
+from pathlib import Path
+
+def hang(folder):
+    Path(folder, "hangs_here").touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    from gloo_ranks import RankPool
+
+    pool = RankPool(2)
+    print(pool.folder, *[rank.pid for rank in pool.ranks], flush=True)
+    pool.run(hang, str(pool.folder))
+"""
 
 
 def add_up(offset: int, table: dict) -> dict:
@@ -47,3 +69,27 @@ def test_a_hanging_rank_ends_in_time(ranks) -> None:  # noqa: ANN001
         pool.run(fail_on_rank_1, "hang", timeout_seconds=0.5)
     assert pool.is_closed
     assert not ranks(2).is_closed  # a fresh world
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="a process is looked for in /proc")
+def test_ranks_end_with_the_process_that_started_them(tmp_path) -> None:  # noqa: ANN001
+    """Killed in the middle of a job that would not end by itself; their files go, too."""
+    script = tmp_path / "holds_a_pool.py"
+    script.write_text(HOLDS_A_POOL)
+    holder = subprocess.Popen(
+        [sys.executable, script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    folder, *pids = holder.stdout.readline().split()
+    deadline = time.monotonic() + 60
+    while not list(Path(folder).glob("hangs_*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    holder.kill()
+    holder.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert len(pids) == 2 and not Path(folder).exists()

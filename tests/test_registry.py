@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 from toy_package import pretend_installed
 
 from vqmoe_megatron import registry
 from vqmoe_megatron.config import VQConfig
+from vqmoe_megatron.metrics.table import OUR_METRICS
 
 
 def install(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
@@ -74,8 +78,54 @@ def test_wrong_entry_points_are_refused(monkeypatch, point: dict, message: str) 
         registry.names("quantizer")
 
 
-@pytest.mark.parametrize("target", ["no.such.package:Mine", "vqmoe_megatron.vq.losses:Nothing"])
-def test_a_part_that_cannot_be_loaded_says_where_it_comes_from(monkeypatch, target: str) -> None:  # noqa: ANN001
+@pytest.mark.parametrize(
+    ("target", "error"),
+    [
+        ("no.such.package:Mine", "ModuleNotFoundError"),
+        ("vqmoe_megatron.vq.losses:Nothing", "AttributeError"),
+        ("vqmoe_megatron.vq.losses", "AttributeError"),
+        ("module_that_divides_by_zero:Mine", "ZeroDivisionError"),
+    ],
+)
+def test_a_part_that_cannot_be_loaded_says_where_it_comes_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str, error: str
+) -> None:
+    (tmp_path / "module_that_divides_by_zero.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
     install(monkeypatch, quantizer__mine=target)
-    with pytest.raises(ValueError, match=f"vq.quantizer=mine stands for {target}, which cannot"):
+    with pytest.raises(ValueError, match=f"quantizer.mine = {target} of .* cannot .*: {error}"):
         registry.load("quantizer", "mine")
+
+
+@pytest.mark.parametrize("kind", registry.KINDS)
+@pytest.mark.parametrize(
+    ("target", "found"), [("json:JSONDecoder", "JSONDecoder|type"), ("json:loads", "function")]
+)
+def test_a_part_must_implement_its_kinds_interface(
+    monkeypatch: pytest.MonkeyPatch, kind: str, target: str, found: str
+) -> None:
+    install(monkeypatch, **{f"{kind}__mine": target})
+    wanted = registry.KINDS[kind].interface.replace(":", ".")
+    with pytest.raises(ValueError, match=f"^entry point {kind}.mine = {target} .*") as caught:
+        registry.load(kind, "mine")
+    assert re.search(
+        rf"is (a|the class) ({found}); it must be an? .* of {wanted}$", str(caught.value)
+    )
+
+
+def test_a_part_with_only_half_of_its_interface_names_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, task__mine="vqmoe_megatron.tasks.task:Task")
+    with pytest.raises(ValueError, match="does not define evaluation_batches, forward_step, "):
+        registry.load("task", "mine")
+
+
+def test_a_part_inside_a_class_is_found_as_entry_points_write_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, metric__mine="test_registry_parts:Parts.ROW")
+    module = types.ModuleType("test_registry_parts")
+    module.Parts = types.SimpleNamespace(ROW=OUR_METRICS[0])
+    monkeypatch.setitem(sys.modules, "test_registry_parts", module)
+    assert registry.load("metric", "mine") is OUR_METRICS[0]

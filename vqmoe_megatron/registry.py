@@ -16,7 +16,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import inspect
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 GROUP = "vqmoe_megatron"
@@ -38,6 +40,7 @@ class Kind:
     interface: Target
     key: str  # recipe key whose value is a name of this kind; without one, the kind
     built_in: dict[str, Part]
+    is_instance: bool = False  # a part is an instance of the interface, and no subclass
 
 
 KINDS: dict[str, Kind] = {
@@ -90,7 +93,7 @@ KINDS: dict[str, Kind] = {
         {"mlflow": Part("vqmoe_megatron.track.mlflow.tracker:MlflowTracker")},
     ),
     # Ours are rows of vqmoe_megatron.metrics.table; a row is an instance, and brings its own name.
-    "metric": Kind("vqmoe_megatron.metrics.metric:Metric", "metric", {}),
+    "metric": Kind("vqmoe_megatron.metrics.metric:Metric", "metric", {}, is_instance=True),
 }
 
 
@@ -135,18 +138,48 @@ def load(kind: str, name: str) -> Any:
     """Import what a name stands for.
 
     Raises:
-        ValueError: when the name is not known, or cannot be imported; says from where.
+        ValueError: when the name is not known, its part cannot be imported, or an installed
+            package's does not implement the kind's interface; says from where.
     """
     check_name(kind, name)
     ours = KINDS[kind].built_in.get(name)
-    target = _installed()[kind][name] if ours is None else ours.target
-    module, _, attribute = target.partition(":")
+    if ours is not None:
+        return _attribute_of(ours.target)
+    target = _installed()[kind][name]
+    where = f"entry point {kind}.{name} = {target} of group {GROUP}"
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        part = _attribute_of(target)
+    except Exception as error:  # whatever the package does when it is imported
         raise ValueError(
-            f"{KINDS[kind].key}={name} stands for {target}, which cannot be loaded: {error}"
+            f"{where} cannot be loaded: {type(error).__name__}: {error}; mend or uninstall the "
+            "package"
         ) from error
+    if (fault := _fault_of(part, KINDS[kind])) is not None:
+        raise ValueError(f"{where} {fault}")
+    return part
+
+
+def _attribute_of(target: Target) -> Any:
+    module, _, attribute = target.partition(":")
+    return attrgetter(attribute)(importlib.import_module(module))
+
+
+def _fault_of(part: Any, kind: Kind) -> str | None:
+    """How the part fails to implement its kind's interface, or None."""
+    interface = _attribute_of(kind.interface)
+    wanted = kind.interface.replace(":", ".")
+    if kind.is_instance:
+        if isinstance(part, interface):
+            return None
+        return f"is a {type(part).__name__}; it must be an instance of {wanted}"
+    if not isinstance(part, type):
+        return f"is a {type(part).__name__}; it must be a subclass of {wanted}"
+    if not issubclass(part, interface):
+        return f"is the class {part.__qualname__}; it must be a subclass of {wanted}"
+    if inspect.isabstract(part):
+        lacking = ", ".join(sorted(vars(part)["__abstractmethods__"]))
+        return f"does not define {lacking}, which {wanted} asks for"
+    return None
 
 
 def takes(kind: str, name: str) -> frozenset[str]:

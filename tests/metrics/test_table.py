@@ -105,8 +105,8 @@ def test_a_packages_row_is_a_row_everywhere(install):
     [
         ("TAKEN", "metric.mine of group vqmoe_megatron: the name loss, .* is another metric's"),
         ("ALIKE", "metric.mine .* mine/dead_codes, or what stands behind its /"),
-        ("Path", "is no Metric or LayerMetric, but a type"),
-        ("NOTHING", "metric=mine stands for toy_package:NOTHING, which cannot be loaded"),
+        ("Path", "metric.mine .* is a type; it must be an instance of .*metrics.metric.Metric"),
+        ("NOTHING", "metric.mine = toy_package:NOTHING .* cannot be loaded: AttributeError"),
     ],
 )
 def test_a_packages_wrong_row_is_refused_by_name(install, attribute, says):

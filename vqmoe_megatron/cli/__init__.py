@@ -137,10 +137,11 @@ def pretrain(
     from vqmoe_megatron.rundir.run_directory import RunDirectory, lock_patience_seconds
     from vqmoe_megatron.runtime.forked_children import end_forks_with_parent
     from vqmoe_megatron.runtime.meeting_place import MeetingPlace
-    from vqmoe_megatron.train.preflight import check_run
+    from vqmoe_megatron.train.preflight import check_parts, check_run
     from vqmoe_megatron.train.stop_requests import StopRequests
 
     check_layout(config, world_size, device)  # these are refused here, before the first write
+    check_parts(config)
     if world_size > 1:
         MeetingPlace.from_environ(os.environ)
     run_dir, is_first = RunDirectory(Path(config.train.output_dir)), variables.rank == 0

@@ -107,8 +107,6 @@ def _table(labels: tuple[str, ...]) -> dict[str, Metric]:
     for label in labels:
         row = registry.load("metric", label)
         where = f"entry point metric.{label} of group {registry.GROUP}"
-        if not isinstance(row, Metric):
-            raise ValueError(f"{where} is no Metric or LayerMetric, but a {type(row).__name__}")
         if taken & _words(row):
             raise ValueError(
                 f"{where}: the name {row.name}, or what stands behind its /, is another metric's; "

@@ -50,16 +50,13 @@ def check_run(
     Hold the run directory's lock when it matters which checkpoint is found: an earlier attempt may
     still be saving. Ranks other than the first do not look; the first tells them.
 
-    No communication; does not import Megatron.
+    No communication; imports Megatron only where an installed part does.
 
     Raises:
         ValueError: for whatever is wrong, with what to do about it.
     """
     layout = check_layout(config, world_size, device)
-    metric_table()
-    if looks_for_checkpoint:
-        for name in config.tracking.also:
-            registry.load("tracker", name)
+    check_parts(config)
     corpus = load_corpus(Path(config.data.path))
     check_tokenizer(corpus, config.model.vocab_size, None)
     if config.model.vocab_size is None:
@@ -97,6 +94,21 @@ def check_run(
         if start_iteration < config.train.train_iters:  # else nothing is left to save
             check_checkpoint_room(config, run_dir)
     return CheckedRun(config, layout, corpus, run_dir, resume_from, is_own, remap_from)
+
+
+def check_parts(config: RunConfig) -> None:
+    """Load the parts of installed packages that the recipe names, and all metrics; write nothing.
+
+    Raises:
+        ValueError: for one that cannot be loaded or does not implement its kind's interface.
+    """
+    metric_table()
+    for kind, of_kind in registry.KINDS.items():
+        section, _, key = of_kind.key.partition(".")
+        chosen = getattr(getattr(config, section, None), key, [])
+        for name in [chosen] if isinstance(chosen, str) else chosen:
+            if not registry.is_ours(kind, name):
+                registry.load(kind, name)
 
 
 def _check_enough_text(config: RunConfig, corpus: Corpus) -> None:

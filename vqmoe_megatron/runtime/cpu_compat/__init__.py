@@ -35,8 +35,7 @@ def install_cpu_compat() -> None:
     """Make megatron-core's CUDA calls act on the CPU, once per process.
 
     Raises:
-        ValueError: when CUDA is available, where Megatron runs as it is; when Megatron was imported
-            before and has already handed its fused functions to torch.compile.
+        ValueError: when CUDA is available, where Megatron runs as it is.
 
     No communication.
     """
@@ -47,13 +46,10 @@ def install_cpu_compat() -> None:
         raise ValueError(
             "install_cpu_compat() is for machines without CUDA; CUDA is available here"
         )
-    # Megatron's jit_fuser is torch.compile, which needs a C++ compiler and minutes on the CPU.
-    if "megatron.core.jit" in sys.modules and os.environ.get("TORCHDYNAMO_DISABLE") != "1":
-        raise ValueError(
-            "install_cpu_compat() comes too late: Megatron (vqmoe_megatron.moe imports it) was "
-            "imported before, and its fused functions would be compiled. Call it before "
-            "those imports, or start Python with TORCHDYNAMO_DISABLE=1"
-        )
+    # Megatron's jit_fuser is torch.compile, which needs a C++ compiler and minutes on the CPU. When
+    # Megatron was imported before, by a user's part for instance, it has the functions already.
+    if "megatron.core.jit" in sys.modules:
+        torch.compiler.set_stance("force_eager")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     # Megatron refuses TP > 1 without it, although it only matters for CUDA streams.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
