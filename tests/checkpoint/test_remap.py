@@ -166,8 +166,9 @@ def test_every_layout_starts_as_the_same_model(changed, layouts, source, start):
             assert result["said"] == one["said"]
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("layout", [TP2, ETP2], ids=["tp2", "etp2"])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(TP2, marks=pytest.mark.full), ETP2], ids=["tp2", "etp2"]
+)
 def test_halves_of_gated_layers_load_through_their_factories(layout, source, start):
     gated = [*START, "model.gated_linear_unit=true", "model.activation_func=silu"]
     gated += ["model.moe_layer_freq=2", "model.ffn_hidden_size=64", "model.add_bias_linear=false"]

@@ -6,7 +6,9 @@ import os
 
 import pytest
 import torch
+from toy_package import pretend_installed
 
+from vqmoe_megatron import registry
 from vqmoe_megatron.runtime.world import (
     RankVariables,
     choose_device,
@@ -164,3 +166,16 @@ def test_process_groups_of_a_layout(ranks) -> None:  # noqa: ANN001
 def test_a_single_process_joins_a_world_of_one(ranks) -> None:  # noqa: ANN001
     (found,) = ranks(1).run(lonely_world)
     assert found["world_size"] == found["data_parallel"] == found["expert_parallel"] == 1
+
+
+def test_a_packages_launcher_is_asked_after_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_installed(monkeypatch, {"substrate.toyrun": "toy_launch:Toyrun"})
+    place = {"TOY_RANK": "1", "TOY_SIZE": "2", "TOY_LOCAL_RANK": "0"}
+    try:
+        assert discover_rank(place) == RankVariables(1, 2, 0, "toyrun")
+        torchrun = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}
+        assert discover_rank(place | torchrun).source == "torchrun"
+        with pytest.raises(ValueError, match="toyrun set TOY_RANK but not TOY_SIZE"):
+            discover_rank({"TOY_RANK": "1"})
+    finally:
+        registry._installed.cache_clear()

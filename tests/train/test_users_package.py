@@ -69,7 +69,7 @@ def test_five_steps_with_a_packages_tracker_and_metric(small_corpus, tmp_path, m
 @pytest.mark.parametrize(
     ("point", "says"),
     [
-        ({"tracker.toy": "toy_package:Gone"}, "tracking.also=toy stands for toy_package:Gone"),
+        ({"tracker.toy": "toy_package:Gone"}, "entry point tracker.toy = toy_package:Gone"),
         ({"tracker.toy": PARTS["tracker.toy"], "metric.x": "toy_package:TAKEN"}, "the name loss"),
     ],
 )
