@@ -52,7 +52,7 @@ def test_every_call_reaches_every_tracker_though_others_fail(open_trackers, tmp_
     assert calls == [list(call) for call in CALLS[:-1]]
     assert (last, state) == ("finish", "completed") and 19 < deadline_s <= 20
     assert len(said) == 2 and all("training goes on" in line for line in said)
-    assert "tracker gone: opening failed: ValueError: tracking.also=gone stands for" in said[0]
+    assert "tracker gone: opening failed: ValueError: entry point tracker.gone = " in said[0]
     assert "tracker broken: log_params failed: RuntimeError: log_params of a broken" in said[1]
 
 
