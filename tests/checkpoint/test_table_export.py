@@ -16,6 +16,7 @@ from small_run import PARITY, ROOT, TINY, run_on
 from table_model import export_here, logits_here
 from typer.testing import CliRunner
 
+from vqmoe_megatron import registry
 from vqmoe_megatron.checkpoint.table_export import check_has_table
 from vqmoe_megatron.checkpoint.table_folder import sha256
 from vqmoe_megatron.cli.export import export
@@ -205,3 +206,15 @@ def test_one_of_several_ranks_is_refused(refused, discrete_run, tmp_path, monkey
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     assert "runs in one process, but torchrun started 2" in refused(discrete_run, tmp_path / "out")
+
+
+def test_a_quantizer_with_a_search_of_its_own_is_refused(monkeypatch):
+    from vqmoe_megatron.vq.codebook import Codebook
+
+    class Farthest(Codebook):
+        def search(self, prepared):
+            return super().search(-prepared)
+
+    monkeypatch.setattr(registry, "load", lambda kind, name: Farthest)
+    with pytest.raises(ValueError, match="has a search of its own"):
+        check_has_table(VQConfig())

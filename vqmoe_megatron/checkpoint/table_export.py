@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vqmoe_megatron import __version__
+from vqmoe_megatron import __version__, registry
 from vqmoe_megatron.checkpoint.inspection import CheckpointContents, inspect_checkpoint
 from vqmoe_megatron.checkpoint.table_folder import (
     TableFile,
@@ -36,6 +36,7 @@ from vqmoe_megatron.runtime.world import (
     join_world,
     leave_world,
 )
+from vqmoe_megatron.vq.codebook import Codebook
 from vqmoe_megatron.vq.table_layer import TABLE_FORMAT_VERSION
 
 
@@ -94,6 +95,12 @@ def check_has_table(vq: VQConfig) -> None:
             f"vq.expert_input={vq.expert_input} has no table to export: every token has an expert "
             "input of its own, so no finite table holds the outputs; tables exist for "
             "expert_input=code, where an output depends on the code alone"
+        )
+    if registry.load("quantizer", vq.quantizer).search is not Codebook.search:
+        raise ValueError(
+            f"vq.quantizer={vq.quantizer} has a search of its own, which an exported table "
+            "lacks: it takes the nearest of Codebook.code_vectors; tables exist for quantizers that "
+            "search as Codebook.search does"
         )
 
 
