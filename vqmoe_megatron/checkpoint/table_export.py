@@ -99,7 +99,7 @@ def check_has_table(vq: VQConfig) -> None:
     if registry.load("quantizer", vq.quantizer).search is not Codebook.search:
         raise ValueError(
             f"vq.quantizer={vq.quantizer} has a search of its own, which an exported table "
-            "lacks: it takes the nearest of Codebook.code_vectors; tables exist for quantizers that "
+            "lacks: that takes the nearest of code_vectors(); tables exist for quantizers that "
             "search as Codebook.search does"
         )
 
