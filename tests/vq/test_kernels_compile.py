@@ -1,11 +1,14 @@
 """Every kernel compiles for an NVIDIA GPU of the Hopper generation; none is needed for that.
 
 The interpreter runs code that the compiler refuses, and knows neither registers nor shared memory.
+What each kernel takes of both is printed (``pytest -rP``).
 """
 
 from __future__ import annotations
 
 import re
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,11 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not importable")
 
+import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from vqmoe_megatron.vq import combine_triton, search_triton  # noqa: E402
+from vqmoe_megatron.vq import combine_triton, search_triton, split_search_triton  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     search_triton.IS_INTERPRETED, reason="TRITON_INTERPRET is set in this process"
@@ -24,7 +28,14 @@ pytestmark = pytest.mark.skipif(
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY_BYTES = 227 << 10  # that one block may use on an H100 or H200
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64"}
+NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
+MAX_REGISTERS = 255  # the compiler never takes more, and spills to the stack what is left
+MAX_STACK_BYTES = 160
 Kind = torch.dtype | str | int | float | None
 
 
@@ -50,8 +61,25 @@ def compiled(kernel: triton.JITFunction, kinds: dict[str, Kind], **options: int)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     result = triton.compile(source, target=HOPPER, options={**options, "enable_fp_fusion": True})
     assert result.metadata.shared <= SHARED_MEMORY_BYTES
-    assert result.asm["cubin"]
+    registers, stack_bytes = resources(result.asm["cubin"])
+    print(
+        f"{kernel.__name__}: {registers} registers, {stack_bytes} bytes of stack, "
+        f"{result.metadata.shared} bytes of shared memory"
+    )
+    assert registers <= MAX_REGISTERS and stack_bytes <= MAX_STACK_BYTES
     return result
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of stack that it spills to, by cuobjdump."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return tuple(int(re.search(rf"{what}:(\d+)", told)[1]) for what in ("REG", "STACK"))
 
 
 @pytest.fixture(autouse=True)
@@ -59,24 +87,33 @@ def no_cached_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compiled_search(config: triton.Config, precision: str, dtype: torch.dtype):  # noqa: ANN201
-    kinds: dict[str, Kind] = dict.fromkeys(search_triton._nearest_kernel.arg_names, "i32")
+def compiled_search(config: triton.Config, dtype: torch.dtype):  # noqa: ANN201
+    kernel = search_triton._nearest_kernel
+    kinds: dict[str, Kind] = dict.fromkeys(kernel.arg_names, "i32")
     kinds |= {"found": torch.int64, "x": dtype, "x_stride_column": 1}
+    kinds |= {"lists": torch.int32, "counts": torch.int32}
     kinds |= dict.fromkeys(("centres", "codes", "half_norms"), torch.float32)
-    kinds |= {"DOT_PRECISION": precision, "BLOCK_D": search_triton.BLOCK_D, **config.kwargs}
-    return compiled(
-        search_triton._nearest_kernel,
-        kinds,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    kinds |= {"CHAIN": search_triton.CHAIN, **config.kwargs}
+    return compiled(kernel, kinds, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def compiled_bounds(config: triton.Config, dtype: torch.dtype):  # noqa: ANN201
+    kernel = split_search_triton._bounds_kernel
+    kinds: dict[str, Kind] = dict.fromkeys(kernel.arg_names, "i32")
+    kinds |= {"x": dtype, "x_stride_column": 1, "lowest_ids": torch.int32}
+    floats = ("lowest", "second", "norms", "centres", "lower_bias", "slope")
+    kinds |= dict.fromkeys(floats, torch.float32)
+    kinds |= dict.fromkeys(("high", "low"), torch.bfloat16)
+    kinds |= {"IS_WHOLE": dtype == torch.bfloat16, "FACTOR": tl.bfloat16}
+    kinds |= {"BLOCK_D": split_search_triton.BLOCK_D, **config.kwargs}
+    return compiled(kernel, kinds, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 @pytest.mark.parametrize("index", [0, -1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_exact_search_adds_in_the_order_of_the_columns(index: int, dtype: torch.dtype) -> None:
     config = search_triton.CONFIGS[index]
-    ptx = compiled_search(config, "ieee", dtype).asm["ptx"]
+    ptx = compiled_search(config, dtype).asm["ptx"]
     assert "mma" not in ptx  # no tensor cores, which round
     steps = re.findall(r"fma\.rn\.f32\s+(%\w+), %\w+, %\w+, (%\w+);", ptx)
     earlier: set[str] = set()
@@ -86,13 +123,30 @@ def test_exact_search_adds_in_the_order_of_the_columns(index: int, dtype: torch.
         earlier.add(result)
     num_distances = config.kwargs["BLOCK_T"] * config.kwargs["BLOCK_K"] // (32 * config.num_warps)
     assert num_chains == num_distances  # of one thread, each distance one chain
-    assert len(steps) == num_distances * search_triton.BLOCK_D
+    assert len(steps) == num_distances * (2 * search_triton.CHAIN - 1)  # the first multiplies
 
 
-@pytest.mark.parametrize("precision", ["tf32x3", "tf32"])
-def test_fast_search_uses_the_tensor_cores(precision: str) -> None:
-    ptx = compiled_search(search_triton.CONFIGS[0], precision, torch.bfloat16).asm["ptx"]
-    assert "wgmma.mma_async" in ptx
+@pytest.mark.parametrize("index", range(len(split_search_triton.CONFIGS)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_split_search_multiplies_bf16_on_tensor_cores(index: int, dtype: torch.dtype) -> None:
+    ptx = compiled_bounds(split_search_triton.CONFIGS[index], dtype).asm["ptx"]
+    assert "wgmma.mma_async.sync.aligned.m64" in ptx
+    assert ".f32.bf16.bf16" in ptx
+    assert not re.search(r"f32\.tf32", ptx)
+
+
+def test_the_small_kernels_of_the_split_search() -> None:
+    norms, decide = split_search_triton._norms_kernel, split_search_triton._decide_kernel
+    kinds: dict[str, Kind] = dict.fromkeys(norms.arg_names, "i32")
+    kinds |= {"norms": torch.float32, "centres": torch.float32, "x": torch.bfloat16}
+    kinds |= {"x_stride_column": 1, "IS_WHOLE": True, "BLOCK_T": 16, "BLOCK_D": 64}
+    compiled(norms, kinds, num_warps=4, num_stages=3)
+    kinds = dict.fromkeys(decide.arg_names, "i32")
+    floats = ("lowest", "second", "norms", "slope", "offset")
+    kinds |= {"found": torch.int64, **dict.fromkeys(floats, torch.float32)}
+    kinds |= dict.fromkeys(("lists", "counts", "lowest_ids"), torch.int32)
+    kinds |= {"UNDERFLOW": 2.0**-100, "UNDECIDED": 2**63 - 1, "BLOCK_T": 256}
+    compiled(decide, kinds, num_warps=4, num_stages=3)
 
 
 @pytest.mark.parametrize("with_rest", [True, False])

@@ -6,7 +6,8 @@ argmin_k |x - v_k|^2 = argmin_k (|v_k|^2 - 2 <x, v_k>); the token's own norm doe
 sides are first shifted by the most central code: representations share a large common part, which
 would eat the digits that tell close codes apart; shifting by a code, not by the mean, keeps exact
 ties exact. The product is taken tile by tile, so no more than a tile of the [T, K] distances ever
-exists. On CUDA a Triton kernel does the same without any (search_triton.py).
+exists. On CUDA Triton kernels do the same without any: on tensor cores, and in fp32 for what these
+cannot decide (split_search_triton.py) or for narrow slices (search_triton.py), with the same ids.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from vqmoe_megatron.vq.kernel_choice import use_kernel
+from vqmoe_megatron.vq.split_search import MIN_WIDTH
 
 TILE_CODES = 256
 TILE_DISTANCES = 1 << 17  # 512 KiB of fp32 distances: read back from a core's own cache
@@ -44,6 +46,10 @@ def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
             "codebook [K, H] or [C, K, H / C]"
         )
     if use_kernel(x, codebook):
+        if codebook.shape[2] >= MIN_WIDTH:
+            from vqmoe_megatron.vq.split_search_triton import nearest_code_split
+
+            return nearest_code_split(x, codebook)
         from vqmoe_megatron.vq.search_triton import nearest_code_triton
 
         return nearest_code_triton(x, codebook)
