@@ -30,8 +30,9 @@ SORTED_SUM_LAUNCHES = 12  # of a segment sum: sort by id, bounds, sums in a fixe
 SORTED_ID_BYTES = 128  # read, and written, to sort one int64 id with its place, in 8 passes
 # Passes over [C, K, D] once per step (read, written): sums gathered and checked, update, revival,
 # the choice between new and old, copies.
-UPDATE_PASSES = {"ema": (20, 14), "gradient": (6, 4), "reanchor": (8, 5)}
-FROZEN_PASSES = (2, 2)
+UPDATE_PASSES = {"ema": (24, 16), "gradient": (7, 4), "reanchor": (17, 7)}
+FROZEN_PASSES = (5, 3)  # sums gathered and checked alone
+CANDIDATE_PASSES = (5, 4)  # over [M, C, D]
 UPDATE_LAUNCHES = 100
 
 
@@ -186,7 +187,8 @@ def _statistics(layer: LayerShape) -> Iterator[Kernel]:
     read, written = 3 * exact + cast, 2 * exact + (exact if cast else 0)  # x - v
     launches = slices + 4
     yield moved(part, "VQ losses", FORWARD, read + exact, written, launches + 4)
-    read, written = read + 2 * exact, written + exact + elements * element
+    read += exact + (exact if cast else 0)
+    written += exact + cast
     gradient = elements * element  # added to the token's
     yield moved(part, "VQ losses", BACKWARD, read + 2 * gradient, written + gradient, launches + 6)
     code_bytes = layer.num_code_rows * layer.code_width * FP32_BYTES
@@ -199,7 +201,7 @@ def _statistics(layer: LayerShape) -> Iterator[Kernel]:
     read, written = cast + exact + sorts, (exact if cast else 0) + sorts
     launches = 8 + slices * (SORTED_SUM_LAUNCHES + 1)
     if layer.vq.codebook_update == "ema":
-        read, written = read + exact + sorts + 2 * code_bytes, written + sorts + 2 * code_bytes
+        read, written = read + exact + sorts + 3 * code_bytes, written + sorts + 3 * code_bytes
         launches += slices * (SORTED_SUM_LAUNCHES + 1)
     yield moved(part, "segment sums", BACKWARD, read, written, launches)
 
@@ -212,8 +214,8 @@ def _update(layer: LayerShape) -> Iterator[Kernel]:
     reads, writes = FROZEN_PASSES if vq.freeze_codebook else UPDATE_PASSES[vq.codebook_update]
     offered = candidates * vq.num_code_slices * layer.code_width
     yield moved(
-        part, "update", STEP, (reads * num_codes + 4 * offered) * FP32_BYTES,
-        (writes * num_codes + 2 * offered) * FP32_BYTES, UPDATE_LAUNCHES,
+        part, "update", STEP, (reads * num_codes + CANDIDATE_PASSES[0] * offered) * FP32_BYTES,
+        (writes * num_codes + CANDIDATE_PASSES[1] * offered) * FP32_BYTES, UPDATE_LAUNCHES,
     )  # fmt: skip
     probes = min(candidates, NUM_PROBES) * vq.num_code_slices * layer.code_width
     yield Kernel(
