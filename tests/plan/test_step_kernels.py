@@ -10,7 +10,12 @@ from real_model import recipe
 
 from vqmoe_megatron.config.recipe import load_recipe
 from vqmoe_megatron.plan.run_plan import RunPlan, plan_json, plan_run
-from vqmoe_megatron.plan.search_kernels import UNCERTAIN_SHARE_PERCENT
+from vqmoe_megatron.plan.search_kernels import (
+    UNCERTAIN_SHARE_PERCENT,
+    plain_search,
+    split_search,
+)
+from vqmoe_megatron.plan.shape import LayerShape
 
 BILLION = Path(__file__).resolve().parents[2] / "recipes" / "scale" / "billion_64.yaml"
 NOT_COUNTED = ("probes", "similarity of candidates")  # of the codebook step, not model operations
@@ -91,7 +96,21 @@ def test_billion_64_has_its_rows_and_they_are_the_step() -> None:
     assert experts / 16 / 800e12 == pytest.approx(0.24e-3, rel=0.02)
     by_bound = rows["expert GEMMs"].seconds_by_bound  # 8,192 rows over 8 experts of width 320
     assert max(by_bound, key=lambda bound: by_bound[bound]) == "bandwidth"
-    assert rows["search"].seconds / 16 < 0.5e-3
+
+
+def test_the_search_before_and_after_is_what_the_documents_say() -> None:
+    plan = billion()
+    layer = LayerShape.from_config(plan.config, plan.layout)
+    times = 16 * 4  # layers, microbatches
+    before, after = (
+        times * sum(kernel.seconds(plan.hardware) for kernel in search)
+        for search in (plain_search(layer), split_search(layer))
+    )
+    (row,) = (row for row in plan.step_time.rows if row.part == "search")
+    assert row.seconds == pytest.approx(after)
+    for document in ("operations.md", "experiments.md"):
+        text = (BILLION.parents[2] / "docs" / document).read_text("utf-8")
+        assert f"{before * 1e3:.1f}" in text and f"{after * 1e3:.1f}" in text
 
 
 def test_json_s_rows_add_up() -> None:

@@ -93,9 +93,12 @@ def rows_of(kernels: Iterable[Kernel], hardware: Hardware) -> tuple[Row, ...]:
 def _row(part: str, kernels: list[Kernel], hardware: Hardware) -> Row:
     by_bound: dict[str, float] = {}
     for kernel in kernels:
-        operations, moved = kernel.operation_seconds(hardware), kernel.byte_seconds(hardware)
-        bound = kernel.unit if operations >= moved else BANDWIDTH
-        by_bound[bound] = by_bound.get(bound, 0.0) + max(operations, moved)
+        by_operations, by_bytes = (
+            kernel.operation_seconds(hardware),
+            kernel.byte_seconds(hardware),
+        )
+        bound = kernel.unit if by_operations >= by_bytes else BANDWIDTH
+        by_bound[bound] = by_bound.get(bound, 0.0) + max(by_operations, by_bytes)
         launches = kernel.launches * hardware.launch_seconds
         by_bound["launches"] = by_bound.get("launches", 0.0) + launches
     seconds = tuple(kernel.seconds(hardware) for kernel in kernels)
