@@ -38,10 +38,10 @@ said by `vqmoe plan`, which prints more for any recipe and any number of ranks:
 Parameters are those of the model; "active" are used by one token, its codebooks whole, because
 every code is compared. Memory is the planned peak of the fullest rank, in GB of 10^9 bytes, without
 what the plan excludes: the Python process, CUDA's context, fragmentation. Step times are predicted,
-not measured, for the named device (`vqmoe_megatron/plan/hardware.py` has every assumption); kernel
-launches, stragglers and uneven experts come on top. The opening lines of a recipe say how to
-prepare its corpus, how to start it, and the overrides of its baseline, a plain sparse mixture of
-experts.
+not measured, for the named device (`vqmoe_megatron/plan/hardware.py` has every assumption): every
+kernel at the roof of its unit; small products, a slow host, stragglers and uneven experts come on
+top. The opening lines of a recipe say how to prepare its corpus, how to start it, and the overrides
+of its baseline, a plain sparse mixture of experts.
 
 Studies (`recipes/studies/`) are grids over one recipe, for `vqmoe study`.
 """

@@ -259,6 +259,13 @@ MUTANTS = (
         "tests/plan/test_flops.py",
     ),
     Mutant(
+        "plan: an fp32 search at the rate of the tensor cores",
+        "plan/search_kernels.py",
+        '"fp32 products",\n            FP32_FMA,',
+        '"fp32 products",\n            BF16_TENSOR_CORE,',
+        "tests/plan/test_search_kernels.py",
+    ),
+    Mutant(
         "study: intervals with one degree of freedom too many",
         "study/report/intervals.py",
         "math.sqrt(squares / freedom)",

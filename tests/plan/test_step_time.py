@@ -10,9 +10,10 @@ from real_model import recipe
 
 from vqmoe_megatron.plan.grid import AxisPlace
 from vqmoe_megatron.plan.hardware import GB, PROFILES, Hardware, Link, hardware_profile
+from vqmoe_megatron.plan.kernels import STEP
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.run_plan import plan_run
-from vqmoe_megatron.plan.step_time import bubble_microbatches, term_seconds
+from vqmoe_megatron.plan.step_time import bubble_microbatches, least_seconds, term_seconds
 from vqmoe_megatron.plan.wire import Term
 
 PLAIN = replace(
@@ -40,19 +41,54 @@ def test_across_nodes_rings_share_the_ports_and_rows_do_not() -> None:
     assert seconds("all_to_all", FAR) == pytest.approx(3 * 4 * 1e-5 + 10 * 8 / 15 / 10)
 
 
-def test_a_step_is_the_sum_of_its_exposed_parts() -> None:
+def test_a_step_is_the_sum_of_its_rows() -> None:
     config = recipe(["parallel.pipeline_model_parallel_size=2"])
     time = plan_run(config, 2, "CPU").step_time
     microbatches = 8
     in_schedule = sum(
         entry.exposed_seconds for entry in time.communication if entry.part == "pipeline"
     )
-    once = time.compute_seconds / microbatches + in_schedule / microbatches
-    assert time.bubble_seconds == pytest.approx(once)  # PP - 1 = 1 microbatch
-    assert time.total_seconds == pytest.approx(
-        time.compute_seconds + time.exposed_seconds + time.bubble_seconds + time.optimizer_seconds
+    once = sum(
+        seconds
+        for row in time.rows
+        for kernel, seconds in zip(row.kernels, row.kernel_seconds, strict=True)
+        if kernel.phase == STEP
     )
+    assert once > 0
+    microbatch = (time.compute_seconds - once + in_schedule) / microbatches
+    assert time.bubble_seconds == pytest.approx(microbatch)  # PP - 1 = 1 microbatch
+    rows = sum(row.seconds for row in time.rows)
+    others = time.exposed_seconds + time.bubble_seconds + time.optimizer_seconds
+    assert time.total_seconds == pytest.approx(rows + others)
+    assert len(time.parts) == len(time.rows) + 3
     assert time.tokens_per_second == pytest.approx(8 * 16 / time.total_seconds)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["parallel.pipeline_model_parallel_size=2"],
+        ["parallel.expert_model_parallel_size=2", "vq.table_per_step=true"],
+        ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
+        [
+            "optimizer.overlap_grad_reduce=true",
+            "model.recompute_granularity=full",
+            "model.recompute_method=uniform",
+            "model.recompute_num_layers=1",
+        ],
+    ],
+)
+@pytest.mark.parametrize("hardware", PROFILES.values(), ids=PROFILES)
+def test_no_step_is_faster_than_its_kernels_and_their_bubble(overrides, hardware) -> None:
+    plan = plan_run(recipe(overrides), 2, hardware)
+    least = least_seconds(plan.config, plan.layout, hardware)
+    assert 0 < least < plan.step_time.total_seconds
+    time = plan.step_time
+    once = sum(k.seconds(hardware) for row in time.rows for k in row.kernels if k.phase == STEP)
+    bubble = bubble_microbatches(plan.layout) / plan.layout.num_microbatches(plan.config.train)
+    kernels = time.compute_seconds + float(bubble) * (time.compute_seconds - once)
+    assert least == pytest.approx(kernels)  # of the slower end
 
 
 def test_overlap_hides_what_it_can() -> None:
@@ -69,8 +105,8 @@ def test_every_hardware_figure_has_a_source() -> None:
     assert hardware_profile("h200") is PROFILES["H200"]
     with pytest.raises(ValueError, match="hardware 'TPU' is not known; choose one of H100, H200"):
         hardware_profile("TPU")
-    with pytest.raises(ValueError, match="no source for achievable_flops"):
-        without = {k: v for k, v in PROFILES["CPU"].sources.items() if k != "achievable_flops"}
+    with pytest.raises(ValueError, match="no source for launch_seconds"):
+        without = {k: v for k, v in PROFILES["CPU"].sources.items() if k != "launch_seconds"}
         replace(PROFILES["CPU"], sources=without)
     assert isinstance(PROFILES["B200"], Hardware)
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from vqmoe_megatron.config import ParallelConfig
 from vqmoe_megatron.plan.grid import code_owners, rank_grid, rank_groups
+from vqmoe_megatron.plan.kernels import Row
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.memory import EXCLUDED
 from vqmoe_megatron.plan.run_plan import NOT_MEASURED, RunPlan
@@ -17,6 +18,12 @@ from vqmoe_megatron.plan.search import SearchResult
 from vqmoe_megatron.simulate.simulated_step import SimulatedStep
 
 MOST_ROWS = 16  # of ranks, owners and stages; more are shown as the first and the last ones
+BOUNDS = {
+    "bf16_tensor_core": "bf16 tensor core",
+    "fp32_fma": "fp32 FMA",
+    "bandwidth": "bandwidth",
+    "launches": "launches",
+}
 SIZES = {
     "TP": "tensor_model_parallel_size",
     "PP": "pipeline_model_parallel_size",
@@ -272,21 +279,40 @@ def _wire(plan: RunPlan) -> Table:
 
 def _step_time(plan: RunPlan) -> Table:
     time = plan.step_time
-    reads = f"operations {seconds_text(time.flop_seconds)}, weight reads "
-    reads += seconds_text(time.weight_read_seconds)
-    parts = (
-        ("compute", time.compute_seconds, f"the larger of {reads}"),
-        ("communication", time.exposed_seconds, "exposed"),
-        ("hidden communication", time.overlapped_seconds, "not in the sum"),
-        ("pipeline bubble", time.bubble_seconds, "(PP - 1) / VPP microbatches"),
-        ("optimizer", time.optimizer_seconds, "state read and written once"),
-        ("step", time.total_seconds, f"{time.tokens_per_second:,.0f} tokens/s"),
-    )
-    rows = [[part, seconds_text(seconds), what] for part, seconds, what in parts]
+    rows = [
+        [row.part, seconds_text(row.seconds), _share(row.seconds, time.total_seconds), _bounds(row)]
+        for row in time.rows
+    ]
+    others = {
+        "communication": "exposed",
+        "pipeline bubble": "(PP - 1) / VPP microbatches",
+        "optimizer": "state read and written once",
+    }
+    for part, what in others.items():
+        seconds = time.parts[part]
+        rows.append([part, seconds_text(seconds), _share(seconds, time.total_seconds), what])
+    speed = f"{time.tokens_per_second:,.0f} tokens/s"
+    rows.append(["step", seconds_text(time.total_seconds), "100%", speed])
+    rows.append(["hidden communication", seconds_text(time.overlapped_seconds), "", "not in it"])
     utilisation = f"{time.model_flops_utilisation:.1%}"
-    rows.append(["model FLOP/s utilisation", utilisation, "of the peak"])
+    rows.append(["model FLOP/s utilisation", utilisation, "", "of the peak"])
     title = f"predicted step on {time.hardware} (not measured)"
-    return _table(title, ("part", "time", "what"), rows)
+    return _table(title, ("part", "time", "share", "bound by"), rows)
+
+
+def _share(seconds: float, total: float) -> str:
+    return f"{seconds / total:.1%}"
+
+
+def _bounds(row: Row) -> str:
+    """``bf16 tensor core 81%, bandwidth 15%, launches 4%``, the largest first."""
+    ordered = sorted(row.seconds_by_bound.items(), key=lambda found: -found[1])
+    shown = [
+        f"{BOUNDS[bound]} {seconds / row.seconds:.0%}"
+        for bound, seconds in ordered
+        if seconds >= row.seconds / 200
+    ]
+    return ", ".join(shown)
 
 
 def _shown_stages(num_stages: int) -> list[int]:

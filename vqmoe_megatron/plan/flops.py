@@ -121,39 +121,64 @@ def run_flops(config: RunConfig, layout: ParallelLayout) -> RunFlops:
     )
 
 
+@dataclass(frozen=True)
+class ModuleFlops:
+    """Forward operations of the plain parts of one microbatch on one rank."""
+
+    attention: int  # of a layer, ``core_attention`` included
+    core_attention: int  # scores and values
+    dense_mlp: int  # of a layer
+    output_layer: int
+
+
+def module_flops(config: RunConfig, layout: ParallelLayout) -> ModuleFlops:
+    """Count them; a backward pass takes twice as many.
+
+    Raises:
+        ValueError: when the vocabulary size is not known.
+    """
+    model, shards = config.model, layout.tensor_model_parallel_size
+    tokens = config.train.micro_batch_size * model.seq_length
+    heads, groups, columns = head_sizes(model)
+    width = (2 * heads + 2 * groups) * columns  # q, k, v and the output projection
+    scores = 4 * tokens * model.seq_length * heads * columns // shards
+    matrices = 3 if model.gated_linear_unit else 2
+    return ModuleFlops(
+        attention=2 * tokens * model.hidden_size * width // shards + scores,
+        core_attention=scores,
+        dense_mlp=2 * tokens * model.hidden_size * matrices * (dense_ffn_size(model) // shards),
+        output_layer=2 * tokens * model.hidden_size * (padded_vocab_size(model) // shards),
+    )
+
+
 def _chunk_flops(
     config: RunConfig, layout: ParallelLayout, place: ChunkPlace
 ) -> Iterator[tuple[str, Flops]]:
     """Operations of one rank in a step, by part."""
     model, layer = config.model, LayerShape.from_config(config, layout)
-    microbatches, shards = layer.num_microbatches, layout.tensor_model_parallel_size
-    tokens = config.train.micro_batch_size * model.seq_length
-    heads, groups, columns = head_sizes(model)
-    width = (2 * heads + 2 * groups) * columns  # q, k, v and the output projection
-    scores = 4 * tokens * model.seq_length * heads * columns // shards
-    attention = 2 * tokens * model.hidden_size * width // shards + scores
-    matrices = 3 if model.gated_linear_unit else 2
-    dense = 2 * tokens * model.hidden_size * matrices * (dense_ffn_size(model) // shards)
-    moe = step_flops(layer)
+    plain, moe = module_flops(config, layout), step_flops(layer)
 
     def of_step(forward: int, repeated: int = 0) -> Flops:
-        return Flops(forward, 2 * forward, repeated).times(microbatches)
+        return Flops(forward, 2 * forward, repeated).times(layer.num_microbatches)
 
     for index, number in enumerate(place.layers):
-        again = _repeated(model, index)
-        repeated = attention if "layer" in again else scores if "core_attn" in again else 0
-        yield "attention", of_step(attention, repeated)
+        again = repeated_modules(model, index)
+        repeated = plain.core_attention if "core_attn" in again else 0
+        yield (
+            "attention",
+            of_step(plain.attention, plain.attention if "layer" in again else repeated),
+        )
         if is_moe_layer(model, number):
             is_repeated = again & {"layer", "moe"}
             yield "moe", Flops(moe.forward, moe.backward, moe.recompute if is_repeated else 0)
         else:
-            yield "dense_mlp", of_step(dense, dense if again & {"layer", "mlp"} else 0)
+            is_repeated = again & {"layer", "mlp"}
+            yield "dense_mlp", of_step(plain.dense_mlp, plain.dense_mlp if is_repeated else 0)
     if place.is_last:
-        head = 2 * tokens * model.hidden_size * (padded_vocab_size(model) // shards)
-        yield "output_layer", of_step(head)
+        yield "output_layer", of_step(plain.output_layer)
 
 
-def _repeated(model: ModelConfig, index: int) -> set[str]:
+def repeated_modules(model: ModelConfig, index: int) -> set[str]:
     """What recompute repeats of layer ``index`` of a chunk: ``layer``, or single modules."""
     if model.recompute_granularity == "full":
         is_kept = model.recompute_method == "block" and index >= (model.recompute_num_layers or 1)
@@ -214,7 +239,7 @@ def search_flops(layer: LayerShape) -> int:
     if layer.vq.path == "continuous":
         return 0
     searched = 2 * layer.num_discrete_rows * layer.code_width * layer.vq.num_codes
-    return searched + layer.num_local_tokens * _projection_flops(layer)
+    return searched + layer.num_local_tokens * projection_flops(layer)
 
 
 def _lift_flops(layer: LayerShape) -> int:
@@ -223,10 +248,10 @@ def _lift_flops(layer: LayerShape) -> int:
     if layer.vq.code_input == "learned":
         return 0
     num_rows = layer.num_slots if layer.vq.in_code_space else layer.num_discrete_rows
-    return num_rows * _projection_flops(layer)
+    return num_rows * projection_flops(layer)
 
 
-def _projection_flops(layer: LayerShape) -> int:
+def projection_flops(layer: LayerShape) -> int:
     """2 D H: one row through the projection of low_dim, either way."""
     return 0 if layer.vq.code_dim is None else 2 * layer.vq.code_dim * layer.hidden_size
 
@@ -237,7 +262,7 @@ def _projection_backward_flops(layer: LayerShape) -> int:
     if layer.vq.path == "continuous":
         return 0
     num_rows = layer.num_local_tokens + _num_lowered_rows(layer)
-    return num_rows * _projection_flops(layer)
+    return num_rows * projection_flops(layer)
 
 
 def _num_lowered_rows(layer: LayerShape) -> int:

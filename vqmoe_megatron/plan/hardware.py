@@ -1,9 +1,9 @@
 """Hardware profiles for predicted step times: every figure an assumption with its source.
 
-No figure was measured by this project. Peaks are vendors' data sheets, dense, without sparsity;
-what a program reaches of them (``achievable_*``) and latencies are round planning figures. Link
-bandwidths are per GPU and direction, as the alpha-beta model needs them: half of what a data sheet
-calls bidirectional.
+No figure was measured by this project. Peaks are vendors' data sheets, dense, without sparsity.
+Roofs are what large kernels were measured to reach of a unit, by others, or else a stated share of
+the peak. Latencies are round planning figures. Link bandwidths are per GPU and direction, as the
+alpha-beta model needs them: half of what a data sheet calls bidirectional.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields, replace
 GB = 10**9
 GIB = 2**30
 TERA = 10**12
+BF16_TENSOR_CORE, FP32_FMA, BANDWIDTH = "bf16_tensor_core", "fp32_fma", "bandwidth"
+UNITS = (BF16_TENSOR_CORE, FP32_FMA, BANDWIDTH)  # that a kernel can be bound by
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,16 @@ class Hardware:
     """One kind of device in nodes of equal size."""
 
     name: str
-    bf16_flops_per_second: float
-    fp32_flops_per_second: float
+    bf16_flops_per_second: float  # peak
+    fp32_flops_per_second: float  # peak
+    bf16_roof_flops_per_second: float  # of the tensor cores
+    fp32_roof_flops_per_second: float  # of fused multiply-adds, outside the tensor cores
     memory_bytes: int
-    memory_bytes_per_second: float
+    memory_roof_bytes_per_second: float  # read and written, of a large copy
+    launch_seconds: float  # from the end of a kernel to the start of the next
     devices_per_node: int = 8
     intra_node: Link
     inter_node: Link
-    achievable_flops: float = 0.4  # share of the peak that large matrix products reach
-    achievable_memory: float = 0.8
     achievable_link: float = 0.8
     kernels: str = "fused"  # of activation_memory: local | fused
     sources: dict[str, str]  # by field name
@@ -55,24 +58,29 @@ class Hardware:
         """By the data sheet."""
         return self.bf16_flops_per_second if is_bf16 else self.fp32_flops_per_second
 
-    def flops_per_second(self, is_bf16: bool) -> float:
-        """What matrix products are taken to reach."""
-        return self.peak_flops_per_second(is_bf16) * self.achievable_flops
+    def roof_flops_per_second(self, unit: str) -> float:
+        """What kernels reach on ``bf16_tensor_core`` or ``fp32_fma``; on ``bandwidth`` no
+        operation counts."""
+        return {
+            BF16_TENSOR_CORE: self.bf16_roof_flops_per_second,
+            FP32_FMA: self.fp32_roof_flops_per_second,
+        }[unit]
 
 
 ASSUMED = "planning assumption, not measured"
 _COMMON = {
-    "achievable_flops": f"{ASSUMED}: 0.4 of the dense peak for transformer training",
-    "achievable_memory": f"{ASSUMED}: 0.8 of the data sheet",
+    "launch_seconds": f"{ASSUMED}: 2 us between two kernels of a stream whose host runs ahead",
     "achievable_link": f"{ASSUMED}: 0.8 of the data sheet",
     "kernels": "Transformer Engine on CUDA",
     "devices_per_node": "HGX baseboard with 8 GPUs",
 }
+MEASURED = "measured on this card, not with this software"
 _HOPPER = {
     **_COMMON,
     "bf16_flops_per_second": "NVIDIA H100/H200 SXM data sheet: 1,979 TFLOP/s with sparsity, half "
     "of it dense",
     "fp32_flops_per_second": "NVIDIA H100/H200 SXM data sheet: 67 TFLOP/s (TF32 is not assumed)",
+    "fp32_roof_flops_per_second": f"{MEASURED}: about 60 TFLOP/s of fp32 FMA",
     "intra_node": "NVLink 4, data sheet: 900 GB/s bidirectional, 450 GB/s each way; alpha 5 us: "
     + ASSUMED,
     "inter_node": "one 400 Gb/s InfiniBand NDR port per GPU, 50 GB/s; alpha 10 us: " + ASSUMED,
@@ -83,14 +91,18 @@ _H100 = Hardware(
     name="H100",
     bf16_flops_per_second=989.4 * TERA,
     fp32_flops_per_second=66.9 * TERA,
+    bf16_roof_flops_per_second=800 * TERA,
+    fp32_roof_flops_per_second=60 * TERA,
     memory_bytes=80 * GB,
-    memory_bytes_per_second=3350 * GB,
+    memory_roof_bytes_per_second=3000 * GB,
+    launch_seconds=2e-6,
     intra_node=_NVLINK4,
     inter_node=_NDR,
     sources={
         **_HOPPER,
+        "bf16_roof_flops_per_second": f"{MEASURED}: about 800 TFLOP/s on large GEMMs",
         "memory_bytes": "NVIDIA H100 SXM data sheet: 80 GB HBM3",
-        "memory_bytes_per_second": "NVIDIA H100 SXM data sheet: 3.35 TB/s",
+        "memory_roof_bytes_per_second": f"{MEASURED}: copies about 3.0 TB/s (data sheet: 3.35)",
     },
 )
 
@@ -99,20 +111,25 @@ PROFILES = {
     "H200": replace(
         _H100,
         name="H200",
+        bf16_roof_flops_per_second=790 * TERA,
         memory_bytes=141 * GB,
-        memory_bytes_per_second=4800 * GB,
+        memory_roof_bytes_per_second=4300 * GB,
         sources={
             **_HOPPER,
+            "bf16_roof_flops_per_second": f"{MEASURED}: about 790 TFLOP/s on large GEMMs",
             "memory_bytes": "NVIDIA H200 SXM data sheet: 141 GB HBM3e",
-            "memory_bytes_per_second": "NVIDIA H200 SXM data sheet: 4.8 TB/s",
+            "memory_roof_bytes_per_second": f"{MEASURED}: copies about 4.3 TB/s (data sheet: 4.8)",
         },
     ),
     "B200": Hardware(
         name="B200",
         bf16_flops_per_second=2250 * TERA,
         fp32_flops_per_second=80 * TERA,
+        bf16_roof_flops_per_second=1800 * TERA,
+        fp32_roof_flops_per_second=72 * TERA,
         memory_bytes=180 * GB,
-        memory_bytes_per_second=8000 * GB,
+        memory_roof_bytes_per_second=7200 * GB,
+        launch_seconds=2e-6,
         intra_node=Link(5e-6, 900 * GB),
         inter_node=_NDR,
         sources={
@@ -120,8 +137,11 @@ PROFILES = {
             "bf16_flops_per_second": "NVIDIA Blackwell brief, HGX B200 at 1,000 W: 2,250 TFLOP/s "
             "dense",
             "fp32_flops_per_second": "NVIDIA Blackwell brief, HGX B200: 80 TFLOP/s",
+            "bf16_roof_flops_per_second": f"{ASSUMED}: 0.8 of the peak, as of an H100's",
+            "fp32_roof_flops_per_second": f"{ASSUMED}: 0.9 of the peak, as of an H100's",
             "memory_bytes": "HGX B200: 180 GB HBM3e usable of 192 GB",
-            "memory_bytes_per_second": "NVIDIA HGX B200 data sheet: 8 TB/s at most",
+            "memory_roof_bytes_per_second": "NVIDIA HGX B200 data sheet: 8 TB/s at most; "
+            f"{ASSUMED}: 0.9 of it, as of an H100's",
             "intra_node": "NVLink 5, data sheet: 1.8 TB/s bidirectional, 900 GB/s each way; alpha "
             "5 us: " + ASSUMED,
             "inter_node": _HOPPER["inter_node"],
@@ -131,24 +151,27 @@ PROFILES = {
         name="CPU",
         bf16_flops_per_second=50e9,
         fp32_flops_per_second=50e9,
+        bf16_roof_flops_per_second=25e9,
+        fp32_roof_flops_per_second=25e9,
         memory_bytes=4 * GIB,
-        memory_bytes_per_second=10 * GB,
+        memory_roof_bytes_per_second=8 * GB,
+        launch_seconds=5e-6,
         intra_node=Link(100e-6, 1 * GB),
         inter_node=Link(200e-6, 1.25 * GB),
-        achievable_flops=0.5,
         kernels="local",
         sources={
             "bf16_flops_per_second": "one core without bf16 instructions computes in fp32; "
             + ASSUMED,
             "fp32_flops_per_second": "one core, two 8-wide fused multiply-adds at 3 GHz is 96, "
             "half of it assumed; " + ASSUMED,
+            "bf16_roof_flops_per_second": "half of the peak; " + ASSUMED,
+            "fp32_roof_flops_per_second": "half of the peak; " + ASSUMED,
             "memory_bytes": "one rank's share of a workstation; " + ASSUMED,
-            "memory_bytes_per_second": "one core's share of a memory channel; " + ASSUMED,
+            "memory_roof_bytes_per_second": "one core's share of a memory channel; " + ASSUMED,
+            "launch_seconds": "an operator of torch, 5 us; " + ASSUMED,
             "devices_per_node": "one rank per core, 8 cores; " + ASSUMED,
             "intra_node": "gloo over loopback; " + ASSUMED,
             "inter_node": "10 Gb/s Ethernet; " + ASSUMED,
-            "achievable_flops": ASSUMED,
-            "achievable_memory": ASSUMED,
             "achievable_link": ASSUMED,
             "kernels": "Megatron-core's own modules on the CPU",
         },

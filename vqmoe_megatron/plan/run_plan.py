@@ -20,6 +20,7 @@ from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.flops import RunFlops, run_flops
 from vqmoe_megatron.plan.grid import code_owners, rank_grid, rank_groups
 from vqmoe_megatron.plan.hardware import Hardware, hardware_profile
+from vqmoe_megatron.plan.kernels import Row
 from vqmoe_megatron.plan.layout import ParallelLayout, layout_errors
 from vqmoe_megatron.plan.memory import EXCLUDED, StageMemory, stage_memory
 from vqmoe_megatron.plan.parameters import ParameterCount, count_parameters, padded_vocab_size
@@ -28,7 +29,8 @@ from vqmoe_megatron.plan.step_wire import step_wire
 from vqmoe_megatron.plan.wire import Exact, StepWire, Term
 
 NOT_MEASURED = (
-    "hardware figures are assumptions from data sheets; no GPU figure was measured by this project"
+    "hardware figures are from data sheets and from roofs that others measured; no GPU figure was "
+    "measured by this project"
 )
 
 
@@ -228,13 +230,13 @@ def layout_json(layout: ParallelLayout) -> dict[str, Any]:
 
 
 def step_time_json(time: StepTime) -> dict[str, Any]:
-    """Predicted seconds by part."""
+    """Predicted seconds by part: the total is the sum of the rows, exposed communication, bubble
+    and optimizer."""
     return {
         "is_measured": False,
         "total_seconds": time.total_seconds,
         "compute_seconds": time.compute_seconds,
-        "flop_seconds": time.flop_seconds,
-        "weight_read_seconds": time.weight_read_seconds,
+        "rows": [_row_json(row) for row in time.rows],
         "exposed_communication_seconds": time.exposed_seconds,
         "overlapped_communication_seconds": time.overlapped_seconds,
         "bubble_seconds": time.bubble_seconds,
@@ -245,6 +247,18 @@ def step_time_json(time: StepTime) -> dict[str, Any]:
         "communication": [
             {**asdict(entry), "exposed_seconds": entry.exposed_seconds}
             for entry in time.communication
+        ],
+    }
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    return {
+        "part": row.part,
+        "seconds": row.seconds,
+        "seconds_by_bound": row.seconds_by_bound,
+        "kernels": [
+            {**asdict(kernel), "seconds": seconds}
+            for kernel, seconds in zip(row.kernels, row.kernel_seconds, strict=True)
         ],
     }
 

@@ -8,7 +8,7 @@ not tile the world, and a distributed optimizer without replicas to share it. Ev
 global batch too, stays the recipe's.
 
 Candidates are judged by the first and the last pipeline stage; the best are then planned whole. One
-whose operations and bubble alone take longer than the ten best so far, and than the recipe's own
+whose kernels and bubble alone take longer than the ten best so far, and than the recipe's own
 layout, is not looked at further.
 """
 
@@ -101,12 +101,12 @@ def search_layouts(
             smallest = peak if smallest is None else min(smallest, peak)
             continue
         num_fitting += 1
-        flops = run_flops(candidate, layout)
         slowest_of_interest = max(own_seconds, fitting[-1][0] if fitting else 0.0)
         if len(fitting) == num_best and slowest_of_interest <= least_seconds(
-            candidate, layout, flops, hardware
+            candidate, layout, hardware
         ):
             continue
+        flops = run_flops(candidate, layout)
         seconds = step_time(candidate, layout, flops, memory, hardware).total_seconds
         num_faster += seconds < own_seconds
         fitting = sorted([*fitting, (seconds, num_tried, candidate)], key=lambda e: e[:2])

@@ -2,9 +2,7 @@
 
 Per stage, m microbatches, P ranks of a group of which r share a node, n bytes sent by a rank:
 
-    compute        per microbatch the larger of operations / achievable FLOP/s and three times the
-                   weights / memory bandwidth (forward, input and weight gradients; a fourth time
-                   under full recompute)
+    kernels        each on the unit it runs on (``kernels.py``), one after the other; a row per part
     collective     calls * hops * alpha + n / beta; hops log2(P), twice that for an all-reduce, 1
                    for a send
       within a node        NVLink's alpha and beta
@@ -16,8 +14,9 @@ Per stage, m microbatches, P ranks of a group of which r share a node, n bytes s
 
 Overlapped: with overlap_grad_reduce gradients hide behind one microbatch's backward pass, with
 overlap_param_gather parameters behind one forward pass, in the interleaved schedule sends behind
-compute. Everything else is exposed. Left out: element-wise operations, kernel launches, data
-loading, stragglers, contention, uneven expert load.
+compute. Everything else is exposed. The step is the sum of its kernels' rows, exposed
+communication, bubble and optimizer. Left out: a host that falls behind its device, products too
+small for their unit's roof, data loading, stragglers, contention, uneven expert load.
 """
 
 from __future__ import annotations
@@ -30,8 +29,10 @@ from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.flops import RunFlops
 from vqmoe_megatron.plan.grid import AxisPlace, axis_place
 from vqmoe_megatron.plan.hardware import Hardware
+from vqmoe_megatron.plan.kernels import FORWARD, RECOMPUTE, STEP, Row, rows_of
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.memory import StageMemory
+from vqmoe_megatron.plan.step_kernels import StepKernels
 from vqmoe_megatron.plan.step_wire import stage_wire
 from vqmoe_megatron.plan.wire import Term
 
@@ -65,8 +66,7 @@ class StepTime:
 
     hardware: str
     pipeline_rank: int
-    flop_seconds: float  # of all microbatches
-    weight_read_seconds: float
+    rows: tuple[Row, ...]  # kernels of all microbatches, and those of once per step
     communication: tuple[AxisTime, ...]
     bubble_seconds: float
     optimizer_seconds: float
@@ -76,8 +76,8 @@ class StepTime:
 
     @property
     def compute_seconds(self) -> float:
-        """The larger of operations and weight reads."""
-        return max(self.flop_seconds, self.weight_read_seconds)
+        """All rows, without the optimizer."""
+        return sum(row.seconds for row in self.rows)
 
     @property
     def exposed_seconds(self) -> float:
@@ -90,10 +90,18 @@ class StepTime:
         return sum(entry.overlapped_seconds for entry in self.communication)
 
     @property
+    def parts(self) -> dict[str, float]:
+        """Seconds of everything that the step waits for, by name; the step is their sum."""
+        return {row.part: row.seconds for row in self.rows} | {
+            "communication": self.exposed_seconds,
+            "pipeline bubble": self.bubble_seconds,
+            "optimizer": self.optimizer_seconds,
+        }
+
+    @property
     def total_seconds(self) -> float:
         """One step."""
-        parts = (self.compute_seconds, self.exposed_seconds, self.bubble_seconds)
-        return sum(parts) + self.optimizer_seconds
+        return sum(self.parts.values())
 
     @property
     def tokens_per_second(self) -> float:
@@ -114,18 +122,59 @@ def step_time(
     hardware: Hardware,
 ) -> StepTime:
     """Predict a step from the stages whose memory is given; the slowest of them paces it."""
-    times = (_stage_time(config, layout, flops, stage, hardware) for stage in memory)
+    compute = Compute(config, layout, hardware)
+    times = (_stage_time(config, layout, flops, stage, compute) for stage in memory)
     return max(times, key=lambda time: time.total_seconds)
 
 
-def least_seconds(
-    config: RunConfig, layout: ParallelLayout, flops: RunFlops, hardware: Hardware
-) -> float:
-    """Return what no step of this layout can be faster than: operations and their bubble."""
-    bubble = bubble_microbatches(layout) / layout.num_microbatches(config.train)
-    rate = hardware.flops_per_second(config.model.bf16)
-    ends = (flops.per_rank[0], flops.per_rank[-1])
-    return max(end.total for end in ends) / rate * float(1 + bubble)
+def least_seconds(config: RunConfig, layout: ParallelLayout, hardware: Hardware) -> float:
+    """Return what no step of this layout can be faster than: kernels of the first and the last
+    stage, and their bubble."""
+    compute = Compute(config, layout, hardware)
+    bubble = float(bubble_microbatches(layout))
+    ends = (compute.of_stage(0), compute.of_stage(layout.pipeline_model_parallel_size - 1))
+    return max(end.seconds + bubble * end.microbatch_seconds for end in ends)
+
+
+@dataclass(frozen=True)
+class StageCompute:
+    """Kernels of one stage's step."""
+
+    rows: tuple[Row, ...]
+    seconds: float
+    microbatch_seconds: float  # of one microbatch
+    forward_seconds: float  # of one microbatch, recompute left out
+
+
+class Compute:
+    """Kernels of every stage; equal stages are counted once."""
+
+    def __init__(self, config: RunConfig, layout: ParallelLayout, hardware: Hardware) -> None:
+        self.hardware = hardware
+        self.num_microbatches = layout.num_microbatches(config.train)
+        self._kernels = StepKernels(config, layout, hardware)
+        self._found: dict[object, StageCompute] = {}
+
+    def of_stage(self, pipeline_rank: int) -> StageCompute:
+        """Rows and seconds of one rank of the stage."""
+        counts = self._kernels.counts(pipeline_rank)
+        if counts not in self._found:
+            self._found[counts] = self._timed(rows_of(self._kernels.of(counts), self.hardware))
+        return self._found[counts]
+
+    def _timed(self, rows: tuple[Row, ...]) -> StageCompute:
+        seconds = {FORWARD: 0.0, STEP: 0.0}
+        for row in rows:
+            for kernel, of_kernel in zip(row.kernels, row.kernel_seconds, strict=True):
+                if kernel.phase in seconds and row.part != RECOMPUTE:
+                    seconds[kernel.phase] += of_kernel
+        total = sum(row.seconds for row in rows)
+        return StageCompute(
+            rows=rows,
+            seconds=total,
+            microbatch_seconds=(total - seconds[STEP]) / self.num_microbatches,
+            forward_seconds=seconds[FORWARD] / self.num_microbatches,
+        )
 
 
 def bubble_microbatches(layout: ParallelLayout) -> Fraction:
@@ -140,23 +189,18 @@ def _stage_time(
     layout: ParallelLayout,
     run: RunFlops,
     memory: StageMemory,
-    hardware: Hardware,
+    compute: Compute,
 ) -> StepTime:
-    state, flops = memory.state, run.per_rank[memory.pipeline_rank]
-    microbatches = layout.num_microbatches(config.train)
-    flop_rate = hardware.flops_per_second(config.model.bf16)
-    read_rate = hardware.memory_bytes_per_second * hardware.achievable_memory
-    reads = 4 if config.model.recompute_granularity == "full" else 3
-    flop_seconds = flops.total / flop_rate
-    weight_read_seconds = reads * microbatches * state.weights / read_rate
-    compute = max(flop_seconds, weight_read_seconds) / microbatches  # of one microbatch
-    forward_share = flops.forward / flops.total if flops.total else 0.0
+    state, hardware = memory.state, compute.hardware
+    microbatches = compute.num_microbatches
+    stage = compute.of_stage(memory.pipeline_rank)
+    backward = stage.microbatch_seconds - stage.forward_seconds
     hides = {
-        "gradients": (1 - forward_share) * compute if config.optimizer.overlap_grad_reduce else 0.0,
-        "parameters": forward_share * compute if config.optimizer.overlap_param_gather else 0.0,
+        "gradients": backward if config.optimizer.overlap_grad_reduce else 0.0,
+        "parameters": stage.forward_seconds if config.optimizer.overlap_param_gather else 0.0,
     }
     if layout.virtual_pipeline_model_parallel_size is not None:
-        hides["pipeline"] = compute * microbatches
+        hides["pipeline"] = stage.microbatch_seconds * microbatches
     entries = []
     for term in stage_wire(config, layout, memory.pipeline_rank).terms:
         place = axis_place(layout, term.axis, hardware.devices_per_node)
@@ -171,11 +215,10 @@ def _stage_time(
     return StepTime(
         hardware=hardware.name,
         pipeline_rank=memory.pipeline_rank,
-        flop_seconds=flop_seconds,
-        weight_read_seconds=weight_read_seconds,
+        rows=stage.rows,
         communication=tuple(entries),
-        bubble_seconds=float(bubble) * (compute + in_schedule / microbatches),
-        optimizer_seconds=touched / read_rate,
+        bubble_seconds=float(bubble) * (stage.microbatch_seconds + in_schedule / microbatches),
+        optimizer_seconds=touched / hardware.memory_roof_bytes_per_second,
         num_tokens=run.num_tokens,
         model_flops_per_rank=run.all_ranks.model / layout.world_size,
         peak_flops_per_second=hardware.peak_flops_per_second(config.model.bf16),

@@ -1,0 +1,151 @@
+"""Kernels of one microbatch on one rank outside the MoE layer.
+
+t tokens of a microbatch, T this rank's (t / TP with sequence parallelism), S sequence length, H
+hidden size, A heads and G groups of d columns, D dense width, V padded vocabulary, e bytes per
+element. Operations are those of ``flops.py``.
+
+Element-wise work, in passes over its tensors: a norm reads and writes (1, 1) forward and (2, 1)
+backward, a residual with its dropout (2, 1) and (2, 1), rope about (6, 5) each way, an activation
+as in :func:`activation_kernels`. The loss is Megatron's unfused cross entropy in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.plan.flops import Flops, module_flops
+from vqmoe_megatron.plan.hardware import Hardware
+from vqmoe_megatron.plan.kernels import (
+    BACKWARD,
+    FORWARD,
+    FP32_BYTES,
+    Kernel,
+    ProductBytes,
+    model_unit,
+    moved,
+    products,
+)
+from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.parameters import dense_ffn_size, head_sizes, padded_vocab_size
+from vqmoe_megatron.plan.shape import LayerShape
+
+CORE_ATTENTION = "core attention"  # name of the kernels that recompute_modules=core_attn repeats
+
+
+def attention_kernels(
+    config: RunConfig, layout: ParallelLayout, hardware: Hardware
+) -> Iterator[Kernel]:
+    """Projections and core attention of one layer. Local kernels write and read the scores [A, S,
+    S]: about 6 passes forward (products, mask, softmax, dropout), 8 backward; fused ones never."""
+    model, shards = config.model, layout.tensor_model_parallel_size
+    element, flops = 2 if model.bf16 else 4, module_flops(config, layout)
+    unit, tokens = model_unit(element), config.train.micro_batch_size * model.seq_length
+    heads, groups, columns = head_sizes(model)
+    mixed = tokens * (heads + 2 * groups) * columns // shards * element
+    context = tokens * heads * columns // shards * element
+    hidden = tokens * model.hidden_size * element
+    weights = model.hidden_size * (2 * heads + 2 * groups) * columns // shards
+    projected = flops.attention - flops.core_attention
+    yield from products(
+        "attention", "projections", unit, Flops(projected, 2 * projected),
+        ProductBytes(hidden + context, mixed + hidden, weights, element), launches=2,
+    )  # fmt: skip
+    core = flops.core_attention
+    name, part = CORE_ATTENTION, "attention"
+    is_fused = hardware.kernels == "fused"
+    yield Kernel(part, name, FORWARD, unit, core, mixed, context, 1 if is_fused else 2)
+    yield Kernel(
+        part, name, BACKWARD, unit, 2 * core, mixed + 2 * context, mixed, 3 if is_fused else 4
+    )
+    if not is_fused:
+        scores = tokens * model.seq_length * heads // shards * element
+        yield moved(part, f"{name} scores", FORWARD, 3 * scores, 3 * scores, 5)
+        yield moved(part, f"{name} scores", BACKWARD, 5 * scores, 3 * scores, 5)
+
+
+def dense_mlp_kernels(config: RunConfig, layout: ParallelLayout) -> Iterator[Kernel]:
+    """One layer without experts; its activation is element-wise work."""
+    model, element = config.model, 2 if config.model.bf16 else 4
+    forward = module_flops(config, layout).dense_mlp
+    tokens = config.train.micro_batch_size * model.seq_length
+    width = dense_ffn_size(model) // layout.tensor_model_parallel_size
+    halves = 2 if model.gated_linear_unit else 1
+    hidden = tokens * model.hidden_size
+    tensors = ProductBytes(
+        inputs=(hidden + tokens * width) * element,
+        outputs=(halves * tokens * width + hidden) * element,
+        weights=(halves + 1) * model.hidden_size * width,
+        element=element,
+    )
+    unit = model_unit(element)
+    yield from products(
+        "dense MLP", "products", unit, Flops(forward, 2 * forward), tensors, launches=2
+    )
+    yield from activation_kernels("activation of the dense MLP", tokens * width, halves, element)
+
+
+def activation_kernels(name: str, outputs: int, halves: int, element: int) -> Iterator[Kernel]:
+    """Of ``outputs`` activated elements. Gated: activation and product, unfused; backward both
+    products, the activation's slope, and the two halves joined again."""
+    size = outputs * element
+    if not size:
+        return
+    forward, backward = ((3, 2, 2), (8, 5, 4)) if halves == 2 else ((1, 1, 1), (2, 1, 1))
+    for phase, (read, written, launches) in ((FORWARD, forward), (BACKWARD, backward)):
+        yield moved("element-wise", name, phase, read * size, written * size, launches)
+
+
+def layer_element_wise(
+    config: RunConfig, layout: ParallelLayout, layer: LayerShape
+) -> Iterator[Kernel]:
+    """Two norms, two residuals and rope of one layer."""
+    model, element = config.model, layer.bytes_per_element
+    hidden = layer.num_local_tokens * model.hidden_size * element
+    part = "element-wise"
+    yield moved(part, "norms", FORWARD, 2 * hidden, 2 * hidden, 2)
+    yield moved(part, "norms", BACKWARD, 4 * hidden, 2 * hidden, 4)
+    yield moved(part, "residuals", FORWARD, 4 * hidden, 2 * hidden, 2)
+    yield moved(part, "residuals", BACKWARD, 4 * hidden, 2 * hidden, 2)
+    if model.position_embedding_type == "rope":
+        heads, groups, columns = head_sizes(model)
+        tokens = config.train.micro_batch_size * model.seq_length
+        turned = tokens * (heads + groups) * columns // layout.tensor_model_parallel_size * element
+        for phase in (FORWARD, BACKWARD):
+            yield moved(part, "rope", phase, 6 * turned, 5 * turned, 10)
+
+
+def embedding_kernels(config: RunConfig, layer: LayerShape) -> Iterator[Kernel]:
+    """Rows read forward; their gradients sorted and summed backward."""
+    hidden = layer.num_local_tokens * config.model.hidden_size * layer.bytes_per_element
+    yield moved("element-wise", "embedding", FORWARD, hidden, hidden, 3)
+    yield moved("element-wise", "embedding", BACKWARD, 2 * hidden, hidden, 12)
+
+
+def output_layer_kernels(config: RunConfig, layout: ParallelLayout) -> Iterator[Kernel]:
+    """The product with the vocabulary and the loss: forward logits to fp32, largest, difference,
+    exponential, sum, quotient; backward product with the incoming gradient, and the cast."""
+    model, element = config.model, 2 if config.model.bf16 else 4
+    forward = module_flops(config, layout).output_layer
+    tokens = config.train.micro_batch_size * model.seq_length
+    vocabulary = padded_vocab_size(model) // layout.tensor_model_parallel_size
+    hidden, logits = tokens * model.hidden_size, tokens * vocabulary
+    unit, part = model_unit(element), "output layer"
+    yield from products(
+        part, "product", unit, Flops(forward, 2 * forward),
+        ProductBytes(
+            hidden * element, logits * element, model.hidden_size * vocabulary, element
+        ),
+    )  # fmt: skip
+    cast = element if element != FP32_BYTES else 0
+    yield moved(
+        part, "loss", FORWARD, logits * (cast + 5 * FP32_BYTES),
+        logits * ((FP32_BYTES if cast else 0) + 3 * FP32_BYTES), 12,
+    )  # fmt: skip
+    yield moved(
+        part, "loss", BACKWARD, logits * (FP32_BYTES + (FP32_BYTES if cast else 0)),
+        logits * (FP32_BYTES + cast), 8,
+    )  # fmt: skip
+    norm = hidden * element
+    yield moved("element-wise", "final norm", FORWARD, norm, norm)
+    yield moved("element-wise", "final norm", BACKWARD, 2 * norm, norm, 2)
