@@ -20,10 +20,15 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from vqmoe_megatron.vq import combine_triton, search_triton, split_search_triton  # noqa: E402
+from vqmoe_megatron.vq import (  # noqa: E402
+    codes_triton,
+    combine_triton,
+    search_triton,
+    split_search_triton,
+)
 
 pytestmark = pytest.mark.skipif(
-    search_triton.IS_INTERPRETED, reason="TRITON_INTERPRET is set in this process"
+    codes_triton.IS_INTERPRETED, reason="TRITON_INTERPRET is set in this process"
 )
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -36,6 +41,7 @@ NAMES = {
 }
 MAX_REGISTERS = 255  # the compiler never takes more, and spills to the stack what is left
 MAX_STACK_BYTES = 160
+CODE_BLOCKS = {"BLOCK_K": codes_triton.BLOCK_K, "BLOCK_D": codes_triton.BLOCK_D}
 Kind = torch.dtype | str | int | float | None
 
 
@@ -133,6 +139,20 @@ def test_split_search_multiplies_bf16_on_tensor_cores(index: int, dtype: torch.d
     assert "wgmma.mma_async.sync.aligned.m64" in ptx
     assert ".f32.bf16.bf16" in ptx
     assert not re.search(r"f32\.tf32", ptx)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_kernels_that_cut_codes(whole: bool) -> None:
+    from_mean, split = codes_triton._from_mean_kernel, codes_triton._split_kernel
+    kinds: dict[str, Kind] = dict.fromkeys(from_mean.arg_names, "i32")
+    kinds |= dict.fromkeys(("out", "codes", "mean"), torch.float32) | CODE_BLOCKS
+    compiled(from_mean, kinds, num_warps=4, num_stages=3)
+    kinds = dict.fromkeys(split.arg_names, "fp32") | {"num_codes": "i32", "width": "i32"}
+    floats = ("centres", "shifted", "half_norms", "lower_bias", "slope", "offset", "codes")
+    kinds |= dict.fromkeys(floats, torch.float32) | {"most_central": torch.int64}
+    kinds |= {"high": torch.bfloat16, "low": torch.bfloat16}
+    kinds |= {"IS_WHOLE": whole, "FACTOR": tl.bfloat16, **CODE_BLOCKS}
+    compiled(split, kinds, num_warps=4, num_stages=3)
 
 
 def test_the_small_kernels_of_the_split_search() -> None:

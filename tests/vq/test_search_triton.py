@@ -210,7 +210,8 @@ def test_every_configuration_finds_the_same_codes(name: str) -> None:
 
 def test_tensors_on_the_cpu_are_refused_without_the_interpreter() -> None:
     pytest.importorskip("triton")
-    from vqmoe_megatron.vq.search_triton import IS_INTERPRETED, nearest_code_triton
+    from vqmoe_megatron.vq.codes_triton import IS_INTERPRETED
+    from vqmoe_megatron.vq.search_triton import nearest_code_triton
 
     if IS_INTERPRETED:
         pytest.skip("TRITON_INTERPRET is set in this process")

@@ -5,12 +5,22 @@ What both search kernels must find is in test_search_triton.py.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Callable
+
 import pytest
 import torch
+from fast_tier import spread, tiered
 from kernel_places import PLACES, run_kernel, skip_unless_possible
 from search_cases import CASES
 
-from vqmoe_megatron.vq.split_search import nearest_if_certain, split_codes, takes_whole
+from vqmoe_megatron.vq.split_search import (
+    SplitCodes,
+    nearest_if_certain,
+    split_codes,
+    takes_whole,
+)
 
 everywhere = pytest.mark.parametrize("place", PLACES)
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
@@ -24,8 +34,9 @@ def first_pass(x: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, ...]
 
 
 @everywhere
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"), tiered(list(itertools.product(CASES, DTYPES)), spread(CASES, DTYPES))
+)
 def test_ids_are_those_of_the_fp32_kernel(place: str, case: str, dtype: torch.dtype) -> None:
     skip_unless_possible(place)
     from vqmoe_megatron.vq.search_triton import nearest_code_triton
@@ -61,3 +72,24 @@ def test_the_first_pass_claims_what_the_reference_claims(
         listed = lists[c, : counts[c]]
         assert listed.sort().values.tolist() == torch.nonzero(~decided[:, c]).flatten().tolist()
     assert counts[0] > counts[1] or num_tokens < 10  # tokens midway between codes are hard
+
+
+@everywhere
+@pytest.mark.parametrize("whole", [True, False])
+def test_codes_are_cut_as_in_torch(place: str, whole: bool) -> None:
+    skip_unless_possible(place)
+    from vqmoe_megatron.vq.codes_triton import split_codes_triton
+
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.stack([CASES[case](1, 40, 300, generator)[1] for case in CASES])
+    wanted = split_codes(codes, whole)
+    found = SplitCodes(*run_kernel(place, as_tuple, split_codes_triton, codes, whole))
+    for name in ("centre", "shifted", "high", "low"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+    for name in ("half_norms", "lower_bias", "slope", "offset"):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-5, atol=0.0)
+
+
+def as_tuple(cut: Callable, codes: torch.Tensor, whole: bool) -> tuple[torch.Tensor, ...]:
+    split = cut(codes, whole)
+    return tuple(getattr(split, field.name) for field in dataclasses.fields(SplitCodes))

@@ -5,7 +5,7 @@ element in the codebook's space.
 
     split   D >= 64 on a GPU: bf16 tokens meet codes that are split into a high and a low bf16 part,
             2 products of 2 T K D operations per slice on the tensor cores, with fp32 sums; fp32
-            tokens are split too and need 3. Tokens whose two nearest codes are closer than the
+            tokens are cut in the kernel too and need 3. Tokens whose two nearest codes are closer than the
             error bound are searched again by fp32 multiply-adds.
     plain   everywhere else: 2 T K D per slice in fp32.
 
@@ -24,7 +24,7 @@ LEAST_SPLIT_WIDTH = 64  # columns of a code from which the split search is taken
 UNCERTAIN_SHARE_PERCENT = 2  # of tokens searched again; an assumption until a GPU has measured it
 BF16_BYTES, ID_BYTES = 2, 8
 FOUND_BYTES = 12  # of a token and slice between the kernels: two distances and an index
-SHIFT_PASSES = 8  # over the codes, to shift them by the most central one (vq/search_triton.py)
+CUT_READS = 3  # of the codes: for their mean, the distances from it, and the cut
 
 
 def search_kernels(layer: LayerShape, device: str) -> list[Kernel]:
@@ -54,24 +54,18 @@ def split_search(layer: LayerShape) -> list[Kernel]:
     num_codes, found = _num_code_elements(layer), layer.num_discrete_rows * FOUND_BYTES
     one_product = 2 * elements * layer.vq.num_codes
     parts = 2 * BF16_BYTES  # high and low
-    token_bytes = elements * (BF16_BYTES if is_half else parts)
-    kernels = [
-        _moved("token norms", elements * element, layer.num_discrete_rows * FP32_BYTES, 1),
-        _moved("codes split", num_codes * FP32_BYTES, num_codes * parts, 9),
-    ]
-    if not is_half:
-        kernels.append(_moved("tokens split", elements * element, elements * parts, 2))
     rescored = elements * UNCERTAIN_SHARE_PERCENT // 100
     return [
-        *kernels,
+        _cut_codes(layer),
+        _moved("token norms", elements * element, layer.num_discrete_rows * FP32_BYTES, 1),
         _product(
             "split products",
             BF16_TENSOR_CORE,
             (2 if is_half else 3) * one_product,
-            token_bytes + num_codes * parts,
+            elements * element + num_codes * parts,
             found,
         ),
-        _moved("decision", found, layer.num_discrete_rows * ID_BYTES, 1),
+        _moved("decision", found, layer.num_discrete_rows * ID_BYTES, 3),
         _product(
             "uncertain tokens again",
             FP32_FMA,
@@ -87,9 +81,8 @@ def plain_search(layer: LayerShape) -> list[Kernel]:
     element, elements = space_bytes_per_element(layer), num_space_elements(layer)
     code_bytes = _num_code_elements(layer) * FP32_BYTES
     id_bytes = layer.num_discrete_rows * ID_BYTES
-    half = SHIFT_PASSES // 2
     return [
-        _moved("codes shifted", half * code_bytes, half * code_bytes, 10),
+        _cut_codes(layer),
         _product(
             "fp32 products",
             FP32_FMA,
@@ -97,8 +90,15 @@ def plain_search(layer: LayerShape) -> list[Kernel]:
             elements * element + code_bytes,
             id_bytes,
         ),
-        _moved("smallest of splits", id_bytes, id_bytes, 2),
+        _moved("ids", 2 * id_bytes, 2 * id_bytes, 4),
     ]
+
+
+def _cut_codes(layer: LayerShape) -> Kernel:
+    """vq/codes_triton.py: the mean, the most central code, the codes minus it and their parts."""
+    num_codes = _num_code_elements(layer)
+    written_bytes = num_codes * (FP32_BYTES + 2 * BF16_BYTES)
+    return _moved("codes cut", CUT_READS * num_codes * FP32_BYTES, written_bytes, 4)
 
 
 def _into_space(layer: LayerShape) -> list[Kernel]:

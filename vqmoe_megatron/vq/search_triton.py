@@ -2,7 +2,7 @@
 
 T tokens, H hidden size, C code slices, K codes per slice, D = H / C slice width.
 
-1. As in search.py, the codes of a slice are shifted by their most central one, in torch and fp32:
+1. As in search.py, the codes of a slice are shifted by their most central one (codes_triton.py):
    ``v_k - centre`` and ``h_k = |v_k - centre|^2 / 2``. Representations share a large common part,
    which would eat the digits that tell close codes apart.
 2. A program of the kernel takes BLOCK_T tokens of one slice and walks over one piece of the codes,
@@ -26,7 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vqmoe_megatron.vq.split_search import BLOCK_D, shift_codes
+from vqmoe_megatron.vq.codes_triton import IS_INTERPRETED, split_codes_triton
+from vqmoe_megatron.vq.split_search import BLOCK_D, SplitCodes, takes_whole
 
 CHAIN = BLOCK_D // 2  # columns of one product; two of them are one chain
 PROGRAMS_PER_PROCESSOR = 4  # programs to aim for on each multiprocessor
@@ -71,16 +72,15 @@ def nearest_code_triton(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         if x.shape[0]:
             everyone = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
             counts = torch.full((num_slices,), x.shape[0], dtype=torch.int32, device=x.device)
-            search_listed(found, x, *shift_codes(codes.float()), everyone.unsqueeze(0), counts)
+            split = split_codes_triton(codes.float(), takes_whole(x.dtype))
+            search_listed(found, x, split, everyone.unsqueeze(0), counts)
         return found.bitwise_and_(INDEX_MASK)
 
 
 def search_listed(
     found: torch.Tensor,
     x: torch.Tensor,
-    centres: torch.Tensor,
-    shifted: torch.Tensor,
-    half_norms: torch.Tensor,
+    split: SplitCodes,
     lists: torch.Tensor,
     counts: torch.Tensor,
 ) -> None:
@@ -89,11 +89,11 @@ def search_listed(
     Args:
         found: int64 ``[T, C]``, :data:`UNDECIDED` for the listed tokens.
         x: ``[T, C * D]``.
-        centres, shifted, half_norms: of :func:`shift_codes`.
+        split: the codes.
         lists: int32 ``[C, T]`` or, for all slices alike, ``[1, T]``: tokens.
         counts: int32 ``[C]``, how many of each list count. Read on the device alone.
     """
-    num_slices, num_codes, width = shifted.shape
+    num_slices, num_codes, width = split.shifted.shape
     choice = {"BLOCK_T": 16, "BLOCK_K": 16} if IS_INTERPRETED else {}
     programs = triton.cdiv(num_programs(x.device), num_slices)
     (_nearest_kernel if IS_INTERPRETED else _tuned_kernel)[(programs, num_slices)](
@@ -101,9 +101,9 @@ def search_listed(
         x,
         x.stride(0),
         x.stride(1),
-        centres,
-        shifted,
-        half_norms,
+        split.centre,
+        split.shifted,
+        split.half_norms,
         lists,
         lists.stride(0) if lists.shape[0] > 1 else 0,
         counts,
@@ -219,7 +219,6 @@ def _nearest_kernel(
         tl.atomic_min(found + tokens * num_slices + c, packed, mask=is_token, sem="relaxed")
 
 
-IS_INTERPRETED = not isinstance(_nearest_kernel, triton.JITFunction)  # TRITON_INTERPRET=1
 # Its configurations may all run on the same ``found``: the smallest stays the smallest.
 _tuned_kernel = triton.autotune(CONFIGS, key=["codes_class", "width_class"])(_nearest_kernel)
 

@@ -48,9 +48,9 @@ class SplitCodes:
 
     centre: torch.Tensor  # fp32 [C, 1, D], the most central code
     shifted: torch.Tensor  # fp32 [C, K, D], codes minus it
-    half_norms: torch.Tensor  # fp32 [C, K], half the squared length of these
     high: torch.Tensor  # bf16 [C, K, D]
     low: torch.Tensor  # bf16 [C, K, D]
+    half_norms: torch.Tensor  # fp32 [C, K], half the squared length of ``shifted``
     lower_bias: torch.Tensor  # fp32 [C, K]: the part of S_k without the token, minus offset
     slope: torch.Tensor  # fp32 [C, K]
     offset: torch.Tensor  # fp32 [C, K]
@@ -61,15 +61,38 @@ def takes_whole(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16
 
 
-def shift_codes(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """fp32 codes ``[C, K, D]`` -> most central ones ``[C, 1, D]``, codes minus these, and half
-    their squared norms ``[C, K]``, which are summed in fp64. No host synchronisation."""
-    from_mean = (codes - codes.mean(dim=1, keepdim=True)).square_().sum(dim=2)
-    most_central = from_mean.argmin(dim=1).view(-1, 1, 1).expand(-1, 1, codes.shape[2])
-    centre = codes.gather(1, most_central)
-    shifted = codes - centre
-    norms = torch.linalg.vector_norm(shifted, dim=2, dtype=torch.float64)
-    return centre, shifted, norms.square().mul_(0.5).float()
+@dataclass(frozen=True)
+class BoundFactors:
+    """slope = high |high| + low |low| + rest |rest| + code |v - c|, and
+    offset = half_norm |v - c|^2 / 2 + centre |c| |v - c| + bias |what is added to the products|."""
+
+    high: float
+    low: float
+    rest: float
+    code: float
+    half_norm: float
+    centre: float
+    bias: float
+
+
+def bound_factors(width: int, whole_tokens: bool) -> BoundFactors:
+    """The rules above as numbers, for slices of this width."""
+    num_blocks = ceil(width / BLOCK_D)
+    num_products = 2 if whole_tokens else 3
+    steps = _STEP * num_products * (BLOCK_D // _STEP_COLUMNS)
+    summed = steps + (num_blocks + 3) * _U  # relative to |x| (|high| + |low|)
+    in_fp32 = (BLOCK_D + num_blocks + 4) * _U  # relative to |x - c| |v|, of the fp32 kernel
+    second = 0.0 if whole_tokens else 2.0**-8  # of a cut token's second part, relative to |x|
+    third = 0.0 if whole_tokens else (1 + 2.0**-7) * 2.0**-16
+    return BoundFactors(
+        high=_SLACK * (1 + second) * summed,
+        low=_SLACK * (summed + second),
+        rest=_SLACK * (1 + 2 * second),
+        code=_SLACK * (in_fp32 + 2 * _U + third),
+        half_norm=_SLACK * 9 * _U,
+        centre=_SLACK * (in_fp32 + 3 * _U) if whole_tokens else 0.0,
+        bias=_SLACK * 4 * _U,
+    )
 
 
 def split_codes(codes: torch.Tensor, whole_tokens: bool) -> SplitCodes:
@@ -81,34 +104,29 @@ def split_codes(codes: torch.Tensor, whole_tokens: bool) -> SplitCodes:
 
     No communication, no gradient, no host synchronisation.
     """
-    width = codes.shape[2]
-    centre, shifted, half_norms = shift_codes(codes)
+    from_mean = (codes - codes.mean(dim=1, keepdim=True)).square_().sum(dim=2)
+    most_central = from_mean.argmin(dim=1).view(-1, 1, 1).expand(-1, 1, codes.shape[2])
+    centre = codes.gather(1, most_central)
+    shifted = codes - centre
     high = shifted.bfloat16()
     rest = shifted - high  # exact, as is the next difference
     low = rest.bfloat16()
     rest -= low
-    v, high_norm, low_norm, rest_norm = (
-        torch.linalg.vector_norm(part, dim=2, dtype=torch.float32)
-        for part in (shifted, high, low, rest)
+    v, of_high, of_low, of_rest, of_centre = (
+        torch.linalg.vector_norm(part, dim=2, dtype=torch.float64)
+        for part in (shifted, high, low, rest, centre)
     )
-    num_blocks = ceil(width / BLOCK_D)
-    steps = _STEP * (2 if whole_tokens else 3) * (BLOCK_D // _STEP_COLUMNS)
-    summed = steps + (num_blocks + 3) * _U  # relative to |x| (|high| + |low|)
-    in_fp32 = (BLOCK_D + num_blocks + 4) * _U  # relative to |x - c| |v|, of the fp32 kernel
-    slope = summed * (high_norm + low_norm) + (in_fp32 + 2 * _U) * v
-    offset = half_norms * (9 * _U)
-    bias = half_norms.double()
+    half_norms = v.square() * 0.5
+    bias = half_norms
     if whole_tokens:
-        slope += rest_norm
-        centre_norm = torch.linalg.vector_norm(centre, dim=2)
-        offset += (in_fp32 + 3 * _U) * centre_norm * v
-        bias = bias + (shifted * centre).sum(dim=2, dtype=torch.float64)
-    else:
-        of_second_part = 2.0**-8 * (low_norm + rest_norm + summed * high_norm)
-        slope += (1 + 2.0**-8) * rest_norm + of_second_part + (1 + 2.0**-7) * 2.0**-16 * v
-    bias = bias.float()
-    offset = (offset + 4 * _U * bias.abs()) * _SLACK
-    return SplitCodes(centre, shifted, half_norms, high, low, bias - offset, slope * _SLACK, offset)
+        bias = bias + (shifted.double() * centre.double()).sum(dim=2)
+    factors = bound_factors(codes.shape[2], whole_tokens)
+    slope = factors.high * of_high + factors.low * of_low
+    slope += factors.rest * of_rest + factors.code * v
+    offset = factors.half_norm * half_norms + factors.centre * of_centre * v
+    offset += factors.bias * bias.abs()
+    numbers = (half_norms, bias - offset, slope, offset)
+    return SplitCodes(centre, shifted, high, low, *(number.float() for number in numbers))
 
 
 def nearest_if_certain(x: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,8 +2,8 @@
 
 T tokens, H hidden size, C code slices, K codes per slice, D = H / C slice width, S pieces of K.
 
-split_search.py says what is computed and why it proves anything. Four kernels, none of which makes
-the host wait, and no [T, K] array:
+split_search.py says what is computed and why it proves anything. Four kernels behind those that
+cut the codes (codes_triton.py), none of which makes the host wait, and no [T, K] array:
 
 1. the norm of every token, of what of it is multiplied: [C, T];
 2. bf16 products with both parts of the codes; of every token's lower bounds the smallest, its code,
@@ -20,9 +20,14 @@ import torch
 import triton
 import triton.language as tl
 
+from vqmoe_megatron.vq.codes_triton import (
+    FACTOR,
+    IS_INTERPRETED,
+    nearest_bf16,
+    split_codes_triton,
+)
 from vqmoe_megatron.vq.search_triton import (
     INDEX_MASK,
-    IS_INTERPRETED,
     UNDECIDED,
     check_search,
     num_programs,
@@ -32,7 +37,6 @@ from vqmoe_megatron.vq.split_search import (
     BLOCK_D,
     UNDERFLOW,
     SplitCodes,
-    split_codes,
     takes_whole,
 )
 
@@ -72,11 +76,10 @@ def nearest_code_split(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         return nearest_code_split(x, codes.unsqueeze(0)).squeeze(1)
     check_search(x, codes)
     with torch.no_grad(), torch.cuda.device_of(x):
-        split = split_codes(codes.float(), takes_whole(x.dtype))
+        split = split_codes_triton(codes.float(), takes_whole(x.dtype))
         found, lists, counts = decide(x, split)
         if x.shape[0]:
-            of_codes = split.centre, split.shifted, split.half_norms
-            search_listed(found, x, *of_codes, lists, counts)
+            search_listed(found, x, split, lists, counts)
         return found.bitwise_and_(INDEX_MASK)
 
 
@@ -126,7 +129,7 @@ def decide(x: torch.Tensor, split: SplitCodes) -> tuple[torch.Tensor, torch.Tens
         triton.next_power_of_2(num_codes),
         triton.next_power_of_2(width),
         IS_WHOLE=whole,
-        FACTOR=tl.float32 if IS_INTERPRETED else tl.bfloat16,
+        FACTOR=FACTOR,
         BLOCK_D=BLOCK_D,
         **choice,
     )
@@ -175,18 +178,6 @@ def _rows(
         shift = tl.load(centre + column, mask=is_column, other=0.0)
         rows = rows.to(tl.float32) - shift[None, :]
     return rows
-
-
-@triton.jit
-def _nearest_bf16(values, FACTOR: tl.constexpr):
-    """fp32 values rounded to bf16, ties to even. The interpreter cuts off what ``to`` rounds."""
-    if FACTOR == tl.bfloat16:
-        rounded = values.to(tl.bfloat16)
-    else:
-        bits = values.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        rounded = bits.to(tl.float32, bitcast=True)
-    return rounded
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -270,8 +261,8 @@ def _bounds_kernel(
                 part = tl.dot(rows.to(FACTOR), of_low)
                 part = tl.dot(rows.to(FACTOR), of_high, part)
             else:
-                of_first = _nearest_bf16(rows, FACTOR)
-                of_second = _nearest_bf16(rows - of_first.to(tl.float32), FACTOR)
+                of_first = nearest_bf16(rows, FACTOR)
+                of_second = nearest_bf16(rows - of_first.to(tl.float32), FACTOR)
                 part = tl.dot(of_second, of_high)
                 part = tl.dot(of_first, of_low, part)
                 part = tl.dot(of_first, of_high, part)
