@@ -5,8 +5,8 @@ element in the codebook's space.
 
     split   D >= 64 on a GPU: bf16 tokens meet codes that are split into a high and a low bf16 part,
             2 products of 2 T K D operations per slice on the tensor cores, with fp32 sums; fp32
-            tokens are cut in the kernel too and need 3. Tokens whose two nearest codes are closer than the
-            error bound are searched again by fp32 multiply-adds.
+            tokens are cut in the kernel too and need 3. Tokens whose two nearest codes are closer
+            than the error bound are searched again by fp32 multiply-adds.
     plain   everywhere else: 2 T K D per slice in fp32.
 
 fp32 tokens: those of an fp32 model, and low_dim's projected ones. low_dim multiplies tokens by its
