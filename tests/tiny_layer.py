@@ -145,7 +145,12 @@ def join_experts(name: str, cuts: dict[tuple[int, int], torch.Tensor]) -> torch.
     return torch.cat(whole)
 
 
-def build_layer(vq: VQConfig, parameters: dict[str, torch.Tensor] | None = None, **changes: Any):  # noqa: ANN201
+def build_layer(  # noqa: ANN201
+    vq: VQConfig,
+    parameters: dict[str, torch.Tensor] | None = None,
+    new_graph: Any = None,
+    **changes: Any,
+):
     """A VQMoELayer with grouped experts, holding ``parameters`` when given. In a rank only."""
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -157,6 +162,7 @@ def build_layer(vq: VQConfig, parameters: dict[str, torch.Tensor] | None = None,
         MoESubmodules(experts=ModuleSpec(module=GroupedExperts)),
         layer_number=1,
         vq=vq,
+        new_graph=new_graph,
     )
     if parameters is not None:
         layer.to(next(iter(parameters.values())).dtype)

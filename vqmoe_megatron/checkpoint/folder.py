@@ -32,6 +32,7 @@ FREE_SETTINGS = (
     "optimizer.use_distributed_optimizer",
     "vq.execution",
     "vq.table_per_step",
+    "vq.overlap_table",
 )
 FREE_PREFIXES = ("model.recompute_",)
 # What checkpoint.remap can change.

@@ -47,6 +47,7 @@ WITHOUT_EFFECT = (
     "vq.init",
     "vq.execution",
     "vq.table_per_step",
+    "vq.overlap_table",
 )
 RECOMPUTE_PREFIX = "model.recompute_"
 

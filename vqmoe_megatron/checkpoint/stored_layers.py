@@ -76,7 +76,7 @@ def stored_layers(
     transformer = build_transformer_config(config, layout)
     transformer.perform_initialization = False  # every value is loaded
     # However it was trained: with one expert input per code both executions are the same function.
-    vq = replace(config.vq, execution="code_space", table_per_step=False)
+    vq = replace(config.vq, execution="code_space", table_per_step=False, overlap_table=False)
     spec = get_vqmoe_layer_spec(transformer, vq, config.train.seed).submodules.mlp
     for number, place in places.items():
         layer = build_module(spec, config=transformer, layer_number=number)

@@ -206,6 +206,7 @@ class TrainConfig:
     exit_duration_in_mins: float | None = None
     nan_policy: str = "stop"  # stop | skip the update | rollback to the last checkpoint
     deterministic: bool = False  # bitwise equal reruns
+    cuda_graphs: bool = False  # capture the discrete path in code space, forwards and backwards
     check_replicas_interval: int = 0  # 0: never compare what replicas hold
     layout_independent_init: bool = True
     task: str = "pretrain"

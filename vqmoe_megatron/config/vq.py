@@ -42,6 +42,7 @@ class VQConfig:
     straight_through: str = "token"
     execution: str = "auto"  # auto: code_space where it is exact, else tokens
     table_per_step: bool = False  # code space: one table for all microbatches of a step
+    overlap_table: bool = False  # code space: a microbatch's table is built during attention
     path: str = "dual"
     combine: str = "softmax"
     combine_bias: float = 3.0  # initial logit in favour of the continuous path
@@ -107,9 +108,15 @@ class VQConfig:
                 "cannot stand for it (code space is exact only for expert_input=code); use "
                 "vq.execution=tokens or auto"
             )
-        if self.table_per_step and not self.in_code_space:
+        if self.overlap_table and self.table_per_step:
             raise ValueError(
-                "vq.table_per_step=true keeps the table of code space, but this layer has none: "
+                "vq.overlap_table builds each microbatch's table during attention, and "
+                "vq.table_per_step keeps one for all; set one to false"
+            )
+        if (self.table_per_step or self.overlap_table) and not self.in_code_space:
+            name = "table_per_step" if self.table_per_step else "overlap_table"
+            raise ValueError(
+                f"vq.{name}=true is about the table of code space, but this layer has none: "
                 f"vq.path={self.path}, vq.execution={self.execution}, "
                 f"vq.expert_input={self.expert_input}; code space needs a discrete path with "
                 "expert_input=code and execution=auto or code_space"
@@ -121,6 +128,11 @@ class VQConfig:
         return (
             self.path != "continuous" and self.execution != "tokens" and self.expert_input == "code"
         )
+
+    @property
+    def builds_table_alone(self) -> bool:
+        """Whether the table's experts run by themselves and not beside travelling rows."""
+        return self.path == "discrete" or self.table_per_step or self.overlap_table
 
     @property
     def execution_in_words(self) -> str:

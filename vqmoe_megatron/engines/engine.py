@@ -39,6 +39,7 @@ class Engine(ABC):
     optimizer: Any
     scheduler: Any
     num_microbatches: int  # of this rank in a step
+    notes: tuple[str, ...] = ()  # what was asked for and is not done here, with the reason
 
     @classmethod
     @abstractmethod

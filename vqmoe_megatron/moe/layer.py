@@ -18,6 +18,8 @@ The method is that of arXiv 2411.19402, sections 3.1-3.3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -27,6 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.moe.backward_hook import run_in_backward
+from vqmoe_megatron.moe.captured_path import CapturedPath
 from vqmoe_megatron.moe.code_assigner import CodeAssigner
 from vqmoe_megatron.moe.code_inputs import CodebookInputs, LearnedCodeInputs
 from vqmoe_megatron.moe.combine_gate import CombineGate, OnePath, Weights, weighted_sum
@@ -34,6 +37,7 @@ from vqmoe_megatron.moe.discrete_parts import DiscreteParts
 from vqmoe_megatron.moe.executions.code_space import CodeSpace
 from vqmoe_megatron.moe.executions.execution import Execution
 from vqmoe_megatron.moe.executions.step_table import StepTable
+from vqmoe_megatron.moe.executions.table_ahead import TableAhead
 from vqmoe_megatron.moe.executions.tokens import Tokens
 from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
 from vqmoe_megatron.moe.foreign_loop import follow
@@ -41,6 +45,8 @@ from vqmoe_megatron.moe.layer_step import LayerStep
 from vqmoe_megatron.moe.megatron_settings import check_layer_number, check_layer_settings
 from vqmoe_megatron.moe.norms import NoNorm, ParallelNorm
 from vqmoe_megatron.moe.paths import ContinuousPath, DiscretePath, Path
+from vqmoe_megatron.runtime.side_stream import side_stream
+from vqmoe_megatron.runtime.static_graph import Graph
 from vqmoe_megatron.vq.segment_sum import count_ids
 
 
@@ -54,6 +60,7 @@ class VQMoELayer(LayerStep, MoELayer):
         on_every_stage: whether every pipeline stage holds such layers, so that their metrics may be
             summed over stages for Megatron's log.
         engine: builds the expert engine; others count or simulate what this one sends.
+        new_graph: captures the discrete path in code space in graphs that this builds; None: not.
         of_newer_megatron: what newer Megatrons pass to a MoE layer besides; theirs takes it.
 
     Raises:
@@ -70,6 +77,7 @@ class VQMoELayer(LayerStep, MoELayer):
         seed: int = 1234,
         on_every_stage: bool = False,
         engine: EngineType = ExpertEngine,
+        new_graph: Callable[[], Graph] | None = None,
         **of_newer_megatron: object,
     ) -> None:
         vq = vq or VQConfig(num_codes=4 * config.num_moe_experts)
@@ -86,6 +94,7 @@ class VQMoELayer(LayerStep, MoELayer):
         if vq.path == "discrete":
             self.router = None
         self.engine = engine(self.experts, config.num_moe_experts, pg_collection)
+        self.new_graph = new_graph
         self.paths = self.build_paths(seed)
         several = len(self.paths) > 1
         self.gate = CombineGate(config, vq, len(self.paths)) if several else OnePath()
@@ -127,13 +136,28 @@ class VQMoELayer(LayerStep, MoELayer):
         parts = DiscreteParts(
             vq, self.assigner, self.code_inputs, self.input_norm, output_norm, self.tp_group
         )
-        return DiscretePath(self.assigner, self.code_inputs, self._execution(parts))
+        execution = self._execution(parts)
+        if self.new_graph is not None and isinstance(execution, CodeSpace):
+            return CapturedPath(self.assigner, self.code_inputs, execution, self.new_graph)
+        return DiscretePath(self.assigner, self.code_inputs, execution)
 
     def _execution(self, parts: DiscreteParts) -> Execution:
         if not self.vq.in_code_space:
             return Tokens(parts)
         space = CodeSpace(parts, self.engine)
+        if self.vq.overlap_table:
+            return TableAhead(space, side_stream())
         return StepTable(space) if self.vq.table_per_step else space
+
+    def start_tables(self) -> None:
+        """Build the tables of the next forward pass now, where ``vq.overlap_table`` says so.
+
+        For whoever knows that this layer's turn comes: ``engines/megatron`` calls it before
+        attention. Communicates the table, on a second stream.
+        """
+        for path in self.discrete_paths:
+            if self.training and isinstance(path.execution, TableAhead):
+                path.execution.start(next(self.experts.parameters()).dtype)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Called by the transformer layer; decides this layer's random choices.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ from vqmoe_megatron.moe.grouped_experts import GroupedExperts
 from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.moe.megatron_settings import is_moe_layer
 from vqmoe_megatron.moe.norms import ParallelNorm
+from vqmoe_megatron.runtime.static_graph import Graph
 
 CONFIG_VARIABLE = "VQMOE_CONFIG"
 DEFAULT_ROUTER = "topk"
@@ -80,10 +81,12 @@ def get_vqmoe_block_spec(
     vp_stage: int | None = None,
     engine: EngineType = ExpertEngine,
     router: str = DEFAULT_ROUTER,
+    new_graph: Callable[[], Graph] | None = None,
 ) -> TransformerBlockSubmodules:
     """Build this pipeline stage's layers: VQMoE every ``moe_layer_freq`` layers, dense between.
 
-    ``engine`` builds the expert engine of every layer; ``router`` names the continuous path's.
+    ``engine`` builds the expert engine of every layer; ``router`` names the continuous path's;
+    ``new_graph`` builds the graphs of the discrete path, None: none.
 
     Raises:
         ValueError: when ``vq`` does not fit ``config``.
@@ -92,6 +95,7 @@ def get_vqmoe_block_spec(
     moe_layer.submodules.mlp.params |= {
         "on_every_stage": are_on_every_stage(config),
         "engine": engine,
+        "new_graph": new_graph,
     }
     dense_layer = _dense_layer_spec(config)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)

@@ -71,7 +71,7 @@ def _code_rows(layer: LayerShape, flops: dict[str, Flops]) -> Iterator[Kernel]:
         yield from _lift(layer, flops["lift"])
         return
     part, element, hidden = "code rows", layer.bytes_per_element, layer.hidden_size
-    is_alone = not layer.num_dispatched_rows or layer.vq.table_per_step
+    is_alone = not layer.num_dispatched_rows or layer.vq.builds_table_alone
     weights = num_expert_elements(layer) if is_alone else 0
     yield from products(
         part,

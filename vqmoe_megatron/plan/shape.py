@@ -179,7 +179,7 @@ class LayerShape:
         one grouped GEMM serves all rows and returns the input gradients of all, unless the table
         is built once per step, by itself.
         """
-        is_alone = self.vq.path != "dual" or self.vq.table_per_step
+        is_alone = self.vq.path == "continuous" or self.vq.builds_table_alone
         return not is_alone or self.vq.code_input == "learned" or self.vq.norm != "none"
 
     @property

@@ -111,6 +111,8 @@ class Trainer:
             return Outcome("completed", self.progress.iteration, "all iterations done")
         for chunk in self.model:
             chunk.train()
+        for note in self.engine.notes:
+            report.message(note)
         if self.progress.iteration == 0:
             self._initialize_codebooks()
         self._read_from_here()

@@ -13,6 +13,7 @@ import torch
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.engines.engine import Engine, StepResult
+from vqmoe_megatron.engines.megatron.fast_path import FastPath
 from vqmoe_megatron.engines.megatron.model import build_model, build_transformer_config
 from vqmoe_megatron.engines.megatron.optimizer import build_optimizer
 from vqmoe_megatron.engines.megatron.step import TrainStep, run_microbatches
@@ -55,7 +56,8 @@ class MegatronEngine(Engine):
         codebook_sync = CodebookSync(applies_at_once=False)
         transformer = build_transformer_config(config, layout)
         transformer.finalize_model_grads_func = codebook_sync
-        model = build_model(config, transformer, layout, expert_engine)
+        fast = FastPath.of(config, layout)
+        model = build_model(config, transformer, layout, expert_engine, fast.new_graph)
         optimizer, scheduler = build_optimizer(config, model, has_gloo_groups)
         transformer.grad_scale_func = optimizer.scale_loss
         if config.optimizer.overlap_grad_reduce:
@@ -73,7 +75,9 @@ class MegatronEngine(Engine):
             train.micro_batch_size,
             train.global_batch_size,
         )
-        return cls(model, optimizer, scheduler, train_step)
+        built = cls(model, optimizer, scheduler, train_step)
+        built.notes = fast.notes
+        return built
 
     def step(
         self, iterators: list[Iterator[Batch]], stop_request: int, save_request: bool

@@ -5,6 +5,7 @@ One chunk per virtual pipeline stage; without interleaving there is one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 
 import torch
@@ -17,10 +18,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
+from vqmoe_megatron.engines.megatron.fast_path import start_tables_before_attention
 from vqmoe_megatron.engines.megatron.layout_independent_init import redraw_parameters
 from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
 from vqmoe_megatron.moe.spec import get_vqmoe_block_spec
 from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.runtime.static_graph import Graph
 
 ACTIVATIONS = {
     "gelu": torch.nn.functional.gelu,
@@ -104,10 +107,12 @@ def build_model(
     transformer: TransformerConfig,
     layout: ParallelLayout,
     engine: EngineType = ExpertEngine,
+    new_graph: Callable[[], Graph] | None = None,
 ) -> list[torch.nn.Module]:
     """Build this rank's chunks, wrapped in Megatron's DDP and, for bf16, its Float16Module.
 
-    ``engine`` builds the expert engine of every layer.
+    ``engine`` builds the expert engine of every layer, ``new_graph`` the graphs of its discrete
+    path (None: none).
 
     Communicates: DDP broadcasts parameters of the data-parallel group.
     """
@@ -115,7 +120,7 @@ def build_model(
     get_moe_layer_wise_logging_tracker().clear()
     num_chunks = layout.virtual_pipeline_model_parallel_size or 1
     chunks = [
-        _build_chunk(config, transformer, stage if num_chunks > 1 else None, engine)
+        _build_chunk(config, transformer, stage if num_chunks > 1 else None, engine, new_graph)
         for stage in range(num_chunks)
     ]
     if config.train.layout_independent_init:
@@ -141,13 +146,23 @@ def build_model(
 
 
 def _build_chunk(
-    config: RunConfig, transformer: TransformerConfig, vp_stage: int | None, engine: EngineType
+    config: RunConfig,
+    transformer: TransformerConfig,
+    vp_stage: int | None,
+    engine: EngineType,
+    new_graph: Callable[[], Graph] | None,
 ) -> GPTModel:
     place = {"ignore_virtual": False, "vp_stage": vp_stage}
     model = GPTModel(
         transformer,
         get_vqmoe_block_spec(
-            transformer, config.vq, config.train.seed, vp_stage, engine, config.model.moe_router
+            transformer,
+            config.vq,
+            config.train.seed,
+            vp_stage,
+            engine,
+            config.model.moe_router,
+            new_graph,
         ),
         vocab_size=padded_vocab_size(config.model),
         max_sequence_length=config.model.seq_length,
@@ -164,4 +179,6 @@ def _build_chunk(
         # gradients would then not be reduced over TP ranks.
         if ".experts." in name:
             parameter.allreduce = False
+    if config.vq.overlap_table:
+        start_tables_before_attention(model)
     return model.to(torch.cuda.current_device())

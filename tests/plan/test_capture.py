@@ -1,0 +1,54 @@
+"""Each thing that keeps the discrete path out of a graph is told, and nothing else is."""
+
+from __future__ import annotations
+
+import pytest
+
+from vqmoe_megatron.config.recipe import load_recipe
+from vqmoe_megatron.plan.capture import capture_obstacles, overlap_obstacles
+from vqmoe_megatron.plan.layout import check_layout
+
+RECIPE = "recipes/quickstart.yaml"
+FITS = ["parallel.expert_model_parallel_size=1", "model.vocab_size=300"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "reasons"),
+    [
+        ([], 1, []),
+        (["vq.path=discrete"], 1, []),
+        (["parallel.expert_model_parallel_size=2", "vq.straight_through=identity"], 2, []),
+        (["parallel.expert_model_parallel_size=2"], 2, [r"vq.straight_through=token with EP"]),
+        (["vq.execution=tokens"], 1, ["by token dispatch"]),
+        (["vq.table_per_step=true"], 1, ["vq.table_per_step"]),
+        (["vq.overlap_table=true"], 1, ["vq.overlap_table"]),
+        (["parallel.pipeline_model_parallel_size=2"], 2, ["PP = 2"]),
+        (
+            ["model.recompute_granularity=selective", "model.recompute_modules=[moe]"],
+            1,
+            ["recomputed MoE layers"],
+        ),
+        (["model.recompute_granularity=selective"], 1, []),
+        (
+            [
+                "optimizer.overlap_grad_reduce=true",
+                "optimizer.overlap_param_gather=true",
+                "optimizer.use_distributed_optimizer=true",
+            ],
+            1,
+            ["optimizer.overlap_param_gather"],
+        ),
+    ],
+)
+def test_every_obstacle_is_named(overrides: list[str], world_size: int, reasons: list[str]) -> None:
+    config = load_recipe(RECIPE, [*FITS, "train.cuda_graphs=true", *overrides])
+    layout = check_layout(config, world_size, "cpu")
+    found = list(capture_obstacles(config, layout))
+    assert len(found) == len(reasons)
+    for told, expected in zip(found, reasons, strict=True):
+        assert expected in told
+
+
+def test_a_cpu_has_one_stream() -> None:
+    assert len(list(overlap_obstacles(has_cuda=False))) == 1
+    assert list(overlap_obstacles(has_cuda=True)) == []

@@ -1,0 +1,136 @@
+"""Captured functions give the gradients of the function itself; what a graph gets wrong is named.
+
+The recorder stands in for CUDA's graphs, which this machine may not have; where it has them, the
+same tests run with both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from vqmoe_megatron.runtime.static_graph import Captured, CudaGraph, Graph, RecordedGraph
+
+KINDS = [
+    pytest.param("cpu", RecordedGraph, id="recorder"),
+    pytest.param(
+        "cuda",
+        CudaGraph,
+        id="cuda",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    ),
+]
+
+
+class Layer(torch.nn.Module):
+    """A floating output with gradient, an integer one without, an input that is handed through."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+        self.weight = torch.nn.Parameter(weight.to(device))
+        self.frozen = torch.nn.Parameter(torch.ones(4, device=device).double(), False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = x @ self.weight.t() * self.frozen[0]
+        return logits.softmax(dim=1) @ self.weight, logits.argmax(dim=1), x
+
+
+@pytest.mark.parametrize(("device", "new_graph"), KINDS)
+def test_outputs_and_gradients_of_every_microbatch(
+    device: str, new_graph: Callable[[], Graph]
+) -> None:
+    layer = Layer(device)
+    captured = Captured(layer, [layer.weight, layer.weight, layer.frozen], new_graph)
+    generator = torch.Generator().manual_seed(1)
+    for number in range(4):
+        x = torch.randn(5, 4, generator=generator, dtype=torch.float64).to(device)
+        scale = 1.0 if number != 2 else 0.0  # a gradient of nothing
+        results = []
+        for function in (layer, captured):
+            leaf = x.clone().requires_grad_()
+            y, ids, same = function(leaf)
+            (y.square().sum() * scale + (same * 3).sum()).backward()
+            results.append((y.detach().clone(), ids.clone(), leaf.grad, layer.weight.grad.clone()))
+            layer.weight.grad = None
+        for wanted, found in zip(*results, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        with torch.no_grad():
+            layer.weight.mul_(1.1)  # in place, as optimizers do
+
+
+@pytest.mark.parametrize(("device", "new_graph"), KINDS)
+def test_an_output_without_gradient_gets_zeros(device: str, new_graph: Callable[[], Graph]) -> None:
+    layer = Layer(device)
+    captured = Captured(layer, [layer.weight], new_graph)
+    x = torch.randn(5, 4, dtype=torch.float64, device=device, requires_grad=True)
+    for _ in range(2):
+        y, _, _ = captured(x)
+        (of_x,) = torch.autograd.grad(y.sum(), x)
+        (wanted,) = torch.autograd.grad(layer(x)[0].sum(), x)
+        torch.testing.assert_close(of_x, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("device", "new_graph"), KINDS)
+def test_a_second_forward_pass_before_the_backward_pass_is_refused(
+    device: str, new_graph: Callable[[], Graph]
+) -> None:
+    layer = Layer(device)
+    captured = Captured(layer, [layer.weight], new_graph)
+    x = torch.randn(5, 4, dtype=torch.float64, device=device, requires_grad=True)
+    captured(x)
+    with pytest.raises(ValueError, match="before the backward pass of its last call"):
+        captured(x)
+
+
+class Faulty:
+    """Does something at its third call that a graph would not repeat."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault, self.num_calls = fault, 0
+        self.table = torch.ones(4)
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        self.num_calls += 1
+        is_wrong = self.num_calls == 3
+        if self.fault == "address" and is_wrong:
+            self.old, self.table = self.table, torch.full((4,), 2.0).clone()
+        y = x * self.table
+        if self.fault == "operation" and is_wrong:
+            y = y + 0.0
+        if self.fault == "shape" and is_wrong:
+            y = torch.cat([y[:2], y[2:]])
+        elif self.fault == "shape":
+            y = torch.cat([y[:1], y[1:]])
+        if self.fault == "item":
+            y = y * y.sum().item()
+        if self.fault == "nonzero":
+            y = y + torch.nonzero(y[:, 0]).numel()
+        return (y,)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("address", "operation 0 of a captured function changed"),
+        ("operation", "did 1 operations at the capture and 2 now"),
+        ("shape", "of a captured function changed"),
+    ],
+)
+def test_the_recorder_sees_what_changes_between_steps(fault: str, message: str) -> None:
+    captured = Captured(Faulty(fault), [], RecordedGraph)
+    x = torch.rand(3, 4, requires_grad=True)
+    for _ in range(2):
+        captured(x)[0].sum().backward()
+    with pytest.raises(ValueError, match=message):
+        captured(x)
+
+
+@pytest.mark.parametrize("fault", ["item", "nonzero"])
+def test_the_recorder_refuses_to_wait_for_the_device(fault: str) -> None:
+    captured = Captured(Faulty(fault), [], RecordedGraph)
+    with pytest.raises(ValueError, match="waits for the device: it cannot be captured"):
+        captured(torch.rand(3, 4, requires_grad=True))

@@ -1,0 +1,46 @@
+"""The discrete path's fast forms in Megatron's loop: CUDA graphs, and tables ahead of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.moe.layer import VQMoELayer
+from vqmoe_megatron.plan.capture import capture_obstacles, overlap_obstacles
+from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.runtime.static_graph import CudaGraph, Graph
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """What of ``train.cuda_graphs`` and ``vq.overlap_table`` is done, and why not the rest."""
+
+    new_graph: Callable[[], Graph] | None
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig, layout: ParallelLayout) -> FastPath:
+        """Decide for a recipe at a layout, on this machine. No communication."""
+        has_cuda = torch.cuda.is_available()
+        notes = []
+        if config.vq.overlap_table:
+            reasons = overlap_obstacles(has_cuda)
+            notes += [f"vq.overlap_table overlaps nothing here: {reason}" for reason in reasons]
+        if not config.train.cuda_graphs:
+            return cls(None, tuple(notes))
+        reasons = list(capture_obstacles(config, layout))
+        if not has_cuda:
+            reasons.append("there is no CUDA device")
+        notes += [f"train.cuda_graphs is off: {reason}" for reason in reasons]
+        return cls(None if reasons else CudaGraph, tuple(notes))
+
+
+def start_tables_before_attention(model: torch.nn.Module) -> None:
+    """Let every transformer layer of ``model`` start its VQMoE layer's table as it is entered."""
+    for layer in model.modules():
+        experts = getattr(layer, "mlp", None)
+        if isinstance(experts, VQMoELayer):
+            layer.register_forward_pre_hook(lambda *_, experts=experts: experts.start_tables())

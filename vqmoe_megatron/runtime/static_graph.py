@@ -1,0 +1,257 @@
+"""A differentiable function that is captured once and replayed: CUDA graphs, and their recorder.
+
+A CUDA graph repeats the kernels of one call on the same addresses. So the captured function has
+buffers of its own for inputs, outputs and gradients; a call copies its inputs in and replays, and
+the backward pass replays a second graph. Python inside the function runs at the capture and never
+again: it must not count, branch on values, or wait for the device.
+
+On a machine without CUDA :class:`RecordedGraph` takes the graph's place in tests. It runs the
+function each time and refuses what a graph would get wrong: another operation, shape or address of
+a tensor from outside than at the capture, and any operation that waits for the device.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.distributed import distributed_c10d
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Tensors = tuple[torch.Tensor, ...]
+WAITING = frozenset(
+    "_local_scalar_dense nonzero masked_select _unique2 unique_consecutive unique_dim equal "
+    "is_nonzero bincount".split()
+)
+
+
+class Graph(ABC):
+    """Two passes over static buffers; the second one's work belongs to the first one's."""
+
+    @abstractmethod
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Run ``work`` once, keeping what it does; return what does it again."""
+
+
+class CudaGraph(Graph):
+    """CUDA's graphs. Passes share one memory pool."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Capture on a stream of its own; work of other threads (a data loader's copies) goes on.
+
+        ``work`` is run for good by the replay that follows. Collectives inside must be NCCL's.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            work()
+        graph.replay()
+        return graph.replay
+
+
+class RecordedGraph(Graph):
+    """Runs the work each time and holds it against the capture."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, torch.UntypedStorage] = {}  # in this replay of the passes
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Run and record ``work``; the first pass of a replay forgets what the last one made."""
+        is_first = not self._made
+        record = _Record(self._made)
+        with record:
+            work()
+
+        def replay() -> None:
+            if is_first:
+                self._made.clear()
+            again = _Record(self._made)
+            with again:
+                work()
+            again.must_equal(record)
+
+        return replay
+
+
+class _Record(TorchDispatchMode):
+    """Operations with the shapes of their tensors, and the addresses of those from outside."""
+
+    def __init__(self, made: dict[int, torch.UntypedStorage]) -> None:
+        super().__init__()
+        self.made = made
+        self.operations: list[tuple] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        name = str(function)
+        if function.overloadpacket.__name__ in WAITING:
+            raise ValueError(f"{name} waits for the device: it cannot be captured in a graph")
+        if _is_inside_a_collective(name):
+            return function(*args, **(kwargs or {}))
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs or {}))
+        inputs = [self._seen(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        result = function(*args, **(kwargs or {}))
+        outside = {leaf.untyped_storage()._cdata for leaf in leaves if torch.is_tensor(leaf)}
+        for leaf in torch.utils._pytree.tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in outside:  # a view or an in-place result is not new
+                    self.made[storage._cdata] = storage  # kept, so that no other gets its number
+        self.operations.append((name, tuple(inputs)))
+        return result
+
+    def _seen(self, tensor: torch.Tensor) -> tuple:
+        made = tensor.untyped_storage()._cdata in self.made
+        place = None if made or tensor.numel() == 0 else tensor.data_ptr()
+        return tuple(tensor.shape), tensor.dtype, tensor.stride(), place
+
+    def must_equal(self, first: _Record) -> None:
+        """Raise ``ValueError`` at the first difference from the capture."""
+        pairs = zip(self.operations, first.operations, strict=False)
+        for number, (now, then) in enumerate(pairs):
+            if now != then:
+                raise ValueError(
+                    f"operation {number} of a captured function changed: {then} at the capture, "
+                    f"{now} now; a graph would have repeated the first"
+                )
+        if len(self.operations) != len(first.operations):
+            raise ValueError(
+                f"a captured function did {len(first.operations)} operations at the capture and "
+                f"{len(self.operations)} now"
+            )
+
+
+def _is_inside_a_collective(name: str) -> bool:
+    """Whether an operation is gloo's own, on copies that it made: NCCL has kernels for that."""
+    if name.startswith("c10d."):
+        return False
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename != distributed_c10d.__file__:
+        frame = frame.f_back
+    return frame is not None
+
+
+class Captured:
+    """A function of tensors, captured with its gradient at the first call for its inputs' shapes.
+
+    Args:
+        function: from tensors to a tuple of tensors; its floating outputs may need a gradient.
+        parameters: what else it differentiates to. Their gradients come out of autograd as those
+            of inputs do, so that hooks on them (Megatron's DDP) see every microbatch.
+        new_graph: builds the graph.
+
+    Between a forward pass and its backward pass there may be no second forward pass: its
+    activations would be overwritten.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensors],
+        parameters: Iterable[torch.nn.Parameter],
+        new_graph: Callable[[], Graph] = CudaGraph,
+    ) -> None:
+        self.function = function
+        self.parameters = [p for p in dict.fromkeys(parameters) if p.requires_grad]
+        self.new_graph = new_graph
+        self._passes: dict[tuple, _Passes] = {}
+
+    def __call__(self, *inputs: torch.Tensor) -> Tensors:
+        """As ``function``, with gradients.
+
+        Raises:
+            ValueError: for a second forward pass before the first one's backward pass.
+        """
+        key = tuple((x.shape, x.dtype, x.requires_grad) for x in inputs)
+        if key not in self._passes:
+            self._passes[key] = _Passes(self, inputs)
+        return _Replay.apply(self._passes[key], *inputs, *self.parameters)
+
+
+class _Passes:
+    """The static buffers and both graphs for inputs of some shapes."""
+
+    def __init__(self, owner: Captured, inputs: Tensors) -> None:
+        self.function = owner.function
+        self.inputs = tuple(
+            torch.empty_like(x, memory_format=torch.contiguous_format).requires_grad_(
+                x.requires_grad
+            )
+            for x in inputs
+        )
+        self.leaves = [*(x for x in self.inputs if x.requires_grad), *owner.parameters]
+        self.graph = owner.new_graph()
+        self.waits_for_backward = False
+        self.outputs: Tensors = ()
+        self._copy_in(inputs)
+        self.replay_forward = self.graph.capture(self._forward)
+        # Of outputs that a gradient may come to, and of all leaves.
+        self.differentiable = [i for i, y in enumerate(self.outputs) if y.requires_grad]
+        self.is_fresh = True  # the capture was the first run
+        self.output_grads = [torch.zeros_like(self.outputs[i]) for i in self.differentiable]
+        self.leaf_grads: tuple[torch.Tensor | None, ...] = ()
+        self._replay_backward: Callable[[], None] | None = None
+
+    @torch.no_grad()
+    def _copy_in(self, inputs: Tensors) -> None:
+        for static, x in zip(self.inputs, inputs, strict=True):
+            static.copy_(x)
+
+    def _forward(self) -> None:
+        with torch.enable_grad():
+            self.outputs = self.function(*self.inputs)
+
+    def _backward(self) -> None:
+        outputs = [self.outputs[i] for i in self.differentiable]
+        self.leaf_grads = torch.autograd.grad(
+            outputs, self.leaves, self.output_grads, allow_unused=True
+        )
+
+    def run_forward(self, inputs: Tensors) -> Tensors:
+        """Outputs of a replay, in buffers that the next one overwrites."""
+        if self.waits_for_backward:
+            raise ValueError(
+                "a captured function is called again before the backward pass of its last call, "
+                "whose activations would be overwritten; train.cuda_graphs is for schedules that "
+                "alternate forward and backward passes (pipeline_model_parallel_size=1)"
+            )
+        if not self.is_fresh:
+            self._copy_in(inputs)
+            self.replay_forward()
+        self.is_fresh = False
+        self.waits_for_backward = True
+        return tuple(y.detach() for y in self.outputs)
+
+    def run_backward(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Gradients of all leaves, in buffers that the next replay overwrites."""
+        for static, grad in zip(self.output_grads, grads, strict=True):
+            if grad is None:
+                static.zero_()
+            else:
+                static.copy_(grad)
+        if self._replay_backward is None:
+            self._replay_backward = self.graph.capture(self._backward)
+        else:
+            self._replay_backward()
+        self.waits_for_backward = False
+        return [None if grad is None else grad.detach() for grad in self.leaf_grads]
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, passes: _Passes, *inputs: torch.Tensor):  # noqa: ANN001, ANN205
+        ctx.passes = passes
+        ctx.takes_gradient = [x.requires_grad for x in passes.inputs]
+        outputs = passes.run_forward(inputs[: len(passes.inputs)])
+        others = [y for i, y in enumerate(outputs) if i not in passes.differentiable]
+        ctx.mark_non_differentiable(*others)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads: torch.Tensor | None):  # noqa: ANN001, ANN205
+        passes = ctx.passes
+        of_leaves = iter(passes.run_backward([grads[i] for i in passes.differentiable]))
+        of_inputs = [next(of_leaves) if takes else None for takes in ctx.takes_gradient]
+        return None, *of_inputs, *of_leaves
