@@ -20,11 +20,11 @@ class MegatronLM:
 
     def __init__(self, recipe: str, overrides: list[str]) -> None:
         import torch
-        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
         from vqmoe_megatron.config.recipe import load_recipe
         from vqmoe_megatron.engines.megatron.model import build_transformer_config
         from vqmoe_megatron.plan.layout import ParallelLayout
+        from vqmoe_megatron.runtime.versions import forget_moe_log
         from vqmoe_megatron.train.preflight import check_run
 
         run = check_run(
@@ -34,7 +34,7 @@ class MegatronLM:
         self.layout = ParallelLayout.from_config(self.recipe, torch.distributed.get_world_size())
         self.config = build_transformer_config(self.recipe, self.layout)
         self.config.bf16 = self.recipe.model.bf16
-        get_moe_layer_wise_logging_tracker().clear()  # of another test in this process
+        forget_moe_log()  # of another test in this process
         self.model = self._get_model()
         self.optimizer, self.scheduler = self._get_optimizer()
         self.iteration = 0

@@ -33,7 +33,7 @@ with one_line_interrupt():  # these take a third of a second
         protect_standard_streams,
     )
     from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
-    from vqmoe_megatron.runtime.versions import check_versions
+    from vqmoe_megatron.runtime.versions import TORCH, check_versions, supported_version
 
 EXIT_CRASH, EXIT_USAGE = 1, 2
 RESULTS_ARE_FILES = ("prepare", "pretrain", "export", "mlflow-sync")  # not what they print
@@ -218,6 +218,8 @@ def doctor() -> None:
 
     Example: vqmoe doctor
     """
+    if supported_version(TORCH) is None:
+        check_versions()  # without it nothing can be looked at
     from vqmoe_megatron.runtime.doctor import print_doctor
 
     print_doctor()

@@ -1,18 +1,34 @@
 """Packages that one part needs and training does not: whether they are here, and what to do if not.
 
-They are the extras of setup.cfg. No file imports one at its top but those that only its part
-imports; that part asks here first, so that a missing package is a sentence and not a traceback.
+They are extras of setup.cfg. Only the part that needs one imports it, and asks here before, so that
+a missing package is a sentence and not a traceback.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from typing import NamedTuple
 
-# By the module that is imported: the extra of setup.cfg that brings it, and what goes on without.
+
+class OptionalPackage(NamedTuple):
+    """What brings a package, and what it is for."""
+
+    requirement: str  # as pip takes it
+    with_it: str
+    without_it: str
+
+
+# By the module that is imported, which is the name of the package, too.
 OPTIONAL_PACKAGES = {
-    "mlflow": ("mlflow", "runs are not tracked; metrics.jsonl is still written"),
-    "matplotlib": ("plots", "no plots are drawn; metrics.jsonl and routing.npz are still written"),
-    "sentencepiece": ("sentencepiece", "byte, char and word vocabularies work"),
+    "mlflow": OptionalPackage(
+        "mlflow>=3.5,<4", "runs are tracked", "runs are not tracked, metrics.jsonl is still written"
+    ),
+    "matplotlib": OptionalPackage(
+        "matplotlib>=3.9,<4", "plots are drawn", "no plots; what they show is still written"
+    ),
+    "sentencepiece": OptionalPackage(
+        "sentencepiece>=0.2,<0.3", "its vocabularies work", "byte, char and word work"
+    ),
 }
 
 
@@ -24,12 +40,12 @@ def missing(package: str) -> str | None:
     """
     if importlib.util.find_spec(package) is not None:
         return None
-    extra, _ = OPTIONAL_PACKAGES[package]
-    return f"{package} is not installed (pip install 'vqmoe_megatron[{extra}]')"
+    requirement = OPTIONAL_PACKAGES[package].requirement
+    return f"{package} is not installed (pip install '{requirement}')"
 
 
 def require(package: str, what: str) -> None:
     """Raise ``ValueError`` when ``package`` is missing; ``what`` names the part that needs it."""
     problem = missing(package)
     if problem is not None:
-        raise ValueError(f"{what} needs {package}: {problem}")
+        raise ValueError(f"{what} cannot be had: {problem}")

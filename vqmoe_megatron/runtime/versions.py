@@ -1,6 +1,6 @@
 """The supported versions of torch and megatron-core, and all that differs between them.
 
-Nothing else in the package asks for a version. Where Megatron's releases differ in what we use, a
+Nothing else in the package depends on a version. Where Megatron's releases differ in what we use, a
 function below does it with each; it asks the library what it has, not which version it is. Torch
 and Megatron are imported inside the functions: a missing one is a finding, not a traceback.
 
@@ -9,6 +9,8 @@ and Megatron are imported inside the functions: a missing one is a finding, not 
 | values of its MoE log | a global dict | 0.18: ``MoEMetricsTracker`` of ``moe_logging`` |
 | plain values of a checkpoint | ``common.pt`` | 0.17: an object among the tensors |
 | background saves | one way | 0.17: ``async_strategy``, by default a package that is not here |
+| a balance loss of data-parallel ranks | ``reduce_group_has_dp`` | 0.18: ``needs_dp_avg=False`` |
+| tokens of a balance loss | as told | 0.19: times the ranks of TP and CP |
 | results of a checkpoint's writer | ``_get_write_results_queue`` | 0.17: without the underscore |
 """
 
@@ -20,7 +22,7 @@ import io
 import re
 import runpy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -48,17 +50,15 @@ class Supported(NamedTuple):
         return f"{self.package}>={_dotted(self.least)},<{_dotted(self.below)}"
 
 
-SUPPORTED = (
-    Supported("torch", (2, 11), (2, 14), "torch", "version.py"),
-    Supported("megatron-core", (0, 16, 1), (0, 20), "megatron.core", "package_info.py"),
-)
+TORCH = Supported("torch", (2, 11), (2, 14), "torch", "version.py")
+MEGATRON_CORE = Supported("megatron-core", (0, 16, 1), (0, 20), "megatron.core", "package_info.py")
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:
     return ".".join(map(str, numbers))
 
 
-def installed_version(supported: Supported) -> str | None:
+def supported_version(supported: Supported) -> str | None:
     """The version that an import would bring, without importing it; None when there is none.
 
     Read from the package's own file: a checkout on the path comes before an installed one.
@@ -94,8 +94,8 @@ def is_supported(supported: Supported, version: str) -> bool:
 def versions_problem() -> str | None:
     """Say in one sentence what of torch and megatron-core is missing or outside the range."""
     wrong = []
-    for supported in SUPPORTED:
-        version = installed_version(supported)
+    for supported in (TORCH, MEGATRON_CORE):
+        version = supported_version(supported)
         if version is None or not is_supported(supported, version):
             wrong.append((supported, version or "not installed"))
     if not wrong:
@@ -104,7 +104,7 @@ def versions_problem() -> str | None:
     wanted = " ".join(f"'{each.requirement}'" for each, _ in wrong)
     return (
         f"{found}; vqmoe_megatron {__version__} supports "
-        f"{' and '.join(each.requirement for each in SUPPORTED)}. Run pip install {wanted} "
+        f"{TORCH.requirement} and {MEGATRON_CORE.requirement}. Run pip install {wanted} "
         "(megatron-core from 0.17 on needs Python 3.12), or use a release of vqmoe_megatron that "
         "supports what is here"
     )
@@ -184,6 +184,22 @@ def moe_log_values() -> Iterator[tuple[str, torch.Tensor, bool]]:
 
     for name, values in get_moe_layer_wise_logging_tracker().items():
         yield name, values["values"], values["reduce_group_has_dp"]
+
+
+def is_over_data_ranks(scope: Mapping[str, bool]) -> bool:
+    """Whether a balance loss with these keywords of Megatron's is one over data-parallel ranks."""
+    return scope.get("reduce_group_has_dp", False) or not scope.get("needs_dp_avg", True)
+
+
+def balance_loss_factor(tp_cp_size: int) -> int:
+    """By how much Megatron itself scales a balance loss beyond the tokens that it is told.
+
+    Only the code of the function says so: its arguments are the same.
+    """
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    code = TopKRouter.attach_and_log_load_balancing_loss.__code__
+    return tp_cp_size if "tp_cp_group" in code.co_names else 1
 
 
 def async_save(state: dict[str, Any], folder: Path) -> Any:
