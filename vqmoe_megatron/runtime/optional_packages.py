@@ -48,4 +48,4 @@ def require(package: str, what: str) -> None:
     """Raise ``ValueError`` when ``package`` is missing; ``what`` names the part that needs it."""
     problem = missing(package)
     if problem is not None:
-        raise ValueError(f"{what} cannot be had: {problem}")
+        raise ValueError(f"{what} is not possible: {problem}")
