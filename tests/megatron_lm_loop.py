@@ -260,11 +260,15 @@ def train_as_megatron_lm(
 ) -> dict:
     """In a rank: train; with ``save_at`` a new model goes on from a checkpoint of that step.
 
-    ``is_listed``: the script lists the names of VQ metrics, too.
+    ``is_listed``: the script lists the names of VQ metrics, too; from 0.18 on Megatron shows no
+    others.
     """
+    from megatron.core.transformer.moe import moe_utils
+
     from vqmoe_megatron.moe import METRIC_NAMES
 
     os.environ["VQMOE_CONFIG"] = settings
+    is_listed |= hasattr(moe_utils, "get_moe_metrics_tracker")
     names = [*MOE_LOG_NAMES, *METRIC_NAMES.values()] if is_listed else None
     try:
         script = MegatronLM(recipe, overrides)
