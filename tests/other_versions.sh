@@ -12,7 +12,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=.venv-other-versions
 python=${1:-}
 for found in python3.12 python3.13 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python; do
-    [ -n "$python" ] || ! command -v "$found" >/dev/null || python=$found
+    # a shim of pyenv is there without a Python behind it
+    if [ -z "$python" ] && "$found" -c 'import ensurepip' 2>/dev/null; then python=$found; fi
 done
 if [ -z "$python" ]; then
     echo "other versions: skipped, no Python 3.12 or newer is here (make test-versions OTHER_PYTHON=...)"
