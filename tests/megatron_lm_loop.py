@@ -15,6 +15,13 @@ from typing import Any
 MOE_LOG_NAMES = ["load_balancing_loss"]  # what Megatron-LM lists for aux_loss
 
 
+class Scalars(dict):
+    """In place of TensorBoard's writer; what Megatron returns differs between releases."""
+
+    def add_scalar(self, name: str, value: Any, iteration: int) -> None:
+        self[name] = float(value)
+
+
 class MegatronLM:
     """In a rank: one model of a recipe, trained as Megatron-LM trains it."""
 
@@ -193,18 +200,18 @@ class MegatronLM:
         from megatron.core.transformer.moe.moe_utils import track_moe_metrics
 
         train = self.recipe.train
-        shown: dict = {}
+        shown = Scalars()
         track_moe_metrics(
             loss_scale=1 / self.layout.num_microbatches(train),
             iteration=self.iteration,
-            total_loss_dict=shown,
+            writer=shown,
             force_initialize=True,
             track_names=track_names,
             num_layers=self.config.num_layers,
             moe_layer_freq=self.config.moe_layer_freq,
             mtp_num_layers=self.config.mtp_num_layers,
         )
-        return {name: float(value) for name, value in shown.items()}
+        return dict(shown)
 
     def codes(self) -> dict[str, str]:
         """sha256 of every codebook's state, by global layer number."""
