@@ -1,10 +1,11 @@
 # Each target does all of its own set-up in .venv, from a fresh clone.
 #
-#   make setup | pretrain | test | test-full | test-cluster | lint | help
+#   make setup | pretrain | test | test-full | test-versions | test-cluster | lint | help
 #   make pretrain ARGS="train.exit_interval=40"    ARGS reaches the command behind the target
 #   make test ARGS="-k layout"
 #
 # PYTHON           the interpreter that creates .venv (3.10 or newer; default python3)
+# OTHER_PYTHON     of `make test-versions` (3.12 or newer: megatron-core from 0.17 on needs it)
 # TORCH_INDEX_URL  where torch comes from, if not pip's default index. A machine without a GPU
 #                  saves several GB with
 #                  make setup TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -16,12 +17,12 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-complete
-TORCH := $(shell sed -n 's/^ *\(torch==.*\)$$/\1/p' setup.cfg)
+TORCH := $(shell sed -n 's/^ *\(torch>=.*\)$$/\1/p' setup.cfg)
 WORKERS := -n 2 --dist loadgroup
 TYPED := vqmoe_megatron/registry.py vqmoe_megatron/config vqmoe_megatron/metrics vqmoe_megatron/rundir vqmoe_megatron/plan
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-full test-cluster lint
+.PHONY: help setup pretrain test test-full test-versions test-cluster lint
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -48,6 +49,9 @@ test: setup  ## run the fast tier of the tests, minutes; docs/testing.md
 
 test-full: setup  ## run every test; what needs root or Debian packages skips and says so
 	$(BIN)/python -m pytest --full $(WORKERS) $(ARGS)
+
+test-versions:  ## the tests of tests/other_versions.txt with the oldest torch and the newest megatron-core
+	tests/other_versions.sh $(OTHER_PYTHON)
 
 test-cluster: setup  ## install Slurm and buildah (Debian, root), test jobs and the image for real
 	slurm/cluster/test.sh $(BIN)/python $(ARGS)

@@ -6,9 +6,10 @@ r"""Install the package's dependencies into the image's virtual environment; kee
 Runs inside the image build, with the environment's interpreter, before the sources are copied, so
 that this layer is built again only when setup.cfg changes.
 
-1. torch: what the base image brings stays. A base without torch gets the version of setup.cfg.
+1. torch: what the base image brings stays. A base without torch gets the newest that setup.cfg's
+   extra ``torch`` allows.
 2. The torch now installed is written as an exact pip constraint.
-3. All other dependencies are installed under that constraint.
+3. All dependencies, and those of the extra ``all``, are installed under that constraint.
 4. torch must still be the same version at the same place; anything else fails the build.
 
 Standard library only.
@@ -24,7 +25,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_EXTRAS = re.compile(r"\w+\[(?P<names>[\w,]+)\]")
 _FIND_TORCH = """
 import importlib.metadata, importlib.util, json
 spec = importlib.util.find_spec("torch")
@@ -33,20 +34,28 @@ print(json.dumps(spec and [importlib.metadata.version("torch"), spec.origin]))
 
 
 def read_requirements(setup_cfg: Path) -> tuple[str, list[str]]:
-    """Return (the torch requirement, all other requirements) of ``setup.cfg``.
+    """Return (the torch requirement, all other requirements, those of the extra ``all`` included).
 
-    Raises ``ValueError`` unless torch is required exactly once, with one exact version.
+    Raises ``ValueError`` unless torch is required once, by the extra ``torch`` alone.
     """
     parser = configparser.ConfigParser()
     parser.read_string(setup_cfg.read_text(encoding="utf-8"))
-    lines = [line.strip() for line in parser["options"]["install_requires"].splitlines()]
-    wanted = [line for line in lines if line and not line.startswith("#")]
-    torch = [line for line in wanted if _NAME.match(line)[0].lower() == "torch"]
-    if len(torch) != 1 or not torch[0].startswith("torch=="):
+    extras = parser["options.extras_require"]
+    torch, wanted = _lines(extras["torch"]), _lines(parser["options"]["install_requires"])
+    for line in _lines(extras["all"]):  # this package with the extras that it names
+        for name in _EXTRAS.fullmatch(line)["names"].split(","):
+            wanted += _lines(extras[name])
+    also = [line for line in wanted if re.match(r"torch\b(?!-)", line)]
+    if len(torch) != 1 or also:
         raise ValueError(
-            f"{setup_cfg} must require torch once, as torch==VERSION; it has {torch or 'no torch'}"
+            f"{setup_cfg} must require torch by its extra torch alone, once; it has {torch + also}"
         )
-    return torch[0], [line for line in wanted if line != torch[0]]
+    return torch[0], wanted
+
+
+def _lines(value: str) -> list[str]:
+    lines = [line.strip() for line in value.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def find_torch() -> tuple[str, str] | None:
@@ -89,12 +98,6 @@ def main() -> None:
         print(f"torch {found[0]}: installed, the base image has none", flush=True)
     else:
         print(f"torch {found[0]}: the base image's, kept ({found[1]})", flush=True)
-        if found[0].split("+")[0] != torch_requirement.partition("==")[2]:
-            print(
-                f"WARNING: the package is tested with {torch_requirement}; this image has "
-                f"{found[0]}. Choose a base image with that torch where there is one.",
-                flush=True,
-            )
     options.constraints.write_text(f"torch=={found[0]}\n", encoding="utf-8")
     pip_install("--constraint", str(options.constraints), *others, *options.also)
     after = find_torch()

@@ -15,16 +15,23 @@ from typing import Any
 MOE_LOG_NAMES = ["load_balancing_loss"]  # what Megatron-LM lists for aux_loss
 
 
+class Scalars(dict):
+    """In place of TensorBoard's writer; what Megatron returns differs between releases."""
+
+    def add_scalar(self, name: str, value: Any, iteration: int) -> None:
+        self[name] = float(value)
+
+
 class MegatronLM:
     """In a rank: one model of a recipe, trained as Megatron-LM trains it."""
 
     def __init__(self, recipe: str, overrides: list[str]) -> None:
         import torch
-        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
         from vqmoe_megatron.config.recipe import load_recipe
         from vqmoe_megatron.engines.megatron.model import build_transformer_config
         from vqmoe_megatron.plan.layout import ParallelLayout
+        from vqmoe_megatron.runtime.versions import forget_moe_log
         from vqmoe_megatron.train.preflight import check_run
 
         run = check_run(
@@ -34,7 +41,7 @@ class MegatronLM:
         self.layout = ParallelLayout.from_config(self.recipe, torch.distributed.get_world_size())
         self.config = build_transformer_config(self.recipe, self.layout)
         self.config.bf16 = self.recipe.model.bf16
-        get_moe_layer_wise_logging_tracker().clear()  # of another test in this process
+        forget_moe_log()  # of another test in this process
         self.model = self._get_model()
         self.optimizer, self.scheduler = self._get_optimizer()
         self.iteration = 0
@@ -193,18 +200,18 @@ class MegatronLM:
         from megatron.core.transformer.moe.moe_utils import track_moe_metrics
 
         train = self.recipe.train
-        shown: dict = {}
+        shown = Scalars()
         track_moe_metrics(
             loss_scale=1 / self.layout.num_microbatches(train),
             iteration=self.iteration,
-            total_loss_dict=shown,
+            writer=shown,
             force_initialize=True,
             track_names=track_names,
             num_layers=self.config.num_layers,
             moe_layer_freq=self.config.moe_layer_freq,
             mtp_num_layers=self.config.mtp_num_layers,
         )
-        return {name: float(value) for name, value in shown.items()}
+        return dict(shown)
 
     def codes(self) -> dict[str, str]:
         """sha256 of every codebook's state, by global layer number."""
@@ -260,11 +267,15 @@ def train_as_megatron_lm(
 ) -> dict:
     """In a rank: train; with ``save_at`` a new model goes on from a checkpoint of that step.
 
-    ``is_listed``: the script lists the names of VQ metrics, too.
+    ``is_listed``: the script lists the names of VQ metrics, too; from 0.18 on Megatron shows no
+    others.
     """
+    from megatron.core.transformer.moe import moe_utils
+
     from vqmoe_megatron.moe import METRIC_NAMES
 
     os.environ["VQMOE_CONFIG"] = settings
+    is_listed |= hasattr(moe_utils, "get_moe_metrics_tracker")
     names = [*MOE_LOG_NAMES, *METRIC_NAMES.values()] if is_listed else None
     try:
         script = MegatronLM(recipe, overrides)

@@ -19,14 +19,12 @@ install_cpu_compat()
 
 # ruff: noqa: E402
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.transformer.moe.moe_utils import (
-    MoEAuxLossAutoScaler,
-    get_moe_layer_wise_logging_tracker,
-)
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 import vqmoe_megatron.train.trainer  # noqa: F401  what most jobs import
 from vqmoe_megatron.config import ParallelConfig, RunConfig
 from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.runtime.versions import forget_moe_log
 from vqmoe_megatron.runtime.world import build_process_groups, discover_rank, join_world
 
 
@@ -61,7 +59,7 @@ def _next(jobs: Connection) -> int | None:
 def _build_groups(sizes: dict[str, int]) -> None:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()  # forgets the groups, but does not destroy them
-        get_moe_layer_wise_logging_tracker().clear()  # holds groups
+        forget_moe_log()  # holds groups
         gc.collect()  # models hold groups, in cycles
         torch.distributed.barrier()
         for group in list(distributed_c10d._world.pg_map):

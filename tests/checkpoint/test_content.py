@@ -92,7 +92,7 @@ DAMAGES = {
     "index of something else": (holding(".metadata", pickle.dumps([1])), ".metadata is no index"),
     "data cut": (cut("__0_0.distcp", 2000), "__0_0.distcp has .* bytes instead of"),
     "data cut to nothing": (holding("__0_0.distcp", b""), "__0_0.distcp has 0 bytes instead of"),
-    "no data": (removed("__0_1.distcp"), "__0_1.distcp is missing"),
+    "no data": (removed("__0_0.distcp"), "__0_0.distcp is missing"),
     "metadata.json cut": (holding("metadata.json", "{"), "metadata.json cannot be read"),
     "metadata.json a list": (holding("metadata.json", "[]"), "metadata.json holds no object"),
     "metadata.json of nothing": (holding("metadata.json", "{}"), "metadata.json names the formats"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vqmoe_megatron.runtime import doctor
+from vqmoe_megatron.runtime.versions import MEGATRON_CORE
 
 
 def findings(environment=None):
@@ -25,7 +26,8 @@ def import_path(tmp_path, monkeypatch):
 def test_the_report_covers_every_part_and_tells_the_truth():
     report = findings({})
     expected = {"python", "torch", "process groups", "megatron-core", "transformer engine", "apex"}
-    expected |= {"layers", "grouped experts", "triton", "deepspeed", "mlflow", "sentencepiece"}
+    expected |= {"layers", "grouped experts", "triton", "deepspeed", "mlflow", "matplotlib"}
+    expected |= {"sentencepiece"}
     expected |= {"rank discovery", "cpu", "memory", "disk"}
     assert expected <= set(report)
     assert report["torch"][0] == torch.__version__
@@ -96,10 +98,28 @@ def test_a_transformer_engine_that_does_not_import_is_not_used(import_path):
     sys.modules.pop("transformer_engine", None)
 
 
-def test_another_megatron_core_version_is_pointed_out(monkeypatch):
-    monkeypatch.setattr(doctor, "EXPECTED_MEGATRON_CORE", "9.9.9")
-    path, reason = findings({})["megatron-core"]
-    assert "9.9.9" in reason and ("DIFFERS" in reason or path == "MISSING")
+@pytest.mark.parametrize(
+    ("version", "path", "says"),
+    [
+        ("9.9.9", "9.9.9", "OUTSIDE the supported megatron-core>="),
+        (None, "MISSING", "not installed; megatron-core>="),
+        ("0.16.1", "0.16.1", "supported: megatron-core>="),
+    ],
+)
+def test_a_version_is_judged_by_the_supported_range(version, path, says, monkeypatch):
+    monkeypatch.setattr(doctor, "supported_version", lambda supported: version)
+    part, found, reason = doctor.version_finding(MEGATRON_CORE)
+    assert (part, found) == ("megatron-core", path)
+    assert reason.startswith(says)
+
+
+def test_an_optional_package_that_is_missing_is_named_with_its_installation(monkeypatch):
+    assert findings({})["torch"][1].startswith("supported: torch>=")
+    monkeypatch.setattr(doctor, "missing", lambda package: f"{package} is not installed (do)")
+    report = findings({})
+    for package in ("mlflow", "matplotlib", "sentencepiece"):
+        path, reason = report[package]
+        assert path == "not used" and reason.startswith(f"{package} is not installed (do); ")
 
 
 def test_printing_imports_neither_megatron_nor_mlflow():
@@ -107,7 +127,7 @@ def test_printing_imports_neither_megatron_nor_mlflow():
         "import sys\n"
         "from vqmoe_megatron.runtime.doctor import print_doctor\n"
         "print_doctor()\n"
-        "heavy = {'megatron', 'mlflow', 'deepspeed', 'apex'} & set(sys.modules)\n"
+        "heavy = {'megatron.core', 'mlflow', 'deepspeed', 'apex'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -12,6 +12,9 @@ quiet_known_messages()
 log = logging.getLogger("megatron.core.tensor_parallel.random")
 log.warning("CPU RNG state changed within GPU RNG context")
 log.warning("a real problem")
+for name in ("models.gpt.gpt_model", "dist_checkpointing.strategies.torch"):
+    logging.getLogger(f"megatron.core.{name}").warning("GPTModel IS DEPRECATED. It is")
+    logging.getLogger(f"megatron.core.{name}").warning("a problem of %s", name)
 warnings.warn("Apex is not installed. Falling back to Torch Norm")
 warnings.warn("`load_state_dict` is deprecated and will be removed in future versions. Please "
               "use `load` instead.", FutureWarning)
@@ -30,5 +33,6 @@ def test_only_the_known_messages_disappear() -> None:
     assert "a real problem" in result.stderr
     assert "another real problem" in result.stderr
     assert "RNG state" not in result.stderr
-    assert "Apex" not in result.stderr
+    assert "Apex" not in result.stderr and "IS DEPRECATED" not in result.stderr
+    assert result.stderr.count("a problem of") == 2
     assert result.stderr.count("FutureWarning") == 1 and "all_gather_object" in result.stderr

@@ -141,7 +141,7 @@ def test_a_plot_that_fails_does_not_cost_the_state(start, monkeypatch, capsys):
     def no_space(folder):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("vqmoe_megatron.train.run_report.draw_run_plots", no_space)
+    monkeypatch.setattr("vqmoe_megatron.analysis.plots.draw_run_plots", no_space)
     report = start("tracking.mlflow=false")
     report.finish("requeue", 7, "told to stop")
     status = read_status(report.run_dir.path)

@@ -25,6 +25,7 @@ from vqmoe_megatron.rundir.own_outputs import (
     said_as_refusal,
     sealed,
 )
+from vqmoe_megatron.runtime.optional_packages import require
 
 Row = dict[str, Any]
 BLUE, GREY = "#0072B2", "#666666"
@@ -56,6 +57,8 @@ class Outputs:
         for file in files:
             if not file.resolve().parent.is_dir():
                 raise ValueError(f"{file}: its directory does not exist")
+        if self.plot is not None:
+            require("matplotlib", f"--plot {self.plot}")
         if len({file.resolve() for file in files}) < len(files):
             raise ValueError("--json, --markdown and --plot need a file each")
         if self.plot is not None and self.plot.suffix != ".png":

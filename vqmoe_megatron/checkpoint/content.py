@@ -39,8 +39,8 @@ from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 FORMAT_VERSION = 2
 COMMON_FILE = "common.pt"  # Megatron's file of plain values
 NEEDED_FILES = (CONFIG_FILE, LAYOUT_FILE, CORPUS_COPY, INDEX_FILE, COMMON_FILE)
-# Of Megatron's metadata.json, as this release writes it.
-BACKENDS = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+# Of Megatron's metadata.json. From 0.17 on it does not speak of common.pt any more.
+BACKENDS = {"sharded_backend": ("torch_dist",), "common_backend": ("torch", None)}
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,9 @@ def check_format_version(folder: Path, content: CheckpointContent) -> None:
 def _check_format(path: Path) -> None:
     """Check Megatron's own description, which is written last and decides how to read the rest."""
     found = {name: read_json_object(path).get(name) for name in BACKENDS}
-    if found != BACKENDS:
-        raise damaged(path, f"names the formats {found} instead of {BACKENDS}")
+    if any(found[name] not in known for name, known in BACKENDS.items()):
+        known = {name: values[0] for name, values in BACKENDS.items()}
+        raise damaged(path, f"names the formats {found} instead of {known}")
 
 
 def _recipe(path: Path) -> RunConfig:

@@ -28,7 +28,6 @@ from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
@@ -39,6 +38,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from vqmoe_megatron.checkpoint.checksums import Checksum, foreign_files, write_checksums
+from vqmoe_megatron.checkpoint.content import COMMON_FILE
 from vqmoe_megatron.checkpoint.folder import (
     CORPUS_COPY,
     LAYOUT_FILE,
@@ -56,6 +56,7 @@ from vqmoe_megatron.rundir.atomic import name_file, replace_file, sync
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE, TRACKER_FILE
 from vqmoe_megatron.rundir.run_directory import RunDirectory
 from vqmoe_megatron.rundir.waiting import tell
+from vqmoe_megatron.runtime.versions import async_save, common_file
 
 POLL_SECONDS = 0.05
 TELL_SECONDS = 60.0
@@ -72,6 +73,7 @@ class _Save:
     folder: Path
     iteration: int
     checksums: SimpleQueue[dict[str, Checksum]]  # from this rank's writer, perhaps a fork
+    common: bytes | None  # of common.pt, where Megatron does not write it
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,9 @@ class CheckpointSaver:
             raise RuntimeError(f"{self._current.folder} is still being written; poll first")
         gather_parameters(self.state.model)
         state = sharded_state(self.state, progress)
-        save = self._prepare(progress.iteration, _global_bytes(state))
-        request = dist_checkpointing.save(state, str(save.partial), async_sharded_save=True)
+        num_bytes = _global_bytes(state)
+        save = self._prepare(progress.iteration, num_bytes, common_file(state))
+        request = async_save(state, save.partial)
         if request.async_fn is not None:  # None: this rank has nothing to write
             write = functools.partial(
                 write_buckets, *request.async_fn.args, checksums=save.checksums
@@ -175,7 +178,7 @@ class CheckpointSaver:
             f"({free_bytes / 1e9:.2f} GB free)"
         )
 
-    def _prepare(self, iteration: int, num_bytes: int) -> _Save:
+    def _prepare(self, iteration: int, num_bytes: int, common: bytes | None) -> _Save:
         """Let the first rank create the folder; all ranks learn its name, or why there is none."""
         checkpoints = self.run.run_dir.checkpoints
         answer: list[str | None] = [None, None]
@@ -194,7 +197,7 @@ class CheckpointSaver:
             raise SaveFailed(f"the checkpoint of iteration {iteration} was not written: {problem}")
         folder = checkpoints / partial_name.split(".")[0]
         queue = multiprocessing.get_context("fork").SimpleQueue()
-        return _Save(checkpoints / partial_name, folder, iteration, queue)
+        return _Save(checkpoints / partial_name, folder, iteration, queue, common)
 
     def _make_room(self, num_bytes: int) -> None:
         checkpoints = self.run.run_dir.checkpoints
@@ -225,6 +228,8 @@ class CheckpointSaver:
     def _give_name(self, save: _Save, checksums: dict[str, Checksum]) -> None:
         checkpoints, folder = self.run.run_dir.checkpoints, save.folder
         save_recipe(self.run.config, save.partial / CONFIG_FILE)
+        if save.common is not None:
+            (save.partial / COMMON_FILE).write_bytes(save.common)
         (save.partial / CORPUS_COPY).write_bytes(self.run.corpus_content)
         layout = json.dumps(asdict(self.run.layout), indent=2)
         (save.partial / LAYOUT_FILE).write_text(layout + "\n")

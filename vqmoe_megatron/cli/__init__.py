@@ -33,6 +33,7 @@ with one_line_interrupt():  # these take a third of a second
         protect_standard_streams,
     )
     from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
+    from vqmoe_megatron.runtime.versions import TORCH, check_versions, supported_version
 
 EXIT_CRASH, EXIT_USAGE = 1, 2
 RESULTS_ARE_FILES = ("prepare", "pretrain", "export", "mlflow-sync")  # not what they print
@@ -115,6 +116,7 @@ def pretrain(
 
     Example: vqmoe pretrain recipes/quickstart.yaml --nproc 2 train.train_iters=50
     """
+    check_versions()
     from vqmoe_megatron.runtime.world import choose_device, discover_rank
 
     config = load_recipe(recipe, overrides or [])
@@ -157,10 +159,8 @@ def pretrain(
                 from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat
 
                 install_cpu_compat()
-            from vqmoe_megatron.engines.megatron.abilities import require_abilities
             from vqmoe_megatron.train.pretrain import pretrain as pretrain_rank
 
-            require_abilities()
             code = pretrain_rank(run, variables, device, stop_requests)
         except BaseException as error:  # only of the imports: pretrain_rank records its own ends
             with contextlib.suppress(OSError, ValueError):  # the error itself says more
@@ -218,6 +218,8 @@ def doctor() -> None:
 
     Example: vqmoe doctor
     """
+    if supported_version(TORCH) is None:
+        check_versions()  # without it nothing can be looked at
     from vqmoe_megatron.runtime.doctor import print_doctor
 
     print_doctor()

@@ -29,6 +29,7 @@ from vqmoe_megatron.bench.cases import (
 from vqmoe_megatron.bench.progress import Progress
 from vqmoe_megatron.bench.report import Layout, Outputs, Row, show, write
 from vqmoe_megatron.runtime.table_console import table_console
+from vqmoe_megatron.runtime.versions import check_versions
 
 FAILED = 1
 Measure = Callable[[Progress], list[Row]]
@@ -275,6 +276,7 @@ def _in_world(
 def _finish(measure: Measure, layout: Layout, outputs: Outputs) -> None:
     """Measure, show and write; a failed gate or rank is one message and exit code 1, and so are
     bytes that are not the predicted ones, after everything was written."""
+    check_versions()
     from vqmoe_megatron.bench.origin import origin
 
     found_origin = origin()  # before anything loads the machine

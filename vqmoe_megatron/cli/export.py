@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vqmoe_megatron.runtime.table_console import table_console
+from vqmoe_megatron.runtime.versions import check_versions
 
 if TYPE_CHECKING:  # it imports torch, which a help text can do without
     from vqmoe_megatron.checkpoint.table_export import Export
@@ -36,6 +37,7 @@ def export(
 
     Example: vqmoe export runs/quickstart --tables exports/quickstart
     """
+    check_versions()
     from vqmoe_megatron.checkpoint.table_export import export_tables
 
     print_export(export_tables(checkpoint, tables), sys.stdout)

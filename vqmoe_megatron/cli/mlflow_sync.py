@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vqmoe_megatron.config import TrackingConfig
+from vqmoe_megatron.runtime.optional_packages import require
 from vqmoe_megatron.runtime.table_console import table_console
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def mlflow_sync(
     Example: vqmoe mlflow-sync runs/quickstart --uri http://127.0.0.1:5000
     """
     TrackingConfig(mlflow_uri=uri)  # refuses a password in the address
+    require("mlflow", "vqmoe mlflow-sync")
     from vqmoe_megatron.track.mlflow.errors import MlflowUnavailable
     from vqmoe_megatron.track.mlflow.sync import check_run_directory, sync_run
 

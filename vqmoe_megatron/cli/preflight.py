@@ -15,6 +15,7 @@ from rich.text import Text
 
 from vqmoe_megatron.config.recipe import load_recipe
 from vqmoe_megatron.runtime.standard_streams import print_path
+from vqmoe_megatron.runtime.versions import check_versions
 
 GIB = 2**30
 EXIT_GOOD, EXIT_BAD, EXIT_USAGE = 0, 1, 2
@@ -43,6 +44,7 @@ def preflight(
 
     Example: srun -N 4 vqmoe preflight recipes/parity.yaml parallel.expert_model_parallel_size=4
     """
+    check_versions()
     if recipe is None and run_dir is None:
         raise ValueError("vqmoe preflight needs a RECIPE, or --run-dir for the ranks alone")
     if recipe is not None and run_dir is not None:

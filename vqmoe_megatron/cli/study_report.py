@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from vqmoe_megatron.runtime.optional_packages import require
 from vqmoe_megatron.runtime.table_console import table_console
 
 
@@ -25,6 +26,7 @@ def report(
 
     Example: vqmoe study report recipes/studies/stdlib_experts.yaml
     """
+    require("matplotlib", "vqmoe study report")
     from vqmoe_megatron.study.report.write import write_report
 
     console = table_console()

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 
 from vqmoe_megatron.data.indexed_writer import token_dtype
 
@@ -134,6 +133,8 @@ class SentencePieceTokenizer:
         self.model = model
         self.command = command
         self.left_out = left_out or []
+        import sentencepiece
+
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._processor.vocab_size()
         self._newline = self._processor.piece_to_id("<0x0A>")
@@ -151,6 +152,8 @@ class SentencePieceTokenizer:
         cls, pieces: Callable[[str], Iterator[bytes]], vocab_size: int | None
     ) -> SentencePieceTokenizer:
         """Train on the train split; ``ValueError`` if it cannot support ``vocab_size``."""
+        import sentencepiece
+
         options = {**TRAINING_OPTIONS, "vocab_size": vocab_size or DEFAULT_VOCAB_SIZE}
         command = " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
         model = io.BytesIO()

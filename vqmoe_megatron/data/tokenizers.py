@@ -30,6 +30,7 @@ import numpy as np
 from vqmoe_megatron.data.corpus import content_folder, verify_tokenizer_file
 from vqmoe_megatron.data.indexed_writer import token_dtype
 from vqmoe_megatron.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from vqmoe_megatron.runtime.optional_packages import require
 
 # split name -> the split's text in pieces, each cut where the tokenizer allows
 Pieces = Callable[[str], Iterator[bytes]]
@@ -252,10 +253,13 @@ TOKENIZER_CLASSES: dict[str, Any] = {
 
 
 def check_tokenizer_request(kind: str, vocab_size: int | None) -> None:
-    """Raise ``ValueError`` for an unknown kind or a ``vocab_size`` that the kind cannot have."""
+    """Raise ``ValueError`` for an unknown kind, one whose package is not installed, or a
+    ``vocab_size`` that the kind cannot have."""
     if kind not in TOKENIZER_CLASSES:
         legal = ", ".join(TOKENIZER_CLASSES)
         raise ValueError(f"tokenizer {kind!r} is unknown; choose one of {legal}")
+    if kind == SentencePieceTokenizer.kind:
+        require("sentencepiece", "a sentencepiece vocabulary")
     if vocab_size is None or (kind == "byte" and vocab_size == ByteTokenizer.vocab_size):
         return
     if kind in ("byte", "char"):

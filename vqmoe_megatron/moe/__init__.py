@@ -16,6 +16,9 @@ from vqmoe_megatron.moe.spec import (
     get_vqmoe_layer_spec,
     vqmoe_layer_spec,
 )
+from vqmoe_megatron.runtime.versions import warn_of_versions
+
+warn_of_versions()
 
 __all__ = [
     "CodebookSync",

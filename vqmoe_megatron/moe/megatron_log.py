@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
 
 from vqmoe_megatron.metrics.table import layer_metrics
 from vqmoe_megatron.moe.step_owner import StepOwner
+from vqmoe_megatron.runtime.versions import add_to_moe_log
 
 _said: set[str] = set()
 
@@ -64,7 +64,7 @@ def log_statistics(owners: list[StepOwner]) -> None:
             values.zero_()
     for name, of_layers in zip(names.values(), values, strict=True):
         for number, value in enumerate(of_layers, start=1):
-            save_to_aux_losses_tracker(name, value, number, num_layers)
+            add_to_moe_log(name, value, number, num_layers)
 
 
 def _say_once(text: str) -> None:

@@ -21,11 +21,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vqmoe_megatron.runtime.optional_packages import OPTIONAL_PACKAGES, missing
+from vqmoe_megatron.runtime.versions import (
+    MEGATRON_CORE,
+    TORCH,
+    Supported,
+    is_supported,
+    supported_version,
+)
 from vqmoe_megatron.runtime.world import discover_rank
 
 Finding = tuple[str, str, str]  # part, path taken, reason
 
-EXPECTED_MEGATRON_CORE = "0.16.1"
 APEX_KERNELS = ("amp_C", "fused_layer_norm_cuda")
 GIB = 2**30
 
@@ -39,13 +46,12 @@ def doctor_report(environment: Mapping[str, str] | None = None) -> list[Finding]
     return [
         ("python", platform.python_version(), sys.executable),
         *_torch_findings(),
-        _megatron_core_finding(),
+        version_finding(MEGATRON_CORE),
         *_normalisation_findings(),
         _grouped_mm_finding(),
         _triton_finding(),
         _deepspeed_finding(),
-        _package_finding("mlflow", "runs are tracked", "metrics.jsonl is still written"),
-        _package_finding("sentencepiece", "its vocabularies work", "byte, char and word work"),
+        *map(_optional_finding, OPTIONAL_PACKAGES),
         rank_discovery_finding(environment),
         *_machine_findings(environment),
     ]
@@ -126,19 +132,21 @@ def _torch_findings() -> list[Finding]:
     chosen = backend if backend in backends else "MISSING"
     reason = f"{backend} goes with the device; available: {', '.join(backends) or 'none'}"
     return [
-        ("torch", torch.__version__, build),
+        version_finding(TORCH, f"; {build}"),
         *(devices or [("device", "cpu", f"no CUDA device is visible; torch {build}")]),
         ("process groups", chosen, reason),
     ]
 
 
-def _megatron_core_finding() -> Finding:
-    version = installed_version("megatron-core")
+def version_finding(supported: Supported, more: str = "") -> Finding:
+    """Tell whether the installed torch or megatron-core is in the supported range."""
+    package, wanted = supported.package, supported.requirement
+    version = supported_version(supported)
     if version is None:
-        return ("megatron-core", "MISSING", f"not installed; {EXPECTED_MEGATRON_CORE} is needed")
-    if version != EXPECTED_MEGATRON_CORE:
-        return ("megatron-core", version, f"DIFFERS from the tested {EXPECTED_MEGATRON_CORE}")
-    return ("megatron-core", version, "the tested version")
+        return (package, "MISSING", f"not installed; {wanted} is needed")
+    if not is_supported(supported, version):
+        return (package, version, f"OUTSIDE the supported {wanted}{more}")
+    return (package, version, f"supported: {wanted}{more}")
 
 
 def _normalisation_findings() -> list[Finding]:
@@ -193,11 +201,11 @@ def _deepspeed_finding() -> Finding:
     return ("deepspeed", "not used", f"{reason}; training runs on megatron-core's own optimizer")
 
 
-def _package_finding(package: str, when_present: str, when_missing: str) -> Finding:
-    version = installed_version(package)
-    if version is None:
-        return (package, "not used", f"not installed; {when_missing}")
-    return (package, version, when_present)
+def _optional_finding(package: str) -> Finding:
+    problem, optional = missing(package), OPTIONAL_PACKAGES[package]
+    if problem is not None:
+        return (package, "not used", f"{problem}; {optional.without_it}")
+    return (package, installed_version(package) or "of unknown version", optional.with_it)
 
 
 def _machine_findings(environment: Mapping[str, str]) -> list[Finding]:

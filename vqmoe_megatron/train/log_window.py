@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterator
 
 import torch
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
 from vqmoe_megatron.checkpoint.state import Progress
 from vqmoe_megatron.engines.megatron.step import StepResult
 from vqmoe_megatron.runtime.host_memory import release_free_memory
+from vqmoe_megatron.runtime.versions import clear_moe_log
 from vqmoe_megatron.train.preflight import CheckedRun
 from vqmoe_megatron.train.run_metrics import (
     LayerStatistics,
@@ -43,7 +43,7 @@ class LogWindow:
             release_free_memory()
         for iterator in iterators:
             iterator.take_seconds()
-        clear_aux_losses_tracker()  # after a rollback it holds steps that no longer count
+        clear_moe_log()  # after a rollback it holds steps that no longer count
         self._layers = LayerWindow()
         self._started = time.perf_counter()
         self._core_seconds, self._num_steps = 0.0, 0

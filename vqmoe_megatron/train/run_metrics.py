@@ -12,14 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_utils import (
-    clear_aux_losses_tracker,
-    get_moe_layer_wise_logging_tracker,
-)
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.metrics.table import layer_metric
 from vqmoe_megatron.moe.step_owner import LayerStatistics
+from vqmoe_megatron.runtime.versions import clear_moe_log, moe_log_values
 
 
 @dataclass
@@ -98,13 +95,12 @@ def balance_loss(config: RunConfig, num_steps: int, num_microbatches: int) -> di
     if not has_loss or config.vq.path == "discrete" or not num_steps:
         return {}
     values = torch.zeros(model.num_layers, device=torch.cuda.current_device())
-    for name, entry in get_moe_layer_wise_logging_tracker().items():
+    for name, part, is_global in moe_log_values():
         if name.endswith("load_balancing_loss"):
             # Each rank holds a part of its data-parallel rank's loss, or of the global one.
-            whole = entry["reduce_group_has_dp"]
-            dp_size = 1 if whole else parallel_state.get_data_parallel_world_size()
-            values += entry["values"] / dp_size
-    clear_aux_losses_tracker()
+            dp_size = 1 if is_global else parallel_state.get_data_parallel_world_size()
+            values += part / dp_size
+    clear_moe_log()
     replicas = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     torch.distributed.all_reduce(values, group=replicas)
     torch.distributed.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())

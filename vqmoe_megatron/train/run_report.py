@@ -9,11 +9,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from vqmoe_megatron.analysis.plots import draw_run_plots
 from vqmoe_megatron.checkpoint.folder import iteration_of
 from vqmoe_megatron.config.recipe import flatten_config, save_recipe
 from vqmoe_megatron.rundir.file_names import SYSTEM_METRICS_FILE
 from vqmoe_megatron.rundir.status import read_status, write_status
+from vqmoe_megatron.runtime.optional_packages import missing
 from vqmoe_megatron.track.console import RunConsole
 from vqmoe_megatron.track.metrics_log import MetricsLog
 from vqmoe_megatron.track.system_metrics import SystemMetrics
@@ -135,7 +135,13 @@ class Rank0Report(RunReport):
 
     def _draw_plots(self) -> None:
         """A picture must not cost a saved run its state: the launcher decides on that."""
+        problem = missing("matplotlib")
+        if problem is not None:
+            self.message(f"no plots: {problem}")
+            return
         try:
+            from vqmoe_megatron.analysis.plots import draw_run_plots
+
             for plot in draw_run_plots(self.run_dir.path):
                 self.trackers.log_artifact(plot, "plots")
         except Exception as error:

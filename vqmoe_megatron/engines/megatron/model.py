@@ -13,7 +13,6 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
@@ -24,6 +23,7 @@ from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
 from vqmoe_megatron.moe.spec import get_vqmoe_block_spec
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.runtime.static_graph import Graph
+from vqmoe_megatron.runtime.versions import forget_moe_log
 
 ACTIVATIONS = {
     "gelu": torch.nn.functional.gelu,
@@ -116,8 +116,7 @@ def build_model(
 
     Communicates: DDP broadcasts parameters of the data-parallel group.
     """
-    # Megatron's tracker is global and sized for the first model of a process.
-    get_moe_layer_wise_logging_tracker().clear()
+    forget_moe_log()  # of another model of this process
     num_chunks = layout.virtual_pipeline_model_parallel_size or 1
     chunks = [
         _build_chunk(config, transformer, stage if num_chunks > 1 else None, engine, new_graph)

@@ -1,4 +1,4 @@
-"""The one place that adapts megatron-core 0.16.1 to CPU + gloo. Nothing happens on import.
+"""The one place that adapts megatron-core to CPU + gloo. Nothing happens on import.
 
 :func:`install_cpu_compat` is called explicitly, before any model is built, and refuses to run where
 CUDA is usable. Each adaptation has its reason beside it; all of them were found by running.
@@ -16,6 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from vqmoe_megatron.runtime.versions import results_queue_function
 
 _installed = False
 
@@ -195,7 +197,8 @@ def _adapt_megatron_modules() -> None:
     moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
     token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
 
-    filesystem_async._get_write_results_queue = lambda: _results_of(os.getpid())
+    name = results_queue_function(filesystem_async)
+    setattr(filesystem_async, name, lambda: _results_of(os.getpid()))
 
 
 @functools.cache

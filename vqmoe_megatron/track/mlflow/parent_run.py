@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vqmoe_megatron.rundir.waiting import told_while_waiting
+from vqmoe_megatron.runtime.optional_packages import missing
 from vqmoe_megatron.track.mlflow.errors import MlflowUnavailable, explained
 from vqmoe_megatron.track.mlflow.run_params import MAX_TAG_CHARACTERS, shortened
 from vqmoe_megatron.track.mlflow.store import Outcome, connect, open_experiment
@@ -78,6 +79,9 @@ def _at(uri: str | None, action: Callable[[str], _Result]) -> _Result:
             "the parent run needs a URI: tracking.mlflow_uri, or default_mlflow_uri(run_dir) of "
             "one of the study's run directories"
         )
+    problem = missing("mlflow")
+    if problem is not None:
+        raise MlflowUnavailable(problem)
     try:
         with told_while_waiting(f"waiting for MLflow at {uri}"):
             return action(uri)

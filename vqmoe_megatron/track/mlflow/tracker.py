@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Literal
 from vqmoe_megatron.rundir.file_lock import LockWait
 from vqmoe_megatron.rundir.file_names import METRICS_FILE, SYSTEM_METRICS_FILE
 from vqmoe_megatron.rundir.waiting import tell_nobody
+from vqmoe_megatron.runtime.optional_packages import missing
 from vqmoe_megatron.track.attempt_tags import attempt_tags
 from vqmoe_megatron.track.metrics_tail import MetricsTail
 from vqmoe_megatron.track.mlflow.errors import first_line
@@ -48,6 +49,7 @@ from vqmoe_megatron.track.mlflow.store import (
     open_run,
 )
 from vqmoe_megatron.track.mlflow.store_retry import LONGEST_PAUSE_S, StoreRetry
+from vqmoe_megatron.track.mlflow.untracked import UntrackedRun
 from vqmoe_megatron.track.mlflow.writer import (
     metric_batches,
     send_metrics,
@@ -143,18 +145,33 @@ class MlflowTracker(Tracker):
             )
 
     @classmethod
-    def open(cls, run: TrackedRun) -> MlflowTracker:
+    def open(cls, run: TrackedRun) -> Tracker:
         """Open this directory's MLflow run, or a new one when another run starts in it.
 
         An attempt killed before its first save is the same run; one that reached its end is not. A
         run that starts from another directory's checkpoint is tagged with that one's run id.
+        Without MLflow the run is not tracked, and says so.
         """
-        tracking = run.config.tracking
         record = open_record(run.run_dir, run.report)
         if not run.is_resumed and (record.is_completed or not run.is_same):
             record.forget()
         attempt = record.begin_attempt()
-        tracker = cls(
+        problem = missing("mlflow")
+        tracker = cls._connected(run, record) if problem is None else UntrackedRun(run, record)
+        if problem is None:
+            run.report(f"mlflow: {tracker.uri} run {tracker.run_id}")
+        else:
+            run.report(f"not tracked: {problem}; `vqmoe mlflow-sync {run.run_dir}` sends it later")
+        facts = {"from_iteration": run.start_iteration, "world_size": run.world_size}
+        tracker.set_tags(attempt_tags(attempt, facts, os.environ))
+        if run.mlflow_run_id is not None and not run.is_resumed:
+            tracker.set_tags({"started_from_run": run.mlflow_run_id})
+        return tracker
+
+    @classmethod
+    def _connected(cls, run: TrackedRun, record: MlflowRecord) -> MlflowTracker:
+        tracking = run.config.tracking
+        return cls(
             tracking.mlflow_uri,
             tracking.experiment,
             tracking.run_name,
@@ -165,12 +182,6 @@ class MlflowTracker(Tracker):
             parent_run_id=tracking.parent_run_id,
             report=run.report,
         )
-        run.report(f"mlflow: {tracker.uri} run {tracker.run_id}")
-        facts = {"from_iteration": run.start_iteration, "world_size": run.world_size}
-        tracker.set_tags(attempt_tags(attempt, facts, os.environ))
-        if run.mlflow_run_id is not None and not run.is_resumed:
-            tracker.set_tags({"started_from_run": run.mlflow_run_id})
-        return tracker
 
     @property
     def run_id(self) -> str | None:

@@ -1,0 +1,51 @@
+"""Packages that one part needs and training does not: whether they are here, and what to do if not.
+
+They are extras of setup.cfg. Only the part that needs one imports it, and asks here before, so that
+a missing package is a sentence and not a traceback.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import NamedTuple
+
+
+class OptionalPackage(NamedTuple):
+    """What brings a package, and what it is for."""
+
+    requirement: str  # as pip takes it
+    with_it: str
+    without_it: str
+
+
+# By the module that is imported, which is the name of the package, too.
+OPTIONAL_PACKAGES = {
+    "mlflow": OptionalPackage(
+        "mlflow>=3.5,<4", "runs are tracked", "runs are not tracked, metrics.jsonl is still written"
+    ),
+    "matplotlib": OptionalPackage(
+        "matplotlib>=3.9,<4", "plots are drawn", "no plots; what they show is still written"
+    ),
+    "sentencepiece": OptionalPackage(
+        "sentencepiece>=0.2,<0.3", "its vocabularies work", "byte, char and word work"
+    ),
+}
+
+
+def missing(package: str) -> str | None:
+    """Say that ``package`` is not installed and how to install it; None when it can be found.
+
+    Args:
+        package: a key of :data:`OPTIONAL_PACKAGES`. It is not imported.
+    """
+    if importlib.util.find_spec(package) is not None:
+        return None
+    requirement = OPTIONAL_PACKAGES[package].requirement
+    return f"{package} is not installed (pip install '{requirement}')"
+
+
+def require(package: str, what: str) -> None:
+    """Raise ``ValueError`` when ``package`` is missing; ``what`` names the part that needs it."""
+    problem = missing(package)
+    if problem is not None:
+        raise ValueError(f"{what} is not possible: {problem}")
