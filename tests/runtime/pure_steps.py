@@ -16,7 +16,6 @@ grouped_mm, whose rule for shapes knows bf16 only.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -26,17 +25,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "simulate")]
-
 import torch
 from counted_ranks import SIZES, random_batches, small_recipe
-
-from vqmoe_megatron.runtime.cpu_compat import in_place_of_cuda, install_cpu_compat
-
-install_cpu_compat()
-
 from megatron.core import parallel_state
 
 from vqmoe_megatron.config import RunConfig
@@ -48,6 +38,7 @@ from vqmoe_megatron.moe.expert_engine import ExpertEngine
 from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.plan.layout import check_layout
 from vqmoe_megatron.runtime.collective_counter import process_group_axes
+from vqmoe_megatron.runtime.cpu_compat import in_place_of_cuda, install_cpu_compat
 from vqmoe_megatron.runtime.cpu_compat.fake_world import fake_ranks
 from vqmoe_megatron.runtime.cpu_compat.meta_device import answered_reads
 from vqmoe_megatron.runtime.device_purity import DevicePurity, ImpureStep
@@ -58,6 +49,7 @@ from vqmoe_megatron.tasks.pretrain import Pretrain
 from vqmoe_megatron.vq.code_map import mod_map
 from vqmoe_megatron.vq.permutation import PermutationPlan
 
+NUM_MICROBATCHES = 2
 FIRST_STEP = "first step"  # in the place of what is planted: that step is watched, from data
 
 
@@ -114,6 +106,7 @@ def watch(config: RunConfig, world_size: int, rank: int, planted: str) -> Device
             assert not parts.step(iterators, 0, False).skipped
         with PLANTED[planted](), DevicePurity("meta") as purity:
             assert not parts.step(iterators, 0, False).skipped
+        assert parts.layers  # their codebooks moved
     return purity
 
 
@@ -161,16 +154,22 @@ PLANTED = {
 
 def main(folder: Path) -> None:
     """Watch every case of the folder."""
+    install_cpu_compat()
     found = {}
-    for name, (sizes, overrides, planted) in json.loads((folder / "cases.json").read_text()).items():
+    for name, (sizes, overrides, planted) in json.loads(
+        (folder / "cases.json").read_text()
+    ).items():
         layout = {word.rstrip("248"): int(word[-1]) for word in sizes.split()}
         world_size = layout.pop("dp", 1) * max(1, layout.get("pp", 1))
         world_size *= max(layout.get("tp", 1), layout.get("ep", 1) * layout.get("etp", 1))
         assert set(layout) <= set(SIZES), layout
-        config = small_recipe(layout, overrides)
+        num_samples = NUM_MICROBATCHES * world_size // (layout.get("tp", 1) * layout.get("pp", 1))
+        config = small_recipe(layout, [f"train.global_batch_size={num_samples}", *overrides])
+        ranks = [layout.get("tp", 1) - 1]  # the first replica, whose tokens replace dead codes
+        ranks += [world_size - 1] if "pp" in layout else []  # and the last stage
         try:
-            purity = watch(config, world_size, world_size - 1, planted)
-            found[name] = {"seen": [[s.kind, s.operator, s.place] for s in purity.seen]}
+            seen = [one for rank in ranks for one in watch(config, world_size, rank, planted).seen]
+            found[name] = {"seen": [[one.kind, one.operator, one.place] for one in seen]}
         except ImpureStep as error:
             found[name] = {"refused": str(error)}
         except Exception:

@@ -12,6 +12,8 @@ OF_EVERY_STEP = {
     "from the tokens, and the collectives take them as numbers; none at EP = ETP = 1",
     "vqmoe_megatron.engines.megatron.step:__call__": "the loop goes on by what all ranks saw: a "
     "loss or gradient that is not finite, a request to stop or to save",
+    "megatron.core.distributed.finalize_model_grads:finalize_model_grads": "with "
+    "calculate_per_token_loss Megatron divides by the tokens of the batch if there are any",
     "megatron.core.optimizer.clip_grads:get_grad_norm_fp32": "Megatron clips by a number",
     "megatron.core.utils:local_multi_tensor_l2_norm": "Megatron's gradient norm where neither "
     "Transformer Engine nor Apex is installed: one read per parameter, one copy back",

@@ -80,9 +80,7 @@ def revive_dead_codes(
     num_slices, num_codes, _ = state.codes.shape
     dead = state.usage < threshold / num_codes
     generator = torch.Generator().manual_seed(seed)
-    order = on_device(
-        torch.randperm(candidates.shape[0], generator=generator), candidates.device
-    )
+    order = on_device(torch.randperm(candidates.shape[0], generator=generator), candidates.device)
     position = (dead.cumsum(dim=1) - 1).clamp(min=0) % candidates.shape[0]  # [C, K]
     slices = torch.arange(num_slices, device=candidates.device).unsqueeze(1)
     replacement = candidates[order[position], slices]  # [C, K, D]

@@ -18,8 +18,8 @@ from megatron.core.tensor_parallel import random as megatron_random
 
 @contextmanager
 def fake_ranks() -> Iterator[None]:
-    """Replace, for a while, what cannot work on a fake process group alone: objects travel as bytes,
-    and nobody sends any."""
+    """Replace, for a while, what cannot work on a fake process group alone: objects travel as
+    bytes, and nobody sends any."""
     with mock.patch.object(torch.distributed, "all_gather_object", _all_say_the_same):
         yield
 

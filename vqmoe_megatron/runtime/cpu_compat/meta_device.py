@@ -1,9 +1,9 @@
 """Answers for what reads a tensor on the ``meta`` device, which has a shape and no contents.
 
-A step whose ``cuda`` is ``meta`` (``in_place_of_cuda``) differs from one on a GPU in this alone: what
-comes back to the host is made up, as in a step that goes well. A flag is True, a count 0, a measure
-1.0. What shapes would follow from contents (``nonzero``, ``masked_select``, a boolean index) has no
-answer, and torch says so.
+A step whose ``cuda`` is ``meta`` (``in_place_of_cuda``) differs from one on a GPU in two things.
+What comes back to the host is made up, as in a step that goes well: a flag is True, a count 0, a
+measure 1.0. And the plain torch of the CPU runs, not the kernels of CUDA. Shapes that would follow
+from contents (``nonzero``, ``masked_select``, a boolean index) have no answer, and torch says so.
 """
 
 from __future__ import annotations

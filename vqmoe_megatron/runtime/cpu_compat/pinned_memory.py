@@ -1,7 +1,7 @@
 """Which host tensors count as pinned, on a machine where no memory is.
 
-A copy from pinned memory does not hold up the host, a copy from other memory does. Where the ``meta``
-device stands in for CUDA the difference is kept, so that a step can be judged by it.
+A copy from pinned memory does not hold up the host, a copy from other memory does. Where the
+``meta`` device stands in for CUDA the difference is kept, so that a step can be judged by it.
 """
 
 from __future__ import annotations
