@@ -147,12 +147,14 @@ class CodeAssigner(KeepsStatistics):
 
     def candidate_table(self) -> torch.Tensor:
         """fp32 ``[M, C, D]``, filled in this rank's slots; the sum over ranks is the table."""
-        codebook = self.codebook
+        codebook, slots = self.codebook, self.step_candidate_slots
+        if codebook.step_candidates is not None and slots.numel() == self.num_candidates:
+            return codebook.step_candidates
         table = codebook.step_count.new_zeros(
             self.num_candidates, codebook.num_slices, codebook.width
         )
-        if self.step_candidate_slots is not None and codebook.step_candidates is not None:
-            table[self.step_candidate_slots] = codebook.step_candidates
+        if codebook.step_candidates is not None:
+            table[slots] = codebook.step_candidates
         return table
 
     def local_parts(self) -> list[torch.Tensor]:
@@ -171,9 +173,10 @@ class CodeAssigner(KeepsStatistics):
 
         Returns fp32 scalars by metric name, and code usage ``[C, K]`` in tokens. No communication.
         """
-        losses, usage = next(reduced), next(reduced)
+        losses, count = next(reduced), next(reduced)
         total = next(reduced) if self.codebook.keeps_sums else None
-        scalars = self.codebook.apply_step(StepStatistics(usage, total, next(reduced)))
+        usage = count.clone()  # the codebook's step clears its counts
+        scalars = self.codebook.apply_step(StepStatistics(count, total, next(reduced)))
         return scalars | _loss_scalars(losses), usage
 
     def scalars_of(self, parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
