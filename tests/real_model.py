@@ -137,10 +137,12 @@ class PeakBytes(TorchDispatchMode):
 
     What was there before does not count, nor what gloo makes inside of a collective, the copies
     by which it does without a reduce-scatter: NCCL has one. Of those only views are ever seen.
+    ``device_type``: of all storages that count; None counts every device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str | None = None) -> None:
         super().__init__()
+        self.device_type = device_type
         tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
         # Held, so that no other storage comes to lie in the place of one that is gone.
         self.kept = {
@@ -157,6 +159,8 @@ class PeakBytes(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         for storage in _storages_in(made):
             place, num_bytes = storage._cdata, storage.nbytes()
+            if self.device_type not in (None, storage.device.type):
+                continue
             if place not in self.kept and place not in self.alive and place not in given:
                 self.alive[place] = num_bytes
                 self._total += num_bytes

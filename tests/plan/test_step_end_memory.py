@@ -6,10 +6,11 @@ import pytest
 from real_model import recipe
 
 from vqmoe_megatron.plan.layout import check_layout
-from vqmoe_megatron.plan.state_memory import state_bytes
+from vqmoe_megatron.plan.state_memory import stage_buffers, state_bytes
 from vqmoe_megatron.plan.step_end_memory import (
     candidate_bytes,
     codebook_move_bytes,
+    save_bytes,
     step_end_bytes,
 )
 
@@ -55,3 +56,12 @@ def test_the_optimizer_makes_three_of_its_largest_piece_or_none() -> None:
     assert step_end_bytes(config, layout, 0, "local", state) == 3 * state.largest_piece
     fused = step_end_bytes(config, layout, 0, "fused", state)
     assert fused == candidate_bytes(config, layout, 0, 1) + codebook_move_bytes(config, layout)
+
+
+def test_a_save_gathers_the_largest_bucket() -> None:
+    config = recipe(["optimizer.use_distributed_optimizer=true", "train.global_batch_size=12"])
+    layout = check_layout(config, 3, "cpu")
+    buckets = [end - start for b in stage_buffers(config, layout, 0) for start, end in b.buckets]
+    assert len(buckets) == 2
+    assert save_bytes(config, layout, 0) == max(buckets) * 4 // 3 * 4
+    assert save_bytes(recipe([]), layout, 0) == 0

@@ -28,7 +28,9 @@ from unittest import mock
 import torch
 from counted_ranks import SIZES, random_batches, small_recipe
 from megatron.core import parallel_state
+from real_model import PeakBytes
 
+from vqmoe_megatron.checkpoint.state import Progress, TrainingState, sharded_state
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.engines.megatron.engine import MegatronEngine
 from vqmoe_megatron.moe.backward_hook import run_in_backward
@@ -50,6 +52,7 @@ from vqmoe_megatron.vq.code_map import mod_map
 from vqmoe_megatron.vq.permutation import PermutationPlan
 
 NUM_MICROBATCHES = 2
+SAVE = "save"
 FIRST_STEP = "first step"  # in the place of what is planted: that step is watched, from data
 
 
@@ -82,8 +85,9 @@ class Fp32ShapesEngine(ShapesEngine):
         self.experts.matmul = same_shape_as_grouped_linear
 
 
-def watch(config: RunConfig, world_size: int, rank: int, planted: str) -> DevicePurity:
-    """Take two steps, or one, and watch the last."""
+def watch(config: RunConfig, world_size: int, rank: int, planted: str) -> DevicePurity | PeakBytes:
+    """Take two steps, or one, and watch the last; or, behind them, what a save makes on the
+    device."""
     is_first = planted == FIRST_STEP
     start = replace(config.train, layout_independent_init=False)
     config = replace(config, train=start) if is_first else without_values(config)
@@ -104,6 +108,11 @@ def watch(config: RunConfig, world_size: int, rank: int, planted: str) -> Device
         iterators = [_pinned_batches(config) for _ in parts.model]
         if not is_first:
             assert not parts.step(iterators, 0, False).skipped
+        if planted == SAVE:
+            state = TrainingState(parts.model, parts.optimizer, parts.scheduler)
+            with PeakBytes("meta") as made:
+                sharded_state(state, Progress(1, 1, 0))
+            return made
         with PLANTED[planted](), DevicePurity("meta") as purity:
             assert not parts.step(iterators, 0, False).skipped
         assert parts.layers  # their codebooks moved
@@ -143,6 +152,7 @@ def planted_copy(x: torch.Tensor) -> torch.Tensor:
 PLANTED = {
     "": nullcontext,
     FIRST_STEP: nullcontext,
+    SAVE: nullcontext,
     "host arange": _in_layer(lambda x: x + torch.arange(x.shape[-1])),
     "host matrix": _in_layer(lambda x: x @ torch.eye(x.shape[-1], dtype=x.dtype)),
     "host number": _in_layer(lambda x: x * torch.tensor(2.0)),
@@ -168,6 +178,10 @@ def main(folder: Path) -> None:
         ranks = [layout.get("tp", 1) - 1]  # the first replica, whose tokens replace dead codes
         ranks += [world_size - 1] if "pp" in layout else []  # and the last stage
         try:
+            if planted == SAVE:
+                made = watch(config, world_size, world_size - 1, planted)
+                found[name] = {"peak_bytes": made.peak, "largest_bytes": made.largest}
+                continue
             seen = [one for rank in ranks for one in watch(config, world_size, rank, planted).seen]
             found[name] = {"seen": [[one.kind, one.operator, one.place] for one in seen]}
         except ImpureStep as error:

@@ -17,8 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from counted_ranks import small_recipe
 from fast_tier import covering
 
+from vqmoe_megatron.plan.layout import check_layout
+from vqmoe_megatron.plan.step_end_memory import save_bytes
 from vqmoe_megatron.runtime.cpu_compat.meta_device import answered_reads
 from vqmoe_megatron.runtime.device_purity import DevicePurity, ImpureStep
 from vqmoe_megatron.runtime.host_synchronisations import OF_EVERY_STEP, OF_THE_FIRST_STEP
@@ -95,6 +98,12 @@ OTHER_CASES = {
     "first step, balanced": ("", f"{BF16} vq.init=kmeans vq.code_map=balanced", FIRST_STEP),
     "first step, clustered": ("", f"{BF16} vq.init=data vq.code_map=clustered", FIRST_STEP),
 }  # fmt: skip
+SAVES = {
+    "save, plain": ("dp2", BF16),
+    "save, distributed": ("dp2", f"{BF16} {DISTRIBUTED}"),
+    "save, fp32, experts": ("ep2", DISTRIBUTED),
+    "save, buckets": ("tp2 ep2", f"{BF16} {OVERLAP}"),
+}
 PLANTS = ("host arange", "host matrix", "host number", "item", "item backward", "copy")
 
 
@@ -106,6 +115,7 @@ def steps(tmp_path_factory) -> dict[str, Any]:
         name: [sizes, words.split(), plant] for name, (sizes, words, plant) in OTHER_CASES.items()
     }
     cases |= {plant: ["", [BF16], plant] for plant in PLANTS}
+    cases |= {name: [sizes, words.split(), "save"] for name, (sizes, words) in SAVES.items()}
     cases = {name: [sizes, SMALL + words, plant] for name, (sizes, words, plant) in cases.items()}
     folder = tmp_path_factory.mktemp("pure_steps")
     (folder / "cases.json").write_text(json.dumps(cases))
@@ -183,6 +193,17 @@ def test_a_wait_in_the_layer_is_seen(plant: str, kind: str, function: str, steps
 
 def test_a_host_number_is_legal(steps) -> None:  # noqa: ANN001
     assert {place for _, _, place in seen_in(steps["host number"])} <= set(OF_EVERY_STEP)
+
+
+@pytest.mark.parametrize("name", SAVES)
+def test_a_save_makes_on_the_device_what_is_planned(name: str, steps) -> None:  # noqa: ANN001
+    sizes, words = SAVES[name]
+    layout = {word[:-1]: int(word[-1]) for word in sizes.split()}
+    layout.pop("dp", None)
+    config = small_recipe(layout, [*SMALL, *words.split()])
+    planned = save_bytes(config, check_layout(config, 2, "cpu"), 0)
+    assert steps[name]["peak_bytes"] == planned
+    assert (planned > 0) == config.optimizer.use_distributed_optimizer
 
 
 X = torch.zeros(4, 3, device="meta")

@@ -38,7 +38,11 @@ from vqmoe_megatron.plan.parameters import (
 )
 from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.state_memory import StateBytes, state_bytes
-from vqmoe_megatron.plan.step_end_memory import candidate_bytes, step_end_bytes
+from vqmoe_megatron.plan.step_end_memory import (
+    candidate_bytes,
+    save_bytes,
+    step_end_bytes,
+)
 
 EXCLUDED = (
     "fragmentation and caching of the allocator",
@@ -46,7 +50,7 @@ EXCLUDED = (
     "the CUDA context, cuBLAS and compiled kernels",
     "uneven expert load: rows are counted as if experts were equally loaded",
     "data loader, tokenizer and the Python process",
-    "a checkpoint being written (async_save on the CPU forks the process)",
+    "a checkpoint on the host while it is written (async_save on the CPU forks the process)",
     "evaluation, which keeps nothing for a backward pass",
 )
 
@@ -65,6 +69,7 @@ class StageMemory:
     head: int  # contained in activations: gone when the backward pass comes to a layer
     candidates: int  # tokens kept for dead codes while microbatches follow
     step_end: int  # temporaries of codebooks and optimizer, when activations are gone
+    save: int  # gathered of the distributed optimizer's state, between steps
 
     @property
     def transient(self) -> int:
@@ -73,10 +78,15 @@ class StageMemory:
         return max(in_a_layer, self.workspace)
 
     @property
-    def peak(self) -> int:
+    def step_peak(self) -> int:
         """State, and either everything in flight with the largest transient, or the step's end."""
         in_flight = self.activations + self.code_tables + self.candidates
         return self.state.total + max(in_flight + self.transient, self.step_end)
+
+    @property
+    def peak(self) -> int:
+        """Of a step or of a save."""
+        return max(self.step_peak, self.state.total + self.save)
 
     def by_part(self) -> dict[str, int]:
         """Bytes by part, in the order of the report."""
@@ -92,6 +102,7 @@ class StageMemory:
             "workspace": self.workspace,
             "candidates": self.candidates,
             "step_end": self.step_end,
+            "save": self.save,
             "peak": self.peak,
         }
 
@@ -145,6 +156,7 @@ def stage_memory(
         head=kept.head if places[-1].is_last else 0,
         candidates=candidates,
         step_end=step_end_bytes(config, layout, pipeline_rank, kernels, state),
+        save=save_bytes(config, layout, pipeline_rank),
     )
 
 

@@ -1,4 +1,5 @@
-"""What a rank makes while a step ends: candidates for dead codes, the codebooks' moves, Adam's.
+"""What a rank makes between two steps: candidates, the codebooks' moves, Adam's temporaries, and
+what a save gathers.
 
 C code slices, K codes per slice, D slice width, M candidates, u = 4 C K D bytes. Activations are
 gone by then. The temporaries are those of ``vq/codebook_update.py``, one layer at a time, and of
@@ -10,6 +11,8 @@ torch's Adam, one parameter at a time; fused optimizers make none.
     reanchor    similarities, draws and two logarithms of [C, K, M]: 16 C K M
     Adam        root and quotient of a parameter, beside the quotient of the one before: 3 of the
                 largest piece in fp32
+    save        the distributed optimizer's state goes to every rank of a bucket, one of its three
+                tensors at a time: the bucket in fp32, beside this rank's shard of it
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.parameters import chunk_places, num_moe_layers
 from vqmoe_megatron.plan.shape import LayerShape
-from vqmoe_megatron.plan.state_memory import MAX_CANDIDATES, StateBytes
+from vqmoe_megatron.plan.state_memory import MAX_CANDIDATES, StateBytes, stage_buffers
 
 FP32_BYTES = 4
 ADAM_TENSORS = 3
@@ -68,3 +71,14 @@ def step_end_bytes(
     codebooks += codebook_move_bytes(config, layout)
     optimizer = ADAM_TENSORS * state.largest_piece if kernels == "local" else 0
     return max(codebooks, optimizer)
+
+
+def save_bytes(config: RunConfig, layout: ParallelLayout, pipeline_rank: int) -> int:
+    """Most that a save makes on the device; the whole state that it gathers lies on the host."""
+    if not config.optimizer.use_distributed_optimizer:
+        return 0
+    gathered = 0
+    for buffer in stage_buffers(config, layout, pipeline_rank):
+        bucket = max(end - start for start, end in buffer.buckets)
+        gathered = max(gathered, (bucket + bucket // buffer.num_ranks) * FP32_BYTES)
+    return gathered
