@@ -251,7 +251,8 @@ def seen_by(call: Callable[[], Any]) -> set[str]:
             call()
         except (NotImplementedError, RuntimeError) as error:
             assert not isinstance(error, ImpureStep), error
-    assert all(one.place == f"{__name__}:seen_by" for one in purity.seen)
+    assert purity.unexpected([f"{__name__}:seen_by"]) == []
+    assert len(purity.unexpected([])) == len(set(purity.seen))
     return {one.kind for one in purity.seen}
 
 

@@ -3,7 +3,8 @@ what a save gathers.
 
 C code slices, K codes per slice, D slice width, M candidates, u = 4 C K D bytes. Activations are
 gone by then. The temporaries are those of ``vq/codebook_update.py``, one layer at a time, and of
-torch's Adam, one parameter at a time; fused optimizers make none.
+torch's Adam, one parameter at a time; fused optimizers make none (on CUDA torch's is fused, too:
+``local`` kernels then plan too much).
 
     ema         moved sums, their quotient, codes; with revival also the replacements, and sums and
                 codes with them: 6 u (3 u without revival)

@@ -1,4 +1,4 @@
-"""torch's Adam fused, as on CUDA; its kernel for the CPU runs here, told so by the device's name."""
+"""torch's Adam fused, as on CUDA: here its kernel for the CPU runs, told by the device's name."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(
         settings, model, config_overrides=overrides, use_gloo_process_groups=has_gloo_groups
     )
-    fuse_adams(optimizer, model[0].buffers[0].grad_data.device.type)
+    fuse_adams(optimizer, next(model[0].parameters()).device.type)
     _count_experts_in_the_gradient_norm(optimizer)
     batch = config.train.global_batch_size
     decay_iters = section.lr_decay_iters or config.train.train_iters
