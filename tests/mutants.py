@@ -47,8 +47,8 @@ MUTANTS = (
     Mutant(
         "loss: the codebook loss moves codes away from their tokens",
         "vq/losses.py",
-        "torch.stack(sums) * (-factor * at_codebook)",
-        "torch.stack(sums) * (factor * at_codebook)",
+        "dv.mul_(-factor * at_codebook)",
+        "dv.mul_(factor * at_codebook)",
         "tests/vq/test_losses.py",
     ),
     Mutant(
@@ -104,9 +104,44 @@ MUTANTS = (
     Mutant(
         "sync: the statistics' all-reduce is dropped",
         "moe/codebook_sync.py",
-        "torch.distributed.all_reduce(flat, group=owners[0].replica_group)",
+        "torch.distributed.all_reduce(part, group=group)",
         "pass",
         "tests/moe/test_codebook_sync.py",
+    ),
+    Mutant(
+        "purity: a number comes from pageable memory in every microbatch",
+        "moe/layer.py",
+        "discrete.new_full((), num_tokens)",
+        "discrete.new_tensor(num_tokens)",
+        "tests/runtime/test_device_purity.py",
+    ),
+    Mutant(
+        "purity: a codebook's step count is read in every step",
+        "vq/codebook.py",
+        "self._steps_taken.read(self.num_steps)",
+        "int(self.num_steps)",
+        "tests/runtime/test_device_purity.py",
+    ),
+    Mutant(
+        "purity: places of candidates are made on the host",
+        "moe/code_assigner.py",
+        "slots = torch.arange(first, end, device=self.codebook.codes.device)",
+        "slots = torch.arange(first, end)",
+        "tests/runtime/test_device_purity.py",
+    ),
+    Mutant(
+        "memory: statistics are reduced in a copy",
+        "moe/codebook_sync.py",
+        "parts = [owner.local_parts() for owner in owners]",
+        "parts = [[part.clone() for part in owner.local_parts()] for owner in owners]",
+        "tests/moe/test_codebook_sync.py",
+    ),
+    Mutant(
+        "memory: a node keeps its code table until the next microbatch",
+        "moe/table_combine.py",
+        "gradient, ctx.gradient = ctx.gradient, spent_gradient  # it holds the table",
+        "gradient = ctx.gradient",
+        "tests/plan/test_memory.py",
     ),
     Mutant(
         "sync: a recomputed forward pass is counted twice",

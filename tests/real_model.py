@@ -131,24 +131,49 @@ def measure_activations(overrides: list[str]) -> int:
     return saved_bytes(forward, excluded)[0]
 
 
-class _PeakBytes(TorchDispatchMode):
-    """Counts the storages that operations make while they live; ``peak`` is the most at once."""
+class PeakBytes(TorchDispatchMode):
+    """Counts the storages that operations make while they live; ``peak`` is the most at once, and
+    ``largest`` the largest one.
 
-    def __init__(self, kept: set[int]) -> None:
+    What was there before does not count, nor what gloo makes inside of a collective, the copies
+    by which it does without a reduce-scatter: NCCL has one. Of those only views are ever seen.
+    ``device_type``: of all storages that count; None counts every device.
+    """
+
+    def __init__(self, device_type: str | None = None) -> None:
         super().__init__()
-        self.kept, self.alive, self.peak = kept, {}, 0
+        self.device_type = device_type
+        tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
+        # Held, so that no other storage comes to lie in the place of one that is gone.
+        self.kept = {
+            tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors
+        }
+        self.alive: dict[int, int] = {}
+        self.peak = self.largest = self._total = 0
+
+    def _free(self, place: int) -> None:
+        self._total -= self.alive.pop(place)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {storage._cdata for storage in _storages_in((args, kwargs))}
         made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                place = storage._cdata
-                if place not in self.kept and place not in self.alive:
-                    self.alive[place] = storage.nbytes()
-                    weakref.finalize(storage, self.alive.pop, place)
-        self.peak = max(self.peak, sum(self.alive.values()))
+        for storage in _storages_in(made):
+            place, num_bytes = storage._cdata, storage.nbytes()
+            if self.device_type not in (None, storage.device.type):
+                continue
+            if place not in self.kept and place not in self.alive and place not in given:
+                self.alive[place] = num_bytes
+                self._total += num_bytes
+                self.largest = max(self.largest, num_bytes)
+                weakref.finalize(storage, self._free, place)
+        self.peak = max(self.peak, self._total)
         return made
+
+
+def _storages_in(held: Any) -> Iterator[Any]:
+    for leaf in tree_leaves(held):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf.untyped_storage()
 
 
 def measure_peak(overrides: list[str]) -> int:
@@ -163,8 +188,9 @@ def measure_peak(overrides: list[str]) -> int:
         chunk.train()
     batches = _batches(config)
     parts.step([batches], 0, False)  # makes the optimizer's state, and the codes from the data
-    tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
-    with _PeakBytes({tensor.untyped_storage()._cdata for tensor in tensors}) as bytes_made:
+    parts.step([batches], 0, False)  # and the probes' codes
+    gc.collect()
+    with PeakBytes() as bytes_made:
         parts.step([batches], 0, False)
     return bytes_made.peak
 

@@ -291,3 +291,31 @@ def test_every_finalized_gradient_equals_that_of_one_rank(ranks, layout: str) ->
                 atol=2e-5,
                 msg=lambda text, name=name: f"{name}: {text}",
             )
+
+
+def made_by_the_reduction() -> tuple[int, int]:
+    """In a rank: bytes of the statistics, and the most that reducing them makes at once."""
+    from real_model import PeakBytes
+
+    from vqmoe_megatron.moe.codebook_sync import reduce_statistics
+    from vqmoe_megatron.moe.step_owner import step_owners
+
+    layer = build_layer(VQConfig(**BASE))
+    (step,) = microbatches(1)
+    for microbatch in own_microbatches(step):
+        layer(microbatch)[0].sum().backward()
+    owners = step_owners([layer])
+    parts = [part for owner in owners for part in owner.local_parts()]
+    with PeakBytes() as made:
+        reduce_statistics(owners, [layer])
+    sums = [part for owner in owners for part in owner.sums.parts]
+    is_in_place = [new.data_ptr() == old.data_ptr() for new, old in zip(sums, parts, strict=True)]
+    assert all(is_in_place[:-1])  # of the first rank the candidates, too
+    return sum(part.nbytes for part in parts), made.peak
+
+
+def test_the_statistics_are_reduced_without_a_copy(ranks) -> None:  # noqa: ANN001
+    first, second = ranks(2).run(made_by_the_reduction)
+    assert first[1] == 0
+    candidates = 12 * HIDDEN * 4  # of the rank that offers none, to receive the others'
+    assert second[1] == candidates < second[0]

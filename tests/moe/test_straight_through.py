@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -55,6 +57,18 @@ def test_no_gradient_is_computed_for_a_token_that_needs_none() -> None:
     y = torch.randn(4, 3, requires_grad=True)
     with_gradient_to(y, torch.randn(4, 2), calls.append).sum().backward()
     assert calls == [] and torch.equal(y.grad, torch.ones(4, 3))
+
+
+def test_a_gradient_is_taken_once_and_then_let_go() -> None:
+    y, x = torch.randn(4, 3, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+    table = torch.randn(2)
+    held = weakref.ref(table)
+    out = with_gradient_to(y, x, lambda grad, table=table: grad[:, :2] * table)
+    del table
+    out.backward(torch.ones(4, 3), retain_graph=True)
+    assert held() is None
+    with pytest.raises(RuntimeError, match="backward a second time"):
+        out.backward(torch.ones(4, 3))
 
 
 def test_a_value_without_gradient_still_passes_one() -> None:

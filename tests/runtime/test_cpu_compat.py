@@ -200,3 +200,34 @@ compat.install_cpu_compat()
 print(before, os.environ[{variable!r}])
 """
     assert run(script) == "False 1"
+
+
+def test_meta_takes_the_cpus_part_for_a_while() -> None:
+    script = """
+from vqmoe_megatron.runtime.cpu_compat import in_place_of_cuda, install_cpu_compat
+
+def places():
+    number = torch.ones(2, pin_memory=True)
+    return [str(t.device) for t in (
+        torch.zeros(2, device='cuda'), torch.zeros(2, device=torch.cuda.current_device()),
+        torch.zeros(2).cuda(), torch.zeros(2).to('cuda'), torch.tensor(1, device='cuda'),
+        torch.nn.Linear(1, 1).cuda().weight, torch.zeros(2),
+    )] + [number.is_pinned(), number[1:].is_pinned(), torch.ones(2).is_pinned(),
+          torch.ones(2).pin_memory().is_pinned(), torch.zeros(1, device='cuda').type()]
+
+for device in ('cpu', 'tpu'):
+    try:
+        in_place_of_cuda(device).__enter__()
+    except ValueError as error:
+        print(error)
+install_cpu_compat()
+with in_place_of_cuda('meta'):
+    inside = places()
+print(inside)
+print(places())
+"""
+    refused = "in_place_of_cuda needs install_cpu_compat(), which redirects CUDA calls"
+    unknown = "device='tpu' cannot stand in for cuda: choose one of cpu, meta"
+    inside = ["meta"] * 6 + ["cpu", True, True, False, True, "torch.cuda.FloatTensor"]
+    outside = ["cpu"] * 7 + [False] * 4 + ["torch.cuda.FloatTensor"]
+    assert run(script).splitlines() == [refused, unknown, str(inside), str(outside)]

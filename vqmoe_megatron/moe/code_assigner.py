@@ -135,23 +135,26 @@ class CodeAssigner(KeepsStatistics):
         """Slots of the candidate table that this rank fills, and its token positions, int64 each.
 
         Candidate j is the token at position j * T_full // M of the full sequence order, so the
-        table does not depend on how the sequence is sharded over TP.
+        table does not depend on how the sequence is sharded over TP. Shard r of TP holds the
+        positions from r T_full / TP on, so the j from r M / TP, rounded up, on.
         """
-        tp_group = self.pg_collection.tp
-        positions = torch.arange(self.num_candidates) * (num_local_tokens * tp_group.size())
-        local = positions // self.num_candidates - tp_group.rank() * num_local_tokens
-        slots = torch.nonzero((local >= 0) & (local < num_local_tokens)).squeeze(1)
-        device = self.codebook.codes.device
-        return slots.to(device), local[slots].to(device)
+        rank, num_shards = self.pg_collection.tp.rank(), self.pg_collection.tp.size()
+        num_candidates = self.num_candidates
+        first, end = (-(-shard * num_candidates // num_shards) for shard in (rank, rank + 1))
+        slots = torch.arange(first, end, device=self.codebook.codes.device)
+        positions = slots * (num_local_tokens * num_shards) // num_candidates
+        return slots, positions - rank * num_local_tokens
 
     def candidate_table(self) -> torch.Tensor:
         """fp32 ``[M, C, D]``, filled in this rank's slots; the sum over ranks is the table."""
-        codebook = self.codebook
+        codebook, slots = self.codebook, self.step_candidate_slots
+        if codebook.step_candidates is not None and slots.numel() == self.num_candidates:
+            return codebook.step_candidates
         table = codebook.step_count.new_zeros(
             self.num_candidates, codebook.num_slices, codebook.width
         )
-        if self.step_candidate_slots is not None and codebook.step_candidates is not None:
-            table[self.step_candidate_slots] = codebook.step_candidates
+        if codebook.step_candidates is not None:
+            table[slots] = codebook.step_candidates
         return table
 
     def local_parts(self) -> list[torch.Tensor]:
@@ -170,9 +173,10 @@ class CodeAssigner(KeepsStatistics):
 
         Returns fp32 scalars by metric name, and code usage ``[C, K]`` in tokens. No communication.
         """
-        losses, usage = next(reduced), next(reduced)
+        losses, count = next(reduced), next(reduced)
         total = next(reduced) if self.codebook.keeps_sums else None
-        scalars = self.codebook.apply_step(StepStatistics(usage, total, next(reduced)))
+        usage = count.clone()  # the codebook's step clears its counts
+        scalars = self.codebook.apply_step(StepStatistics(count, total, next(reduced)))
         return scalars | _loss_scalars(losses), usage
 
     def scalars_of(self, parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from vqmoe_megatron.vq.code_map import CodeMap, build_code_map
 from vqmoe_megatron.vq.codebook import Codebook
 from vqmoe_megatron.vq.search import nearest_code
+from vqmoe_megatron.vq.segment_sum import count_ids
 
 
 @torch.no_grad()
@@ -64,8 +65,6 @@ def initialize_codebook(
 def _assign_map(codebook: Codebook, code_map: CodeMap, sample: torch.Tensor) -> None:
     vectors = codebook.code_vectors().detach()
     ids = nearest_code(sample.to(vectors.device), vectors)
-    load = torch.stack(
-        [torch.bincount(ids[:, c], minlength=codebook.num_codes) for c in range(ids.shape[1])]
-    )
+    load = torch.stack([count_ids(ids[:, c], codebook.num_codes) for c in range(ids.shape[1])])
     built = build_code_map(codebook.vq.code_map, vectors, load, code_map.num_experts)
     code_map.assign(built.to(code_map.expert_of_row.device))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from torch.distributed.distributed_c10d import _coalescing_manager
 
 from vqmoe_megatron.moe.megatron_log import log_statistics
 from vqmoe_megatron.moe.step_owner import LayerStatistics, StepOwner, StepSums, step_owners
@@ -123,22 +124,24 @@ def reduce_statistics(owners: list[StepOwner], model: list[torch.nn.Module]) -> 
     """Sum every owner's accumulators over its replicas, without applying them.
 
     An owner whose sums wait already keeps them: a finalise function may call another. One that
-    recorded nothing takes part all the same, since its replicas may have.
+    recorded nothing takes part all the same, since its replicas may have. The accumulators
+    themselves become the sums, without a copy: they are as large as the codebooks.
 
-    Communicates: one all-reduce over ``tp_dp_cp`` for all ``owners``.
+    Communicates: one all-reduce over ``tp_dp_cp`` for all ``owners``, coalesced as Megatron's
+    gradient buckets are.
     """
     owners = [owner for owner in owners if owner.sums is None]
     if not owners:
         return
     parts = [owner.local_parts() for owner in owners]
-    everything = [part for of_owner in parts for part in of_owner]
-    flat = torch.cat([part.reshape(-1) for part in everything])
-    torch.distributed.all_reduce(flat, group=owners[0].replica_group)
-    pieces = iter(flat.split([part.numel() for part in everything]))
+    group = owners[0].replica_group
+    with _coalescing_manager(group):
+        for of_owner in parts:
+            for part in of_owner:
+                torch.distributed.all_reduce(part, group=group)
     chunks = tuple(weakref.ref(chunk) for chunk in model)
     for owner, of_owner in zip(owners, parts, strict=True):
-        reduced = [next(pieces).view_as(part) for part in of_owner]
-        owner.sums = StepSums(reduced, owner.num_recorded_microbatches, chunks)
+        owner.sums = StepSums(of_owner, owner.num_recorded_microbatches, chunks)
         owner.num_recorded_microbatches = 0
 
 

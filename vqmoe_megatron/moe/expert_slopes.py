@@ -44,23 +44,26 @@ def expert_input_gradient(
     )
     if not isinstance(experts, GroupedExperts):
         return _by_repetition(experts, inputs.index_select(0, slots), tokens_per_expert, grads)
-    hidden = experts.matmul(
-        inputs, experts.weight1, code_rows.rows_per_local_expert, code_rows.rows_per_expert
-    )
-    hidden = experts.add_bias(hidden, experts.bias1, code_rows.rows_per_local_expert)
+    slopes = _activation_slopes(experts, inputs, code_rows).to(grads.dtype)  # [S, G F]
     at_hidden = experts.matmul(grads, experts.weight2.transpose(1, 2), tokens_per_expert)
-    slopes = _activation_slopes(experts, hidden).to(grads.dtype)  # [S, G F]
     before = slopes.index_select(0, slots)  # [R', G F], becomes the gradient of fc1's outputs
     before.unflatten(1, (experts.num_halves, -1)).mul_(at_hidden.unsqueeze(1))
     return experts.matmul(before, experts.weight1.transpose(1, 2), tokens_per_expert)
 
 
-def _activation_slopes(experts: GroupedExperts, hidden: torch.Tensor) -> torch.Tensor:
-    """``[S, G F]`` fc1 outputs -> the derivative of the activation's output by each of them."""
+def _activation_slopes(
+    experts: GroupedExperts, inputs: torch.Tensor, code_rows: CodeRows
+) -> torch.Tensor:
+    """Expert inputs ``[S, H]`` -> ``[S, G F]``, the derivative of the activation's output by each
+    output of fc1."""
+    counts = code_rows.rows_per_local_expert
+    hidden = experts.matmul(inputs, experts.weight1, counts, code_rows.rows_per_expert)
+    hidden = experts.add_bias(hidden, experts.bias1, counts)
     with torch.enable_grad():
         hidden = hidden.detach().requires_grad_()
         activated = experts.activate(hidden)
-    return torch.autograd.grad(activated, hidden, torch.ones_like(activated))[0]
+    ones = activated.new_ones(()).expand_as(activated)  # one number in memory
+    return torch.autograd.grad(activated, hidden, ones)[0]
 
 
 def _by_repetition(

@@ -252,7 +252,7 @@ class VQMoELayer(LayerStep, MoELayer):
             discrete = self.step_gate.new_zeros(())
             for weight in of_discrete:
                 discrete += num_tokens if weight is None else weight.detach().float().sum()
-            self.step_gate += torch.stack([discrete, self.step_gate.new_tensor(num_tokens)])
+            self.step_gate += torch.stack([discrete, discrete.new_full((), num_tokens)])
             self.recorded()
 
         return run_in_backward(output, record)

@@ -68,7 +68,7 @@ class LayerStep(StepOwner):
             of_path, usage = path.apply_parts(reduced)
             scalars = of_path | scalars
             usages += usage
-        return scalars, load, next(iter(usages), None)
+        return scalars, load.clone(), next(iter(usages), None)
 
     def clear_step(self) -> None:
         """Forget the step: loads, and what the paths kept and recorded."""

@@ -4,7 +4,8 @@ N experts, C code slices, K codes per slice.
 
 1. In every microbatch's backward pass an owner adds to its sums and calls ``recorded``.
 2. ``finish_table``: before gradients are reduced, what it kept for the step is differentiated.
-3. ``local_parts``: its sums, which are added up over its replicas; ``sums`` then holds the result.
+3. ``local_parts``: its sums, which are added up over its replicas in place; ``sums`` then holds
+   the result, until the step is cleared.
 4. ``apply_parts`` moves it by the reduced sums, or ``clear_step`` forgets them.
 """
 
@@ -72,7 +73,8 @@ class StepOwner(KeepsStatistics):
 
     @abstractmethod
     def local_parts(self) -> list[torch.Tensor]:
-        """This rank's fp32 sums, in the order in which :meth:`apply_parts` takes them."""
+        """This rank's fp32 sums, in the order in which :meth:`apply_parts` takes them: contiguous,
+        and nobody else's, because they are reduced in place."""
 
     @abstractmethod
     def scalars_of(self, parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -80,7 +82,7 @@ class StepOwner(KeepsStatistics):
 
     @abstractmethod
     def apply_parts(self, reduced: Iterator[torch.Tensor]) -> tuple[dict, ...]:
-        """Move by the reduced sums; return scalars, expert load and code usage."""
+        """Move by the reduced sums; return scalars, expert load and code usage, as copies."""
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
         super()._load_from_state_dict(*args, **kwargs)

@@ -24,6 +24,15 @@ from vqmoe_megatron.vq.codebook import Codebook
 from vqmoe_megatron.vq.segment_sum import count_ids, segment_sum
 
 
+def spent_gradient(grad: torch.Tensor) -> torch.Tensor:
+    """Stands where a gradient was taken: it let go of the table it held.
+
+    Raises:
+        RuntimeError: always, as torch does for saved tensors.
+    """
+    raise RuntimeError("backward a second time: the gradient to the tokens is gone after the first")
+
+
 class _OwnGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: torch.Tensor, x: torch.Tensor, gradient: Callable):  # noqa: ANN001, ANN205
@@ -32,7 +41,9 @@ class _OwnGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):  # noqa: ANN001, ANN205
-        dx = ctx.gradient(grad) if ctx.needs_input_grad[1] else None
+        # Megatron keeps a microbatch's output, and with it this node, until the next one is there.
+        gradient, ctx.gradient = ctx.gradient, spent_gradient
+        dx = gradient(grad) if ctx.needs_input_grad[1] else None
         return grad, dx, None
 
 

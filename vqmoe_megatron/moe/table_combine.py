@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from vqmoe_megatron.moe.straight_through import spent_gradient
 from vqmoe_megatron.vq.combine import gather_scale_add, gather_scale_add_backward
 from vqmoe_megatron.vq.segment_sum import segment_sum
 
@@ -45,7 +46,8 @@ class _CombineWithTable(torch.autograd.Function):
         at_discrete = grad * p_discrete.unsqueeze(1)
         dx = None
         if ctx.gradient is not None and ctx.needs_input_grad[4]:
-            dx = ctx.gradient(at_discrete.to(grad.dtype))
+            gradient, ctx.gradient = ctx.gradient, spent_gradient  # it holds the table
+            dx = gradient(at_discrete.to(grad.dtype))
         dtable = segment_sum(at_discrete, ids[:, 0], table.shape[0])
         for c in range(1, ids.shape[1]):
             dtable += segment_sum(at_discrete, ids[:, c], table.shape[0])

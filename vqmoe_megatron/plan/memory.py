@@ -1,7 +1,8 @@
 """Memory of the rank that needs most on each pipeline stage, and what is left out.
 
 Weights, gradients, optimizer and statistics are exact (``state_memory``); activations, tables and
-buffers are estimates from saved tensors (``activation_memory``), of equally loaded experts.
+buffers are estimates from saved tensors (``activation_memory``), of equally loaded experts. What
+is made when the step ends, and activations are gone, is in ``step_end_memory``.
 
 How many microbatches' activations are alive follows from Megatron's 1F1B and interleaved schedules:
 PP stages, VPP chunks per stage. A stage runs w forward passes ahead, then one forward and one
@@ -37,6 +38,11 @@ from vqmoe_megatron.plan.parameters import (
 )
 from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.state_memory import StateBytes, state_bytes
+from vqmoe_megatron.plan.step_end_memory import (
+    candidate_bytes,
+    save_bytes,
+    step_end_bytes,
+)
 
 EXCLUDED = (
     "fragmentation and caching of the allocator",
@@ -44,7 +50,7 @@ EXCLUDED = (
     "the CUDA context, cuBLAS and compiled kernels",
     "uneven expert load: rows are counted as if experts were equally loaded",
     "data loader, tokenizer and the Python process",
-    "a checkpoint being written (async_save on the CPU forks the process)",
+    "a checkpoint on the host while it is written (async_save on the CPU forks the process)",
     "evaluation, which keeps nothing for a backward pass",
 )
 
@@ -60,16 +66,27 @@ class StageMemory:
     recomputed: int  # made anew at one time in the backward pass
     dispatch_buffers: int  # rows on their way, of one layer at a time
     workspace: int  # the largest weight gradient, or logits in bf16 beside their fp32 softmax
+    head: int  # contained in activations: gone when the backward pass comes to a layer
+    candidates: int  # tokens kept for dead codes while microbatches follow
+    step_end: int  # temporaries of codebooks and optimizer, when activations are gone
+    save: int  # gathered of the distributed optimizer's state, between steps
 
     @property
     def transient(self) -> int:
         """What is alive within a pass only; not all at once, so the largest counts."""
-        return max(self.recomputed + self.dispatch_buffers, self.workspace)
+        in_a_layer = self.recomputed + self.dispatch_buffers - self.head
+        return max(in_a_layer, self.workspace)
+
+    @property
+    def step_peak(self) -> int:
+        """State, and either everything in flight with the largest transient, or the step's end."""
+        in_flight = self.activations + self.code_tables + self.candidates
+        return self.state.total + max(in_flight + self.transient, self.step_end)
 
     @property
     def peak(self) -> int:
-        """State, everything in flight, and the largest transient."""
-        return self.state.total + self.activations + self.code_tables + self.transient
+        """Of a step or of a save."""
+        return max(self.step_peak, self.state.total + self.save)
 
     def by_part(self) -> dict[str, int]:
         """Bytes by part, in the order of the report."""
@@ -83,6 +100,9 @@ class StageMemory:
             "dispatch_buffers": self.dispatch_buffers,
             "recomputed": self.recomputed,
             "workspace": self.workspace,
+            "candidates": self.candidates,
+            "step_end": self.step_end,
+            "save": self.save,
             "peak": self.peak,
         }
 
@@ -120,6 +140,11 @@ def stage_memory(
         # the gradient, in place; bf16 logits, and later their gradient, stand beside it.
         workspace = max(workspace, tokens * vocab * 2 if model.bf16 else 0)
     has_experts = num_moe_layers(model, places) > 0
+    candidates = 0
+    if num_microbatches > layout.pipeline_model_parallel_size - pipeline_rank:
+        # Some activations are at their most after a first backward pass.
+        shards = layout.tensor_model_parallel_size
+        candidates = candidate_bytes(config, layout, pipeline_rank, shards)
     return StageMemory(
         pipeline_rank=pipeline_rank,
         state=state,
@@ -128,6 +153,10 @@ def stage_memory(
         recomputed=max(recompute_peak_bytes(config, place, kept) for place in places),
         dispatch_buffers=_dispatch_bytes(config, layout) if has_experts else 0,
         workspace=workspace,
+        head=kept.head if places[-1].is_last else 0,
+        candidates=candidates,
+        step_end=step_end_bytes(config, layout, pipeline_rank, kernels, state),
+        save=save_bytes(config, layout, pipeline_rank),
     )
 
 
@@ -145,14 +174,16 @@ def _kept_tables(config: RunConfig, table_bytes: int, layers: range) -> int:
 
 
 def _dispatch_bytes(config: RunConfig, layout: ParallelLayout) -> int:
-    """Rows sent and rows arrived of one layer, out and back, and what code space makes anew in its
-    backward pass."""
+    """Rows sent and rows arrived of one layer, out and back, and what code space makes in its
+    backward pass: rows anew, later the table's gradient, and the same before its norm."""
     layer = LayerShape.from_config(config, layout)
     row_bytes = layer.hidden_size * layer.bytes_per_element
     shards = layer.expert_tensor_parallel_size
-    return (
-        2 * (1 + shards) * layer.num_dispatched_rows * row_bytes
-        + saved_bytes(layer).transient_bytes
+    kept = saved_bytes(layer)
+    is_normed = layer.vq.norm != "none" and layer.vq.num_code_slices == 1
+    table_gradients = (2 if is_normed else 1) * kept.table_bytes
+    return 2 * (1 + shards) * layer.num_dispatched_rows * row_bytes + max(
+        kept.transient_bytes, table_gradients
     )
 
 

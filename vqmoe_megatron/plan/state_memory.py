@@ -60,13 +60,17 @@ class GradientBuffer:
     def shard_elements(self, rank: int) -> int:
         """Parameter elements, without padding, in the shards that one rank of the group owns; all
         of them without the distributed optimizer."""
+        return sum(self.pieces(rank))
+
+    def pieces(self, rank: int) -> list[int]:
+        """The same, piece by piece: what the optimizer takes for one parameter."""
         if not self.is_distributed:
-            return sum(end - start for start, end in self.spans)
-        owned = 0
+            return [end - start for start, end in self.spans]
+        owned = []
         for start, end in self.buckets:
             share = (end - start) // self.num_ranks
             low, high = start + rank * share, start + (rank + 1) * share
-            owned += sum(max(0, min(high, b) - max(low, a)) for a, b in self.spans)
+            owned += [max(0, min(high, b) - max(low, a)) for a, b in self.spans]
         return owned
 
 
@@ -145,6 +149,7 @@ class StateBytes:
     moments: int
     statistics: int
     largest_weight: int  # contained in weights: its gradient is a tensor of its own for a moment
+    largest_piece: int  # of a parameter, fp32, that this rank's optimizer moves
 
     @property
     def optimizer(self) -> int:
@@ -171,7 +176,7 @@ def state_bytes(
     Raises:
         ValueError: when the vocabulary size is not known.
     """
-    weights = gradients = main = moments = largest = 0
+    weights = gradients = main = moments = largest = largest_piece = 0
     for chunk in stage_parameters(config, layout, pipeline_rank):
         for parameter in chunk:
             is_buffered = parameter.is_trained and config.optimizer.use_distributed_optimizer
@@ -181,7 +186,9 @@ def state_bytes(
         if buffer.is_distributed:
             weights += buffer.num_elements * buffer.bytes_per_element
         gradients += buffer.num_elements * GRADIENT_BYTES
-        owned = buffer.shard_elements(expert_data_rank if buffer.is_expert else data_rank)
+        pieces = buffer.pieces(expert_data_rank if buffer.is_expert else data_rank)
+        owned = sum(pieces)
+        largest_piece = max(largest_piece, MAIN_BYTES * max(pieces))
         moments += 2 * MOMENT_BYTES * owned
         if buffer.bytes_per_element < MAIN_BYTES:
             main += MAIN_BYTES * owned
@@ -193,6 +200,7 @@ def state_bytes(
         moments=moments,
         statistics=num_moe_layers(config.model, places) * layer_statistics_bytes(config, layout),
         largest_weight=largest,
+        largest_piece=largest_piece,
     )
 
 

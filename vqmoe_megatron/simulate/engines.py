@@ -89,7 +89,7 @@ class SimulatedEngine(BalancedEngine):
     ) -> None:
         super().__init__(experts, num_experts, pg_collection)
         # torch's rule for shapes of grouped_mm knows bf16 only.
-        experts.matmul = _same_shape_as_grouped_linear
+        experts.matmul = same_shape_as_grouped_linear
 
     def dispatch(
         self, rows: torch.Tensor, plan: PermutationPlan, residents: list[ResidentRows]
@@ -118,7 +118,7 @@ class SimulatedEngine(BalancedEngine):
         return CodeRows(**{**vars(real), **fake})
 
 
-def _same_shape_as_grouped_linear(
+def same_shape_as_grouped_linear(
     rows: torch.Tensor,
     weight: torch.Tensor,
     tokens_per_expert: torch.Tensor,

@@ -65,9 +65,9 @@ def simulate_rank(
     no process group behind. No communication.
     """
     started = time.perf_counter()
-    config = _without_values(config)
+    config = without_values(config)
     layout = check_layout(config, world_size, "cpu")
-    _join_fake_world(layout, rank)
+    join_fake_world(layout, rank)
     from megatron.core import parallel_state
 
     from vqmoe_megatron.engines.megatron.engine import MegatronEngine
@@ -102,7 +102,7 @@ def simulate_rank(
     return found
 
 
-def _without_values(config: RunConfig) -> RunConfig:
+def without_values(config: RunConfig) -> RunConfig:
     """Nothing is drawn, and no codebook waits for the first tokens; neither sends in a step."""
     return replace(
         config,
@@ -111,12 +111,16 @@ def _without_values(config: RunConfig) -> RunConfig:
     )
 
 
-def _join_fake_world(layout: ParallelLayout, rank: int) -> None:
+def join_fake_world(layout: ParallelLayout, rank: int, backend: str = "fake") -> None:
+    """Make all process groups of the layout, as ``rank``, without any other rank.
+
+    ``backend`` is torch's text, for tensors of other devices than CPU and CUDA.
+    """
     from megatron.core import parallel_state, tensor_parallel
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group(
-        "fake", rank=rank, world_size=layout.world_size, store=FakeStore()
+        backend, rank=rank, world_size=layout.world_size, store=FakeStore()
     )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,

@@ -38,7 +38,8 @@ def balanced_map(load: torch.Tensor, num_experts: int) -> torch.Tensor:
     expert_load = [0.0] * num_experts
     free = [capacity] * num_experts
     experts = torch.empty(load.numel(), dtype=torch.int64)
-    for row in torch.argsort(load.double().cpu(), descending=True, stable=True).tolist():
+    load = load.double().cpu()
+    for row in torch.argsort(load, descending=True, stable=True).tolist():
         expert = min((e for e in range(num_experts) if free[e]), key=lambda e: (expert_load[e], e))
         experts[row] = expert
         expert_load[expert] += float(load[row])

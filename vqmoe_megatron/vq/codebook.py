@@ -28,6 +28,7 @@ from vqmoe_megatron.vq.codebook_update import (
     revive_dead_codes,
     update_usage,
 )
+from vqmoe_megatron.vq.host_draws import StepsTaken
 from vqmoe_megatron.vq.losses import look_up_codes
 from vqmoe_megatron.vq.search import nearest_code
 from vqmoe_megatron.vq.segment_sum import segment_sum
@@ -87,6 +88,7 @@ class Codebook(torch.nn.Module):
         self.probe_ids: torch.Tensor | None = None
         self.step_candidates: torch.Tensor | None = None
         self.needs_data_init = vq.init != "uniform"
+        self._steps_taken = StepsTaken()
 
     @property
     def keeps_sums(self) -> bool:
@@ -223,13 +225,14 @@ class Codebook(torch.nn.Module):
             if new.ema_sum is not None and old.ema_sum is not None:
                 self.ema_sum.copy_(torch.where(finite, new.ema_sum, old.ema_sum))
         self.num_steps += torch.isnan(statistics.count).any() | has_tokens
+        self._steps_taken.follow(self.num_steps)
         self.clear_step()
         return metrics
 
     def _moved(
         self, state: CodebookState, statistics: StepStatistics
     ) -> tuple[CodebookState, torch.Tensor]:
-        seed = (self.seed * 1_000_003 + int(self.num_steps)) % 2**63
+        seed = (self.seed * 1_000_003 + self._steps_taken.read(self.num_steps)) % 2**63
         if self.vq.codebook_update == "ema":
             state = ema_update(state, statistics, self.vq.ema_decay)
         else:

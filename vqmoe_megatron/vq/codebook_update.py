@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vqmoe_megatron.vq.host_draws import on_device
+
 USAGE_FLOOR = 1e-12  # under it, sum / usage has no digits left and the code keeps its place
 # CVQ-VAE's re-anchoring (arXiv 2307.15139, eq. 4; the constants are those of the VQMoE release).
 REANCHOR_RATE = 10.0
@@ -78,7 +80,7 @@ def revive_dead_codes(
     num_slices, num_codes, _ = state.codes.shape
     dead = state.usage < threshold / num_codes
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(candidates.shape[0], generator=generator).to(candidates.device)
+    order = on_device(torch.randperm(candidates.shape[0], generator=generator), candidates.device)
     position = (dead.cumsum(dim=1) - 1).clamp(min=0) % candidates.shape[0]  # [C, K]
     slices = torch.arange(num_slices, device=candidates.device).unsqueeze(1)
     replacement = candidates[order[position], slices]  # [C, K, D]
@@ -107,7 +109,8 @@ def reanchor(
     cosine = torch.nn.functional.normalize(state.codes, dim=-1) @ torch.nn.functional.normalize(
         tokens, dim=-1
     ).transpose(1, 2)  # [C, K, M]
-    uniform = torch.rand(cosine.shape, generator=generator).clamp_(min=1e-20).to(cosine.device)
+    drawn = torch.rand(cosine.shape, generator=generator).clamp_(min=1e-20)
+    uniform = on_device(drawn, cosine.device)
     choice = (cosine - (-uniform.log()).log()).argmax(dim=-1)  # Gumbel-max draw, [C, K]
     anchor = torch.gather(tokens, 1, choice.unsqueeze(-1).expand_as(state.codes))
     rate = torch.exp(-state.usage * num_codes * REANCHOR_RATE / (1.0 - decay) - REANCHOR_OFFSET)

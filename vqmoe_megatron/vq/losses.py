@@ -31,7 +31,8 @@ class _QuantizationError(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             parts = error.unflatten(1, (vectors.shape[0], -1)).unbind(1)
             sums = [segment_sum(part, ids[:, c], vectors.shape[1]) for c, part in enumerate(parts)]
-            dv = torch.stack(sums) * (-factor * at_codebook)
+            dv = torch.stack(sums) if len(sums) > 1 else sums[0].unsqueeze(0)
+            dv.mul_(-factor * at_codebook)
         if ctx.needs_input_grad[0]:
             dx = error.mul_(factor * at_commitment)
         return dx, dv, None

@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from vqmoe_megatron import registry
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.engines.megatron.fused_adam import fuse_adams
 
 # Megatron tells groups apart by this factor. 1 - lr * weight_decay * 1e-30 is 1 to the last bit.
 CODE_DECAY = 1e-30
@@ -55,6 +56,7 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(
         settings, model, config_overrides=overrides, use_gloo_process_groups=has_gloo_groups
     )
+    fuse_adams(optimizer, next(model[0].parameters()).device.type)
     _count_experts_in_the_gradient_norm(optimizer)
     batch = config.train.global_batch_size
     decay_iters = section.lr_decay_iters or config.train.train_iters

@@ -5,7 +5,6 @@ On CUDA Megatron prefers Transformer Engine's or Apex's fused Adam, whose state 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-TORCH_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
+from vqmoe_megatron.engines.megatron.fused_adam import TORCH_ADAMS, step_counter, torch_adams
+
 # fully_reshardable is the one layout-free format that torch's Adam can be saved in; the prefixless
 # chain keeps dense and expert optimizers apart by parameter name.
 OPTIMIZER_METADATA = {
@@ -57,12 +57,6 @@ def borrows_parameters(optimizer: Any, stored: set[str]) -> bool:
     )
 
 
-def _torch_adams(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part.optimizer, TORCH_ADAMS):
-            yield part.optimizer
-
-
 def _let_adam_steps_pass(part: Any) -> None:
     """Let a distributed optimizer load torch Adam's state.
 
@@ -95,12 +89,12 @@ def fill_adam_state(optimizer: Any, step: float) -> None:
 
     No communication.
     """
-    for adam in _torch_adams(optimizer):
+    for adam in torch_adams(optimizer):
         for group in adam.param_groups:
             for parameter in group["params"]:
                 if not adam.state[parameter]:
                     adam.state[parameter].update(
-                        step=torch.tensor(step),
+                        step=step_counter(step, parameter, group),
                         exp_avg=torch.zeros_like(parameter.data),
                         exp_avg_sq=torch.zeros_like(parameter.data),
                     )
@@ -115,6 +109,9 @@ def restore_adam_steps(optimizer: Any, num_updates: int) -> None:
     for group in optimizer.param_groups:
         if "step" in group:
             group["step"] = num_updates
-    for adam in _torch_adams(optimizer):
-        for state in adam.state.values():
-            state["step"] = torch.tensor(float(num_updates))
+    for adam in torch_adams(optimizer):
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                if adam.state[parameter]:
+                    counter = step_counter(float(num_updates), parameter, group)
+                    adam.state[parameter]["step"] = counter

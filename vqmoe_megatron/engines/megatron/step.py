@@ -111,11 +111,13 @@ class TrainStep:
         flags = torch.stack(
             [
                 1 - (torch.isfinite(sums[0]) & self._gradients_are_finite()).int(),
-                torch.tensor(stop_request, dtype=torch.int32, device=sums.device),
-                torch.tensor(save_request, dtype=torch.int32, device=sums.device),
+                # Filled on the device: torch.tensor would copy the number from the host.
+                torch.full((), stop_request, dtype=torch.int32, device=sums.device),
+                torch.full((), save_request, dtype=torch.int32, device=sums.device),
             ]
         )
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        # The host synchronisation of the step: the loop must know whether it may go on.
         (bad, stop, save), (total, num_tokens) = flags.tolist(), sums.tolist()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         grad_norm = float("nan")

@@ -12,19 +12,26 @@ import pickle
 import queue
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+<<<<<<< HEAD
 from vqmoe_megatron.runtime.versions import results_queue_function
+=======
+from vqmoe_megatron.runtime.cpu_compat.pinned_memory import is_pinned, pin
+>>>>>>> purity
 
 _installed = False
+_stand_in = torch.device("cpu")  # what CUDA calls act on
 
 FACTORIES = (
     "empty zeros ones full tensor arange rand randn randint randperm eye linspace "
     "empty_like zeros_like ones_like full_like rand_like randn_like as_tensor empty_strided"
 ).split()
+BUILDERS = "tensor as_tensor new_tensor".split()  # of plain numbers
 NEW_METHODS = "new_empty new_zeros new_ones new_full new_tensor".split()
 
 
@@ -61,6 +68,29 @@ def install_cpu_compat() -> None:
     _redirect_placement()
     _redirect_rng()
     _installed = True
+
+
+@contextmanager
+def in_place_of_cuda(device: str) -> Iterator[None]:
+    """For a while, let ``meta`` take the CPU's part as the stand-in for CUDA.
+
+    What is placed on ``cuda`` is then told apart from what stays on the host, as on a machine with
+    a GPU; it has shapes and no contents (``meta_device`` answers what reads them). Host tensors can
+    be pinned. One thread's choice is every thread's.
+
+    Raises:
+        ValueError: for another device, or without :func:`install_cpu_compat`.
+    """
+    global _stand_in
+    if device not in ("cpu", "meta"):
+        raise ValueError(f"device={device!r} cannot stand in for cuda: choose one of cpu, meta")
+    if not _installed:
+        raise ValueError("in_place_of_cuda needs install_cpu_compat(), which redirects CUDA calls")
+    before, _stand_in = _stand_in, torch.device(device)
+    try:
+        yield
+    finally:
+        _stand_in = before
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -101,8 +131,7 @@ class _CpuEvent(_CpuStream):
 
 
 def _redirect_device_queries() -> None:
-    cpu = torch.device("cpu")
-    torch.cuda.current_device = lambda: cpu
+    torch.cuda.current_device = lambda: _stand_in
     torch.cuda.set_device = _nothing
     torch.cuda.synchronize = _nothing
     torch.cuda.empty_cache = _nothing
@@ -115,6 +144,13 @@ def _redirect_device_queries() -> None:
     for name in ("range_push", "range_pop"):
         setattr(torch.cuda.nvtx, name, _nothing)
     torch.Tensor.record_stream = _nothing
+    is_autocast_enabled = torch.is_autocast_enabled
+
+    def autocasts(device_type: str = "cuda") -> bool:
+        # Torch knows no autocast for meta tensors; they stand for CUDA's.
+        return is_autocast_enabled("cuda" if device_type == "meta" else device_type)
+
+    torch.is_autocast_enabled = autocasts
 
 
 def _is_cuda(device: Any) -> bool:
@@ -123,39 +159,65 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, torch.device) and device.type == "cuda"
 
 
-def _to_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``function`` so that CUDA devices and pinned memory among its arguments become CPU."""
+def _redirected(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``function`` so that CUDA devices among its arguments become the stand-in; what is asked
+    for in pinned memory is marked as such where that differs from other memory."""
 
     @functools.wraps(function)
-    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+    def on_stand_in(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = "cpu"
+            kwargs["device"] = _stand_in
+        if any(_is_cuda(a) for a in args):
+            args = tuple(_stand_in if _is_cuda(a) else a for a in args)
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
-        if any(_is_cuda(a) for a in args):
-            args = tuple("cpu" if _is_cuda(a) else a for a in args)
+            return _pin_memory(function(*args, **kwargs))
+        if function.__name__ in BUILDERS and _stand_in.type == "meta":
+            return _built_on_host(function, args, kwargs)
         return function(*args, **kwargs)
 
-    return on_cpu
+    return on_stand_in
+
+
+def _built_on_host(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A tensor of plain numbers begins on the host, and a CUDA one is copied from there; torch
+    makes a meta tensor of them without."""
+    device = kwargs.pop("device", None)
+    if device is None and function.__name__ == "new_tensor":
+        device = args[0].device
+    given = kwargs["data"] if "data" in kwargs else args[-1]
+    kwargs["device"] = device if isinstance(given, torch.Tensor) else "cpu"
+    made = function(*args, **kwargs)
+    return made if device is None else made.to(device)
+
+
+def _pin_memory(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return tensor if _stand_in.type == "cpu" else pin(tensor)
+
+
+def _cuda(moved: Any, *args: Any, **kwargs: Any) -> Any:
+    """``Tensor.cuda`` and ``Module.cuda``."""
+    return moved if _stand_in.type == "cpu" else moved.to(_stand_in)
 
 
 def _redirect_placement() -> None:
     # Wrapping the functions costs nothing per op; a TorchFunctionMode is thread-local and does.
     for name in FACTORIES:
-        setattr(torch, name, _to_cpu(getattr(torch, name)))
+        setattr(torch, name, _redirected(getattr(torch, name)))
     for name in NEW_METHODS:
-        setattr(torch.Tensor, name, _to_cpu(getattr(torch.Tensor, name)))
-    torch.Tensor.to = _to_cpu(torch.Tensor.to)
-    torch.nn.Module.to = _to_cpu(torch.nn.Module.to)
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
-    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+        setattr(torch.Tensor, name, _redirected(getattr(torch.Tensor, name)))
+    torch.Tensor.to = _redirected(torch.Tensor.to)
+    torch.nn.Module.to = _redirected(torch.nn.Module.to)
+    torch.Tensor.cuda = torch.nn.Module.cuda = _cuda
+    torch.Tensor.pin_memory = _pin_memory
+    torch.Tensor.is_pinned = is_pinned
     type_of = torch.Tensor.type
 
     def cuda_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         # Megatron's optimizers compare against 'torch.cuda.FloatTensor' and its kin.
         if dtype is None:
-            return type_of(self).replace("torch.", "torch.cuda.", 1)
+            # Under a TorchFunctionMode torch itself calls what is here in its place once more.
+            return "torch.cuda." + type_of(self).split(".")[-1]
         if isinstance(dtype, str):
             dtype = dtype.replace("torch.cuda.", "torch.", 1)
         return type_of(self, dtype, *args, **kwargs)

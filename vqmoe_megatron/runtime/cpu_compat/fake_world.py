@@ -17,13 +17,19 @@ from megatron.core.tensor_parallel import random as megatron_random
 
 
 @contextmanager
+def fake_ranks() -> Iterator[None]:
+    """Replace, for a while, what cannot work on a fake process group alone: objects travel as
+    bytes, and nobody sends any."""
+    with mock.patch.object(torch.distributed, "all_gather_object", _all_say_the_same):
+        yield
+
+
+@contextmanager
 def fake_world() -> Iterator[None]:
     """Replace, for a while, what cannot work on fake tensors or on a fake process group."""
     with ExitStack() as stack:
+        stack.enter_context(fake_ranks())
         for owner, name, replacement in (
-            # Objects travel as bytes, which fake tensors have not; in Megatron's optimizer all
-            # ranks tell their kinds of parameter groups, and those of experts exist somewhere.
-            (torch.distributed, "all_gather_object", _all_say_the_same),
             # Generator states are bytes too; nothing is drawn.
             (megatron_random, "_get_cuda_rng_state", _no_state),
             (megatron_random, "_set_cuda_rng_state", _nothing),
@@ -58,6 +64,8 @@ def _no_state(*args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def _all_say_the_same(found: list, mine: Any, group: object = None) -> None:
+    # In Megatron's optimizer all ranks tell their kinds of parameter groups, and those of experts
+    # exist somewhere.
     if isinstance(mine, list) and mine and not any(is_expert for _, is_expert in mine):
         mine = [*mine, (mine[0][0], True)]  # a stage without experts learns of them from others
     found[:] = [mine] * len(found)

@@ -1,0 +1,67 @@
+"""What a step's end makes, by hand; a real step's end is measured in test_memory.py."""
+
+from __future__ import annotations
+
+import pytest
+from real_model import recipe
+
+from vqmoe_megatron.plan.layout import check_layout
+from vqmoe_megatron.plan.state_memory import stage_buffers, state_bytes
+from vqmoe_megatron.plan.step_end_memory import (
+    candidate_bytes,
+    codebook_move_bytes,
+    save_bytes,
+    step_end_bytes,
+)
+
+# 4 layers of 16 codes of width 48: u = 3072 bytes.
+SLICES = ["vq.quantizer=product", "vq.num_code_slices=2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_bytes"),
+    [
+        ([], 6 * 3072),
+        (["vq.dead_code_threshold=0"], 3 * 3072),
+        (["vq.codebook_update=gradient"], 2 * 3072),
+        (["vq.codebook_update=gradient", "vq.dead_code_threshold=0"], 0),
+        (["vq.codebook_update=reanchor"], 4 * 16 * 16 * 4),
+        (["vq.codebook_update=reanchor", *SLICES], 4 * 2 * 16 * 16 * 4),
+        (["vq.freeze_codebook=true"], 0),
+        (["vq.path=continuous"], 0),
+    ],
+)
+def test_a_codebooks_move(overrides: list[str], num_bytes: int) -> None:
+    config = recipe(overrides)
+    assert codebook_move_bytes(config, check_layout(config, 1, "cpu")) == num_bytes
+
+
+def test_candidates_of_all_layers() -> None:
+    config = recipe([])
+    layout = check_layout(config, 1, "cpu")
+    assert candidate_bytes(config, layout, 0, 1) == 4 * 16 * 48 * 4
+    assert candidate_bytes(config, layout, 0, 3) == 4 * 6 * 48 * 4
+    many = recipe(["vq.num_codes=5000", *SLICES])
+    assert candidate_bytes(many, layout, 0, 1) == 4 * 4096 * 48 * 4
+    assert candidate_bytes(recipe(["vq.path=continuous"]), layout, 0, 1) == 0
+
+
+def test_the_optimizer_makes_three_of_its_largest_piece_or_none() -> None:
+    overrides = ["model.vocab_size=32000", "optimizer.use_distributed_optimizer=true"]
+    config = recipe(overrides)
+    layout = check_layout(config, 2, "cpu")
+    state = state_bytes(config, layout, 0)
+    # Two tables of 32000 x 48 in one buffer, cut in the middle: half of it is mostly one table.
+    assert state.largest_piece == 32000 * 48 * 4
+    assert step_end_bytes(config, layout, 0, "local", state) == 3 * state.largest_piece
+    fused = step_end_bytes(config, layout, 0, "fused", state)
+    assert fused == candidate_bytes(config, layout, 0, 1) + codebook_move_bytes(config, layout)
+
+
+def test_a_save_gathers_the_largest_bucket() -> None:
+    config = recipe(["optimizer.use_distributed_optimizer=true", "train.global_batch_size=12"])
+    layout = check_layout(config, 3, "cpu")
+    buckets = [end - start for b in stage_buffers(config, layout, 0) for start, end in b.buckets]
+    assert len(buckets) == 2
+    assert save_bytes(config, layout, 0) == max(buckets) * 4 // 3 * 4
+    assert save_bytes(recipe([]), layout, 0) == 0
