@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from vqmoe_megatron.runtime.cpu_compat.missing_names import name_missing_functions
+
 _installed = False
 
 FACTORIES = (
@@ -180,9 +182,7 @@ def _adapt_megatron_modules() -> None:
     tensor_parallel_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(
         state
     )
-    # Without Transformer Engine the wheel leaves this name undefined and router gating raises.
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    name_missing_functions()
 
     def maybe_move_tensor_to_cpu(
         tensor: Any, as_numpy: bool = False, record_stream: bool = False
