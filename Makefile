@@ -1,8 +1,9 @@
 # Each target does all of its own set-up in .venv, from a fresh clone.
 #
-#   make setup | pretrain | test | test-full | test-cluster | lint | help
+#   make setup | pretrain | test | test-full | test-cluster | gpu | gpu-wheels | lint | help
 #   make pretrain ARGS="train.exit_interval=40"    ARGS reaches the command behind the target
 #   make test ARGS="-k layout"
+#   make gpu OUT=DIR BUDGET_MIN=20         docs/operations.md, "On a GPU"
 #
 # PYTHON           the interpreter that creates .venv (3.10 or newer; default python3)
 # TORCH_INDEX_URL  where torch comes from, if not pip's default index. A machine without a GPU
@@ -12,6 +13,9 @@
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
 ARGS ?=
+OUT ?= benchmarks/gpu
+BUDGET_MIN ?= 20
+WHEELS ?= build/gpu_wheels
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +25,7 @@ WORKERS := -n 2 --dist loadgroup
 TYPED := vqmoe_megatron/registry.py vqmoe_megatron/config vqmoe_megatron/metrics vqmoe_megatron/rundir vqmoe_megatron/plan
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-full test-cluster lint
+.PHONY: help setup pretrain test test-full test-cluster gpu gpu-wheels lint
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -51,6 +55,17 @@ test-full: setup  ## run every test; what needs root or Debian packages skips an
 
 test-cluster: setup  ## install Slurm and buildah (Debian, root), test jobs and the image for real
 	slurm/cluster/test.sh $(BIN)/python $(ARGS)
+
+# A lent machine has a torch of its own and no network: then nothing is set up. (A recipe with make's
+# own variable in it would run under make -n, too.)
+SET_UP := $(MAKE) --no-print-directory setup
+gpu:  ## settle on one GPU, within BUDGET_MIN minutes, what the CPU cannot show; results in OUT
+	@if [ ! -f $(STAMP) ] && $(PYTHON) -c 'import torch' 2>/dev/null; then python="$(PYTHON)"; \
+	else $(SET_UP) && python="$(BIN)/python"; fi && \
+	exec "$$python" -m vqmoe_megatron.gpu_proof --out "$(OUT)" --budget-min "$(BUDGET_MIN)" $(ARGS)
+
+gpu-wheels: setup  ## download what the lent GPU machine lacks into WHEELS, for --wheels
+	$(BIN)/python -m vqmoe_megatron.gpu_proof.wheels --out "$(WHEELS)"
 
 lint: setup  ## ruff check, ruff format --check, and mypy on the torch-free files
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from vqmoe_megatron.bench.origin import PACKAGE, source_commit
@@ -22,12 +23,12 @@ PACKAGES = (
 RECIPES = PACKAGE.parent / "recipes"
 
 
-def source_sha256() -> str:
-    """Return the digest of the package's Python files and the recipes, by name and content."""
-    files = [*sorted(PACKAGE.rglob("*.py")), *sorted(RECIPES.rglob("*.yaml"))]
+def source_sha256(package: Path = PACKAGE, recipes: Path = RECIPES) -> str:
+    """Return the digest of a package's Python files and its recipes, by name and content."""
+    files = [*sorted(package.rglob("*.py")), *sorted(recipes.rglob("*.yaml"))]
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.relative_to(PACKAGE.parent)}\0".encode())
+        digest.update(f"{file.relative_to(package.parent)}\0".encode())
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 

@@ -16,6 +16,7 @@ from vqmoe_megatron.bench.arms import Arm, build_arms
 from vqmoe_megatron.bench.gate import relative_difference
 from vqmoe_megatron.bench.shared_inputs import CaseInputs
 from vqmoe_megatron.bench.timing import Action, time_in_turns
+from vqmoe_megatron.gpu_proof.attempt import in_words
 
 LETTERS = ("E", "F", "F2", "G1")  # of bench/arm_table.py: the discrete path alone, in code space
 NUM_EAGER_STEPS = 3  # on the side stream before the capture, as torch's documentation asks
@@ -42,8 +43,7 @@ def capture_rows(
             try:
                 row |= _captured(letter, inputs, grad, num_repeats, num_warmup)
             except Exception as error:
-                first = str(error).splitlines()[:1]
-                row["outcome"] = f"not captured: {type(error).__name__}: {''.join(first)}"
+                row["outcome"] = f"not captured: {in_words(error)}"
         yield row
 
 

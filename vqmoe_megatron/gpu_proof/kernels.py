@@ -18,6 +18,7 @@ import torch
 
 from vqmoe_megatron.bench.bench_world import one_rank_world
 from vqmoe_megatron.bench.timing import Action, Times, time_in_turns
+from vqmoe_megatron.gpu_proof.attempt import attempt
 from vqmoe_megatron.gpu_proof.kernel_arms import (
     BF16,
     FP32,
@@ -57,13 +58,16 @@ def run(job: Job) -> None:
         is_real = all(value > 0 for value in roofs.figures.values())
         job.check("the roofs were measured", is_real)
         for size in TINY_SEARCHES if job.is_tiny else SEARCHES:
-            if job.has_time(f"search T={size[0]} D={size[1]} K={size[2]}", SECONDS_PER_SIZE):
-                _time_search(job, size, roofs, num_repeats)
+            what = f"search T={size[0]} D={size[1]} K={size[2]}"
+            if job.has_time(what, SECONDS_PER_SIZE):
+                with attempt(job, what):
+                    _time_search(job, size, roofs, num_repeats)
         for size in TINY_COMBINES if job.is_tiny else COMBINES:
             what = f"combine and segment sum T={size[0]} H={size[1]} C={size[2]} R={size[3]}"
             if job.has_time(what, SECONDS_PER_SIZE):
-                _time_combine(job, size, roofs, num_repeats)
-                _time_segment_sum(job, size, roofs, num_repeats)
+                with attempt(job, what):
+                    _time_combine(job, size, roofs, num_repeats)
+                    _time_segment_sum(job, size, roofs, num_repeats)
 
 
 def _dtype(job: Job) -> torch.dtype:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from vqmoe_megatron.bench.arm_table import ARMS, FORWARD, FORWARD_BACKWARD, choose_arms
+from vqmoe_megatron.bench.arm_table import ARMS, FORWARD_BACKWARD, choose_arms
 from vqmoe_megatron.bench.arms import Arm, build_arms
 from vqmoe_megatron.bench.bench_world import one_rank_world
 from vqmoe_megatron.bench.cases import PASSES, GateFailed, LayerCase
@@ -21,6 +21,7 @@ from vqmoe_megatron.bench.layer_bench import GRADIENT_SEED, time_arms
 from vqmoe_megatron.bench.memory_bench import count_saved_bytes, peak_bytes
 from vqmoe_megatron.bench.progress import Progress
 from vqmoe_megatron.bench.shared_inputs import CaseInputs, case_inputs
+from vqmoe_megatron.gpu_proof.attempt import attempt
 from vqmoe_megatron.gpu_proof.graph_capture import capture_rows
 from vqmoe_megatron.gpu_proof.part import Job
 
@@ -35,16 +36,17 @@ SECONDS_PER_CASE = 25.0  # with less left a case is not begun
 def run(job: Job) -> None:
     """Measure every case; then, since a capture that fails may leave the device in disorder,
     capture at the first one's sizes. No communication."""
-    captured: CaseInputs | None = None
+    measured: list[CaseInputs] = []  # the first case's: 128 experts need not stay in memory
     with one_rank_world():
         for case in _cases(job.is_tiny):
             if not job.has_time(case.words, 0.0 if job.is_tiny else SECONDS_PER_CASE):
                 continue
-            inputs = _measure(job, case, TINY_LETTERS if job.is_tiny else LETTERS)
-            captured = captured or inputs
+            with attempt(job, case.words):
+                inputs = _measure(job, case, TINY_LETTERS if job.is_tiny else LETTERS)
+                measured = measured or [inputs]
             torch.cuda.empty_cache()
-        if captured is not None and job.has_time("CUDA graphs"):
-            _capture(job, captured)
+        if measured and job.has_time("CUDA graphs"):
+            _capture(job, measured[0])
 
 
 def _cases(is_tiny: bool) -> list[LayerCase]:
@@ -113,20 +115,14 @@ def _measure(job: Job, case: LayerCase, letters: tuple[str, ...]) -> CaseInputs:
 
 
 def _can_run(job: Job, letter: str, inputs: CaseInputs, grad: torch.Tensor) -> bool:
-    """Take a forward pass or a step alone; an error is a failed check, and the device is looked at
-    again: an error that poisoned it ends the part."""
+    """Take a step alone; an error is a failed check."""
     spec = ARMS[letter]
-    is_forward = FORWARD_BACKWARD not in spec.passes
-    try:
+    with attempt(job, f"{inputs.case.words}, arm {letter}, {spec.text}: runs"):
         (arm,) = build_arms({letter: spec}, inputs).values()
-        arm.enter(FORWARD if is_forward else FORWARD_BACKWARD)
-        arm.result(inputs.x, grad, FORWARD if is_forward else FORWARD_BACKWARD)
-    except Exception as error:
-        what = f"{type(error).__name__}: {''.join(str(error).splitlines()[:1])}"
-        job.check(f"{inputs.case.words}, arm {letter}, {spec.text}: runs", False, what)
-        torch.zeros(1, device=torch.cuda.current_device()).item()
-        return False
-    return True
+        arm.enter(FORWARD_BACKWARD)
+        arm.result(inputs.x, grad, FORWARD_BACKWARD)
+        return True
+    return False
 
 
 def _gated(

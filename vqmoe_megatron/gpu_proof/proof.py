@@ -31,7 +31,7 @@ from types import FrameType
 
 from vqmoe_megatron.bench.origin import PACKAGE
 from vqmoe_megatron.gpu_proof.card import source_facts
-from vqmoe_megatron.gpu_proof.part import MARK, Part, read_findings
+from vqmoe_megatron.gpu_proof.part import MARK, PARTS, Part, read_findings
 from vqmoe_megatron.gpu_proof.record import (
     FAILED,
     INCOMPLETE,
@@ -101,7 +101,7 @@ def run_proof(request: Request) -> int:
         if request.wheels is not None:
             packages = [Path(scratch) / "packages"]
             install_wheels(request.wheels, packages[0])
-        known = {part.name: read_record(out, part.name) for part in request.parts}
+        known = {part.name: read_record(out, part.name) for part in PARTS}
         left = [
             part
             for part in request.parts
@@ -123,10 +123,10 @@ def run_proof(request: Request) -> int:
                 Path(scratch) / part.name, environment, stop
             )
             write_record(out, record)
-            write_index(out, request.parts)
+            write_index(out, PARTS)
             print(f"{part.name}: {record.status}{record.reason and f': {record.reason}'}")
         stopped = "" if stop.number is None else f"stopped by {signal.Signals(stop.number).name}"
-        write_index(out, request.parts, stopped)
+        write_index(out, PARTS, stopped)
         print(f"results: {out / 'README.md'}", flush=True)
         if stop.number is not None:
             return SIGNAL_BASE + stop.number

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from vqmoe_megatron.bench.origin import PACKAGE
 from vqmoe_megatron.config.recipe import load_recipe
+from vqmoe_megatron.gpu_proof.attempt import attempt
 from vqmoe_megatron.gpu_proof.part import Job
 from vqmoe_megatron.gpu_proof.step_profile import profile_steps
 from vqmoe_megatron.gpu_proof.vqmoe_command import prepare_corpus, run_vqmoe
@@ -54,21 +57,29 @@ def run(job: Job) -> None:
     """Train. The runs are processes of their own; the profile is taken in this one, at the end."""
     corpus = prepare_corpus(job)
     first, *others = ARMS
-    _train_arm(job, corpus, first)
-    if job.has_time("resume"):
-        _check_resume(job, corpus)
-    for arm in [] if job.is_tiny else others:
-        if job.has_time(f"training {arm}"):
-            _train_arm(job, corpus, arm)
-    if job.has_time("profile"):
-        job.say("profiling")
-        shares = profile_steps(RECIPE, _overrides(job, corpus, "profile", SHALLOW, 8))
-        job.findings.figures["profiled_device_ms_per_step"] = shares.device_ms_per_step
-        for row in shares.kinds:
-            job.row("Share of device time in a step, by kind of kernel", **row)
-        for row in shares.kernels:
-            job.row("Kernels of a step that take most", **row)
-        job.check("the profiler saw the step", bool(shares.kinds))
+    steps: dict[str, Callable[[], None]] = {
+        f"training {first}": lambda: _train_arm(job, corpus, first),
+        "resume": lambda: _check_resume(job, corpus),
+    }
+    if not job.is_tiny:
+        for arm in others:
+            steps[f"training {arm}"] = partial(_train_arm, job, corpus, arm)
+    steps["profile"] = lambda: _profile(job, corpus)
+    for what, step in steps.items():
+        if job.has_time(what):
+            with attempt(job, what):
+                step()
+
+
+def _profile(job: Job, corpus: Path) -> None:
+    job.say("profiling")
+    shares = profile_steps(RECIPE, _overrides(job, corpus, "profile", SHALLOW, 8))
+    job.findings.figures["profiled_device_ms_per_step"] = shares.device_ms_per_step
+    for row in shares.kinds:
+        job.row("Share of device time in a step, by kind of kernel", **row)
+    for row in shares.kernels:
+        job.row("Kernels of a step that take most", **row)
+    job.check("the profiler saw the step", bool(shares.kinds))
 
 
 def _overrides(
