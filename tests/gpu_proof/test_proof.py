@@ -122,6 +122,15 @@ def test_a_part_that_does_not_end_in_time_is_ended(tmp_path: Path) -> None:
     assert record.seconds < 60
 
 
+def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# Mine\n")
+    code, said = run(tmp_path, "--parts", "kernels", seconds=60.0)
+    assert code == 2
+    assert "README.md is not ours" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+
+
 def test_a_stop_signal_ends_the_child_and_leaves_what_is_done(proved) -> None:  # noqa: ANN001
     out, _ = proved
     before = (out / "layer.json").read_text()

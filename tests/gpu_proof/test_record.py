@@ -11,6 +11,7 @@ import pytest
 from vqmoe_megatron.gpu_proof.part import PARTS, Findings
 from vqmoe_megatron.gpu_proof.record import (
     Record,
+    check_ours,
     judged,
     markdown,
     markdown_table,
@@ -104,6 +105,23 @@ def test_a_table_has_the_columns_of_all_its_rows() -> None:
         "| 1 |  |",
         "| 2,000 |  |",
     ]
+
+
+@pytest.mark.parametrize("name", ["README.md", "train.log", "layer.md", "study.json"])
+def test_a_file_of_our_name_in_a_folder_that_is_not_ours_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "other.txt").touch()
+    check_ours(tmp_path)
+    (tmp_path / name).write_text("mine\n")
+    with pytest.raises(ValueError, match=f"{name} is not ours"):
+        check_ours(tmp_path)
+
+
+def test_the_index_makes_a_folder_ours(tmp_path: Path) -> None:
+    write_index(tmp_path, PARTS)
+    (tmp_path / "train.log").touch()
+    check_ours(tmp_path)
 
 
 def test_the_index_tells_of_parts_that_did_not_run(tmp_path: Path) -> None:

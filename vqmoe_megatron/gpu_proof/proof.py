@@ -35,9 +35,11 @@ from vqmoe_megatron.gpu_proof.part import MARK, PARTS, Part, read_findings
 from vqmoe_megatron.gpu_proof.record import (
     FAILED,
     INCOMPLETE,
+    INDEX,
     NOT_RUN,
     PASSED,
     Record,
+    check_ours,
     judged,
     read_record,
     write_index,
@@ -86,7 +88,8 @@ def run_proof(request: Request) -> int:
     """Run what is asked for; return the exit code.
 
     Raises:
-        ValueError: for a device that is not here, damaged wheels, or results that are no results.
+        ValueError: for a device that is not here, damaged wheels, files of others where results
+            go, or results that are none.
     """
     started = time.monotonic()
     device = request.device or _device_here()
@@ -94,9 +97,11 @@ def run_proof(request: Request) -> int:
         raise ValueError("--device cuda, but torch sees no CUDA device here; use --device cpu")
     out = request.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
+    check_ours(out)
     with tempfile.TemporaryDirectory(prefix="vqmoe_gpu_proof_") as scratch, _Stop() as stop:
         carried = None if request.wheels is None else read_manifest(request.wheels)
         source = source_facts(carried and carried["source"])
+        write_index(out, PARTS)  # from here on the folder is ours, whatever happens
         packages: list[Path] = []
         if request.wheels is not None:
             packages = [Path(scratch) / "packages"]
@@ -127,7 +132,7 @@ def run_proof(request: Request) -> int:
             print(f"{part.name}: {record.status}{record.reason and f': {record.reason}'}")
         stopped = "" if stop.number is None else f"stopped by {signal.Signals(stop.number).name}"
         write_index(out, PARTS, stopped)
-        print(f"results: {out / 'README.md'}", flush=True)
+        print(f"results: {out / INDEX}", flush=True)
         if stop.number is not None:
             return SIGNAL_BASE + stop.number
     records = [read_record(out, part.name) for part in request.parts]

@@ -7,6 +7,7 @@ kind of device. Everything else is run again.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any
 
 from vqmoe_megatron.bench.origin import commit_in_words
 from vqmoe_megatron.gpu_proof.card import in_words
-from vqmoe_megatron.gpu_proof.part import Findings, Part, dumped
+from vqmoe_megatron.gpu_proof.part import PARTS, Findings, Part, dumped
 from vqmoe_megatron.rundir.atomic import replace_file
 
 PASSED, FAILED, INCOMPLETE, NOT_RUN = "passed", "failed", "incomplete", "not run"
 STATUSES = (PASSED, FAILED, INCOMPLETE, NOT_RUN)
 SHOWN_ERROR_LINES = 30
+INDEX, INDEX_HEAD = "README.md", "# GPU proof\n"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,24 @@ class Record:
         """Whether the part need not be run again."""
         same = self.source.get("sha256") == source["sha256"]
         return self.status == PASSED and same and (self.size, self.device) == (size, device)
+
+
+def check_ours(out: Path) -> None:
+    """Refuse to write over files of others: the index says that a folder is the proof's.
+
+    Raises:
+        ValueError: for a folder that holds files of our names but is not.
+    """
+    index = out / INDEX
+    if index.is_file() and index.read_text("utf-8", "replace").startswith(INDEX_HEAD):
+        return
+    names = [f"{part.name}{suffix}" for part in PARTS for suffix in (".json", ".md", ".log")]
+    for name in (INDEX, *names):
+        if os.path.lexists(out / name):
+            raise ValueError(
+                f"{out / name} is not ours: {out} holds no results of this proof; give another "
+                "--out, or move the file away"
+            )
 
 
 def json_file(out: Path, part: str) -> Path:
@@ -182,5 +202,5 @@ def write_index(out: Path, parts: Sequence[Part], stopped: str = "") -> None:
             }
         )
         head = head or (in_words(record.facts) if record.facts else "")
-    lines = ["# GPU proof", "", *([head, ""] if head else []), *markdown_table(rows)]
-    replace_file(out / "README.md", "\n".join(lines) + "\n")
+    lines = ["", *([head, ""] if head else []), *markdown_table(rows)]
+    replace_file(out / INDEX, INDEX_HEAD + "\n".join(lines) + "\n")

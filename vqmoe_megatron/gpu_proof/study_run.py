@@ -77,7 +77,8 @@ def run(job: Job) -> None:
     path = _write_study(job, corpus, "study", num_steps, seeds)
     job.say(f"{len(ARMS) * len(seeds)} runs of {num_steps} steps")
     try:
-        run_vqmoe(job, "study", "run", str(path), "--jobs", str(_num_jobs(job)))
+        words = ["study", "run", str(path), "--jobs", str(_num_jobs(job))]
+        run_vqmoe(job, *words, kept_seconds=REPORT_SECONDS)
     except CommandFailed as error:
         job.check("the study came to its end", False, str(error))
     report = write_report(path, job.out / "study_report", say=job.say)

@@ -20,8 +20,10 @@ class CommandFailed(Exception):
     """The command ended otherwise than wanted; with its last lines."""
 
 
-def run_vqmoe(job: Job, *words: str) -> None:
+def run_vqmoe(job: Job, *words: str, kept_seconds: float = 0.0) -> None:
     """Run ``vqmoe WORDS``; its output goes to the part's log.
+
+    ``kept_seconds`` of the part's time are for what comes after it.
 
     Raises:
         CommandFailed: for any exit code but 0, or when the part's time is over.
@@ -31,7 +33,7 @@ def run_vqmoe(job: Job, *words: str) -> None:
     print("$ vqmoe", *words, flush=True)
     try:
         with log.open("w") as output:
-            code = _run(command, output, max(1.0, job.seconds_left))
+            code = _run(command, output, max(1.0, job.seconds_left - kept_seconds))
     finally:
         sys.stdout.write(log.read_text("utf-8", "replace"))
         sys.stdout.flush()
