@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from vqmoe_megatron.gpu_proof import card
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,3 +56,16 @@ def test_the_words_name_the_card_or_the_cpu() -> None:
     found = {"name": "NVIDIA H100", "memory_bytes": 80 * 2**30, "driver": "580", "cuda": "13.0"}
     words = card.in_words({"card": found, "versions": {}})
     assert words.startswith("NVIDIA H100, 80 GiB, driver 580, CUDA 13.0")
+
+
+def test_the_driver_is_what_nvidia_smi_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert card.driver_version() is None
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 580.159.04\n")
+    tool.chmod(0o755)
+    assert card.driver_version() == "580.159.04"
+    tool.write_text("#!/bin/sh\necho no device\nexit 9\n")
+    assert card.driver_version() is None

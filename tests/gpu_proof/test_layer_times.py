@@ -1,0 +1,34 @@
+"""The cases of the part: sizes as in the recipes, tokens whose experts are clear in bf16."""
+
+from __future__ import annotations
+
+import pytest
+
+from vqmoe_megatron.bench.arm_table import ARMS, FORWARD_BACKWARD
+from vqmoe_megatron.bench.gate import few_tokens
+from vqmoe_megatron.bench.shared_inputs import routed_tokens
+from vqmoe_megatron.gpu_proof.layer_times import LETTERS, REFERENCE, TINY_LETTERS, _cases
+
+BF16_SPACING = 2.0**-8  # of logits between 1/2 and 1
+
+
+def test_codes_follow_the_rule_of_the_recipes() -> None:
+    sizes = [(case.num_experts, case.num_codes, case.num_tokens) for case in _cases(False)]
+    assert sizes == [(64, 1920, 8192), (128, 1792, 8192), (64, 1920, 32768), (128, 1792, 32768)]
+    for case in _cases(False):
+        assert (case.hidden_size, case.ffn_hidden_size, case.dtype) == (2048, 1408, "bfloat16")
+
+
+def test_every_arm_takes_a_step_and_one_is_megatron_s() -> None:
+    assert all(FORWARD_BACKWARD in ARMS[letter].passes for letter in (*LETTERS, *TINY_LETTERS))
+    assert ARMS[REFERENCE].kind == "megatron" and REFERENCE in LETTERS
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", _cases(False), ids=lambda case: case.words)
+def test_the_gate_s_tokens_have_a_clear_second_expert(case) -> None:  # noqa: ANN001
+    """Else bf16 may choose another than the oracle, and top-2 fails the gate for no fault."""
+    tokens = routed_tokens(case)
+    logits = few_tokens(tokens.x).double() @ tokens.router_weight.double().t()
+    best = logits.topk(3, dim=1).values
+    assert float((best[:, 1] - best[:, 2]).min()) > 2 * BF16_SPACING
