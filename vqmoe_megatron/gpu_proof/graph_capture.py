@@ -22,6 +22,11 @@ LETTERS = ("E", "F", "F2", "G1")  # of bench/arm_table.py: the discrete path alo
 NUM_EAGER_STEPS = 3  # on the side stream before the capture, as torch's documentation asks
 
 
+def has_graphs() -> bool:
+    """Whether this device has CUDA graphs."""
+    return torch.cuda.is_available()
+
+
 def capture_rows(
     inputs: CaseInputs, grad: torch.Tensor, num_repeats: int, num_warmup: int
 ) -> Iterator[dict[str, Any]]:
@@ -39,7 +44,7 @@ def capture_rows(
         case = inputs.case
         row = {"N": case.num_experts, "T": case.num_tokens, "arm": letter}
         row |= {"text": ARMS[letter].text, "outcome": "not captured: no CUDA device"}
-        if torch.cuda.is_available():
+        if has_graphs():
             try:
                 row |= _captured(letter, inputs, grad, num_repeats, num_warmup)
             except Exception as error:
@@ -88,6 +93,7 @@ def _captured(
         "replayed_ms": times["replayed"].median_ms,
         "eager_ms": times["eager"].median_ms,
         "difference_from_eager": worst,
+        "num_compared": len(replayed),
     }
 
 

@@ -34,7 +34,7 @@ def check_kernels(job: Job) -> None:
     if missing is not None and job.device == "cuda":
         job.check("Triton kernels can run", False, missing)
     elif missing is not None:
-        job.row("kernels not run", kernel="all of Triton's", reason=missing)
+        job.row("Kernels not run", kernel="all of Triton's", reason=missing)
     job.say("kernels against their references")
     _check_searches(job, missing is None)
     if missing is None:

@@ -143,7 +143,8 @@ def layer_differences(
         layer_number=1,
         vq=vq,
     )
-    layer.to(getattr(torch, dtype))
+    # As a model is moved before it trains: Megatron makes its router on the CPU.
+    layer.to(device=torch.cuda.current_device(), dtype=getattr(torch, dtype))
     generator = torch.Generator().manual_seed(case.seed)
     _draw_parameters(layer, generator)
     x = _clear_tokens(layer, case, variant.topk, generator)
