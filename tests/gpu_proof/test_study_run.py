@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from vqmoe_megatron.gpu_proof import study_run
 from vqmoe_megatron.gpu_proof.part import Job
 from vqmoe_megatron.gpu_proof.study_run import Pace, _tell, _write_study, pace_of, steps_within
 from vqmoe_megatron.study.report.run_table import RunRow
@@ -55,6 +56,24 @@ def losses_with() -> dict[tuple[str, int], float]:
     of_arm = {"smoe_top1": 2.0, "smoe_top2": 1.9, "vqmoe": 1.8}
     spread = {1: 0.0, 2: 0.5, 3: -0.5}  # of the seeds, which pairing takes out
     return {(arm, seed): loss + spread[seed] for arm, loss in of_arm.items() for seed in spread}
+
+
+@pytest.mark.full
+def test_a_calibration_sets_the_length(
+    tmp_path: Path, small_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the real commands, at the tiny model's size."""
+    for name, value in {"FULL": study_run.TINY, "NUM_CALIBRATION_STEPS": 8, "NUM_JOBS": 2}.items():
+        monkeypatch.setattr(study_run, name, value)
+    job = Job("study", "cpu", False, 3000.0, tmp_path, tmp_path)
+    num_steps = study_run._affordable_steps(job, small_corpus, 3)
+    assert study_run.LEAST_STEPS <= num_steps <= study_run.MOST_STEPS
+    assert job.findings.figures["calibrated_step_ms"] > 0
+    job = Job("study", "cpu", False, 200.0, tmp_path / "second", tmp_path)
+    job.work.mkdir()
+    monkeypatch.setattr(study_run, "USED_SHARE", 1e-6)
+    assert study_run._affordable_steps(job, small_corpus, 3) is None
+    assert "the study: 0 steps would fit" in job.findings.left_out[0]
 
 
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
