@@ -31,6 +31,7 @@ COMMON = [
     "train.log_interval=1",
     "optimizer.lr_warmup_iters=2",
     "checkpoint.save_interval=0",
+    "checkpoint.keep_last=1",
     "tracking.mlflow=false",
     "tracking.system_metrics=false",
 ]
