@@ -1,8 +1,9 @@
 # Each target does all of its own set-up in .venv, from a fresh clone.
 #
-#   make setup | pretrain | test | test-full | test-versions | test-cluster | lint | help
+#   make setup | pretrain | test | test-full | test-versions | test-cluster | gpu | gpu-wheels | lint | help
 #   make pretrain ARGS="train.exit_interval=40"    ARGS reaches the command behind the target
 #   make test ARGS="-k layout"
+#   make gpu OUT=DIR BUDGET_MIN=20         docs/operations.md, "On a GPU"
 #
 # PYTHON           the interpreter that creates .venv (3.10 or newer; default python3)
 # OTHER_PYTHON     of `make test-versions` (3.12 or newer: megatron-core from 0.17 on needs it)
@@ -13,6 +14,9 @@
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
 ARGS ?=
+OUT ?= benchmarks/gpu
+BUDGET_MIN ?= 20
+WHEELS ?= build/gpu_wheels
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +26,7 @@ WORKERS := -n 2 --dist loadgroup
 TYPED := vqmoe_megatron/registry.py vqmoe_megatron/config vqmoe_megatron/metrics vqmoe_megatron/rundir vqmoe_megatron/plan
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-full test-versions test-cluster lint
+.PHONY: help setup pretrain test test-full test-versions test-cluster gpu gpu-wheels lint
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -55,6 +59,17 @@ test-versions:  ## the tests of tests/other_versions.txt with the oldest torch a
 
 test-cluster: setup  ## install Slurm and buildah (Debian, root), test jobs and the image for real
 	slurm/cluster/test.sh $(BIN)/python $(ARGS)
+
+# A lent machine has a torch of its own and no network: then nothing is set up. (A recipe with make's
+# own variable in it would run under make -n, too.)
+SET_UP := $(MAKE) --no-print-directory setup
+gpu:  ## settle on one GPU, within BUDGET_MIN minutes, what the CPU cannot show; results in OUT
+	@if [ ! -f $(STAMP) ] && $(PYTHON) -c 'import torch' 2>/dev/null; then python="$(PYTHON)"; \
+	else $(SET_UP) && python="$(BIN)/python"; fi && \
+	exec "$$python" -m vqmoe_megatron.gpu_proof --out "$(OUT)" --budget-min "$(BUDGET_MIN)" $(ARGS)
+
+gpu-wheels: setup  ## download what the lent GPU machine lacks into WHEELS, for --wheels
+	$(BIN)/python -m vqmoe_megatron.gpu_proof.wheels --out "$(WHEELS)"
 
 lint: setup  ## ruff check, ruff format --check, and mypy on the torch-free files
 	$(BIN)/ruff check .

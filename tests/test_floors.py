@@ -40,6 +40,7 @@ FLOORS = {
     "simulate": 3,
     "study": 3,
     "bench": 3,
+    "gpu_proof": 4,
     "cli": 4,
 }
 # Folders of one floor that may import another of the same floor; must stay without cycles.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -30,6 +31,7 @@ from vqmoe_megatron.moe.grouped_experts import GroupedExperts
 from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.moe.routers.topk import BalancedRouter
 from vqmoe_megatron.moe.spec import spec_backend
+from vqmoe_megatron.runtime.cpu_compat.missing_names import name_missing_functions
 
 
 @dataclass(frozen=True)
@@ -160,13 +162,13 @@ def _sliced(codes: torch.Tensor, num_slices: int) -> torch.Tensor:
     return codes.unflatten(1, (num_slices, -1)).transpose(0, 1).contiguous()
 
 
-def transformer_config(case: LayerCase, topk: int) -> TransformerConfig:
+def transformer_config(case: LayerCase, topk: int, **changes: Any) -> TransformerConfig:
     """Return the configuration of one layer on the current layout, without biases or balance
-    loss."""
+    loss. ``changes``: fields of it that shall be others."""
     tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
     has_engine = spec_backend()[0] == "transformer_engine"
     dtype = getattr(torch, case.dtype)
-    return TransformerConfig(
+    settings: dict[str, Any] = dict(
         num_layers=1,
         hidden_size=case.hidden_size,
         num_attention_heads=tensor_parallel,  # a layer has none; Megatron wants a multiple of TP
@@ -190,6 +192,7 @@ def transformer_config(case: LayerCase, topk: int) -> TransformerConfig:
         expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
         sequence_parallel=tensor_parallel > 1,
     )
+    return TransformerConfig(**{**settings, **changes})
 
 
 def own_submodules() -> MoESubmodules:
@@ -213,6 +216,7 @@ def megatron_layer(
         The layer, and its parameters by their shared names; where Megatron keeps one parameter per
         expert, the list of them, to be stacked. No communication.
     """
+    name_missing_functions()
     if uses_own_experts:
         submodules = own_submodules()
     else:

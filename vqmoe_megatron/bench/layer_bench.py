@@ -11,7 +11,7 @@ step (reducing gradients, the optimizer, moving the codebook) belongs to no arm.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from vqmoe_megatron.bench.arms import Arm, build_arms
 from vqmoe_megatron.bench.cases import LayerCase
 from vqmoe_megatron.bench.gate import check_arms, check_routing, output_gradient
 from vqmoe_megatron.bench.progress import Progress
-from vqmoe_megatron.bench.shared_inputs import case_inputs
+from vqmoe_megatron.bench.shared_inputs import CaseInputs, case_inputs
 from vqmoe_megatron.bench.timing import Action, time_in_turns
 
 GRADIENT_SEED = 99
@@ -53,7 +53,7 @@ def measure_layers(
     """
     inputs = case_inputs(case)
     check_routing(inputs)
-    x, grad = inputs.x, output_gradient(inputs, GRADIENT_SEED)
+    grad = output_gradient(inputs, GRADIENT_SEED)
     rows: list[dict[str, Any]] = []
     for pass_name in passes:
         specs = choose_arms(letters, pass_name, case.hidden_size)
@@ -61,20 +61,37 @@ def measure_layers(
             progress.say(f"{pass_name}: none of these arms does it")
             continue
         arms = build_arms(specs, inputs)
-        what = f"{case.words} {pass_name}"
-        progress.say(f"{what}: {check_arms(arms, inputs, grad, pass_name, progress)}")
-        leaf = x.clone().requires_grad_()
-        actions = {name: _action(arm, x, leaf, grad, pass_name) for name, arm in arms.items()}
-        found = time_in_turns(
-            actions,
-            num_repeats,
-            num_warmup,
-            lambda turn, what=what: progress.look(f"{what}, {turn}"),
-        )
-        for letter, times in found.items():
-            row = case.row(letter, specs[letter].title, pass_name)
-            row["num_microbatches"] = specs[letter].num_microbatches
-            rows.append(row | times.row_fields)
+        gate = check_arms(arms, inputs, grad, pass_name, progress)
+        progress.say(f"{case.words} {pass_name}: {gate}")
+        rows += time_arms(arms, inputs, grad, pass_name, num_repeats, num_warmup, progress)
+    return rows
+
+
+def time_arms(
+    arms: Mapping[str, Arm],
+    inputs: CaseInputs,
+    grad: torch.Tensor,
+    pass_name: str,
+    num_repeats: int,
+    num_warmup: int,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Time arms that passed the gate in turns; one row per arm. No communication.
+
+    ``grad``: ``[T, 1, H]`` of the output; the other arguments as :func:`measure_layers`.
+    """
+    case = inputs.case
+    leaf = inputs.x.clone().requires_grad_()
+    actions = {name: _action(arm, inputs.x, leaf, grad, pass_name) for name, arm in arms.items()}
+    what = f"{case.words} {pass_name}"
+    found = time_in_turns(
+        actions, num_repeats, num_warmup, lambda turn: progress.look(f"{what}, {turn}")
+    )
+    rows = []
+    for letter, times in found.items():
+        row = case.row(letter, arms[letter].spec.title, pass_name)
+        row["num_microbatches"] = arms[letter].spec.num_microbatches
+        rows.append(row | times.row_fields)
     return rows
 
 

@@ -51,7 +51,7 @@ def measure_memory(
         row |= {
             "saved_bytes": count_saved_bytes(arm, inputs.x),
             "predicted_saved_bytes": predicted,
-            "peak_bytes": _peak_bytes(arm, inputs.x, grad),
+            "peak_bytes": peak_bytes(arm, inputs.x, grad),
         }
         rows.append(row)
     return rows
@@ -73,8 +73,16 @@ def count_saved_bytes(arm: Arm, x: torch.Tensor) -> int:
     return num_bytes
 
 
-def _peak_bytes(arm: Arm, x: torch.Tensor, grad: torch.Tensor) -> int | None:
-    """The allocator's peak over a step above what lay there before; None without CUDA."""
+def peak_bytes(arm: Arm, x: torch.Tensor, grad: torch.Tensor) -> int | None:
+    """Return the allocator's peak over a step above what lay there before; None without CUDA.
+
+    Args:
+        arm: ready for its backward pass.
+        x: ``[T, 1, H]``.
+        grad: ``[T, 1, H]`` of the output.
+
+    Communicates as the layer does.
+    """
     if not torch.cuda.is_available():
         return None
     arm.forget()
@@ -84,6 +92,6 @@ def _peak_bytes(arm: Arm, x: torch.Tensor, grad: torch.Tensor) -> int | None:
     before_bytes = torch.cuda.memory_allocated()
     arm.step(leaf, grad)
     torch.cuda.synchronize()
-    peak_bytes = torch.cuda.max_memory_allocated() - before_bytes
+    num_bytes = torch.cuda.max_memory_allocated() - before_bytes
     arm.forget()
-    return peak_bytes
+    return num_bytes

@@ -13,13 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def origin() -> dict[str, Any]:
-    """Return what every result file begins with: ``machine``, ``versions``, ``commit``.
-
-    ``uncommitted_changes``: of the package, or of the recipes beside it. None, as ``commit``, for a
-    copy of the package that is not in a git repository.
-    """
-    commit = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", "../recipes")
+    """Return what every result file begins with: ``machine``, ``versions``, ``commit``."""
     return {
         "machine": {
             "processor": platform.machine(),
@@ -31,6 +25,18 @@ def origin() -> dict[str, Any]:
             "gpu": _gpu_name(),
         },
         "versions": {name: version(name) for name in ("torch", "megatron-core")},
+        **source_commit(),
+    }
+
+
+def source_commit() -> dict[str, Any]:
+    """Return ``commit`` and ``uncommitted_changes``: of the package, or of the recipes beside it.
+
+    Both are None for a copy of the package that is not in a git repository.
+    """
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", "../recipes")
+    return {
         "commit": commit,
         "uncommitted_changes": None if changed is None else bool(changed),
     }

@@ -45,6 +45,7 @@ from vqmoe_megatron.moe.layer_step import LayerStep
 from vqmoe_megatron.moe.megatron_settings import check_layer_number, check_layer_settings
 from vqmoe_megatron.moe.norms import NoNorm, ParallelNorm
 from vqmoe_megatron.moe.paths import ContinuousPath, DiscretePath, Path
+from vqmoe_megatron.runtime.cpu_compat.missing_names import name_missing_functions
 from vqmoe_megatron.runtime.side_stream import side_stream
 from vqmoe_megatron.runtime.static_graph import Graph
 from vqmoe_megatron.vq.segment_sum import count_ids
@@ -82,6 +83,7 @@ class VQMoELayer(LayerStep, MoELayer):
     ) -> None:
         vq = vq or VQConfig(num_codes=4 * config.num_moe_experts)
         check_layer_settings(config, vq)
+        name_missing_functions()
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, **of_newer_megatron)
         # Newer Megatrons number the layers of multi-token prediction from 1 again.

@@ -29,9 +29,7 @@ def train_recorded(recipe: str, overrides: list[str]) -> dict:
 
 def losses(results: list[dict]) -> list[float]:
     assert not any(result["error"] for result in results), results[0]["error"]
-    return [
-        r[name] for r in results[0]["records"] for name in ("loss", "grad_norm") if name in r
-    ]
+    return [r[name] for r in results[0]["records"] for name in ("loss", "grad_norm") if name in r]
 
 
 @pytest.mark.parametrize(

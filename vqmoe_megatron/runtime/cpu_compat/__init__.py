@@ -18,11 +18,9 @@ from typing import Any
 
 import torch
 
-<<<<<<< HEAD
-from vqmoe_megatron.runtime.versions import results_queue_function
-=======
+from vqmoe_megatron.runtime.cpu_compat.missing_names import name_missing_functions
 from vqmoe_megatron.runtime.cpu_compat.pinned_memory import is_pinned, pin
->>>>>>> purity
+from vqmoe_megatron.runtime.versions import results_queue_function
 
 _installed = False
 _stand_in = torch.device("cpu")  # what CUDA calls act on
@@ -244,9 +242,7 @@ def _adapt_megatron_modules() -> None:
     tensor_parallel_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(
         state
     )
-    # Without Transformer Engine the wheel leaves this name undefined and router gating raises.
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    name_missing_functions()
 
     def maybe_move_tensor_to_cpu(
         tensor: Any, as_numpy: bool = False, record_stream: bool = False

@@ -1,0 +1,33 @@
+"""What of a record must come again bit by bit after a resume."""
+
+from __future__ import annotations
+
+from vqmoe_megatron.config.recipe import load_recipe
+from vqmoe_megatron.gpu_proof.train_run import ARMS, COMMON, FULL, RECIPE, SHALLOW, TINY, _results
+from vqmoe_megatron.plan.run_plan import plan_run
+
+
+def test_losses_and_layers_are_results_times_and_memory_are_not() -> None:
+    record = {
+        "iteration": 3,
+        "loss": 2.0,
+        "grad_norm": 1.0,
+        "vq/layer_01/dead_codes": 0,
+        "vq/layer_01/assignment_change_rate": 0.5,
+        "vq/assignment_change_rate": 0.5,
+        "step_time_ms": 10.0,
+        "timestamp_ms": 1,
+        "memory/peak_rss_bytes": 5,
+        "system/gpu_power_watts": 300.0,
+    }
+    assert set(_results(record)) == {"iteration", "loss", "grad_norm", "vq/layer_01/dead_codes"}
+
+
+def test_every_size_fits_one_h100_by_the_plan() -> None:
+    for size in (FULL, SHALLOW, TINY):
+        for overrides in ARMS.values():
+            config = load_recipe(RECIPE, [*COMMON, *size, *overrides])
+            plan = plan_run(config, 1, "H100")
+            assert not plan.errors
+            assert plan.fits
+            assert config.model.num_moe_experts == 64
