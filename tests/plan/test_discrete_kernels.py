@@ -23,13 +23,22 @@ LAYER = shape(
 )  # fmt: skip
 
 
-def kernels(layer: LayerShape) -> list[Kernel]:
-    return list(discrete_kernels(layer, layer_flops(layer)))
+def kernels(layer: LayerShape, device: str = "cpu") -> list[Kernel]:
+    return list(discrete_kernels(layer, layer_flops(layer), device))
 
 
-def named(layer: LayerShape, name: str, phase: str) -> Kernel:
-    (found,) = (k for k in kernels(layer) if (k.name, k.phase) == (name, phase))
+def named(layer: LayerShape, name: str, phase: str, device: str = "cpu") -> Kernel:
+    (found,) = (k for k in kernels(layer, device) if (k.name, k.phase) == (name, phase))
     return found
+
+
+def test_the_kernels_of_the_losses_read_tokens_and_codes_once() -> None:
+    layer = changed(LAYER, bytes_per_element=2)
+    forward = named(layer, "VQ losses", "forward", "cuda")
+    assert (forward.read_bytes, forward.written_bytes) == (T * H * (2 + 4), 0)
+    backward = named(layer, "VQ losses", "backward", "cuda")
+    assert backward.written_bytes == 2 * T * H * 2  # the gradient, and its sum with the token's
+    assert backward.read_bytes == T * H * (2 + 4) + 2 * T * H * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from vqmoe_megatron.vq import (  # noqa: E402
     codes_triton,
     combine_triton,
+    losses_triton,
     search_triton,
     split_search_triton,
 )
@@ -185,5 +186,19 @@ def test_combine(direction: str, with_rest: bool) -> None:
     else:
         kinds |= {"grad": torch.bfloat16, "grad_p_discrete": torch.float32}
     kinds |= {"num_codes": 1, "BLOCK_T": 2, "BLOCK_H": 1024}
+    ptx = compiled(kernel, kinds, num_warps=4, num_stages=3).asm["ptx"]
+    assert re.search(r"ld\.global\.v4", ptx)  # 16 bytes at a time
+
+
+@pytest.mark.parametrize("name", ["_error_kernel", "_gradient_kernel"])
+def test_losses(name: str) -> None:
+    kernel = getattr(losses_triton, name)
+    kinds: dict[str, Kind] = dict.fromkeys(kernel.arg_names, "i32")
+    kinds |= {"x": torch.bfloat16, "vectors": torch.float32, "ids": torch.int64}
+    kinds |= {"BLOCK_T": 2, "BLOCK_D": 1024}
+    if name == "_error_kernel":
+        kinds |= {"sums": torch.float32}
+    else:
+        kinds |= {"dx": torch.bfloat16, "at_loss": torch.float32, "factor": "fp32"}
     ptx = compiled(kernel, kinds, num_warps=4, num_stages=3).asm["ptx"]
     assert re.search(r"ld\.global\.v4", ptx)  # 16 bytes at a time

@@ -36,13 +36,14 @@ CANDIDATE_PASSES = (5, 4)  # over [M, C, D]
 UPDATE_LAUNCHES = 100
 
 
-def discrete_kernels(layer: LayerShape, flops: dict[str, Flops]) -> Iterator[Kernel]:
-    """All of one layer; nothing without a discrete path."""
+def discrete_kernels(layer: LayerShape, flops: dict[str, Flops], device: str) -> Iterator[Kernel]:
+    """All of one layer on ``device`` (cpu | cuda); nothing without a discrete path."""
     if layer.vq.path == "continuous":
         return
     yield from _combine_in_place(layer) if layer.vq.in_code_space else _combine_rows(layer)
     yield from _straight_through(layer, flops["straight_through"])
     yield from _projection_gradients(layer, flops["projection"])
+    yield from _losses_by_kernel(layer) if device == "cuda" else _losses(layer)
     yield from _statistics(layer)
     yield from _update(layer)
 
@@ -177,9 +178,8 @@ def _projection_gradients(layer: LayerShape, flops: Flops) -> Iterator[Kernel]:
         )  # fmt: skip
 
 
-def _statistics(layer: LayerShape) -> Iterator[Kernel]:
-    """VQ losses (differences are taken again backward) and what a microbatch records: tokens per
-    code, and their sums for the EMA."""
+def _losses(layer: LayerShape) -> Iterator[Kernel]:
+    """VQ losses in plain torch; differences are taken again backward."""
     part, elements = "codebook statistics", num_space_elements(layer)
     element, slices = space_bytes_per_element(layer), layer.vq.num_code_slices
     cast = elements * element if element != FP32_BYTES else 0
@@ -191,6 +191,24 @@ def _statistics(layer: LayerShape) -> Iterator[Kernel]:
     written += exact + cast
     gradient = elements * element  # added to the token's
     yield moved(part, "VQ losses", BACKWARD, read + 2 * gradient, written + gradient, launches + 6)
+
+
+def _losses_by_kernel(layer: LayerShape) -> Iterator[Kernel]:
+    """VQ losses by losses_triton.py: tokens and the codes' rows are read once a pass."""
+    part, elements = "codebook statistics", num_space_elements(layer)
+    tokens = elements * space_bytes_per_element(layer)
+    read = tokens + elements * FP32_BYTES
+    yield moved(part, "VQ losses", FORWARD, read, 0, 5)
+    # The gradient is written, read again and added to the token's.
+    yield moved(part, "VQ losses", BACKWARD, read + 2 * tokens, 2 * tokens, 2)
+
+
+def _statistics(layer: LayerShape) -> Iterator[Kernel]:
+    """What a microbatch records: tokens per code, and their sums for the EMA."""
+    part, elements = "codebook statistics", num_space_elements(layer)
+    element, slices = space_bytes_per_element(layer), layer.vq.num_code_slices
+    cast = elements * element if element != FP32_BYTES else 0
+    exact = elements * FP32_BYTES
     code_bytes = layer.num_code_rows * layer.code_width * FP32_BYTES
     sorts = layer.num_discrete_rows * SORTED_ID_BYTES
     if layer.vq.codebook_update != "ema" and not layer.vq.freeze_codebook:

@@ -47,7 +47,7 @@ def moe_kernels(model: ModelConfig, layer: LayerShape, hardware: Hardware) -> It
     for kernel in _code_rows(layer, flops):
         yield replace(kernel, phase=STEP) if layer.vq.table_per_step else kernel
     yield from search_kernels(layer, hardware.device)
-    yield from discrete_kernels(layer, flops)
+    yield from discrete_kernels(layer, flops, hardware.device)
 
 
 def num_expert_elements(layer: LayerShape) -> int:

@@ -3,12 +3,16 @@
 T tokens, C code slices, K codes per slice, D slice width, H = C * D. Both losses are means over all
 T * H elements, as in the VQMoE release, and have the same value: the commitment loss moves tokens
 towards their codes, the codebook loss moves codes towards their tokens.
+
+On CUDA Triton kernels take the value and the tokens' gradient without an array of differences
+(losses_triton.py).
 """
 
 from __future__ import annotations
 
 import torch
 
+from vqmoe_megatron.vq.kernel_choice import use_kernel
 from vqmoe_megatron.vq.segment_sum import segment_sum
 
 
@@ -18,6 +22,11 @@ class _QuantizationError(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, vectors: torch.Tensor, ids: torch.Tensor):  # noqa: ANN001, ANN205
         ctx.save_for_backward(x, vectors, ids)
+        if use_kernel(x, vectors, ids):
+            from vqmoe_megatron.vq.losses_triton import squared_error_triton
+
+            value = squared_error_triton(x, vectors, ids) / max(x.numel(), 1)
+            return value, value.clone()
         error = _difference(x, vectors, ids).flatten()
         value = torch.dot(error, error) / max(error.numel(), 1)
         return value, value.clone()
@@ -26,14 +35,22 @@ class _QuantizationError(torch.autograd.Function):
     def backward(ctx, at_commitment: torch.Tensor, at_codebook: torch.Tensor):  # noqa: ANN001, ANN205
         x, vectors, ids = ctx.saved_tensors
         dx = dv = None
+        factor = 2.0 / max(x.numel(), 1)
+        of_tokens, of_codes = ctx.needs_input_grad[:2]
+        if of_tokens and use_kernel(x, vectors, ids):
+            from vqmoe_megatron.vq.losses_triton import error_gradient_triton
+
+            dx = error_gradient_triton(x, vectors, ids, factor, at_commitment)
+            of_tokens = False
+        if not (of_tokens or of_codes):
+            return dx, dv, None
         error = _difference(x, vectors, ids)
-        factor = 2.0 / max(error.numel(), 1)
-        if ctx.needs_input_grad[1]:
+        if of_codes:
             parts = error.unflatten(1, (vectors.shape[0], -1)).unbind(1)
             sums = [segment_sum(part, ids[:, c], vectors.shape[1]) for c, part in enumerate(parts)]
             dv = torch.stack(sums) if len(sums) > 1 else sums[0].unsqueeze(0)
             dv.mul_(-factor * at_codebook)
-        if ctx.needs_input_grad[0]:
+        if of_tokens:
             dx = error.mul_(factor * at_commitment)
         return dx, dv, None
 
