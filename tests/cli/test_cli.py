@@ -148,7 +148,8 @@ def checkpointed(tmp_path, corpus) -> Path:
     sizes |= {"context_parallel_size": 1, "expert_tensor_parallel_size": 1}
     (folder / "layout.json").write_text(json.dumps(sizes | {"sequence_parallel": False}))
     shutil.copyfile(corpus / "corpus.json", folder / "corpus.json")
-    (folder / "metadata.json").write_text(json.dumps(BACKENDS))
+    backends = {name: known[0] for name, known in BACKENDS.items()}
+    (folder / "metadata.json").write_text(json.dumps(backends))
     (folder / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data={})))
     torch.save({"format_version": FORMAT_VERSION}, folder / "common.pt")
     (folder.parent / "latest_checkpointed_iteration.txt").write_text("10\n")

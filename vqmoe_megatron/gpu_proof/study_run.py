@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vqmoe_megatron.bench.origin import PACKAGE
 from vqmoe_megatron.gpu_proof.part import Job
@@ -21,7 +22,6 @@ from vqmoe_megatron.gpu_proof.vqmoe_command import CommandFailed, prepare_corpus
 from vqmoe_megatron.rundir.atomic import replace_file
 from vqmoe_megatron.study.report.intervals import seed_means
 from vqmoe_megatron.study.report.run_table import RunRow
-from vqmoe_megatron.study.report.write import write_report
 
 RECIPE = PACKAGE.parent / "recipes" / "scale" / "tiny_64.yaml"
 ARMS = {
@@ -81,7 +81,7 @@ def run(job: Job) -> None:
         run_vqmoe(job, *words, kept_seconds=REPORT_SECONDS)
     except CommandFailed as error:
         job.check("the study came to its end", False, str(error))
-    report = write_report(path, job.out / "study_report", say=job.say)
+    report = _report(path, job.out / "study_report", say=job.say)
     job.findings.figures |= {"steps_per_run": num_steps, "page": "study_report/index.html"}
     _tell(job, report.study.rows, seeds)
 
@@ -125,7 +125,7 @@ def _affordable_steps(job: Job, corpus: Path, num_seeds: int) -> int | None:
     started = time.monotonic()
     run_vqmoe(job, "study", "run", str(path), "--jobs", str(NUM_JOBS))
     seconds = time.monotonic() - started
-    rows = write_report(path, say=job.say).study.rows
+    rows = _report(path, say=job.say).study.rows
     pace = pace_of([row.records for row in rows], seconds)
     num_rounds = math.ceil(num_seeds * len(ARMS) / NUM_JOBS)
     num_steps = steps_within(job.seconds_left - REPORT_SECONDS, pace, num_rounds)
@@ -202,3 +202,10 @@ def _tell(job: Job, rows: Sequence[RunRow], seeds: Sequence[int]) -> None:
 
 def _has_pair(losses: Mapping[str, Mapping[int, float]], arm: str, seed: int) -> bool:
     return seed in losses[OURS] and seed in losses[arm]
+
+
+def _report(*args: Any, **kwargs: Any) -> Any:
+    """:func:`write_report`, which needs the optional matplotlib."""
+    from vqmoe_megatron.study.report.write import write_report
+
+    return write_report(*args, **kwargs)
