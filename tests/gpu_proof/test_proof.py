@@ -112,11 +112,11 @@ def test_what_the_budget_does_not_reach_is_written_down(tmp_path: Path) -> None:
 
 
 def test_a_part_that_does_not_end_in_time_is_ended(tmp_path: Path) -> None:
-    code, said = run(tmp_path, "--budget-min", "0.08", "--parts", "correctness", seconds=90.0)
-    record = records(tmp_path, ["correctness"])["correctness"]
+    code, said = run(tmp_path, "--budget-min", "0.2", "--parts", "train", seconds=90.0)
+    record = records(tmp_path, ["train"])["train"]
     assert code == 1, said
-    if record.status == "failed":  # ended from outside, while it still imported
-        assert "time limit" in record.reason
+    if record.status == "failed":  # from outside, while it still imported, or a command of it was
+        assert "time limit" in record.reason or "no time left" in record.reason
     else:
         assert record.status == "incomplete" and record.left_out
     assert record.seconds < 60
