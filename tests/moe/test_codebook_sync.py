@@ -319,3 +319,33 @@ def test_the_statistics_are_reduced_without_a_copy(ranks) -> None:  # noqa: ANN0
     assert first[1] == 0
     candidates = 12 * HIDDEN * 4  # of the rank that offers none, to receive the others'
     assert second[1] == candidates < second[0]
+
+
+def of_several_groups() -> list[float]:
+    """In a rank: two layers, one of whose replicas is this rank alone, and one in fp64."""
+    from types import SimpleNamespace
+
+    from vqmoe_megatron.moe.codebook_sync import reduce_statistics
+
+    alone = [torch.distributed.new_group([rank]) for rank in range(2)]
+    rank = torch.distributed.get_rank()
+    owners = [
+        SimpleNamespace(
+            sums=None,
+            num_recorded_microbatches=1,
+            replica_group=group,
+            local_parts=lambda dtype=dtype: [torch.ones(2, dtype=dtype)],
+        )
+        for group, dtype in (
+            (torch.distributed.group.WORLD, torch.float32),
+            (alone[rank], torch.float32),
+            (torch.distributed.group.WORLD, torch.float64),
+        )
+    ]
+    reduce_statistics(owners, [])
+    return [float(owner.sums.parts[0][0]) for owner in owners]
+
+
+@pytest.mark.distributed
+def test_every_owner_is_reduced_over_its_own_replicas_in_its_dtype(ranks) -> None:  # noqa: ANN001
+    assert ranks(2).run(of_several_groups) == [[2.0, 1.0, 2.0]] * 2

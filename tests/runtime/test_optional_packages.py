@@ -145,3 +145,13 @@ def test_every_module_but_the_plots_and_mlflows_imports_without_them() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_package_that_raises_on_import_is_a_sentence(tmp_path, monkeypatch) -> None:
+    (tmp_path / "mlflow").mkdir()
+    (tmp_path / "mlflow" / "__init__.py").write_text("raise TypeError('half installed')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mlflow"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ValueError, match=r"mlflow cannot be imported \(TypeError: half installed"):
+        require("mlflow", "syncing")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import importlib.machinery
 import subprocess
 import sys
 from pathlib import Path
@@ -143,3 +144,22 @@ def test_megatrons_words_for_a_loss_over_data_ranks() -> None:
         assert not versions.is_over_data_ranks(local)
     for over in ({"reduce_group_has_dp": True}, {"needs_dp_avg": False}):
         assert versions.is_over_data_ranks(over)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("import missing_part\n", "missing_part"), ("x = 1\n", "__version__"), ("(\n", "SyntaxError")],
+)
+def test_a_broken_installation_is_the_same_message_with_its_reason(
+    text: str, reason: str, tmp_path, monkeypatch
+) -> None:
+    package = tmp_path / "megatron" / "core"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "package_info.py").write_text(text)
+    spec = importlib.machinery.ModuleSpec("megatron.core", None, is_package=True)
+    spec.submodule_search_locations = [str(package)]
+    monkeypatch.setattr(versions.importlib.util, "find_spec", lambda name: spec)
+    found = versions.supported_version(versions.MEGATRON_CORE)
+    assert found.startswith("broken (") and reason in found
+    assert not versions.is_supported(versions.MEGATRON_CORE, found)

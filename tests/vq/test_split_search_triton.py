@@ -93,3 +93,21 @@ def test_codes_are_cut_as_in_torch(place: str, whole: bool) -> None:
 def as_tuple(cut: Callable, codes: torch.Tensor, whole: bool) -> tuple[torch.Tensor, ...]:
     split = cut(codes, whole)
     return tuple(getattr(split, field.name) for field in dataclasses.fields(SplitCodes))
+
+
+@everywhere
+def test_codes_too_long_for_fp32_are_infinitely_far_in_both_kernels(place: str) -> None:
+    skip_unless_possible(place)
+    from vqmoe_megatron.vq.search_triton import nearest_code_triton
+    from vqmoe_megatron.vq.split_search_triton import nearest_code_split
+
+    unit = torch.zeros(64)
+    unit[0] = 1.0
+    codes = torch.stack([-1.3e19 * unit, 1.4e19 * unit])
+    x = (1.2e19 * unit)[None].bfloat16()
+    found = run_kernel(place, nearest_code_split, x, codes)
+    assert torch.equal(found, run_kernel(place, nearest_code_triton, x, codes))
+    codes = 5e18 * torch.randn(20, 80, generator=torch.Generator().manual_seed(6))
+    x = torch.randn(20, 80).bfloat16()
+    found = run_kernel(place, nearest_code_split, x, codes)
+    assert torch.equal(found, run_kernel(place, nearest_code_triton, x, codes))

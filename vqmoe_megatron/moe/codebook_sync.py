@@ -128,16 +128,19 @@ def reduce_statistics(owners: list[StepOwner], model: list[torch.nn.Module]) -> 
     themselves become the sums, without a copy: they are as large as the codebooks.
 
     Communicates: one all-reduce over ``tp_dp_cp`` for all ``owners``, coalesced as Megatron's
-    gradient buckets are.
+    gradient buckets are; one more for every other group or dtype among them.
     """
     owners = [owner for owner in owners if owner.sums is None]
     if not owners:
         return
     parts = [owner.local_parts() for owner in owners]
-    group = owners[0].replica_group
-    with _coalescing_manager(group):
-        for of_owner in parts:
-            for part in of_owner:
+    alike: dict[tuple[torch.distributed.ProcessGroup, torch.dtype], list[torch.Tensor]] = {}
+    for owner, of_owner in zip(owners, parts, strict=True):
+        for part in of_owner:
+            alike.setdefault((owner.replica_group, part.dtype), []).append(part)
+    for (group, _), same in alike.items():
+        with _coalescing_manager(group):
+            for part in same:
                 torch.distributed.all_reduce(part, group=group)
     chunks = tuple(weakref.ref(chunk) for chunk in model)
     for owner, of_owner in zip(owners, parts, strict=True):

@@ -6,6 +6,7 @@ a missing package is a sentence and not a traceback.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import NamedTuple
 
@@ -45,7 +46,15 @@ def missing(package: str) -> str | None:
 
 
 def require(package: str, what: str) -> None:
-    """Raise ``ValueError`` when ``package`` is missing; ``what`` names the part that needs it."""
+    """Import ``package``; raise ``ValueError`` when it is missing or broken.
+
+    ``what`` names the part that needs it.
+    """
     problem = missing(package)
+    if problem is None:
+        try:
+            importlib.import_module(package)
+        except Exception as error:  # whatever a broken installation raises
+            problem = f"{package} cannot be imported ({type(error).__name__}: {error})"
     if problem is not None:
         raise ValueError(f"{what} is not possible: {problem}")

@@ -61,8 +61,16 @@ def _dotted(numbers: tuple[int, ...]) -> str:
 def supported_version(supported: Supported) -> str | None:
     """The version that an import would bring, without importing it; None when there is none.
 
-    Read from the package's own file: a checkout on the path comes before an installed one.
+    Read from the package's own file: a checkout on the path comes before an installed one. One that
+    cannot be read, whatever a broken installation raises, is told with its reason.
     """
+    try:
+        return _version_of(supported)
+    except Exception as error:
+        return f"broken ({type(error).__name__}: {error})"
+
+
+def _version_of(supported: Supported) -> str | None:
     try:
         spec = importlib.util.find_spec(supported.module)
     except ModuleNotFoundError:  # of the package around it

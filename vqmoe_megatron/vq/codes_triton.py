@@ -165,8 +165,11 @@ def _split_kernel(
     centre_norm = tl.sqrt(tl.sum(centre2, axis=0))
     code_offset = of_half_norm * half_norm + of_centre * centre_norm * norm + of_bias * tl.abs(bias)
     place = c * num_codes + k
-    tl.store(half_norms + place, half_norm.to(tl.float32), mask=is_code)
-    tl.store(lower_bias + place, (bias - code_offset).to(tl.float32), mask=is_code)
+    rounded = half_norm.to(tl.float32)
+    # What fp32 cannot hold the fp32 kernel takes for infinitely far away.
+    lower = tl.where(rounded == float("inf"), float("inf"), (bias - code_offset).to(tl.float32))
+    tl.store(half_norms + place, rounded, mask=is_code)
+    tl.store(lower_bias + place, lower, mask=is_code)
     tl.store(slope + place, code_slope.to(tl.float32), mask=is_code)
     tl.store(offset + place, code_offset.to(tl.float32), mask=is_code)
 

@@ -143,7 +143,7 @@ def _dot_chain(
     column = first_column + tl.arange(0, CHAIN)
     is_column = column < width
     values = tl.load(
-        rows + column[None, :] * x_stride_column,
+        rows + column[None, :].to(tl.int64) * x_stride_column,
         mask=is_token[:, None] & is_column[None, :],
         other=0.0,
     ).to(tl.float32)

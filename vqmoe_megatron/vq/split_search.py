@@ -15,9 +15,10 @@ of which the products give ``<x, high + low>``, or ``<x1, high> + <x1, low> + <x
 
     left out     <x, rest>; cut tokens also <x2, low + rest> and the third part of x, 2^-16 |x||v|
     summed       tensor cores keep at least 24 bits of each term, relative to the largest of one
-                 step of 16 columns and the running sum, and cut the rest off (Fasi, Higham,
-                 Mikaitis, Pranesh 2021, "Numerical behavior of NVIDIA tensor cores"): 17 * 2^-23 a
-                 step, for the steps of one BLOCK_D; blocks are then added in fp32, u each
+                 step and the running sum, and cut the rest off (Fasi, Higham, Mikaitis, Pranesh
+                 2021, "Numerical behavior of NVIDIA tensor cores"). 16 columns are one step or
+                 two of 8: at most 18 terms, 18 * 2^-23, for the steps of one BLOCK_D; blocks are
+                 then added in fp32, u each
     fp32 kernel  chains of BLOCK_D multiply-adds, then one addition a block: (64 + D / 64) u |x||v|
     rounding     of v - c, x - c, the norms and the final differences: a few u
 
@@ -37,7 +38,7 @@ BLOCK_D = 64  # columns summed before their sum is added to the others
 MIN_WIDTH = BLOCK_D  # narrower slices cost little in fp32
 UNDERFLOW = 2.0**-100  # products under it lose their digits
 _U = 2.0**-24
-_STEP = 17 * 2.0**-23  # of one tensor-core step: 16 products and the running sum, each cut off
+_STEP = 18 * 2.0**-23  # of 16 columns: their products and two running sums, each cut off
 _STEP_COLUMNS = 16
 _SLACK = 1.01  # for the second-order terms, and for norms that are themselves rounded
 
@@ -125,7 +126,10 @@ def split_codes(codes: torch.Tensor, whole_tokens: bool) -> SplitCodes:
     slope += factors.rest * of_rest + factors.code * v
     offset = factors.half_norm * half_norms + factors.centre * of_centre * v
     offset += factors.bias * bias.abs()
-    numbers = (half_norms, bias - offset, slope, offset)
+    half_norms = half_norms.float()
+    # What fp32 cannot hold the fp32 kernel takes for infinitely far away.
+    lower_bias = torch.where(half_norms.isinf(), torch.inf, bias - offset)
+    numbers = (half_norms, lower_bias, slope, offset)
     return SplitCodes(centre, shifted, high, low, *(number.float() for number in numbers))
 
 

@@ -170,7 +170,7 @@ def _rows(
     column = d + tl.arange(0, BLOCK_D)
     is_column = column < width
     rows = tl.load(
-        x + column[None, :] * x_stride_column,
+        x + column[None, :].to(tl.int64) * x_stride_column,
         mask=tokens_mask[:, None] & is_column[None, :],
         other=0.0,
     )
