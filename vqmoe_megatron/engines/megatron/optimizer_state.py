@@ -1,6 +1,7 @@
 """What Megatron's optimizer checkpoints need when the inner optimizer is torch's Adam.
 
-On CUDA Megatron prefers Transformer Engine's or Apex's fused Adam, whose state needs none of this.
+Megatron prefers Transformer Engine's or Apex's fused Adam, whose state needs none of this; where
+the recipe wants torch's, or on the CPU, :func:`use_torch_adam` puts it in its place.
 """
 
 from __future__ import annotations
@@ -55,6 +56,21 @@ def borrows_parameters(optimizer: Any, stored: set[str]) -> bool:
     return is_distributed and not any(
         name.startswith(MAIN_PARAMETER_PREFIXES[0]) for name in stored
     )
+
+
+def use_torch_adam(optimizer: Any) -> None:
+    """Put torch's AdamW, over the same groups, in the place of every fused Adam that has not
+    stepped yet. No communication."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        fused = part.optimizer
+        if fused is not None and not isinstance(fused, TORCH_ADAMS):
+            part.optimizer = torch.optim.AdamW(
+                fused.param_groups,
+                lr=fused.defaults["lr"],
+                betas=fused.defaults["betas"],
+                eps=fused.defaults["eps"],
+                weight_decay=fused.defaults["weight_decay"],
+            )
 
 
 def _torch_adams(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
@@ -112,9 +128,11 @@ def restore_adam_steps(optimizer: Any, num_updates: int) -> None:
     After loading, Megatron lets all parameters share one tensor, which torch's Adam then increments
     once per parameter: a silent divergence. No communication.
     """
-    for group in optimizer.param_groups:
-        if "step" in group:
-            group["step"] = num_updates
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        counts_in_groups = not isinstance(part.optimizer, TORCH_ADAMS)
+        for group in part.param_groups:
+            if counts_in_groups or "step" in group:
+                group["step"] = num_updates
     for adam in _torch_adams(optimizer):
         for state in adam.state.values():
             state["step"] = torch.tensor(float(num_updates))
