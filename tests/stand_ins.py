@@ -23,6 +23,8 @@ APEX = {
     "apex/optimizers/__init__.py": '''
 import amp_C, torch
 
+class FusedSGD: ...
+
 class FusedAdam(torch.optim.Optimizer):
     """Apex's arguments and bookkeeping: the step is counted in the groups."""
     num_steps = 0

@@ -124,7 +124,7 @@ def test_json_is_one_object(vqmoe) -> None:
 
 
 def test_fp8_is_planned_and_told_that_it_would_be_refused_here(vqmoe) -> None:
-    code, out, _ = vqmoe("plan", QUICKSTART, "model.fp8=hybrid", "vq.execution=tokens")
+    code, out, _ = vqmoe(VOCABULARY, "model.fp8=hybrid", "vq.execution=tokens")
     said = " ".join(out.split())
     assert code == 0 and "would be refused on this machine: transformer_engine is not" in said
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from stand_ins import run_beside, write
 
 PYTORCH = """
@@ -24,6 +25,9 @@ def fp8_autocast(enabled, fp8_recipe, fp8_group):
     is_open = False
 
 class Nothing(torch.nn.Module): ...
+
+class ops:
+    Sequential = FusibleOperation = Nothing
 LayerNorm = RMSNorm = Linear = LayerNormLinear = DotProductAttention = Nothing
 
 class GroupedLinear(torch.nn.Module):
@@ -42,7 +46,10 @@ class GroupedLinear(torch.nn.Module):
         assert not self.use_bias and all(m % 16 == 0 for m in m_splits)
         rounded = lambda t: t
         if is_open:
-            rounded = lambda t: t + (t.to(torch.float8_e4m3fn).to(t.dtype) - t).detach()
+            def rounded(t):  # tensorwise scaling: the largest element becomes fp8's largest
+                scale = 448.0 / t.detach().abs().max().clamp(min=1e-30)
+                in_fp8 = (t.detach() * scale).to(torch.float8_e4m3fn).to(t.dtype) / scale
+                return t + (in_fp8 - t).detach()
         GroupedLinear.num_fp8 += is_open
         GroupedLinear.num_other += not is_open
         parts = [rounded(rows) @ rounded(getattr(self, f"weight{e}")).t()
@@ -83,7 +90,7 @@ class Float8CurrentScaling:
     ),
     "transformer_engine/pytorch/tensor/__init__.py": "class QuantizedTensor: ...\n",
     "transformer_engine/pytorch/float8_tensor.py": "class Float8Tensor: ...\n",
-    "transformer_engine/pytorch/distributed.py": "def checkpoint(): ...\n",
+    "transformer_engine/pytorch/distributed.py": "import torch\ndef __getattr__(name): return torch.nn.Identity\n",
     "transformer_engine_torch.py": "",
 }
 MODEL = """
@@ -103,7 +110,8 @@ vq = VQConfig(num_codes=8, execution="tokens", init="uniform")
 found = {}
 for fp8 in (None, "hybrid"):
     config = transformer_config(hidden_size=32, moe_ffn_hidden_size=64, add_bias_linear=False,
-                                fp8=fp8, fp8_recipe="tensorwise", transformer_impl="local")
+                                fp8=fp8, fp8_recipe="tensorwise", transformer_impl="local",
+                                hidden_dropout=0.0, attention_dropout=0.0)
     model = GPTModel(config, get_vqmoe_block_spec(config, vq), 64, 16)
     experts = model.decoder.layers[0].mlp.experts
     if fp8 is None:
@@ -136,8 +144,6 @@ found["products"] = [te.GroupedLinear.num_fp8, te.GroupedLinear.num_other]
 
 
 def test_experts_run_under_the_autocast_and_stay_near_those_in_fp32(tmp_path: Path) -> None:
-    import torch
-
     found = run_beside(write(tmp_path, TE), MODEL)
     plain, fp8 = found["None"], found["hybrid"]
     assert (plain["experts"], fp8["experts"]) == ("GroupedExperts", "TEGroupedMLP")

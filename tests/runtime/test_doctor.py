@@ -107,7 +107,11 @@ def test_every_part_is_told_with_its_place_or_the_reason(tmp_path):
 
 
 def test_an_adam_that_would_crash_megatron_is_told(tmp_path):
-    broken = {**APEX, "amp_C.py": "", "apex/optimizers/__init__.py": "class FusedAdam: ...\n"}
+    broken = {
+        **APEX,
+        "amp_C.py": "",
+        "apex/optimizers/__init__.py": "class FusedAdam: ...\nclass FusedSGD: ...\n",
+    }
     here, _ = run_beside(write(tmp_path, broken), REPORT)
     assert (
         here["fused adam"].startswith("REFUSED: ")

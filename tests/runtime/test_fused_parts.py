@@ -40,7 +40,7 @@ TE = {
         "class Linear: ...\nclass LayerNormLinear: ...\nclass DotProductAttention: ...\n"
         "class GroupedLinear: ...\ndef fp8_autocast(): ...\n"
     ),
-    "transformer_engine/pytorch/optimizers.py": "class FusedAdam: ...\n",
+    "transformer_engine/pytorch/optimizers.py": "class FusedAdam: ...\nclass FusedSGD: ...\n",
     "transformer_engine_torch.py": "",
 }
 
@@ -182,7 +182,7 @@ def test_what_megatron_would_crash_by_is_refused_before(
 ) -> None:
     """Megatron catches an ImportError and nothing else, and looks for FusedAdam, not its kernel."""
     if "amp_C.py" in files:  # imported without its kernels, as Apex's own is
-        files["apex/optimizers/__init__.py"] = "class FusedAdam: ...\n"
+        files["apex/optimizers/__init__.py"] = "class FusedAdam: ...\nclass FusedSGD: ...\n"
     write(tmp_path, files)
     told = chosen(tmp_path, device=device)
     assert isinstance(told, str)

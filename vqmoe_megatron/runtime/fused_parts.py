@@ -60,10 +60,19 @@ APEX_NORM = Kernel(
 )
 TE_ADAM = Kernel(
     "Transformer Engine's Adam",
-    (("transformer_engine.pytorch.optimizers", "FusedAdam"), TE_COMPILED),
+    (
+        ("transformer_engine.pytorch.optimizers", "FusedAdam"),
+        ("transformer_engine.pytorch.optimizers", "FusedSGD"),  # Megatron wants both or neither
+        TE_COMPILED,
+    ),
 )
 APEX_ADAM = Kernel(
-    "Apex's Adam", (("amp_C", "multi_tensor_adam"), ("apex.optimizers", "FusedAdam"))
+    "Apex's Adam",
+    (
+        ("amp_C", "multi_tensor_adam"),
+        ("apex.optimizers", "FusedSGD"),
+        ("apex.optimizers", "FusedAdam"),
+    ),
 )
 WGRAD = Kernel(
     "Apex's accumulating weight gradient",
@@ -155,7 +164,7 @@ def megatrons_adam() -> Kernel | None:
         ValueError: where megatron-core would crash by its choice: it catches an ImportError only,
             and Apex's Adam imports without its kernels and raises when it is built.
     """
-    problem = import_problem(*TE_ADAM.imports[0])
+    problem = import_problem(*TE_ADAM.imports[0]) or import_problem(*TE_ADAM.imports[1])
     if problem is None:
         return TE_ADAM
     if not problem.is_import_error:
@@ -163,7 +172,7 @@ def megatrons_adam() -> Kernel | None:
             f"megatron-core cannot be imported beside this Transformer Engine: {problem.reason}; "
             "repair it or remove it from the path"
         )
-    if import_problem("apex.optimizers", "FusedAdam") is not None:
+    if any(import_problem(*wanted) for wanted in APEX_ADAM.imports[1:]):
         return None
     if (obstacle := APEX_ADAM.obstacle()) is not None:
         raise ValueError(
