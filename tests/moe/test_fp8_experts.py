@@ -90,7 +90,9 @@ class Float8CurrentScaling:
     ),
     "transformer_engine/pytorch/tensor/__init__.py": "class QuantizedTensor: ...\n",
     "transformer_engine/pytorch/float8_tensor.py": "class Float8Tensor: ...\n",
-    "transformer_engine/pytorch/distributed.py": "import torch\ndef __getattr__(name): return torch.nn.Identity\n",
+    "transformer_engine/pytorch/distributed.py": (
+        "import torch\ndef __getattr__(name): return torch.nn.Identity\n"
+    ),
     "transformer_engine_torch.py": "",
 }
 MODEL = """

@@ -63,14 +63,17 @@ def use_torch_adam(optimizer: Any) -> None:
     stepped yet. No communication."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         fused = part.optimizer
-        if fused is not None and not isinstance(fused, TORCH_ADAMS):
-            part.optimizer = torch.optim.AdamW(
-                fused.param_groups,
-                lr=fused.defaults["lr"],
-                betas=fused.defaults["betas"],
-                eps=fused.defaults["eps"],
-                weight_decay=fused.defaults["weight_decay"],
-            )
+        if fused is None or isinstance(fused, TORCH_ADAMS):
+            continue
+        settings = {name: fused.defaults[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        # Shards of a distributed optimizer are views, which the constructor refuses; Megatron puts
+        # them into the groups afterwards, too.
+        adam = torch.optim.AdamW([torch.nn.Parameter(torch.empty(0))], **settings)
+        for group in fused.param_groups:
+            for name, value in adam.defaults.items():
+                group.setdefault(name, value)
+        adam.param_groups = fused.param_groups
+        part.optimizer = adam
 
 
 def _torch_adams(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
