@@ -123,6 +123,12 @@ def test_json_is_one_object(vqmoe) -> None:
     assert described["errors"] == []
 
 
+def test_fp8_is_planned_and_told_that_it_would_be_refused_here(vqmoe) -> None:
+    code, out, _ = vqmoe(VOCABULARY, "model.fp8=hybrid", "vq.execution=tokens")
+    said = " ".join(out.split())
+    assert code == 0 and "would be refused on this machine: transformer_engine is not" in said
+
+
 def test_vocabulary_is_the_corpus_s_or_an_assumption_that_is_told(vqmoe, tmp_path) -> None:
     from vqmoe_megatron.data.prepare import prepare_corpus
 

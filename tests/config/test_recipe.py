@@ -113,6 +113,7 @@ def test_wrong_type_in_the_file_names_its_line(recipe_file) -> None:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
+        ("model.fp16=true", ["model.fp16 is refused: a loss scale skips", "model.bf16=true"]),
         ("vq.num_code=3", ["unknown key 'vq.num_code'", "did you mean vq.num_codes"]),
         ("vq.expert_model_parallel_size=2", ["parallel.expert_model_parallel_size"]),
         ("vq.zzz=2", ["none is near", "Keys of vq: num_codes, num_code_slices"]),

@@ -36,7 +36,8 @@ from vqmoe_megatron.vq.oracle import OracleResult, vqmoe_oracle
 pytestmark = pytest.mark.distributed
 
 NUM_TOKENS = 24  # over all ranks
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
+# bf16 rounds at 2^-9, in about ten places between a token and a gradient.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 TP, EP, ETP = (
     f"{name}_parallel_size" for name in ("tensor_model", "expert_model", "expert_tensor")
 )
@@ -259,6 +260,8 @@ def evaluate_layer(case: dict) -> dict:
     changes = {}
     if case.get("recompute"):
         changes = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    if x.dtype == torch.bfloat16:
+        changes |= {"bf16": True, "params_dtype": x.dtype, "moe_router_dtype": "fp32"}
     layer = build_layer(
         settings(case),
         parameters,
@@ -313,6 +316,9 @@ def gathered(results: list[dict]) -> dict[str, torch.Tensor]:
 def run_oracle(case: dict, trained: list[str], data_parallel_size: int):  # noqa: ANN201
     """The oracle's output and gradients of the same loss, and its result."""
     parameters, x, weights = drawn(case)
+    if x.dtype == torch.bfloat16:  # the same rounded numbers, from there on in fp32
+        x, weights = x.float(), weights.float()
+        parameters = {n: v.float() if v.is_floating_point() else v for n, v in parameters.items()}
     x.requires_grad_()
     for name in trained:
         parameters[name].requires_grad_()
@@ -377,3 +383,25 @@ def test_variant(name: str, layout: str, ranks) -> None:  # noqa: ANN001
 )
 def test_sharded_experts(name: str, layout: str, ranks) -> None:  # noqa: ANN001
     check_equal(VARIANTS[name], ranks, layout)
+
+
+BF16_CASES = {
+    "tokens": {"execution": "tokens"},
+    "code-space": {"execution": "code_space"},
+    "table-per-step": {"execution": "code_space", "table_per_step": True},
+    "blend": {"execution": "tokens", "expert_input": "blend"},
+    "group": {"execution": "code_space", "straight_through": "group"},
+    "learned": {"execution": "code_space", "code_input": "learned"},
+    "product": {**PRODUCT, "execution": "code_space", "num_code_slices": 2},
+    "low-dim": {"execution": "code_space", "quantizer": "low_dim", "code_dim": 5},
+    "discrete": {"execution": "code_space", "path": "discrete"},
+    "continuous": {"path": "continuous"},
+}
+
+
+@pytest.mark.parametrize(("name", "layout"), at_layouts(BF16_CASES, LAYOUTS))
+def test_bf16_is_the_fp32_oracle_within_bf16(name: str, layout: str, ranks) -> None:  # noqa: ANN001
+    """Every execution, output and every gradient by name; codes are fp32 and follow an EMA, since
+    trained ones want a parameter group of their own in bf16."""
+    case = {"vq": {**BF16_CASES[name], "codebook_update": "ema"}, "dtype": torch.bfloat16}
+    check_equal(case, ranks, layout)

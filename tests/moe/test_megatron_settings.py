@@ -29,7 +29,7 @@ distribute_saved_activations dsa_indexer_head_dim dsa_indexer_loss_coeff dsa_ind
 dsa_indexer_topk dsa_indexer_use_sparse_loss embedding_init_method embedding_init_method_std
 enable_autocast enable_cuda_graph ep_overlap_early_attn_memory_release
 experimental_attention_variant external_cuda_graph ffn_hidden_size finalize_model_grads_func
-fine_grained_activation_offloading first_last_layers_bf16 flash_decode fp16 fp32_residual_connection
+fine_grained_activation_offloading first_last_layers_bf16 flash_decode fp32_residual_connection
 fp4_param fp4_quantizer_factory fp4_recipe fp8_amax_compute_algo fp8_amax_history_len
 fp8_dot_product_attention fp8_interval fp8_margin fp8_multi_head_attention fp8_param
 fp8_quantizer_factory fp8_recipe fp8_wgrad fused_single_qkv_rope grad_scale_func grad_sync_func
@@ -146,6 +146,24 @@ def test_codes_have_neither_capacity_nor_forced_balance(name: str) -> None:
 def test_a_bare_router_refuses_what_learned_routers_have(name: str) -> None:
     with pytest.raises(ValueError, match=f"VQRouter does not do {name}"):
         megatron_settings.check_router_settings(config_of(**{name: 2}))
+
+
+def test_fp16_is_refused_by_whatever_holds_a_codebook() -> None:
+    for changes in ({"fp16": True}, {"params_dtype": torch.float16}):
+        config = config_of(**changes)
+        with pytest.raises(ValueError, match="VQMoELayer does not do .*loss scale.*use bf16"):
+            megatron_settings.check_layer_settings(config, VQConfig())
+        with pytest.raises(ValueError, match="VQRouter does not do .*loss scale.*use bf16"):
+            megatron_settings.check_router_settings(config)
+        megatron_settings.check_expert_settings(config)  # experts alone know no step
+
+
+def test_fp8_without_transformer_engine_is_refused_with_the_reason() -> None:
+    config = config_of(fp8="hybrid")
+    with pytest.raises(ValueError, match="fp8=hybrid: transformer_engine is not installed"):
+        megatron_settings.check_layer_settings(config, VQConfig(execution="tokens"))
+    with pytest.raises(ValueError, match="GroupedExperts does not do fp8=hybrid.*get_vqmoe_block"):
+        megatron_settings.check_expert_settings(config)
 
 
 def test_a_bare_router_has_no_balance_loss() -> None:

@@ -41,6 +41,27 @@ from vqmoe_megatron.plan.layout import layout_errors
             ["model.calculate_per_token_loss=false"],
             "moe_z_loss_coeff=0.001 with calculate_per_token_loss and TP = 2",
         ),
+        (["model.fp8=hybrid"], ["vq.execution=tokens"], "wired to token dispatch only"),
+        (
+            ["model.fp8=hybrid", "vq.execution=tokens", "parallel.expert_tensor_parallel_size=2"],
+            ["model.add_bias_linear=false"],
+            "model.fp8=hybrid with add_bias_linear and ETP = 2 > 1",
+        ),
+        (
+            ["model.fp8=e4m3", "vq.execution=tokens", "model.moe_ffn_hidden_size=80"],
+            ["model.moe_ffn_hidden_size=96"],
+            "moe_ffn_hidden_size % (ETP * 32 = 1 * 32) != 0: 80",
+        ),
+        (
+            [
+                "model.fp8=e4m3",
+                "vq.execution=tokens",
+                "model.recompute_granularity=selective",
+                "model.recompute_modules=[moe]",
+            ],
+            ["model.recompute_modules=[core_attn]"],
+            "leave moe out of recompute_modules",
+        ),
     ],
 )
 def test_a_combination_is_refused_until_it_is_mended(tmp_path, broken, mended, named):

@@ -1,4 +1,4 @@
-"""The doctor: says what is here, finds the broken Apex, imports nothing it should not."""
+"""The doctor: says what is here, names a broken Apex, imports nothing it should not."""
 
 import importlib
 import subprocess
@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from stand_ins import APEX, run_beside, write
 
 from vqmoe_megatron.runtime import doctor
 from vqmoe_megatron.runtime.versions import MEGATRON_CORE
@@ -26,8 +27,8 @@ def import_path(tmp_path, monkeypatch):
 def test_the_report_covers_every_part_and_tells_the_truth():
     report = findings({})
     expected = {"python", "torch", "process groups", "megatron-core", "transformer engine", "apex"}
-    expected |= {"layers", "grouped experts", "triton", "deepspeed", "mlflow", "matplotlib"}
-    expected |= {"sentencepiece"}
+    expected |= {"grouped experts", "triton", "deepspeed", "mlflow", "matplotlib", "sentencepiece"}
+    expected |= set(PARTS)
     expected |= {"rank discovery", "cpu", "memory", "disk"}
     assert expected <= set(report)
     assert report["torch"][0] == torch.__version__
@@ -65,27 +66,59 @@ def test_rank_discovery_is_told_before_any_rank_starts(environment, path, says):
     assert says in reason
 
 
-def test_an_empty_apex_folder_is_found_broken(import_path):
+def test_an_empty_apex_folder_is_not_used_and_named(import_path):
     (import_path / "apex").mkdir()
     part, path, reason = doctor.apex_finding()
-    assert (part, path) == ("apex", "BROKEN")
-    assert str(import_path / "apex") in reason and "FusedLayerNorm" in reason
-    assert findings({})["layers"][0] == "BROKEN"
+    assert (part, path) == ("apex", "not used")
+    assert f"{import_path / 'apex'} is a folder without code" in reason
+    assert "FusedLayerNorm" in reason
 
 
-def test_the_unrelated_apex_package_is_found_broken(import_path):
+def test_the_unrelated_apex_package_is_not_imported(import_path):
     (import_path / "apex").mkdir()
     (import_path / "apex" / "__init__.py").write_text("raise RuntimeError('imported')\n")
     _, path, reason = doctor.apex_finding()
-    assert path == "BROKEN" and "unrelated" in reason and "amp_C" in reason
+    assert path == "without kernels" and "unrelated" in reason and "amp_C" in reason
 
 
-def test_apex_with_its_kernels_is_used(import_path):
-    for name in ("apex", *doctor.APEX_KERNELS):
-        (import_path / name).mkdir()
-        (import_path / name / "__init__.py").touch()
-    assert doctor.apex_finding()[1] == "fused kernels"
-    assert findings({})["layers"][0] == "torch linear, Apex norm"
+PARTS = ("linear layers", "norms", "fused adam", "gradient accumulation fusion", "fp8 experts")
+REPORT = """
+from vqmoe_megatron.runtime import doctor, fused_parts
+found = [{part: path + ": " + reason for part, path, reason in rows} for rows in (
+    doctor.doctor_report({}), fused_parts.part_findings("cuda"))]
+"""
+
+
+def test_every_part_is_told_with_its_place_or_the_reason(tmp_path):
+    """Beside stand-ins: the real Apex cannot exist here."""
+    (here, on_cuda) = run_beside(None, REPORT)
+    for part in PARTS:
+        assert here[part].startswith("not used: ") and "is not installed" in here[part]
+    assert "fp16 is refused" in here["precision"]
+    here, on_cuda = run_beside(write(tmp_path, APEX), REPORT)
+    for part, module in (
+        ("norms", "fused_layer_norm"),
+        ("fused adam", "optimizers"),
+        ("gradient accumulation fusion", "fused_weight_gradient_mlp_cuda"),
+    ):
+        assert on_cuda[part].startswith("used: Apex's") and f"{module}" in on_cuda[part]
+        assert str(tmp_path) in on_cuda[part]
+        assert here[part].startswith("not used: ") and "need a CUDA device" in here[part]
+    assert on_cuda["linear layers"].startswith("not used: transformer_engine is not installed")
+    assert "amp_C and fused_layer_norm_cuda found" in here["apex"]
+
+
+def test_an_adam_that_would_crash_megatron_is_told(tmp_path):
+    broken = {
+        **APEX,
+        "amp_C.py": "",
+        "apex/optimizers/__init__.py": "class FusedAdam: ...\nclass FusedSGD: ...\n",
+    }
+    here, _ = run_beside(write(tmp_path, broken), REPORT)
+    assert (
+        here["fused adam"].startswith("REFUSED: ")
+        and "has no multi_tensor_adam" in here["fused adam"]
+    )
 
 
 def test_a_transformer_engine_that_does_not_import_is_not_used(import_path):

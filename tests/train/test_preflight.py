@@ -29,8 +29,8 @@ def test_a_part_that_a_recipe_names_is_loaded(monkeypatch, kind: str) -> None:  
     value = "[mine]" if kind == "tracker" else "mine"
     config = load_recipe(PARITY, [f"{registry.KINDS[kind].key}={value}"])
     with pytest.raises(ValueError, match=f"entry point {kind}.mine = json:loads .* a function"):
-        check_parts(config)
-    check_parts(load_recipe(PARITY, []))  # one that no recipe names hinders nobody
+        check_parts(config, "cpu")
+    check_parts(load_recipe(PARITY, []), "cpu")  # one that no recipe names hinders nobody
 
 
 def test_a_wrong_part_is_refused_before_the_run_directory_is_there(

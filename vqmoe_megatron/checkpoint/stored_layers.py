@@ -73,7 +73,10 @@ def stored_layers(
     places = layer_places(names, config.model.num_layers)
     if not places:
         raise ValueError(f"{folder} holds no layer with codes (decoder.layers.*.assigner.codebook)")
-    transformer = build_transformer_config(config, layout)
+    # Trained in fp8 or not, weights are stored in bf16 or fp32.
+    transformer = build_transformer_config(
+        replace(config, model=replace(config.model, fp8=None)), layout
+    )
     transformer.perform_initialization = False  # every value is loaded
     # However it was trained: with one expert input per code both executions are the same function.
     vq = replace(config.vq, execution="code_space", table_per_step=False, overlap_table=False)

@@ -143,7 +143,7 @@ def pretrain(
     from vqmoe_megatron.train.stop_requests import StopRequests
 
     check_layout(config, world_size, device)  # these are refused here, before the first write
-    check_parts(config)
+    check_parts(config, device)
     if world_size > 1:
         MeetingPlace.from_environ(os.environ)
     run_dir, is_first = RunDirectory(Path(config.train.output_dir)), variables.rank == 0

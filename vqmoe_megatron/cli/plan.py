@@ -72,7 +72,7 @@ def plan(
     Example: vqmoe plan recipes/quickstart.yaml --world-size 8 --hardware H100
     """
     config, assumptions = _with_vocabulary(load_recipe(recipe, overrides or []))
-    assumptions += _foreign_parts(config)
+    assumptions += _foreign_parts(config) + _fp8_parts(config)
     ranks = world_size or minimum_world_size(config)
     profile = hardware_profile(hardware or default_hardware(config))
     planned = plan_run(config, ranks, profile)
@@ -115,6 +115,18 @@ def _foreign_parts(config: RunConfig) -> list[str]:
         for kind, name in chosen.items()
         if not registry.is_ours(kind, name)
     ]
+
+
+def _fp8_parts(config: RunConfig) -> list[str]:
+    """How fp8 is counted, and whether a run started here would be refused."""
+    if config.model.fp8 is None:
+        return []
+    from vqmoe_megatron.runtime.fused_parts import FP8
+
+    said = [f"model.fp8={config.model.fp8} is counted as if its products were not in fp8"]
+    if (obstacle := FP8.obstacle()) is not None:
+        said.append(f"model.fp8={config.model.fp8} would be refused on this machine: {obstacle}")
+    return said
 
 
 def _with_vocabulary(config: RunConfig) -> tuple[RunConfig, list[str]]:

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.checks import setting_problem
 from vqmoe_megatron.config.declared_types import alternatives, declared_types, shown
+from vqmoe_megatron.config.not_offered import NOT_OFFERED
 from vqmoe_megatron.config.recipe_text import (
     compose_bounded,
     parse_yaml_text,
@@ -251,6 +252,8 @@ def _unknown_section(key: str) -> str:
 
 def _unknown_key(key: str) -> str:
     """Describe an unknown key of a known section, with the nearest legal keys of all sections."""
+    if key in NOT_OFFERED:
+        return f"{key} is refused: {NOT_OFFERED[key]}"
     section, name = key.split(".", 1)
     siblings = [legal for legal in LEGAL_TYPES if legal.startswith(f"{section}.")]
     elsewhere = [legal for legal in LEGAL_TYPES if legal.split(".")[1] == name]

@@ -61,6 +61,12 @@ class ModelConfig:
     attention_dropout: float = 0.0
     init_method_std: float = 0.02
     bf16: bool = False
+    fp8: str | None = None  # hybrid | e4m3: Transformer Engine's linear layers, experts included
+    fp8_recipe: str = "tensorwise"  # tensorwise | blockwise | mxfp8: those that keep no history
+    transformer_impl: str = "auto"  # auto | local | transformer_engine; auto: TE where it imports
+    # Of the three switches null means: where the kernel can be imported on CUDA, else not.
+    fused_layer_norm: bool | None = None  # Apex's in local layers; TE's layers bring their own
+    gradient_accumulation_fusion: bool | None = None  # Apex's, in linear layers; never the experts
     position_embedding_type: str = "rope"  # rope | learned_absolute
     rotary_base: int = 10000
     untie_embeddings_and_output_weights: bool = True
@@ -91,6 +97,15 @@ class ModelConfig:
         )
         if self.moe_router_dtype is not None:
             check_choice("model", "moe_router_dtype", self.moe_router_dtype, ("fp32", "fp64"))
+        check_choice(
+            "model",
+            "transformer_impl",
+            self.transformer_impl,
+            ("auto", "local", "transformer_engine"),
+        )
+        if self.fp8 is not None:
+            check_choice("model", "fp8", self.fp8, ("hybrid", "e4m3"))
+        check_choice("model", "fp8_recipe", self.fp8_recipe, ("tensorwise", "blockwise", "mxfp8"))
         if self.recompute_granularity is not None:
             check_choice(
                 "model", "recompute_granularity", self.recompute_granularity, ("full", "selective")
@@ -167,6 +182,7 @@ class OptimizerSection:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
+    fused_adam: bool | None = None  # null: Transformer Engine's or Apex's where it imports on CUDA
     clip_grad: float = 1.0
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False

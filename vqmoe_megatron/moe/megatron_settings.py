@@ -17,7 +17,10 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.config import VQConfig
+from vqmoe_megatron.config.not_offered import FP16_REFUSED
 from vqmoe_megatron.moe.step_statistics import HALVES
+from vqmoe_megatron.plan.rules import FP8_NEEDS_TOKENS, FP8_WITHOUT_RECOMPUTE
+from vqmoe_megatron.runtime.fused_parts import FP8
 
 # What a MoE layer and its experts could be asked to do, whatever the field is called.
 SUBJECT = re.compile(r"^moe_|expert|router|activation_func|glu|relu")
@@ -51,6 +54,7 @@ HONOURED = {
     "moe_router_fusion",
     "moe_token_drop_policy",  # of moe_expert_capacity_factor
     "moe_per_layer_logging",
+    "fp8",  # by Transformer Engine's experts, see _refuse_fp8; GroupedExperts refuses it
     # around the layer
     "moe_layer_freq",  # by get_vqmoe_block_spec; elsewhere see check_layer_number
     "moe_layer_recompute",
@@ -70,9 +74,14 @@ class Refusal:
 
 
 _NO_SHARED = Refusal((None, False), "there is no shared expert beside the two paths")
-_NO_QUANTISATION = Refusal((None, False), "its experts run in fp32, bf16 or fp16")
+_NO_QUANTISATION = Refusal((None, False), "its experts run in fp32 or bf16")
 _OWN_ROWS = Refusal((None, False), "rows travel by the layer's own plan")
 _OWN_EXPERTS = Refusal((False,), "its experts are one grouped GEMM of torch's")
+_NO_FP8 = Refusal(
+    (None,),
+    "torch's grouped GEMM has no fp8; get_vqmoe_block_spec(config, vq) takes Transformer Engine's "
+    "experts",
+)
 _NO_OVERLAP = Refusal((False,), "its experts have no separate weight-gradient pass")
 
 REFUSED = {
@@ -92,7 +101,7 @@ REFUSED = {
     "moe_use_legacy_grouped_gemm": _OWN_EXPERTS,
     "moe_router_padding_for_quantization": _NO_QUANTISATION,
     "moe_router_padding_for_fp8": _NO_QUANTISATION,
-    "fp8": _NO_QUANTISATION,
+    "fp16": Refusal((False,), FP16_REFUSED),
     "fp4": _NO_QUANTISATION,
     "use_kitchen": _NO_QUANTISATION,
     "quant_recipe": _NO_QUANTISATION,
@@ -138,13 +147,13 @@ REFUSED_BY_ROUTER = {
     "moe_input_jitter_eps": _NO_ROUTER,
     "moe_router_padding_for_quantization": _NO_ROUTER,
     "moe_router_padding_for_fp8": _NO_ROUTER,
+    "fp16": REFUSED["fp16"],
 }
 # What GroupedExperts would not do, in whatever MoE layer they are.
 EXPERT_SETTINGS = (
     "moe_apply_probs_on_input",
     "moe_use_legacy_grouped_gemm",
     "moe_latent_size",
-    "fp8",
     "fp4",
     "use_kitchen",
     "activation_func_fp8_input_store",
@@ -169,6 +178,9 @@ def check_layer_settings(config: TransformerConfig, vq: VQConfig) -> None:
                 f"VQMoELayer cannot do {name}={', '.join(asked)}: it is one piece; leave these out"
             )
     _refuse_captured_graphs(config)
+    _refuse_fp16_parameters("VQMoELayer", config)
+    if config.fp8:
+        _refuse_fp8(config, vq)
     if (
         config.moe_z_loss_coeff
         and config.calculate_per_token_loss
@@ -184,11 +196,13 @@ def check_layer_settings(config: TransformerConfig, vq: VQConfig) -> None:
 def check_expert_settings(config: TransformerConfig) -> None:
     """Raise ``ValueError`` for a setting that :class:`GroupedExperts` would not honour."""
     _refuse("GroupedExperts", config, {name: REFUSED[name] for name in EXPERT_SETTINGS})
+    _refuse("GroupedExperts", config, {"fp8": _NO_FP8})
 
 
 def check_router_settings(config: TransformerConfig) -> None:
     """Raise ``ValueError`` for a setting that :class:`VQRouter` would not honour."""
     _refuse("VQRouter", config, REFUSED_BY_ROUTER)
+    _refuse_fp16_parameters("VQRouter", config)
     balancing = config.moe_router_load_balancing_type
     if "sinkhorn" in balancing:
         raise ValueError("VQRouter does not do moe_router_load_balancing_type=sinkhorn; use none")
@@ -260,6 +274,24 @@ def _refuse_captured_graphs(config: TransformerConfig) -> None:
             f"VQMoELayer cannot be captured in CUDA graphs (cuda_graph_impl="
             f"{config.cuda_graph_impl}): its rows follow the data; capture attn alone, or use none"
         )
+
+
+def _refuse_fp16_parameters(who: str, config: TransformerConfig) -> None:
+    if config.params_dtype == torch.float16:
+        raise ValueError(f"{who} does not do params_dtype=torch.float16: {FP16_REFUSED}")
+
+
+def _refuse_fp8(config: TransformerConfig, vq: VQConfig) -> None:
+    """Where Transformer Engine's experts would not be run, or not as Megatron runs them."""
+    if (obstacle := FP8.obstacle()) is not None:
+        raise ValueError(
+            f"VQMoELayer cannot do fp8={config.fp8}: {obstacle}; it is Transformer Engine's linear "
+            "layers that run in fp8; leave it at None"
+        )
+    if vq.path != "continuous" and vq.in_code_space:
+        raise ValueError(f"VQMoELayer with fp8={config.fp8}: {FP8_NEEDS_TOKENS}")
+    if config.recompute_granularity == "selective" and "moe" in (config.recompute_modules or ()):
+        raise ValueError(f"VQMoELayer with fp8={config.fp8}: {FP8_WITHOUT_RECOMPUTE}")
 
 
 def _refuse_unknown(config: TransformerConfig) -> None:

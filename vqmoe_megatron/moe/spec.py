@@ -3,14 +3,14 @@
 ``get_vqmoe_layer_spec`` and ``get_vqmoe_block_spec`` are built from a configuration, for callers in
 Python. ``vqmoe_layer_spec`` is an object, since Megatron-LM's ``--spec`` imports one.
 
-On CUDA with Transformer Engine the other modules are Transformer Engine's, elsewhere
-Megatron-core's own. :func:`spec_backend` says which and why.
+On CUDA with Transformer Engine the other modules are Transformer Engine's, elsewhere, and with
+``transformer_impl=local``, Megatron-core's own. :func:`spec_backend` says which and why. With
+``fp8`` the experts are Transformer Engine's, too.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +20,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -36,18 +38,22 @@ from vqmoe_megatron.moe.grouped_experts import GroupedExperts
 from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.moe.megatron_settings import is_moe_layer
 from vqmoe_megatron.moe.norms import ParallelNorm
+from vqmoe_megatron.runtime.fused_parts import TE_LAYERS
 from vqmoe_megatron.runtime.static_graph import Graph
 
 CONFIG_VARIABLE = "VQMOE_CONFIG"
 DEFAULT_ROUTER = "topk"
 
 
-def spec_backend() -> tuple[str, str]:
-    """Return ``("transformer_engine" | "local", reason)``."""
+def spec_backend(config: TransformerConfig | None = None) -> tuple[str, str]:
+    """Return ``("transformer_engine" | "local", reason)``; ``config.transformer_impl`` may ask for
+    local modules."""
+    if config is not None and config.transformer_impl == "local":
+        return "local", "transformer_impl=local"
     if not torch.cuda.is_available():
         return "local", "no CUDA device: Transformer Engine's kernels need one"
-    if importlib.util.find_spec("transformer_engine") is None:
-        return "local", "Transformer Engine is not installed"
+    if (obstacle := TE_LAYERS.obstacle()) is not None:
+        return "local", obstacle
     return "transformer_engine", "CUDA device and Transformer Engine are here"
 
 
@@ -81,33 +87,36 @@ def get_vqmoe_block_spec(
     vp_stage: int | None = None,
     engine: EngineType = ExpertEngine,
     router: str = DEFAULT_ROUTER,
+    local_norm: type = ParallelNorm,
     new_graph: Callable[[], Graph] | None = None,
 ) -> TransformerBlockSubmodules:
     """Build this pipeline stage's layers: VQMoE every ``moe_layer_freq`` layers, dense between.
 
     ``engine`` builds the expert engine of every layer; ``router`` names the continuous path's;
-    ``new_graph`` builds the graphs of the discrete path, None: none.
+    ``local_norm`` builds the norms around attention and MLP where modules are local, for instance
+    Megatron's ``FusedLayerNorm``; ``new_graph`` the graphs of the discrete path, None: none.
 
     Raises:
         ValueError: when ``vq`` does not fit ``config``.
     """
-    moe_layer = get_vqmoe_layer_spec(config, vq, seed, router)
+    vq.check_model(config.hidden_size, config.num_moe_experts)
+    moe_layer = _layer_spec(config, VQMoELayer, {"vq": vq, "seed": seed}, router, local_norm)
     moe_layer.submodules.mlp.params |= {
         "on_every_stage": are_on_every_stage(config),
         "engine": engine,
         "new_graph": new_graph,
     }
-    dense_layer = _dense_layer_spec(config)
+    dense_layer = _dense_layer_spec(config, local_norm)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     layers = [
         copy.copy(moe_layer if is_moe_layer(config, index) else dense_layer)
         for index in range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
     ]
-    if spec_backend()[0] == "transformer_engine":
+    if spec_backend(config)[0] == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=ParallelNorm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=local_norm)
 
 
 def are_on_every_stage(config: TransformerConfig) -> bool:
@@ -166,17 +175,21 @@ def settings_from_environment() -> tuple[VQConfig | None, int]:
 
 
 def _layer_spec(
-    config: TransformerConfig | None, layer: type[VQMoELayer], params: dict, router: str
+    config: TransformerConfig | None,
+    layer: type[VQMoELayer],
+    params: dict,
+    router: str,
+    local_norm: type = ParallelNorm,
 ) -> ModuleSpec:
-    spec = _dense_layer_spec(config)
+    spec = _dense_layer_spec(config, local_norm)
     spec.submodules.mlp = ModuleSpec(
         module=layer,
         params=params,
         submodules=MoESubmodules(
-            router=registry.load("router", router), experts=ModuleSpec(module=GroupedExperts)
+            router=registry.load("router", router), experts=_experts_spec(config)
         ),
     )
-    if spec_backend()[0] == "transformer_engine":
+    if spec_backend(config)[0] == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
         spec.submodules.pre_mlp_layernorm = TENorm  # the dense spec fuses it into fc1
@@ -186,7 +199,23 @@ def _layer_spec(
     return spec
 
 
-def _dense_layer_spec(config: TransformerConfig | None) -> ModuleSpec:
+def _experts_spec(config: TransformerConfig | None) -> ModuleSpec:
+    """Grouped experts of torch's GEMM; for fp8 Megatron's of Transformer Engine's linear layers,
+    which Megatron's transformer block runs under Transformer Engine's autocast."""
+    if config is None or config.fp8 is None:
+        return ModuleSpec(module=GroupedExperts)
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelGroupedLinear,
+        TERowParallelGroupedLinear,
+    )
+
+    linears = MLPSubmodules(
+        linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear
+    )
+    return ModuleSpec(module=TEGroupedMLP, submodules=linears)
+
+
+def _dense_layer_spec(config: TransformerConfig | None, local_norm: type) -> ModuleSpec:
     attention = {}
     if config is not None:
         attention = {
@@ -194,11 +223,11 @@ def _dense_layer_spec(config: TransformerConfig | None) -> ModuleSpec:
             "qk_l2_norm": config.qk_l2_norm,
             "multi_latent_attention": config.multi_latent_attention,
         }
-    if spec_backend()[0] == "transformer_engine":
+    if spec_backend(config)[0] == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(**attention)
     spec = get_gpt_layer_local_spec(**attention)
-    spec.submodules.input_layernorm = ParallelNorm
-    spec.submodules.pre_mlp_layernorm = ParallelNorm
+    spec.submodules.input_layernorm = local_norm
+    spec.submodules.pre_mlp_layernorm = local_norm
     return spec
 
 

@@ -18,6 +18,17 @@ GEMM_BYTES = 16  # torch's grouped_mm refuses strides that are no multiple of it
 # Megatron's recompute_modules that work here: GroupedExperts has no moe_act, and Megatron's
 # layernorm recompute needs Transformer Engine.
 RECOMPUTE_MODULES = ("core_attn", "mlp", "moe")
+FP8_ALIGNED = (
+    32  # elements: Transformer Engine's products take 16 of them, its mxfp8 blocks hold 32
+)
+FP8_NEEDS_TOKENS = (
+    "its experts are Transformer Engine's, which were wired to token dispatch only: set "
+    "vq.execution=tokens, vq.table_per_step=false"
+)
+FP8_WITHOUT_RECOMPUTE = (
+    "Megatron recomputes fp8 modules through Transformer Engine's checkpoint, which this layer "
+    "does not call; leave moe out of recompute_modules"
+)
 
 
 def remainder(name: str, value: int, divisor: str, size: int, advice: str) -> Iterator[str]:
@@ -54,6 +65,7 @@ def run_errors(config: RunConfig, layout: ParallelLayout) -> list[str]:
         *_recompute_errors(config.model, layout),
         *_schedule_errors(config),
         *_optimizer_errors(config),
+        *_fp8_errors(config, layout),
         *_table_errors(config),
         *_checkpoint_errors(config),
     ]
@@ -143,6 +155,25 @@ def _optimizer_errors(config: RunConfig) -> Iterator[str]:
             "optimizer.use_distributed_optimizer=true: codes stay fp32, and Megatron's plain "
             "mixed-precision optimizer cannot save bf16 and fp32 parameters of one group"
         )
+
+
+def _fp8_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
+    model, etp = config.model, layout.expert_tensor_parallel_size
+    if model.fp8 is None:
+        return
+    if config.vq.path != "continuous" and config.vq.in_code_space:
+        yield f"model.fp8={model.fp8}: {FP8_NEEDS_TOKENS}"
+    if "moe" in (model.recompute_modules or ()):
+        yield f"model.fp8={model.fp8}: {FP8_WITHOUT_RECOMPUTE}"
+    if model.add_bias_linear and etp > 1:
+        yield (
+            f"model.fp8={model.fp8} with add_bias_linear and ETP = {etp} > 1: Megatron's experts "
+            "cannot cut their biases; set add_bias_linear=false or ETP = 1"
+        )
+    advice = f"fp8 products take widths of a multiple of {FP8_ALIGNED}"
+    width, product = model.moe_ffn_hidden_size, f"(ETP * {FP8_ALIGNED} = {etp} * {FP8_ALIGNED})"
+    yield from remainder("hidden_size", model.hidden_size, str(FP8_ALIGNED), FP8_ALIGNED, advice)
+    yield from remainder("moe_ffn_hidden_size", width, product, etp * FP8_ALIGNED, advice)
 
 
 def _table_errors(config: RunConfig) -> Iterator[str]:

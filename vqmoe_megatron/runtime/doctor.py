@@ -6,7 +6,6 @@ are not imported (their versions come from package metadata). No communication.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import platform
@@ -21,6 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vqmoe_megatron.config.not_offered import FP16_REFUSED
+from vqmoe_megatron.runtime.fused_parts import (
+    folder_without_code,
+    import_problem,
+    part_findings,
+    place_of,
+)
 from vqmoe_megatron.runtime.optional_packages import OPTIONAL_PACKAGES, missing
 from vqmoe_megatron.runtime.versions import (
     MEGATRON_CORE,
@@ -47,7 +53,14 @@ def doctor_report(environment: Mapping[str, str] | None = None) -> list[Finding]
         ("python", platform.python_version(), sys.executable),
         *_torch_findings(),
         version_finding(MEGATRON_CORE),
-        *_normalisation_findings(),
+        _transformer_engine_finding(),
+        apex_finding(),
+        *part_findings("cuda" if torch.cuda.is_available() else "cpu"),
+        (
+            "precision",
+            "fp32, bf16",
+            f"fp16 is refused: {FP16_REFUSED}",
+        ),
         _grouped_mm_finding(),
         _triton_finding(),
         _deepspeed_finding(),
@@ -91,24 +104,23 @@ def installed_version(package: str) -> str | None:
 
 
 def apex_finding() -> Finding:
-    """Judge Apex by its kernels, since its name also belongs to an unrelated package."""
+    """Tell where Apex is, since its name also belongs to an unrelated package; what of it is used
+    stands with the parts."""
+    if importlib.util.find_spec("apex") is None:
+        return ("apex", "not installed", "none of its parts can be used")
+    if folder := folder_without_code("apex"):
+        return (
+            "apex",
+            "not used",
+            f"{folder} is a folder without code; nothing here takes notice, but `import apex` "
+            "succeeds, so specs of Megatron-LM's own choose FusedLayerNorm and raise: remove it",
+        )
     missing = [kernel for kernel in APEX_KERNELS if importlib.util.find_spec(kernel) is None]
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return ("apex", "not used", "not installed")
-    place = spec.origin or ", ".join(spec.submodule_search_locations or ())
-    if not missing:
-        return ("apex", "fused kernels", f"{' and '.join(APEX_KERNELS)} found; {place}")
-    if spec.origin is None:
-        what = f"{place} is a folder without code"
-    else:
-        what = f"{place} lacks {', '.join(missing)} (PyPI's apex is an unrelated package)"
-    return (
-        "apex",
-        "BROKEN",
-        f"{what}, yet `import apex` succeeds, so megatron-core would choose FusedLayerNorm and "
-        "raise: remove it from the path",
-    )
+    if missing:
+        lacks = f"{place_of('apex')} lacks {', '.join(missing)}"
+        return ("apex", "without kernels", f"{lacks} (PyPI's apex is an unrelated package)")
+    version = installed_version("apex") or "of unknown version"
+    return ("apex", version, f"{' and '.join(APEX_KERNELS)} found; {place_of('apex')}")
 
 
 def _torch_findings() -> list[Finding]:
@@ -149,31 +161,15 @@ def version_finding(supported: Supported, more: str = "") -> Finding:
     return (package, version, f"supported: {wanted}{more}")
 
 
-def _normalisation_findings() -> list[Finding]:
-    """Report megatron-core's order of preference: Transformer Engine, Apex, torch."""
-    engine, engine_works = _transformer_engine_finding()
-    apex = apex_finding()
-    if engine_works:
-        chosen = ("layers", "Transformer Engine", "first in megatron-core's order")
-    elif apex[1] == "fused kernels":
-        chosen = ("layers", "torch linear, Apex norm", "Apex kernels found, no Transformer Engine")
-    elif apex[1] == "BROKEN":
-        chosen = ("layers", "BROKEN", "see apex")
-    else:
-        chosen = ("layers", "torch", "neither Transformer Engine nor Apex")
-    return [engine, apex, chosen]
-
-
-def _transformer_engine_finding() -> tuple[Finding, bool]:
-    if importlib.util.find_spec("transformer_engine") is None:
-        return ("transformer engine", "not used", "not installed"), False
+def _transformer_engine_finding() -> Finding:
+    """Try the import: installed is not enough, it loads CUDA libraries."""
+    part, problem = "transformer engine", import_problem("transformer_engine.pytorch")
     version = installed_version("transformer_engine") or "of unknown version"
-    try:  # installed is not enough: it loads CUDA libraries on import
-        importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, OSError, RuntimeError, AssertionError) as error:
-        text = " ".join(str(error).split())[:200]
-        return ("transformer engine", "not used", f"{version} does not import: {text}"), False
-    return ("transformer engine", version, "imports"), True
+    if problem is None:
+        return (part, version, f"imports; {place_of('transformer_engine')}")
+    if importlib.util.find_spec("transformer_engine") is None:
+        return (part, "not used", "not installed")
+    return (part, "not used", f"{version}: {problem.reason}")
 
 
 def _grouped_mm_finding() -> Finding:

@@ -32,6 +32,7 @@ from vqmoe_megatron.config.recipe import load_recipe
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat
+from vqmoe_megatron.runtime.fused_parts import PLAIN
 from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
 from vqmoe_megatron.simulate.simulated_step import JOB_FILE, RESULT_FILE
 
@@ -82,7 +83,7 @@ def simulate_rank(
     with fake_world(), mode, FakeValues(), counter:
         # Gloo groups beside fake ones would look for the other ranks.
         task = Pretrain(config, corpus=None)  # its loss; nothing is read
-        parts = MegatronEngine.build(config, layout, task, SimulatedEngine, has_gloo_groups=False)
+        parts = MegatronEngine.build(config, layout, task, SimulatedEngine, False, PLAIN)
         for chunk in parts.model:
             chunk.train()
         counter.reset()
@@ -103,9 +104,11 @@ def simulate_rank(
 
 
 def without_values(config: RunConfig) -> RunConfig:
-    """Nothing is drawn, and no codebook waits for the first tokens; neither sends in a step."""
+    """Nothing is drawn, and no codebook waits for the first tokens; neither sends in a step.
+    Experts in fp8 are sent the same rows."""
     return replace(
         config,
+        model=replace(config.model, fp8=None),
         train=replace(config.train, layout_independent_init=False),
         vq=replace(config.vq, init="uniform", code_map="mod"),
     )

@@ -26,6 +26,7 @@ from vqmoe_megatron.metrics.table import metric_table
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 from vqmoe_megatron.rundir.run_directory import RunDirectory
+from vqmoe_megatron.runtime.fused_parts import choose_parts
 from vqmoe_megatron.train.records import check_records
 
 
@@ -56,7 +57,7 @@ def check_run(
         ValueError: for whatever is wrong, with what to do about it.
     """
     layout = check_layout(config, world_size, device)
-    check_parts(config)
+    check_parts(config, device)
     corpus = load_corpus(Path(config.data.path))
     check_tokenizer(corpus, config.model.vocab_size, None)
     if config.model.vocab_size is None:
@@ -96,12 +97,16 @@ def check_run(
     return CheckedRun(config, layout, corpus, run_dir, resume_from, is_own, remap_from)
 
 
-def check_parts(config: RunConfig) -> None:
+def check_parts(config: RunConfig, device: str) -> None:
     """Load the parts of installed packages that the recipe names, and all metrics; write nothing.
 
+    ``device`` is ``cpu`` or ``cuda``.
+
     Raises:
-        ValueError: for one that cannot be loaded or does not implement its kind's interface.
+        ValueError: for one that cannot be loaded or does not implement its kind's interface, and
+            for a fused kernel that the recipe asks for and that cannot be used here.
     """
+    choose_parts(config, device)
     metric_table()
     for kind, of_kind in registry.KINDS.items():
         section, _, key = of_kind.key.partition(".")

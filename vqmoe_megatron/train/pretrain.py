@@ -15,10 +15,12 @@ from vqmoe_megatron.checkpoint.folder import iteration_of
 from vqmoe_megatron.checkpoint.saver import SaveFailed
 from vqmoe_megatron.plan.parameters import count_parameters
 from vqmoe_megatron.rundir.status import read_status, write_status
+from vqmoe_megatron.runtime.fused_parts import choose_parts
 from vqmoe_megatron.runtime.rendezvous import RendezvousFailed, StoppedWhileWaiting
 from vqmoe_megatron.runtime.world import (
     RankVariables,
     build_process_groups,
+    choose_device,
     join_world,
     leave_world,
 )
@@ -127,6 +129,9 @@ def _open_report(run: CheckedRun, trainer: Trainer) -> RunReport:
             f"all, {planned.active:,} used by one token"
         )
         report.message(run.config.vq.execution_in_words)
+        device, _ = choose_device(run.config.train.device)
+        for text in choose_parts(run.config, device).fallbacks:
+            report.message(text)
     shared = [report.mlflow_run_id]
     torch.distributed.broadcast_object_list(shared, src=0)
     report.mlflow_run_id = shared[0]

@@ -21,6 +21,8 @@ from vqmoe_megatron.moe.codebook_sync import CodebookSync
 from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
 from vqmoe_megatron.moe.step_owner import LayerStatistics
 from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.runtime.fused_parts import FusedParts, choose_parts
+from vqmoe_megatron.runtime.world import choose_device
 from vqmoe_megatron.tasks.task import Batch, Task
 
 
@@ -46,19 +48,26 @@ class MegatronEngine(Engine):
         task: Task,
         expert_engine: EngineType = ExpertEngine,
         has_gloo_groups: bool = True,
+        parts: FusedParts | None = None,
     ) -> MegatronEngine:
         """Build this rank's part.
 
         ``expert_engine`` builds that of every layer; ``has_gloo_groups`` says whether Megatron made
-        gloo groups beside the others. Communicates as :func:`build_model` does.
+        gloo groups beside the others; ``parts`` None settles the recipe's switches for the device.
+        Communicates as :func:`build_model` does.
+
+        Raises:
+            ValueError: for a fused kernel that the recipe asks for and that cannot be used here.
         """
         train = config.train
+        if parts is None:
+            parts = choose_parts(config, choose_device(train.device)[0])
         codebook_sync = CodebookSync(applies_at_once=False)
-        transformer = build_transformer_config(config, layout)
+        transformer = build_transformer_config(config, layout, parts)
         transformer.finalize_model_grads_func = codebook_sync
         fast = FastPath.of(config, layout)
-        model = build_model(config, transformer, layout, expert_engine, fast.new_graph)
-        optimizer, scheduler = build_optimizer(config, model, has_gloo_groups)
+        model = build_model(config, transformer, layout, expert_engine, parts, fast.new_graph)
+        optimizer, scheduler = build_optimizer(config, model, has_gloo_groups, parts)
         transformer.grad_scale_func = optimizer.scale_loss
         if config.optimizer.overlap_grad_reduce:
             transformer.no_sync_func = [chunk.no_sync for chunk in model]

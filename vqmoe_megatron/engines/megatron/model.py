@@ -11,6 +11,7 @@ from dataclasses import fields
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,8 +21,10 @@ from vqmoe_megatron.config import ModelConfig, RunConfig
 from vqmoe_megatron.engines.megatron.fast_path import start_tables_before_attention
 from vqmoe_megatron.engines.megatron.layout_independent_init import redraw_parameters
 from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
+from vqmoe_megatron.moe.norms import ParallelNorm
 from vqmoe_megatron.moe.spec import get_vqmoe_block_spec
 from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.runtime.fused_parts import PLAIN, FusedParts
 from vqmoe_megatron.runtime.static_graph import Graph
 from vqmoe_megatron.runtime.versions import forget_moe_log
 
@@ -40,6 +43,8 @@ GPT_FIELDS = {
     "untie_embeddings_and_output_weights",
     "activation_func",
 }
+# Switches that may stand open in a recipe, and are settled for a device.
+SWITCHES = {"transformer_impl", "gradient_accumulation_fusion"}
 
 
 def padded_vocab_size(model: ModelConfig) -> int:
@@ -56,14 +61,19 @@ def padded_vocab_size(model: ModelConfig) -> int:
     return (model.vocab_size + multiple - 1) // multiple * multiple
 
 
-def build_transformer_config(config: RunConfig, layout: ParallelLayout) -> TransformerConfig:
-    """Translate the recipe. Fields that need CUDA kernels follow the device. No communication."""
+def build_transformer_config(
+    config: RunConfig, layout: ParallelLayout, parts: FusedParts = PLAIN
+) -> TransformerConfig:
+    """Translate the recipe. Fields that need CUDA kernels follow the device, or ``parts``.
+
+    No communication.
+    """
     model = config.model
     known = {f.name for f in fields(TransformerConfig)}
     settings = {
         f.name: getattr(model, f.name)
         for f in fields(ModelConfig)
-        if f.name in known and f.name not in GPT_FIELDS
+        if f.name in known and f.name not in GPT_FIELDS | SWITCHES
     }
     has_cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if model.bf16 else torch.float32
@@ -87,8 +97,8 @@ def build_transformer_config(config: RunConfig, layout: ParallelLayout) -> Trans
         # schedule at PP = 2: each rank is both the previous and the next stage of the other.
         overlap_p2p_comm=layout.virtual_pipeline_model_parallel_size is not None,
         batch_p2p_comm=layout.virtual_pipeline_model_parallel_size is None,
-        # The fused kernels below come with CUDA extensions only.
-        gradient_accumulation_fusion=False,
+        transformer_impl=parts.transformer_impl,
+        gradient_accumulation_fusion=parts.gradient_accumulation_fusion,
         masked_softmax_fusion=has_cuda,
         bias_dropout_fusion=has_cuda,
         bias_activation_fusion=False,
@@ -107,19 +117,22 @@ def build_model(
     transformer: TransformerConfig,
     layout: ParallelLayout,
     engine: EngineType = ExpertEngine,
+    parts: FusedParts = PLAIN,
     new_graph: Callable[[], Graph] | None = None,
 ) -> list[torch.nn.Module]:
     """Build this rank's chunks, wrapped in Megatron's DDP and, for bf16, its Float16Module.
 
     ``engine`` builds the expert engine of every layer, ``new_graph`` the graphs of its discrete
-    path (None: none).
+    path (None: none); ``parts`` are those of ``transformer``.
 
     Communicates: DDP broadcasts parameters of the data-parallel group.
     """
     forget_moe_log()  # of another model of this process
     num_chunks = layout.virtual_pipeline_model_parallel_size or 1
     chunks = [
-        _build_chunk(config, transformer, stage if num_chunks > 1 else None, engine, new_graph)
+        _build_chunk(
+            config, transformer, stage if num_chunks > 1 else None, engine, parts, new_graph
+        )
         for stage in range(num_chunks)
     ]
     if config.train.layout_independent_init:
@@ -149,9 +162,11 @@ def _build_chunk(
     transformer: TransformerConfig,
     vp_stage: int | None,
     engine: EngineType,
+    parts: FusedParts,
     new_graph: Callable[[], Graph] | None,
 ) -> GPTModel:
     place = {"ignore_virtual": False, "vp_stage": vp_stage}
+    local_norm = FusedLayerNorm if parts.apex_norm else ParallelNorm
     model = GPTModel(
         transformer,
         get_vqmoe_block_spec(
@@ -161,6 +176,7 @@ def _build_chunk(
             vp_stage,
             engine,
             config.model.moe_router,
+            local_norm,
             new_graph,
         ),
         vocab_size=padded_vocab_size(config.model),

@@ -18,15 +18,23 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from vqmoe_megatron import registry
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.engines.megatron.fused_adam import fuse_adams
+from vqmoe_megatron.engines.megatron.optimizer_state import use_torch_adam
+from vqmoe_megatron.runtime.fused_parts import PLAIN, FusedParts
 
 # Megatron tells groups apart by this factor. 1 - lr * weight_decay * 1e-30 is 1 to the last bit.
 CODE_DECAY = 1e-30
 
 
 def build_optimizer(
-    config: RunConfig, model: list[torch.nn.Module], has_gloo_groups: bool = True
+    config: RunConfig,
+    model: list[torch.nn.Module],
+    has_gloo_groups: bool = True,
+    parts: FusedParts = PLAIN,
 ) -> tuple[Any, OptimizerParamScheduler]:
     """Return Megatron's optimizer and scheduler for ``model``.
+
+    Megatron takes a fused Adam by itself wherever one imports; without ``parts.fused_adam`` torch's
+    stands in its place.
 
     The scheduler counts samples, as Megatron does, so that a changed batch size keeps the curve.
     Builds no new process group; no communication.
@@ -56,6 +64,8 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(
         settings, model, config_overrides=overrides, use_gloo_process_groups=has_gloo_groups
     )
+    if not parts.fused_adam:
+        use_torch_adam(optimizer)
     fuse_adams(optimizer, next(model[0].parameters()).device.type)
     _count_experts_in_the_gradient_norm(optimizer)
     batch = config.train.global_batch_size

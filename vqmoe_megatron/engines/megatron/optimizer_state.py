@@ -1,6 +1,7 @@
 """What Megatron's optimizer checkpoints need when the inner optimizer is torch's Adam.
 
-On CUDA Megatron prefers Transformer Engine's or Apex's fused Adam, whose state needs none of this.
+Megatron prefers Transformer Engine's or Apex's fused Adam, whose state needs none of this; where
+the recipe wants torch's, or on the CPU, :func:`use_torch_adam` puts it in its place.
 """
 
 from __future__ import annotations
@@ -57,6 +58,24 @@ def borrows_parameters(optimizer: Any, stored: set[str]) -> bool:
     )
 
 
+def use_torch_adam(optimizer: Any) -> None:
+    """Put torch's AdamW, over the same groups, in the place of every fused Adam that has not
+    stepped yet. No communication."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        fused = part.optimizer
+        if fused is None or isinstance(fused, TORCH_ADAMS):
+            continue
+        settings = {name: fused.defaults[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        # Shards of a distributed optimizer are views, which the constructor refuses; Megatron puts
+        # them into the groups afterwards, too.
+        adam = torch.optim.AdamW([torch.nn.Parameter(torch.empty(0))], **settings)
+        for group in fused.param_groups:
+            for name, value in adam.defaults.items():
+                group.setdefault(name, value)
+        adam.param_groups = fused.param_groups
+        part.optimizer = adam
+
+
 def _let_adam_steps_pass(part: Any) -> None:
     """Let a distributed optimizer load torch Adam's state.
 
@@ -106,9 +125,11 @@ def restore_adam_steps(optimizer: Any, num_updates: int) -> None:
     After loading, Megatron lets all parameters share one tensor, which torch's Adam then increments
     once per parameter: a silent divergence. No communication.
     """
-    for group in optimizer.param_groups:
-        if "step" in group:
-            group["step"] = num_updates
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        counts_in_groups = not isinstance(part.optimizer, TORCH_ADAMS)
+        for group in part.param_groups:
+            if counts_in_groups or "step" in group:
+                group["step"] = num_updates
     for adam in torch_adams(optimizer):
         for group in adam.param_groups:
             for parameter in group["params"]:
