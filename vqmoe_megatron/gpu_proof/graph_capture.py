@@ -9,19 +9,15 @@ from typing import Any
 
 import torch
 
-from vqmoe_megatron.bench.arm_table import ARMS, FORWARD_BACKWARD
-from vqmoe_megatron.bench.arms import Arm, build_arms
-from vqmoe_megatron.bench.gate import relative_difference
+from vqmoe_megatron.bench.arm_table import ARMS
 from vqmoe_megatron.bench.shared_inputs import CaseInputs
-from vqmoe_megatron.bench.timing import Action, time_in_turns
+from vqmoe_megatron.bench.timing import time_in_turns
+from vqmoe_megatron.gpu_proof.arm_pairs import check_pair, step_of, training_arm
 from vqmoe_megatron.gpu_proof.attempt import attempt
 from vqmoe_megatron.gpu_proof.part import Job
 from vqmoe_megatron.runtime.static_graph import CudaGraph, Graph, RecordedGraph
 
 LETTERS = ("E", "F", "F2", "E2", "F3")  # of bench/arm_table.py: code space, alone and beside top-1
-NUM_MICROBATCHES = 4  # the first runs as it is, the second is captured
-LIMIT = {"float32": 1e-5, "bfloat16": 2e-2}  # with both paths, rows meet experts apart
-NAME = "CUDA graph"
 
 
 class NotCaptured(Exception):
@@ -33,20 +29,6 @@ def graph_type(device: str) -> type[Graph]:
     return CudaGraph if device == "cuda" else RecordedGraph
 
 
-def captured_arm(letter: str, inputs: CaseInputs, new_graph: type[Graph]) -> Arm:
-    """An arm, in training, whose discrete path is captured at its second step."""
-    (arm,) = build_arms({letter: ARMS[letter]}, inputs, new_graph).values()
-    arm.enter(FORWARD_BACKWARD)
-    return arm
-
-
-def plain_arm(letter: str, inputs: CaseInputs) -> Arm:
-    """The arm without graphs."""
-    (arm,) = build_arms({letter: ARMS[letter]}, inputs).values()
-    arm.enter(FORWARD_BACKWARD)
-    return arm
-
-
 def check_captured(job: Job, inputs: CaseInputs) -> None:
     """Hold every captured layer against the layer, over microbatches whose gradients add up."""
     job.say("captured layers against layers without graphs")
@@ -54,45 +36,10 @@ def check_captured(job: Job, inputs: CaseInputs) -> None:
         what = f"captured {letter}, {ARMS[letter].text}"
         if job.has_time(what):
             with attempt(job, what):
-                by_name = captured_differences(letter, inputs, graph_type(job.device))
-                worst = max(by_name, key=by_name.__getitem__)
-                text = f"worst of {len(by_name)} tensors: {worst}"
-                job.within(what, by_name[worst], LIMIT[inputs.case.dtype], text)
-
-
-def captured_differences(
-    letter: str, inputs: CaseInputs, new_graph: type[Graph]
-) -> dict[str, float]:
-    """Return relative differences of outputs and added gradients, by name and microbatch.
-
-    Raises:
-        NotCaptured: when no graph was made.
-    """
-    expected = _microbatches(plain_arm(letter, inputs), inputs)
-    arm = captured_arm(letter, inputs, new_graph)
-    found = _microbatches(arm, inputs)
-    if not all(getattr(path, "is_captured", False) for path in arm.module.discrete_paths):
-        raise NotCaptured(f"arm {letter} ran without a graph")
-    return {name: relative_difference(found[name], expected[name]) for name in expected}
-
-
-def _microbatches(arm: Arm, inputs: CaseInputs) -> dict[str, torch.Tensor]:
-    """Outputs of all microbatches, kept to the end; gradients as they stand after each."""
-    arm.forget()
-    found = {}
-    for number in range(NUM_MICROBATCHES):
-        generator = torch.Generator().manual_seed(number)
-        grad = torch.randn(inputs.x.shape, generator=generator).to(inputs.x)
-        order = torch.randperm(inputs.x.shape[0], generator=generator).to(inputs.x.device)
-        leaf = inputs.x[order].requires_grad_()
-        found[f"output {number}"] = arm.step(leaf, grad)
-        found[f"gradient of x {number}"] = leaf.grad
-        for name, parts in arm.parameters.items():
-            gradients = [part.grad for part in parts if part.grad is not None]
-            if gradients:
-                found[f"gradient of {name} {number}"] = torch.stack(gradients)
-    arm.forget()
-    return found
+                arm = training_arm(ARMS[letter], inputs, graph_type(job.device))
+                check_pair(job, what, arm, training_arm(ARMS[letter], inputs), inputs)
+                if not all(path.is_captured for path in arm.module.discrete_paths):
+                    raise NotCaptured(f"arm {letter} ran without a graph")
 
 
 def time_captured(
@@ -108,7 +55,7 @@ def time_captured(
         num_warmup: untimed rounds before them.
     """
     for letter in LETTERS:
-        what = f"{NAME} of {letter}, {ARMS[letter].text}"
+        what = f"CUDA graph of {letter}, {ARMS[letter].text}"
         if job.has_time(what):
             with attempt(job, what):
                 row = _timed(letter, inputs, grad, graph_type(job.device), num_repeats, num_warmup)
@@ -125,23 +72,18 @@ def _timed(
     num_repeats: int,
     num_warmup: int,
 ) -> dict[str, Any]:
-    plain, captured = plain_arm(letter, inputs), captured_arm(letter, inputs, new_graph)
+    plain = training_arm(ARMS[letter], inputs)
+    captured = training_arm(ARMS[letter], inputs, new_graph)
     leaf = inputs.x.clone().requires_grad_()
-
-    def action(arm: Arm) -> Action:
-        def forget() -> None:
-            arm.forget()
-            leaf.grad = None
-
-        return Action(lambda: arm.step(leaf, grad), forget)
-
     captured.step(leaf, grad)
     reserved = torch.cuda.memory_reserved() if new_graph is CudaGraph else None
     captured.step(leaf, grad)
     if reserved is not None:
         reserved = torch.cuda.memory_reserved() - reserved
     times = time_in_turns(
-        {"plain": action(plain), "captured": action(captured)}, num_repeats, num_warmup
+        {"plain": step_of(plain, leaf, grad), "captured": step_of(captured, leaf, grad)},
+        num_repeats,
+        num_warmup,
     )
     return {
         "N": inputs.case.num_experts,

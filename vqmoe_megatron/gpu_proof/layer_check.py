@@ -27,6 +27,7 @@ from vqmoe_megatron.gpu_proof.graph_capture import check_captured
 from vqmoe_megatron.gpu_proof.host_reads import check_host_reads
 from vqmoe_megatron.gpu_proof.kernel_checks import check_kernels
 from vqmoe_megatron.gpu_proof.part import Job
+from vqmoe_megatron.gpu_proof.table_overlap import check_overlap
 from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.vq.oracle import vqmoe_oracle
 
@@ -80,6 +81,7 @@ def run(job: Job) -> None:
         check_layers(job)
         inputs = _step_inputs(job)
         check_host_reads(job, inputs)
+        check_overlap(job, inputs)
         check_captured(job, inputs)
         check_kernels(job)
 

@@ -287,6 +287,7 @@ class _Passes:
         self.differentiable = [i for i, y in enumerate(self.outputs) if y.requires_grad]
         self.output_grads = [torch.zeros_like(self.outputs[i]) for i in self.differentiable]
         self._backward()
+        self.outputs = self.leaf_grads = ()  # of no use, and not to be freed in the capture
 
     def _forward(self) -> None:
         with torch.enable_grad(), _replaced(self.modules, self.aliases):
