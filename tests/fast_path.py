@@ -53,7 +53,7 @@ def train(settings: dict, is_captured: bool, num_steps: int, overlap: bool = Fal
             for parameter in layer.experts.parameters():
                 parameter.mul_(0.97)
     path = layer.discrete_paths[0]
-    is_used = getattr(path, "_captured", None) is not None
+    is_used = getattr(path, "is_captured", False)
     return {"found": found, "is_captured": is_used}
 
 

@@ -1,34 +1,43 @@
-"""Operations that make the host wait are counted, others are not."""
+"""A step that reads on the host is named with the place that reads; the executions do not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-import torch
 
-from vqmoe_megatron.gpu_proof.host_reads import HostReads
-
-X = torch.arange(6.0).view(2, 3)
+pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize(
-    ("run", "names"),
-    [
-        (lambda: X.sum().item(), ["_local_scalar_dense"]),
-        (lambda: bool(X[0, 0] > 0), ["_local_scalar_dense"]),
-        (lambda: torch.nonzero(X > 2), ["nonzero"]),
-        (lambda: X[X > 2], ["index"]),
-        (lambda: X.clone().index_put_((X > 2,), torch.tensor(0.0)), ["index_put_"]),
-        (lambda: torch.bincount(torch.tensor([1, 2])), ["bincount"]),
-        (lambda: X.to("meta"), ["cpu to meta"]),
-        (lambda: X[torch.tensor([1, 0])], []),
-        (lambda: X.index_select(0, torch.tensor([1])), []),
-        (lambda: X.to(torch.bfloat16).clone().copy_(X), []),
-        (lambda: torch.where(X > 2, X, 0.0), []),
-    ],
-)
-def test_counted(run: Callable[[], object], names: list[str]) -> None:
-    with HostReads() as reads:
-        run()
-    assert list(reads.counts) == names
+def operations(folder: str, reads: bool) -> dict[str, str]:
+    """In a rank: what was seen in a step, by arm."""
+    from vqmoe_megatron.bench.cases import LayerCase
+    from vqmoe_megatron.bench.shared_inputs import case_inputs
+    from vqmoe_megatron.gpu_proof import host_reads
+    from vqmoe_megatron.gpu_proof.part import Job
+    from vqmoe_megatron.moe.layer import VQMoELayer
+
+    evaluate = VQMoELayer._evaluate
+
+    def reading(layer: VQMoELayer, hidden_states):  # noqa: ANN001, ANN202
+        output = evaluate(layer, hidden_states)
+        if reads:
+            output.sum().item()
+        return output
+
+    job = Job("correctness", "cpu", True, 100.0, Path(folder), Path(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VQMoELayer, "_evaluate", reading)
+        host_reads.check_host_reads(job, case_inputs(LayerCase(8, 24, 48, 32, 48)))
+    assert not job.findings.checks  # these are of CUDA
+    return {row["arm"]: row["operations"] for row in job.findings.tables["Host reads of a step"]}
+
+
+def test_no_execution_reads_on_the_host(ranks, tmp_path: Path) -> None:  # noqa: ANN001
+    (found,) = ranks(1).run(operations, str(tmp_path), False)
+    assert len(found) == 9 and set(found.values()) == {"none"}, found
+
+
+def test_a_read_is_named_with_its_place(ranks, tmp_path: Path) -> None:  # noqa: ANN001
+    (found,) = ranks(1).run(operations, str(tmp_path), True)
+    assert all("item at" in text and ":reading" in text for text in found.values()), found

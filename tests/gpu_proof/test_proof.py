@@ -74,13 +74,16 @@ def test_a_result_says_where_it_comes_from(proved) -> None:  # noqa: ANN001
         assert 0 < record.seconds < record.limit_seconds
 
 
-def test_the_layer_s_tables_hold_every_arm_and_why_nothing_was_captured(proved) -> None:  # noqa: ANN001
+def test_the_layer_s_tables_hold_every_arm_with_tables_ahead_and_graphs(proved) -> None:  # noqa: ANN001
     tables = proved[1]["layer"].tables
     rows = tables["Layer, forward and backward"]
     assert [row["arm"] for row in rows] == ["A", "D0", "E", "F"]
     assert all(row["median_ms"] > 0 and row["saved_bytes"] > 0 for row in rows)
-    captures = tables["CUDA graph of a step, forward and backward"]
-    assert {row["outcome"] for row in captures} == {"not captured: no CUDA device"}
+    captures = tables["A step with the discrete path captured, forward and backward"]
+    assert [row["arm"] for row in captures] == ["E", "F", "F2", "E2", "F3"]
+    assert {row["graph"] for row in captures} == {"RecordedGraph"}  # no CUDA here
+    overlaps = tables["Attention and a layer behind it, forward and backward"]
+    assert [row["arm"] for row in overlaps] == ["E", "E2"]
 
 
 def test_the_index_links_the_parts(proved) -> None:  # noqa: ANN001

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from vqmoe_megatron.config.recipe import load_recipe
 from vqmoe_megatron.gpu_proof.train_run import ARMS, COMMON, FULL, RECIPE, SHALLOW, TINY, _results
+from vqmoe_megatron.plan.capture import capture_obstacles
+from vqmoe_megatron.plan.layout import check_layout
 from vqmoe_megatron.plan.run_plan import plan_run
 
 
@@ -31,3 +33,10 @@ def test_every_size_fits_one_h100_by_the_plan() -> None:
             assert not plan.errors
             assert plan.fits
             assert config.model.num_moe_experts == 64
+
+
+def test_the_captured_arm_has_no_obstacle() -> None:
+    overrides = ARMS["VQMoE, captured"]
+    config = load_recipe(RECIPE, [*COMMON, *FULL, *overrides])
+    assert config.train.cuda_graphs
+    assert list(capture_obstacles(config, check_layout(config, 1, "cpu"))) == []

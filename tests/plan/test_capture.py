@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 
 from vqmoe_megatron.config.recipe import load_recipe
-from vqmoe_megatron.plan.capture import capture_obstacles, overlap_obstacles
+from vqmoe_megatron.plan.capture import capture_obstacles, overlap_obstacles, starts_tables
 from vqmoe_megatron.plan.layout import check_layout
 
 RECIPE = "recipes/quickstart.yaml"
-FITS = ["parallel.expert_model_parallel_size=1", "model.vocab_size=300"]
+FITS = ["parallel.expert_model_parallel_size=1", "model.vocab_size=300", "model.bf16=true"]
+GATHERED = [
+    "optimizer.overlap_grad_reduce=true",
+    "optimizer.overlap_param_gather=true",
+    "optimizer.use_distributed_optimizer=true",
+]
 
 
 @pytest.mark.parametrize(
@@ -29,15 +34,8 @@ FITS = ["parallel.expert_model_parallel_size=1", "model.vocab_size=300"]
             ["recomputed MoE layers"],
         ),
         (["model.recompute_granularity=selective"], 1, []),
-        (
-            [
-                "optimizer.overlap_grad_reduce=true",
-                "optimizer.overlap_param_gather=true",
-                "optimizer.use_distributed_optimizer=true",
-            ],
-            1,
-            ["optimizer.overlap_param_gather"],
-        ),
+        (GATHERED, 1, ["optimizer.overlap_param_gather"]),
+        (["model.bf16=false"], 1, ["model.bf16=false"]),
     ],
 )
 def test_every_obstacle_is_named(overrides: list[str], world_size: int, reasons: list[str]) -> None:
@@ -49,6 +47,20 @@ def test_every_obstacle_is_named(overrides: list[str], world_size: int, reasons:
         assert expected in told
 
 
-def test_a_cpu_has_one_stream() -> None:
-    assert len(list(overlap_obstacles(has_cuda=False))) == 1
-    assert list(overlap_obstacles(has_cuda=True)) == []
+def test_a_cpu_has_one_stream_and_gathered_weights_need_one() -> None:
+    config = load_recipe(RECIPE, [*FITS, "vq.overlap_table=true"])
+    assert starts_tables(config)
+    assert len(list(overlap_obstacles(config, has_cuda=False))) == 1
+    assert list(overlap_obstacles(config, has_cuda=True)) == []
+    config = load_recipe(RECIPE, [*FITS, "vq.overlap_table=true", *GATHERED])
+    assert not starts_tables(config)
+    (reason,) = overlap_obstacles(config, has_cuda=True)
+    assert "optimizer.overlap_param_gather" in reason
+
+
+def test_recomputed_layers_build_their_own_tables() -> None:
+    moe = ["model.recompute_granularity=selective", "model.recompute_modules=[moe]"]
+    config = load_recipe(RECIPE, [*FITS, "vq.overlap_table=true", *moe])
+    assert not starts_tables(config)
+    (reason,) = overlap_obstacles(config, has_cuda=True)
+    assert "recompute_modules=moe" in reason

@@ -44,7 +44,7 @@ def test_outputs_and_gradients_of_every_microbatch(
     device: str, new_graph: Callable[[], Graph]
 ) -> None:
     layer = Layer(device)
-    captured = Captured(layer, [layer.weight, layer.weight, layer.frozen], new_graph)
+    captured = Captured(layer, [layer.weight, layer.weight, layer.frozen], [layer], new_graph)
     generator = torch.Generator().manual_seed(1)
     for number in range(4):
         x = torch.randn(5, 4, generator=generator, dtype=torch.float64).to(device)
@@ -65,7 +65,7 @@ def test_outputs_and_gradients_of_every_microbatch(
 @pytest.mark.parametrize(("device", "new_graph"), KINDS)
 def test_an_output_without_gradient_gets_zeros(device: str, new_graph: Callable[[], Graph]) -> None:
     layer = Layer(device)
-    captured = Captured(layer, [layer.weight], new_graph)
+    captured = Captured(layer, [layer.weight], [layer], new_graph)
     x = torch.randn(5, 4, dtype=torch.float64, device=device, requires_grad=True)
     for _ in range(2):
         y, _, _ = captured(x)
@@ -79,15 +79,61 @@ def test_a_second_forward_pass_before_the_backward_pass_is_refused(
     device: str, new_graph: Callable[[], Graph]
 ) -> None:
     layer = Layer(device)
-    captured = Captured(layer, [layer.weight], new_graph)
+    captured = Captured(layer, [layer.weight], [layer], new_graph)
     x = torch.randn(5, 4, dtype=torch.float64, device=device, requires_grad=True)
     captured(x)
     with pytest.raises(ValueError, match="before the backward pass of its last call"):
         captured(x)
 
 
+@pytest.mark.parametrize(("device", "new_graph"), KINDS)
+def test_gradients_that_are_kept_add_up_over_microbatches(
+    device: str, new_graph: Callable[[], Graph]
+) -> None:
+    """Autograd would take a buffer of the graph for the ``grad``, and the next replay it back."""
+    layer, plain = Layer(device), Layer(device)
+    captured = Captured(layer, [layer.weight], [layer], new_graph)
+    leaf = torch.rand(5, 4, dtype=torch.float64, device=device, requires_grad=True)
+    other = leaf.detach().clone().requires_grad_()
+    for _ in range(3):
+        captured(leaf)[0].square().sum().backward()
+        plain(other)[0].square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("device", "new_graph"), KINDS)
+def test_what_accumulates_a_parameter_s_gradient_stays_out_of_the_capture(
+    device: str, new_graph: Callable[[], Graph]
+) -> None:
+    """It belongs to the stream where it was made, which DDP's hooks keep alive."""
+    layer = Layer(device)
+    accumulator = layer.weight.expand_as(layer.weight).grad_fn.next_functions[0][0]
+    runs = []
+    accumulator.register_hook(lambda *_: runs.append(1))
+    captured = Captured(layer, [layer.weight], [layer], new_graph)
+    x = torch.rand(5, 4, dtype=torch.float64, device=device)
+    weight = layer.weight
+    captured(x)[0].sum().backward()
+    assert len(runs) == 1 and layer.weight is weight
+    captured(x)[0].sum().backward()
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize(("device", "new_graph"), KINDS)
+def test_a_parameter_in_other_memory_is_captured_anew(
+    device: str, new_graph: Callable[[], Graph]
+) -> None:
+    layer = Layer(device)
+    captured = Captured(layer, [layer.weight], [layer], new_graph)
+    x = torch.rand(5, 4, dtype=torch.float64, device=device)
+    captured(x)[0].sum().backward()
+    layer.weight.data = layer.weight.data * 2
+    torch.testing.assert_close(captured(x)[0], layer(x)[0], rtol=1e-12, atol=1e-12)
+
+
 class Faulty:
-    """Does something at its third call that a graph would not repeat."""
+    """Does something at its fourth run, the second replay, that a graph would not repeat."""
 
     def __init__(self, fault: str) -> None:
         self.fault, self.num_calls = fault, 0
@@ -95,7 +141,7 @@ class Faulty:
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor]:
         self.num_calls += 1
-        is_wrong = self.num_calls == 3
+        is_wrong = self.num_calls == 4
         if self.fault == "address" and is_wrong:
             self.old, self.table = self.table, torch.full((4,), 2.0).clone()
         y = x * self.table
@@ -121,16 +167,15 @@ class Faulty:
     ],
 )
 def test_the_recorder_sees_what_changes_between_steps(fault: str, message: str) -> None:
-    captured = Captured(Faulty(fault), [], RecordedGraph)
+    captured = Captured(Faulty(fault), [], [], RecordedGraph)
     x = torch.rand(3, 4, requires_grad=True)
-    for _ in range(2):
-        captured(x)[0].sum().backward()
+    captured(x)[0].sum().backward()
     with pytest.raises(ValueError, match=message):
         captured(x)
 
 
 @pytest.mark.parametrize("fault", ["item", "nonzero"])
 def test_the_recorder_refuses_to_wait_for_the_device(fault: str) -> None:
-    captured = Captured(Faulty(fault), [], RecordedGraph)
+    captured = Captured(Faulty(fault), [], [], RecordedGraph)
     with pytest.raises(ValueError, match="waits for the device: it cannot be captured"):
         captured(torch.rand(3, 4, requires_grad=True))

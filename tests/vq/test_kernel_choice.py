@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 
+from vqmoe_megatron.vq import kernel_choice
 from vqmoe_megatron.vq.kernel_choice import kernel_obstacle, use_kernel
 
 
@@ -40,6 +41,24 @@ def test_a_missing_triton_is_an_obstacle_with_its_reason() -> None:
     )
     assert result.stdout.startswith("triton cannot be imported (")
     assert "triton" in result.stdout.split("(", 1)[1]
+
+
+def test_a_triton_that_cannot_compile_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+
+    class Active:
+        @property
+        def active(self) -> None:
+            raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton.runtime, "driver", Active())
+    kernel_choice._triton_obstacle.cache_clear()
+    try:
+        obstacle = kernel_obstacle([torch.float32])
+    finally:
+        kernel_choice._triton_obstacle.cache_clear()
+    assert "Failed to find C compiler" in obstacle and "python3-dev" in obstacle
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

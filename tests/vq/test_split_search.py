@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from search_cases import CASES, exact_distances
 
+from vqmoe_megatron.gpu_proof.search_cases import CASES, exact_distances
 from vqmoe_megatron.vq.quantizers.cosine import Cosine
 from vqmoe_megatron.vq.search import nearest_code
 from vqmoe_megatron.vq.split_search import (

@@ -13,8 +13,8 @@ import pytest
 import torch
 from fast_tier import spread, tiered
 from kernel_places import PLACES, run_kernel, skip_unless_possible
-from search_cases import CASES
 
+from vqmoe_megatron.gpu_proof.search_cases import CASES
 from vqmoe_megatron.vq.split_search import (
     SplitCodes,
     nearest_if_certain,

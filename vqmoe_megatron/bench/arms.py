@@ -32,6 +32,7 @@ from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.moe.routers.topk import BalancedRouter
 from vqmoe_megatron.moe.spec import spec_backend
 from vqmoe_megatron.runtime.cpu_compat.missing_names import name_missing_functions
+from vqmoe_megatron.runtime.static_graph import Graph
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class Arm:
         """
         for _ in range(self.spec.num_microbatches):
             enter_pass(False)
+            if isinstance(self.module, VQMoELayer):
+                self.module.start_tables()
             output, loss = self.module(x)
             enter_pass(True)
             roots = [output] if loss is None else [output, loss]
@@ -125,16 +128,22 @@ def _stacked(parts: list[torch.nn.Parameter]) -> torch.Tensor:
     return gradients[0].clone() if len(gradients) == 1 else torch.stack(gradients)
 
 
-def build_arms(specs: Mapping[str, ArmSpec], inputs: CaseInputs) -> dict[str, Arm]:
+def build_arms(
+    specs: Mapping[str, ArmSpec],
+    inputs: CaseInputs,
+    new_graph: Callable[[], Graph] | None = None,
+) -> dict[str, Arm]:
     """Build every arm around the same weights and codes. No communication.
+
+    ``new_graph`` captures the discrete path of ours, as in :class:`VQMoELayer`.
 
     Raises:
         ValueError: when an arm's settings do not fit the case.
     """
-    return {letter: _build(spec, inputs) for letter, spec in specs.items()}
+    return {letter: _build(spec, inputs, new_graph) for letter, spec in specs.items()}
 
 
-def _build(spec: ArmSpec, inputs: CaseInputs) -> Arm:
+def _build(spec: ArmSpec, inputs: CaseInputs, new_graph: Callable[[], Graph] | None) -> Arm:
     case, weights = inputs.case, inputs.weights
     vq = VQConfig(
         num_codes=case.num_codes,
@@ -149,7 +158,13 @@ def _build(spec: ArmSpec, inputs: CaseInputs) -> Arm:
     if spec.kind == "released":
         released = ReleasedLayer(vq, codes, weights)
         return Arm(spec, released, vq, released.named())
-    layer = VQMoELayer(transformer_config(case, spec.topk), own_submodules(), layer_number=1, vq=vq)
+    layer = VQMoELayer(
+        transformer_config(case, spec.topk),
+        own_submodules(),
+        layer_number=1,
+        vq=vq,
+        new_graph=new_graph,
+    )
     share_weights(layer, weights)
     for path in layer.discrete_paths:
         path.assigner.codebook.adopt(_sliced(codes, vq.num_code_slices))

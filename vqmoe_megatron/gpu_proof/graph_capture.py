@@ -1,102 +1,97 @@
-"""A step of a layer as one CUDA graph: captured forward and backward, replayed, compared, timed.
+"""The captured discrete path (``train.cuda_graphs``): equal to the one without graphs, its time.
 
-A discrete path in code space has static shapes and reads nothing on the host, so its step should be
-capturable whole. Whether it is, is a row, not a check: an arm that is not captured says why.
+On CUDA with CUDA's graphs, on the CPU with their recorder. A capture that fails is a failed check.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from vqmoe_megatron.bench.arm_table import ARMS, FORWARD_BACKWARD
-from vqmoe_megatron.bench.arms import Arm, build_arms
-from vqmoe_megatron.bench.gate import relative_difference
+from vqmoe_megatron.bench.arm_table import ARMS
 from vqmoe_megatron.bench.shared_inputs import CaseInputs
-from vqmoe_megatron.bench.timing import Action, time_in_turns
-from vqmoe_megatron.gpu_proof.attempt import in_words
+from vqmoe_megatron.bench.timing import time_in_turns
+from vqmoe_megatron.gpu_proof.arm_pairs import check_pair, step_of, training_arm
+from vqmoe_megatron.gpu_proof.attempt import attempt
+from vqmoe_megatron.gpu_proof.part import Job
+from vqmoe_megatron.runtime.static_graph import CudaGraph, Graph, RecordedGraph
 
-LETTERS = ("E", "F", "F2", "G1")  # of bench/arm_table.py: the discrete path alone, in code space
-NUM_EAGER_STEPS = 3  # on the side stream before the capture, as torch's documentation asks
-
-
-def has_graphs() -> bool:
-    """Whether this device has CUDA graphs."""
-    return torch.cuda.is_available()
+LETTERS = ("E", "F", "F2", "E2", "F3")  # of bench/arm_table.py: code space, alone and beside top-1
 
 
-def capture_rows(
-    inputs: CaseInputs, grad: torch.Tensor, num_repeats: int, num_warmup: int
-) -> Iterator[dict[str, Any]]:
-    """Yield one row per arm: captured or why not, how far a replay is from a step, both times.
+class NotCaptured(Exception):
+    """A path that should have been captured ran as it is."""
+
+
+def graph_type(device: str) -> type[Graph]:
+    """What captures on a device."""
+    return CudaGraph if device == "cuda" else RecordedGraph
+
+
+def check_captured(job: Job, inputs: CaseInputs) -> None:
+    """Hold every captured layer against the layer, over microbatches whose gradients add up."""
+    job.say("captured layers against layers without graphs")
+    for letter in LETTERS:
+        what = f"captured {letter}, {ARMS[letter].text}"
+        if job.has_time(what):
+            with attempt(job, what):
+                arm = training_arm(ARMS[letter], inputs, graph_type(job.device))
+                check_pair(job, what, arm, training_arm(ARMS[letter], inputs), inputs)
+                if not all(path.is_captured for path in arm.module.discrete_paths):
+                    raise NotCaptured(f"arm {letter} ran without a graph")
+
+
+def time_captured(
+    job: Job, inputs: CaseInputs, grad: torch.Tensor, num_repeats: int, num_warmup: int
+) -> None:
+    """Time steps with and without graphs, in turns; one row per arm. No communication.
 
     Args:
+        job: takes the rows; an error is a failed check.
         inputs: of the arms.
         grad: ``[T, 1, H]`` of the output.
         num_repeats: timed rounds.
         num_warmup: untimed rounds before them.
-
-    No communication. An arm whose capture fails leaves the device usable, or the next one says so.
     """
     for letter in LETTERS:
-        case = inputs.case
-        row = {"N": case.num_experts, "T": case.num_tokens, "arm": letter}
-        row |= {"text": ARMS[letter].text, "outcome": "not captured: no CUDA device"}
-        if has_graphs():
-            try:
-                row |= _captured(letter, inputs, grad, num_repeats, num_warmup)
-            except Exception as error:
-                row["outcome"] = f"not captured: {in_words(error)}"
-        yield row
+        what = f"CUDA graph of {letter}, {ARMS[letter].text}"
+        if job.has_time(what):
+            with attempt(job, what):
+                row = _timed(letter, inputs, grad, graph_type(job.device), num_repeats, num_warmup)
+                job.check(what, True)
+                job.row("A step with the discrete path captured, forward and backward", **row)
+                job.say(f"{what}: {row['captured_ms']:.3f} ms, without {row['plain_ms']:.3f} ms")
 
 
-def _captured(
-    letter: str, inputs: CaseInputs, grad: torch.Tensor, num_repeats: int, num_warmup: int
+def _timed(
+    letter: str,
+    inputs: CaseInputs,
+    grad: torch.Tensor,
+    new_graph: type[Graph],
+    num_repeats: int,
+    num_warmup: int,
 ) -> dict[str, Any]:
-    (arm,) = build_arms({letter: ARMS[letter]}, inputs).values()
-    arm.enter(FORWARD_BACKWARD)
+    plain = training_arm(ARMS[letter], inputs)
+    captured = training_arm(ARMS[letter], inputs, new_graph)
     leaf = inputs.x.clone().requires_grad_()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(NUM_EAGER_STEPS):
-            _forget(arm, leaf)
-            arm.step(leaf, grad)
-    torch.cuda.current_stream().wait_stream(side)
-    _forget(arm, leaf)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # gradients that are None before it live in the graph's memory
-        output = arm.step(leaf, grad)
-    static = {"output": output, "x": leaf.grad}
-    static |= {name: part.grad for name, (part, *_) in arm.parameters.items()}
-    graph.replay()
-    torch.cuda.synchronize()
-    replayed = {name: value.clone() for name, value in static.items() if value is not None}
-    eager = build_arms({letter: ARMS[letter]}, inputs)[letter]
-    eager.enter(FORWARD_BACKWARD)
-    expected = eager.result(inputs.x, grad, FORWARD_BACKWARD)
-    wanted = {**expected.gradients, "output": expected.output}
-    worst = max(relative_difference(value, wanted[name]) for name, value in replayed.items())
-    other = inputs.x.clone().requires_grad_()
+    captured.step(leaf, grad)
+    reserved = torch.cuda.memory_reserved() if new_graph is CudaGraph else None
+    captured.step(leaf, grad)
+    if reserved is not None:
+        reserved = torch.cuda.memory_reserved() - reserved
     times = time_in_turns(
-        {
-            "replayed": Action(graph.replay),
-            "eager": Action(lambda: eager.step(other, grad), lambda: _forget(eager, other)),
-        },
+        {"plain": step_of(plain, leaf, grad), "captured": step_of(captured, leaf, grad)},
         num_repeats,
         num_warmup,
     )
     return {
-        "outcome": "captured",
-        "replayed_ms": times["replayed"].median_ms,
-        "eager_ms": times["eager"].median_ms,
-        "difference_from_eager": worst,
-        "num_compared": len(replayed),
+        "N": inputs.case.num_experts,
+        "T": inputs.case.num_tokens,
+        "arm": letter,
+        "text": ARMS[letter].text,
+        "graph": new_graph.__name__,
+        "captured_ms": times["captured"].median_ms,
+        "plain_ms": times["plain"].median_ms,
+        "reserved_by_capture_bytes": reserved,
     }
-
-
-def _forget(arm: Arm, leaf: torch.Tensor) -> None:
-    arm.forget()
-    leaf.grad = None

@@ -14,6 +14,7 @@ from vqmoe_megatron.vq.kernel_choice import kernel_obstacle
 
 Search = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [T, D], codes [K, D] -> ids [T]
 FP32, BF16 = "fp32_gemm", "bf16_gemm"  # the roof of the unit that an arm multiplies on
+EXACT, SPLIT = "fp32 kernel", "split in bf16 products"
 CLEAR_MARGIN = 1e-5  # of the two least half squared distances, relative to D
 
 
@@ -48,11 +49,31 @@ class SearchArm:
 
 
 SEARCH_ARMS: dict[str, SearchArm] = {
-    "fp32 kernel": SearchArm(_triton, FP32, is_kernel=True, is_ours=True),
-    "split in bf16 products": SearchArm(_split, BF16, is_kernel=True, is_ours=True),
+    EXACT: SearchArm(_triton, FP32, is_kernel=True, is_ours=True),
+    SPLIT: SearchArm(_split, BF16, is_kernel=True, is_ours=True),
     "torch cdist + argmin": SearchArm(_cdist, FP32),
     "torch product + argmin": SearchArm(_product, FP32),
 }
+
+
+def share_undecided(x: torch.Tensor, codes: torch.Tensor) -> float:
+    """Of tokens [T, D]: those for which bf16 products do not prove a code of [K, D] the nearest,
+    so that they are searched in fp32. No communication."""
+    from vqmoe_megatron.vq.codes_triton import split_codes_triton
+    from vqmoe_megatron.vq.split_search import takes_whole
+    from vqmoe_megatron.vq.split_search_triton import decide
+
+    split = split_codes_triton(codes.float().unsqueeze(0), takes_whole(x.dtype))
+    _, _, counts = decide(x, split)
+    return float(counts.sum()) / x.shape[0]
+
+
+def tuned_configuration() -> str:
+    """What the autotuner chose for the size that was searched last."""
+    from vqmoe_megatron.vq import split_search_triton
+
+    chosen = getattr(split_search_triton._tuned_kernel, "best_config", None)
+    return "none: interpreted" if chosen is None else str(chosen)
 
 
 def kernels_missing() -> str | None:

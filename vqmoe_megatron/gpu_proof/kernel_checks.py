@@ -13,13 +13,22 @@ import torch
 
 from vqmoe_megatron.bench.gate import relative_difference
 from vqmoe_megatron.gpu_proof.attempt import attempt
-from vqmoe_megatron.gpu_proof.kernel_arms import SEARCH_ARMS, kernels_missing, search_agreement
+from vqmoe_megatron.gpu_proof.kernel_arms import (
+    EXACT,
+    SEARCH_ARMS,
+    SPLIT,
+    kernels_missing,
+    search_agreement,
+    share_undecided,
+)
 from vqmoe_megatron.gpu_proof.part import Job
+from vqmoe_megatron.gpu_proof.search_cases import CASES
 from vqmoe_megatron.vq.combine import gather_scale_add, gather_scale_add_backward
 from vqmoe_megatron.vq.segment_sum import segment_sum
 
 SEARCHES = [(512, 64, 64), (1000, 96, 300), (4096, 1024, 896), (777, 2048, 4096)]  # T, D, K
 TINY_SEARCHES = [(24, 16, 20), (17, 40, 33)]
+HARD, HARD_TINY = (2048, 896, 256), (24, 20, 40)  # T, K, D
 MOST_EXCESS = 1e-5  # near ties: fp32 cannot tell them apart
 COMBINES = [(1000, 1024, 1, 896), (777, 320, 8, 512)]  # T, H, C, R
 TINY_COMBINES = [(18, 24, 1, 12), (9, 40, 3, 12)]
@@ -38,6 +47,7 @@ def check_kernels(job: Job) -> None:
     job.say("kernels against their references")
     _check_searches(job, missing is None)
     if missing is None:
+        check_hard_searches(job)
         _check_combine(job)
     _check_segment_sum(job)
 
@@ -64,6 +74,24 @@ def _check_searches(job: Job, has_kernels: bool) -> None:
                 text = f"{found.share_equal:.4%} of all ids equal"
                 job.check(f"{what}: clearly nearest codes found", found.num_wrong == 0, text)
                 job.within(f"{what}: near ties", found.worst_excess, MOST_EXCESS)
+
+
+def check_hard_searches(job: Job) -> None:
+    """The search in split products finds the fp32 kernel's ids, bit for bit, where it is hard."""
+    sizes = HARD_TINY if job.is_tiny else HARD
+    for (name, case), dtype in product(CASES.items(), DTYPES):
+        what = f"split search, {name}, {_short(dtype)}: the fp32 kernel's ids"
+        if not job.has_time(what):
+            continue
+        with attempt(job, what):
+            x, codes = case(*sizes, torch.Generator().manual_seed(1))
+            device = torch.cuda.current_device()
+            x, codes = x.to(device=device, dtype=dtype), codes.to(device)
+            found, expected = (SEARCH_ARMS[arm].run(x, codes) for arm in (SPLIT, EXACT))
+            num_wrong = int((found != expected).sum())
+            undecided = share_undecided(x, codes)
+            text = f"{num_wrong} of {len(found)} differ; {undecided:.2%} undecided"
+            job.check(what, num_wrong == 0, text)
 
 
 def _check_combine(job: Job) -> None:

@@ -19,12 +19,16 @@ import torch
 from vqmoe_megatron.bench.bench_world import one_rank_world
 from vqmoe_megatron.bench.timing import Action, Times, time_in_turns
 from vqmoe_megatron.gpu_proof.attempt import attempt
+from vqmoe_megatron.gpu_proof.discrete_share import measure_discrete_share
 from vqmoe_megatron.gpu_proof.kernel_arms import (
     BF16,
     FP32,
     SEARCH_ARMS,
+    SPLIT,
     kernels_missing,
     search_agreement,
+    share_undecided,
+    tuned_configuration,
 )
 from vqmoe_megatron.gpu_proof.part import Job
 from vqmoe_megatron.gpu_proof.roofs import Roofs, fp32_products, measure_roofs
@@ -62,6 +66,10 @@ def run(job: Job) -> None:
             if job.has_time(what, SECONDS_PER_SIZE):
                 with attempt(job, what):
                     _time_search(job, size, roofs, num_repeats)
+        what = "search, read and combine beside a top-1 layer"
+        if job.has_time(what, SECONDS_PER_SIZE):
+            with attempt(job, what):
+                measure_discrete_share(job, num_repeats)
         for size in TINY_COMBINES if job.is_tiny else COMBINES:
             what = f"combine and segment sum T={size[0]} H={size[1]} C={size[2]} R={size[3]}"
             if job.has_time(what, SECONDS_PER_SIZE):
@@ -124,6 +132,15 @@ def _time_search(job: Job, size: tuple[int, int, int], roofs: Roofs, num_repeats
             share_of_roof=num_flops / one.median_ms * 1e3 / roof,
             speed_over_fp32_roof=fp32_roof_ms / one.median_ms,
             share_of_ids_as_fp64=equal.get(name),
+        )
+    if SPLIT in times:
+        job.row(
+            "Search in split bf16 products",
+            T=num_tokens,
+            D=width,
+            K=num_codes,
+            share_undecided=share_undecided(x, codes),
+            configuration=tuned_configuration(),
         )
     job.say(f"{what}: " + ", ".join(f"{n} {one.median_ms:.3f} ms" for n, one in times.items()))
 

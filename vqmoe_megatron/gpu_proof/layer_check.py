@@ -20,11 +20,14 @@ from vqmoe_megatron.bench.arms import own_submodules, transformer_config
 from vqmoe_megatron.bench.bench_world import one_rank_world
 from vqmoe_megatron.bench.cases import LayerCase
 from vqmoe_megatron.bench.gate import TOLERANCE, relative_difference
+from vqmoe_megatron.bench.shared_inputs import CaseInputs, case_inputs
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.gpu_proof.attempt import attempt
+from vqmoe_megatron.gpu_proof.graph_capture import check_captured
 from vqmoe_megatron.gpu_proof.host_reads import check_host_reads
 from vqmoe_megatron.gpu_proof.kernel_checks import check_kernels
 from vqmoe_megatron.gpu_proof.part import Job
+from vqmoe_megatron.gpu_proof.table_overlap import check_overlap
 from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.vq.oracle import vqmoe_oracle
 
@@ -73,11 +76,30 @@ TINY_VARIANTS = ("both paths", "product codes", "continuous, top-2")
 
 
 def run(job: Job) -> None:
-    """Check layers, kernels and host reads. No communication."""
+    """Check layers, host reads, graphs and kernels. No communication."""
     with one_rank_world():
         check_layers(job)
-        check_host_reads(job)
+        inputs = _step_inputs(job)
+        check_host_reads(job, inputs)
+        check_overlap(job, inputs)
+        check_captured(job, inputs)
         check_kernels(job)
+
+
+def _step_inputs(job: Job) -> CaseInputs:
+    """Of whole steps that are watched, captured, or have their table built on a second stream."""
+    is_tiny = job.is_tiny
+    return case_inputs(
+        LayerCase(
+            num_experts=8,
+            num_codes=24,
+            num_tokens=48 if is_tiny else 2048,
+            hidden_size=32 if is_tiny else 512,
+            ffn_hidden_size=48 if is_tiny else 512,
+            dtype="bfloat16" if job.device == "cuda" else "float32",
+            norm="separate",
+        )
+    )
 
 
 def check_layers(job: Job) -> None:

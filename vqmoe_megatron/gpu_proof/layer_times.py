@@ -22,8 +22,9 @@ from vqmoe_megatron.bench.memory_bench import count_saved_bytes, peak_bytes
 from vqmoe_megatron.bench.progress import Progress
 from vqmoe_megatron.bench.shared_inputs import CaseInputs, case_inputs
 from vqmoe_megatron.gpu_proof.attempt import attempt
-from vqmoe_megatron.gpu_proof.graph_capture import capture_rows
+from vqmoe_megatron.gpu_proof.graph_capture import time_captured
 from vqmoe_megatron.gpu_proof.part import Job
+from vqmoe_megatron.gpu_proof.table_overlap import time_overlap
 
 REFERENCE = "A"  # Megatron's MoELayer, top-1
 LETTERS = ("A", "A1", "A2", "D0", "C", "D", "E", "F", "F2", "G1", "G8", "E2", "F3", "G2", "P8")
@@ -46,8 +47,10 @@ def run(job: Job) -> None:
                 inputs = _measure(job, case, TINY_LETTERS if job.is_tiny else LETTERS)
                 measured = measured or [inputs]
             torch.cuda.empty_cache()
-        if measured and job.has_time("CUDA graphs"):
-            _capture(job, measured[0])
+        if measured and job.has_time("tables during attention, and CUDA graphs"):
+            grad = output_gradient(measured[0], GRADIENT_SEED)
+            time_overlap(job, measured[0], grad, *_repeats(job))
+            time_captured(job, measured[0], grad, *_repeats(job))
 
 
 def _cases(is_tiny: bool) -> list[LayerCase]:
@@ -71,12 +74,6 @@ def _cases(is_tiny: bool) -> list[LayerCase]:
 def _repeats(job: Job) -> tuple[int, int]:
     """Timed rounds, and untimed ones before them."""
     return (3, 0) if job.is_tiny else (20, 3)
-
-
-def _capture(job: Job, inputs: CaseInputs) -> None:
-    for row in capture_rows(inputs, output_gradient(inputs, GRADIENT_SEED), *_repeats(job)):
-        job.row("CUDA graph of a step, forward and backward", **row)
-        job.say(f"CUDA graph, {row['arm']}: {row['outcome']}")
 
 
 def _measure(job: Job, case: LayerCase, letters: tuple[str, ...]) -> CaseInputs:

@@ -21,6 +21,14 @@ from vqmoe_megatron.moe.paths import DiscretePath, Request
 from vqmoe_megatron.runtime.static_graph import Captured, Graph
 
 
+class BufferedPart(DensePart):
+    """An output in a buffer that the next microbatch overwrites."""
+
+    def value(self) -> torch.Tensor:
+        """Return a copy, which a caller may keep."""
+        return self.y.clone()
+
+
 class CapturedPath(DiscretePath):
     """A :class:`DiscretePath` whose training passes are replayed from graphs.
 
@@ -45,8 +53,14 @@ class CapturedPath(DiscretePath):
         self._captured: Captured | None = None
         self._captured_rows: CodeRows | None = None
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether a microbatch was replayed."""
+        return self._captured is not None
+
     def ask(self, hidden_states: torch.Tensor, x: torch.Tensor) -> Request:
-        """As without graphs; the output is stored before it is combined.
+        """As without graphs; the output is stored before it is combined, and copied where it is
+        the layer's.
 
         Communicates the table, as :meth:`CodeSpace.evaluate`.
         """
@@ -58,7 +72,7 @@ class CapturedPath(DiscretePath):
         assignment = Assignment(*found)
         return Request(
             Work(),
-            lambda _: DensePart(y),
+            lambda _: BufferedPart(y),
             assignment.experts,
             lambda output: self.assigner.attach(output, assignment),
         )
@@ -66,7 +80,9 @@ class CapturedPath(DiscretePath):
     def _graph(self) -> Captured:
         rows = self.space.rows
         if self._captured is None or rows is not self._captured_rows:
-            self._captured = Captured(self._whole, self.space.weights(), self.new_graph)
+            modules = [self.assigner, *self.space.modules]
+            weights = self.space.weights()
+            self._captured = Captured(self._whole, weights, modules, self.new_graph)
             self._captured_rows = rows
         return self._captured
 

@@ -2,8 +2,14 @@
 
 A CUDA graph repeats the kernels of one call on the same addresses. So the captured function has
 buffers of its own for inputs, outputs and gradients; a call copies its inputs in and replays, and
-the backward pass replays a second graph. Python inside the function runs at the capture and never
-again: it must not count, branch on values, or wait for the device.
+the backward pass replays a second graph. Python inside the function runs before the capture, to
+choose and load kernels, at the capture, and never again: it must not count, branch on values, or
+wait for the device.
+
+Gradients are taken to aliases of the parameters that belong to the graph. What accumulates a real
+parameter's gradient lives on the stream where it was made, the default one where Megatron's DDP
+holds it or an earlier microbatch is still referred to, and would draw that stream into the capture,
+which CUDA refuses.
 
 On a machine without CUDA :class:`RecordedGraph` takes the graph's place in tests. It runs the
 function each time and refuses what a graph would get wrong: another operation, shape or address of
@@ -12,27 +18,40 @@ a tensor from outside than at the capture, and any operation that waits for the 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vqmoe_megatron.runtime.device_purity import READS
+
 Tensors = tuple[torch.Tensor, ...]
-WAITING = frozenset(
-    "_local_scalar_dense nonzero masked_select _unique2 unique_consecutive unique_dim equal "
-    "is_nonzero bincount".split()
-)
+SPOILT = 0xFF  # bytes of a NaN of any width, or of -1
 
 
 class Graph(ABC):
     """Two passes over static buffers; the second one's work belongs to the first one's."""
 
     @abstractmethod
+    def warm_up(self, work: Callable[[], None]) -> None:
+        """Run ``work`` where captures run, so that all that a first run chooses, loads or allocates
+        is there."""
+
+    @abstractmethod
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Run ``work`` once, keeping what it does; return what does it again."""
+        """Record ``work``; nothing of it is done for good until what is returned is called."""
+
+
+@functools.cache
+def _capture_stream() -> torch.cuda.Stream:
+    """One for all captures: a pass must be captured where its forward pass was, and every stream
+    that multiplies has a workspace of cuBLAS."""
+    return torch.cuda.Stream()
 
 
 class CudaGraph(Graph):
@@ -41,15 +60,36 @@ class CudaGraph(Graph):
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Capture on a stream of its own; work of other threads (a data loader's copies) goes on.
+    def warm_up(self, work: Callable[[], None]) -> None:
+        """Run on the stream of the captures; the current one waits for it."""
+        current, stream = torch.cuda.current_stream(), _capture_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            work()
+        current.wait_stream(stream)
 
-        ``work`` is run for good by the replay that follows. Collectives inside must be NCCL's.
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Capture; work of other threads (a data loader's copies, NCCL's watchdog) goes on.
+
+        Collectives inside must be NCCL's.
+
+        Raises:
+            RuntimeError: when CUDA refuses something of ``work``; torch's message is in it.
         """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            work()
-        graph.replay()
+        try:
+            with torch.cuda.graph(
+                graph,
+                pool=self._pool,
+                stream=_capture_stream(),
+                capture_error_mode="thread_local",
+            ):
+                work()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"this cannot be captured in a CUDA graph: {error}; train without "
+                "(train.cuda_graphs=false)"
+            ) from error
         return graph.replay
 
 
@@ -59,8 +99,13 @@ class RecordedGraph(Graph):
     def __init__(self) -> None:
         self._made: dict[int, torch.UntypedStorage] = {}  # in this replay of the passes
 
+    def warm_up(self, work: Callable[[], None]) -> None:
+        """Run it."""
+        work()
+
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Run and record ``work``; the first pass of a replay forgets what the last one made."""
+        """Run and record ``work``; the first pass of a replay spoils what the last one made, as a
+        graph writes over it."""
         is_first = not self._made
         record = _Record(self._made)
         with record:
@@ -68,6 +113,8 @@ class RecordedGraph(Graph):
 
         def replay() -> None:
             if is_first:
+                for storage in self._made.values():
+                    storage.fill_(SPOILT)
                 self._made.clear()
             again = _Record(self._made)
             with again:
@@ -87,7 +134,7 @@ class _Record(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         name = str(function)
-        if function.overloadpacket.__name__ in WAITING:
+        if function in READS:
             raise ValueError(f"{name} waits for the device: it cannot be captured in a graph")
         if _is_inside_a_collective(name):
             return function(*args, **(kwargs or {}))
@@ -141,66 +188,109 @@ class Captured:
         function: from tensors to a tuple of tensors; its floating outputs may need a gradient.
         parameters: what else it differentiates to. Their gradients come out of autograd as those
             of inputs do, so that hooks on them (Megatron's DDP) see every microbatch.
+        modules: hold the parameters where the function reads them.
         new_graph: builds the graph.
 
     Between a forward pass and its backward pass there may be no second forward pass: its
-    activations would be overwritten.
+    activations would be overwritten. Parameters that moved to other memory are captured anew.
     """
 
     def __init__(
         self,
         function: Callable[..., Tensors],
         parameters: Iterable[torch.nn.Parameter],
+        modules: Iterable[torch.nn.Module],
         new_graph: Callable[[], Graph] = CudaGraph,
     ) -> None:
         self.function = function
         self.parameters = [p for p in dict.fromkeys(parameters) if p.requires_grad]
+        self.modules = list(modules)
         self.new_graph = new_graph
         self._passes: dict[tuple, _Passes] = {}
+        self._addresses: list[int] = []
 
     def __call__(self, *inputs: torch.Tensor) -> Tensors:
-        """As ``function``, with gradients.
+        """As ``function``, with gradients; outputs are buffers that the next call overwrites.
 
         Raises:
             ValueError: for a second forward pass before the first one's backward pass.
         """
+        addresses = [p.data_ptr() for p in self.parameters]
+        if addresses != self._addresses:
+            self._passes.clear()
+            self._addresses = addresses
         key = tuple((x.shape, x.dtype, x.requires_grad) for x in inputs)
         if key not in self._passes:
             self._passes[key] = _Passes(self, inputs)
         return _Replay.apply(self._passes[key], *inputs, *self.parameters)
 
 
+@contextlib.contextmanager
+def _replaced(
+    modules: list[torch.nn.Module], aliases: dict[torch.nn.Parameter, torch.nn.Parameter]
+) -> Iterator[None]:
+    """Let the modules hold the aliases in the place of their parameters."""
+    places = {
+        (owner, name): parameter
+        for module in modules
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter in aliases
+    }
+    try:
+        for (owner, name), parameter in places.items():
+            owner._parameters[name] = aliases[parameter]
+        yield
+    finally:
+        for (owner, name), parameter in places.items():
+            owner._parameters[name] = parameter
+
+
+def _alias(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """The same memory, with the marks that Megatron put on the parameter."""
+    alias = torch.nn.Parameter(parameter.detach())
+    alias.__dict__.update(parameter.__dict__)
+    return alias
+
+
 class _Passes:
     """The static buffers and both graphs for inputs of some shapes."""
 
     def __init__(self, owner: Captured, inputs: Tensors) -> None:
-        self.function = owner.function
+        self.function, self.modules = owner.function, owner.modules
         self.inputs = tuple(
             torch.empty_like(x, memory_format=torch.contiguous_format).requires_grad_(
                 x.requires_grad
             )
             for x in inputs
         )
-        self.leaves = [*(x for x in self.inputs if x.requires_grad), *owner.parameters]
-        self.graph = owner.new_graph()
+        self.aliases = {parameter: _alias(parameter) for parameter in owner.parameters}
+        self.leaves = [*(x for x in self.inputs if x.requires_grad), *self.aliases.values()]
         self.waits_for_backward = False
         self.outputs: Tensors = ()
-        self._copy_in(inputs)
-        self.replay_forward = self.graph.capture(self._forward)
-        # Of outputs that a gradient may come to, and of all leaves.
-        self.differentiable = [i for i, y in enumerate(self.outputs) if y.requires_grad]
-        self.is_fresh = True  # the capture was the first run
-        self.output_grads = [torch.zeros_like(self.outputs[i]) for i in self.differentiable]
+        self.differentiable: list[int] = []  # of outputs, those that a gradient may come to
+        self.output_grads: list[torch.Tensor] = []
         self.leaf_grads: tuple[torch.Tensor | None, ...] = ()
-        self._replay_backward: Callable[[], None] | None = None
+        self._copy_in(inputs)
+        graph = owner.new_graph()
+        graph.warm_up(self._both)
+        self.replay_forward = graph.capture(self._forward)
+        self.replay_backward = graph.capture(self._backward)
 
     @torch.no_grad()
     def _copy_in(self, inputs: Tensors) -> None:
         for static, x in zip(self.inputs, inputs, strict=True):
             static.copy_(x)
 
+    def _both(self) -> None:
+        self._forward()
+        self.differentiable = [i for i, y in enumerate(self.outputs) if y.requires_grad]
+        self.output_grads = [torch.zeros_like(self.outputs[i]) for i in self.differentiable]
+        self._backward()
+        self.outputs = self.leaf_grads = ()  # of no use, and not to be freed in the capture
+
     def _forward(self) -> None:
-        with torch.enable_grad():
+        with torch.enable_grad(), _replaced(self.modules, self.aliases):
             self.outputs = self.function(*self.inputs)
 
     def _backward(self) -> None:
@@ -217,26 +307,25 @@ class _Passes:
                 "whose activations would be overwritten; train.cuda_graphs is for schedules that "
                 "alternate forward and backward passes (pipeline_model_parallel_size=1)"
             )
-        if not self.is_fresh:
-            self._copy_in(inputs)
-            self.replay_forward()
-        self.is_fresh = False
+        self._copy_in(inputs)
+        self.replay_forward()
         self.waits_for_backward = True
         return tuple(y.detach() for y in self.outputs)
 
-    def run_backward(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Gradients of all leaves, in buffers that the next replay overwrites."""
+    def run_backward(self, grads: list[torch.Tensor | None]) -> Tensors:
+        """Gradients of all leaves, in buffers that the next replay overwrites.
+
+        They are referred to from here, so that autograd copies what it keeps as a parameter's
+        ``grad``.
+        """
         for static, grad in zip(self.output_grads, grads, strict=True):
             if grad is None:
                 static.zero_()
             else:
                 static.copy_(grad)
-        if self._replay_backward is None:
-            self._replay_backward = self.graph.capture(self._backward)
-        else:
-            self._replay_backward()
+        self.replay_backward()
         self.waits_for_backward = False
-        return [None if grad is None else grad.detach() for grad in self.leaf_grads]
+        return self.leaf_grads
 
 
 class _Replay(torch.autograd.Function):
@@ -247,11 +336,17 @@ class _Replay(torch.autograd.Function):
         outputs = passes.run_forward(inputs[: len(passes.inputs)])
         others = [y for i, y in enumerate(outputs) if i not in passes.differentiable]
         ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     def backward(ctx, *grads: torch.Tensor | None):  # noqa: ANN001, ANN205
         passes = ctx.passes
         of_leaves = iter(passes.run_backward([grads[i] for i in passes.differentiable]))
-        of_inputs = [next(of_leaves) if takes else None for takes in ctx.takes_gradient]
+        of_inputs = [_copied(next(of_leaves)) if takes else None for takes in ctx.takes_gradient]
         return None, *of_inputs, *of_leaves
+
+
+def _copied(grad: torch.Tensor | None) -> torch.Tensor | None:
+    """What goes on through other operations, views among them, may be kept where they end."""
+    return None if grad is None else grad.clone()

@@ -27,7 +27,7 @@ class FastPath:
         has_cuda = torch.cuda.is_available()
         notes = []
         if config.vq.overlap_table:
-            reasons = overlap_obstacles(has_cuda)
+            reasons = overlap_obstacles(config, has_cuda)
             notes += [f"vq.overlap_table overlaps nothing here: {reason}" for reason in reasons]
         if not config.train.cuda_graphs:
             return cls(None, tuple(notes))

@@ -5,6 +5,7 @@ One chunk per virtual pipeline stage; without interleaving there is one.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -23,16 +24,23 @@ from vqmoe_megatron.engines.megatron.layout_independent_init import redraw_param
 from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
 from vqmoe_megatron.moe.norms import ParallelNorm
 from vqmoe_megatron.moe.spec import get_vqmoe_block_spec
+from vqmoe_megatron.plan.capture import starts_tables
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.runtime.fused_parts import PLAIN, FusedParts
 from vqmoe_megatron.runtime.static_graph import Graph
 from vqmoe_megatron.runtime.versions import forget_moe_log
+from vqmoe_megatron.vq.kernel_choice import kernel_obstacle
 
 ACTIVATIONS = {
     "gelu": torch.nn.functional.gelu,
     "relu": torch.nn.functional.relu,
     "silu": torch.nn.functional.silu,
 }
+SOFTMAX_KERNELS = (  # by which FusedScaleMaskSoftmax imports them
+    "scaled_masked_softmax_cuda",
+    "scaled_upper_triang_masked_softmax_cuda",
+    "scaled_softmax_cuda",
+)
 # Fields of our model section that GPTModel takes, not TransformerConfig.
 GPT_FIELDS = {
     "seq_length",
@@ -59,6 +67,11 @@ def padded_vocab_size(model: ModelConfig) -> int:
         raise ValueError("model.vocab_size is not set and no corpus has filled it in")
     multiple = model.make_vocab_size_divisible_by
     return (model.vocab_size + multiple - 1) // multiple * multiple
+
+
+def has_softmax_kernels() -> bool:
+    """Whether Apex's softmax kernels are here, which Megatron's own attention imports unasked."""
+    return all(importlib.util.find_spec(name) is not None for name in SOFTMAX_KERNELS)
 
 
 def build_transformer_config(
@@ -99,8 +112,8 @@ def build_transformer_config(
         batch_p2p_comm=layout.virtual_pipeline_model_parallel_size is None,
         transformer_impl=parts.transformer_impl,
         gradient_accumulation_fusion=parts.gradient_accumulation_fusion,
-        masked_softmax_fusion=has_cuda,
-        bias_dropout_fusion=has_cuda,
+        masked_softmax_fusion=has_cuda and has_softmax_kernels(),
+        bias_dropout_fusion=has_cuda and kernel_obstacle([dtype]) is None,  # torch.compile
         bias_activation_fusion=False,
         persist_layer_norm=False,
         init_method=init_method_normal(model.init_method_std),
@@ -194,6 +207,6 @@ def _build_chunk(
         # gradients would then not be reduced over TP ranks.
         if ".experts." in name:
             parameter.allreduce = False
-    if config.vq.overlap_table:
+    if starts_tables(config):
         start_tables_before_attention(model)
     return model.to(torch.cuda.current_device())

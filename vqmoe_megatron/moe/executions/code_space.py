@@ -100,9 +100,14 @@ class CodeSpace(Execution):
 
     def weights(self) -> list[torch.Tensor]:
         """Everything that the table is made of."""
-        modules = (self.engine.experts, *self.parts.modules)
-        weights = [weight for module in modules for weight in module.parameters()]
+        weights = [weight for module in self.modules for weight in module.parameters()]
         return [*weights, self.parts.assigner.codebook.codes]
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """What holds them, but for the codes."""
+        modules = (self.engine.experts, *self.parts.modules)
+        return [module for module in modules if isinstance(module, torch.nn.Module)]
 
     # 1.
     def inputs(self, dtype: torch.dtype) -> ExpertInputs:
