@@ -12,7 +12,7 @@ from tiny_layer import HIDDEN, build_layer, draw_parameters
 
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.moe import CodebookSync
-from vqmoe_megatron.runtime.static_graph import RecordedGraph
+from vqmoe_megatron.runtime.recorded_graph import RecordedGraph
 
 BASE = {"num_codes": 10, "init": "uniform", "execution": "code_space"}
 CASES = {

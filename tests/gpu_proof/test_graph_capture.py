@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vqmoe_megatron.runtime.static_graph import RecordedGraph
+from vqmoe_megatron.runtime.recorded_graph import RecordedGraph
 
 pytestmark = pytest.mark.distributed
 

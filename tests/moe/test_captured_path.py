@@ -12,7 +12,7 @@ from fast_path import BASE, CASES, STATIC, both_ways, check
 from tiny_layer import HIDDEN, build_layer, draw_parameters
 
 from vqmoe_megatron.config import VQConfig
-from vqmoe_megatron.runtime.static_graph import RecordedGraph
+from vqmoe_megatron.runtime.recorded_graph import RecordedGraph
 
 
 @pytest.mark.distributed

@@ -32,7 +32,7 @@ from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.moe.routers.topk import BalancedRouter
 from vqmoe_megatron.moe.spec import spec_backend
 from vqmoe_megatron.runtime.cpu_compat.missing_names import name_missing_functions
-from vqmoe_megatron.runtime.static_graph import Graph
+from vqmoe_megatron.runtime.graphs import Graph
 
 
 @dataclass(frozen=True)

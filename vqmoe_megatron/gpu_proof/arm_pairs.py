@@ -12,7 +12,7 @@ from vqmoe_megatron.bench.gate import relative_difference
 from vqmoe_megatron.bench.shared_inputs import CaseInputs
 from vqmoe_megatron.bench.timing import Action
 from vqmoe_megatron.gpu_proof.part import Job
-from vqmoe_megatron.runtime.static_graph import Graph
+from vqmoe_megatron.runtime.graphs import Graph
 
 NUM_MICROBATCHES = 4  # of a captured path the first runs as it is, the second is captured
 LIMIT = {"float32": 1e-5, "bfloat16": 2e-2}  # with both paths, rows meet experts apart

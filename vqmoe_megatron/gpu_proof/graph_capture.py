@@ -15,7 +15,8 @@ from vqmoe_megatron.bench.timing import time_in_turns
 from vqmoe_megatron.gpu_proof.arm_pairs import check_pair, step_of, training_arm
 from vqmoe_megatron.gpu_proof.attempt import attempt
 from vqmoe_megatron.gpu_proof.part import Job
-from vqmoe_megatron.runtime.static_graph import CudaGraph, Graph, RecordedGraph
+from vqmoe_megatron.runtime.graphs import CudaGraph, Graph
+from vqmoe_megatron.runtime.recorded_graph import RecordedGraph
 
 LETTERS = ("E", "F", "F2", "E2", "F3")  # of bench/arm_table.py: code space, alone and beside top-1
 

@@ -18,7 +18,8 @@ from vqmoe_megatron.moe.executions.code_space import CodeSpace
 from vqmoe_megatron.moe.expert_engine import Work
 from vqmoe_megatron.moe.part import DensePart
 from vqmoe_megatron.moe.paths import DiscretePath, Request
-from vqmoe_megatron.runtime.static_graph import Captured, Graph
+from vqmoe_megatron.runtime.graphs import Graph
+from vqmoe_megatron.runtime.static_graph import Captured
 
 
 class BufferedPart(DensePart):

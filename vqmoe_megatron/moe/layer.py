@@ -46,8 +46,8 @@ from vqmoe_megatron.moe.megatron_settings import check_layer_number, check_layer
 from vqmoe_megatron.moe.norms import NoNorm, ParallelNorm
 from vqmoe_megatron.moe.paths import ContinuousPath, DiscretePath, Path
 from vqmoe_megatron.runtime.cpu_compat.missing_names import name_missing_functions
+from vqmoe_megatron.runtime.graphs import Graph
 from vqmoe_megatron.runtime.side_stream import side_stream
-from vqmoe_megatron.runtime.static_graph import Graph
 from vqmoe_megatron.vq.segment_sum import count_ids
 
 

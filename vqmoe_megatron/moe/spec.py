@@ -39,7 +39,7 @@ from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.moe.megatron_settings import is_moe_layer
 from vqmoe_megatron.moe.norms import ParallelNorm
 from vqmoe_megatron.runtime.fused_parts import TE_LAYERS
-from vqmoe_megatron.runtime.static_graph import Graph
+from vqmoe_megatron.runtime.graphs import Graph
 
 CONFIG_VARIABLE = "VQMOE_CONFIG"
 DEFAULT_ROUTER = "topk"

@@ -1,4 +1,4 @@
-"""A differentiable function that is captured once and replayed: CUDA graphs, and their recorder.
+"""A differentiable function that is captured once and replayed (graphs.py).
 
 A CUDA graph repeats the kernels of one call on the same addresses. So the captured function has
 buffers of its own for inputs, outputs and gradients; a call copies its inputs in and replays, and
@@ -10,175 +10,18 @@ Gradients are taken to aliases of the parameters that belong to the graph. What 
 parameter's gradient lives on the stream where it was made, the default one where Megatron's DDP
 holds it or an earlier microbatch is still referred to, and would draw that stream into the capture,
 which CUDA refuses.
-
-On a machine without CUDA :class:`RecordedGraph` takes the graph's place in tests. It runs the
-function each time and refuses what a graph would get wrong: another operation, shape or address of
-a tensor from outside than at the capture, and any operation that waits for the device.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch.distributed import distributed_c10d
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from vqmoe_megatron.runtime.device_purity import READS
+from vqmoe_megatron.runtime.graphs import CudaGraph, Graph
 
 Tensors = tuple[torch.Tensor, ...]
-SPOILT = 0xFF  # bytes of a NaN of any width, or of -1
-
-
-class Graph(ABC):
-    """Two passes over static buffers; the second one's work belongs to the first one's."""
-
-    @abstractmethod
-    def warm_up(self, work: Callable[[], None]) -> None:
-        """Run ``work`` where captures run, so that all that a first run chooses, loads or allocates
-        is there."""
-
-    @abstractmethod
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record ``work``; nothing of it is done for good until what is returned is called."""
-
-
-@functools.cache
-def _capture_stream() -> torch.cuda.Stream:
-    """One for all captures: a pass must be captured where its forward pass was, and every stream
-    that multiplies has a workspace of cuBLAS."""
-    return torch.cuda.Stream()
-
-
-class CudaGraph(Graph):
-    """CUDA's graphs. Passes share one memory pool."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def warm_up(self, work: Callable[[], None]) -> None:
-        """Run on the stream of the captures; the current one waits for it."""
-        current, stream = torch.cuda.current_stream(), _capture_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            work()
-        current.wait_stream(stream)
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Capture; work of other threads (a data loader's copies, NCCL's watchdog) goes on.
-
-        Collectives inside must be NCCL's.
-
-        Raises:
-            RuntimeError: when CUDA refuses something of ``work``; torch's message is in it.
-        """
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(
-                graph,
-                pool=self._pool,
-                stream=_capture_stream(),
-                capture_error_mode="thread_local",
-            ):
-                work()
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"this cannot be captured in a CUDA graph: {error}; train without "
-                "(train.cuda_graphs=false)"
-            ) from error
-        return graph.replay
-
-
-class RecordedGraph(Graph):
-    """Runs the work each time and holds it against the capture."""
-
-    def __init__(self) -> None:
-        self._made: dict[int, torch.UntypedStorage] = {}  # in this replay of the passes
-
-    def warm_up(self, work: Callable[[], None]) -> None:
-        """Run it."""
-        work()
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Run and record ``work``; the first pass of a replay spoils what the last one made, as a
-        graph writes over it."""
-        is_first = not self._made
-        record = _Record(self._made)
-        with record:
-            work()
-
-        def replay() -> None:
-            if is_first:
-                for storage in self._made.values():
-                    storage.fill_(SPOILT)
-                self._made.clear()
-            again = _Record(self._made)
-            with again:
-                work()
-            again.must_equal(record)
-
-        return replay
-
-
-class _Record(TorchDispatchMode):
-    """Operations with the shapes of their tensors, and the addresses of those from outside."""
-
-    def __init__(self, made: dict[int, torch.UntypedStorage]) -> None:
-        super().__init__()
-        self.made = made
-        self.operations: list[tuple] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
-        name = str(function)
-        if function in READS:
-            raise ValueError(f"{name} waits for the device: it cannot be captured in a graph")
-        if _is_inside_a_collective(name):
-            return function(*args, **(kwargs or {}))
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs or {}))
-        inputs = [self._seen(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        result = function(*args, **(kwargs or {}))
-        outside = {leaf.untyped_storage()._cdata for leaf in leaves if torch.is_tensor(leaf)}
-        for leaf in torch.utils._pytree.tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in outside:  # a view or an in-place result is not new
-                    self.made[storage._cdata] = storage  # kept, so that no other gets its number
-        self.operations.append((name, tuple(inputs)))
-        return result
-
-    def _seen(self, tensor: torch.Tensor) -> tuple:
-        made = tensor.untyped_storage()._cdata in self.made
-        place = None if made or tensor.numel() == 0 else tensor.data_ptr()
-        return tuple(tensor.shape), tensor.dtype, tensor.stride(), place
-
-    def must_equal(self, first: _Record) -> None:
-        """Raise ``ValueError`` at the first difference from the capture."""
-        pairs = zip(self.operations, first.operations, strict=False)
-        for number, (now, then) in enumerate(pairs):
-            if now != then:
-                raise ValueError(
-                    f"operation {number} of a captured function changed: {then} at the capture, "
-                    f"{now} now; a graph would have repeated the first"
-                )
-        if len(self.operations) != len(first.operations):
-            raise ValueError(
-                f"a captured function did {len(first.operations)} operations at the capture and "
-                f"{len(self.operations)} now"
-            )
-
-
-def _is_inside_a_collective(name: str) -> bool:
-    """Whether an operation is gloo's own, on copies that it made: NCCL has kernels for that."""
-    if name.startswith("c10d."):
-        return False
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename != distributed_c10d.__file__:
-        frame = frame.f_back
-    return frame is not None
 
 
 class Captured:

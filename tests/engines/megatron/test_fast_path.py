@@ -11,7 +11,7 @@ import pytest
 from small_run import PARITY, TINY, layout_overrides, run_on, train_here
 
 from vqmoe_megatron.engines.megatron.fast_path import FastPath
-from vqmoe_megatron.runtime.static_graph import RecordedGraph
+from vqmoe_megatron.runtime.recorded_graph import RecordedGraph
 
 pytestmark = pytest.mark.distributed
 

@@ -11,7 +11,7 @@ from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.plan.capture import capture_obstacles, overlap_obstacles
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.runtime.static_graph import CudaGraph, Graph
+from vqmoe_megatron.runtime.graphs import CudaGraph, Graph
 
 
 @dataclass(frozen=True)

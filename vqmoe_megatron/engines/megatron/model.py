@@ -27,7 +27,7 @@ from vqmoe_megatron.moe.spec import get_vqmoe_block_spec
 from vqmoe_megatron.plan.capture import starts_tables
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.runtime.fused_parts import PLAIN, FusedParts
-from vqmoe_megatron.runtime.static_graph import Graph
+from vqmoe_megatron.runtime.graphs import Graph
 from vqmoe_megatron.runtime.versions import forget_moe_log
 from vqmoe_megatron.vq.kernel_choice import kernel_obstacle
 
