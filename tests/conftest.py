@@ -23,6 +23,8 @@ def ranks() -> Iterator[Callable]:
     pools: dict[int, RankPool] = {}
 
     def pool(world_size: int) -> RankPool:
+        if world_size in pools and pools[world_size].is_worn:
+            pools[world_size].close()  # here, between tests: one may run several jobs in its pool
         if world_size not in pools or pools[world_size].is_closed:
             pools[world_size] = RankPool(world_size)
         return pools[world_size]

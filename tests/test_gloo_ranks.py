@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import gloo_ranks
 import pytest
 import torch
 from gloo_ranks import ROOT, RanksFailed, run_ranks
@@ -93,3 +94,17 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path) -> None:  # noqa
         time.sleep(0.05)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert len(pids) == 2 and not Path(folder).exists()
+
+
+def rank_number() -> int:
+    return torch.distributed.get_rank()
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="threads are counted in /proc")
+def test_a_worn_world_finishes_its_test_and_the_next_one_gets_another(ranks, monkeypatch) -> None:  # noqa: ANN001
+    pool = ranks(2)
+    monkeypatch.setattr(gloo_ranks, "MAX_THREADS", 0)
+    assert pool.run(rank_number) == [0, 1] and pool.is_worn
+    assert pool.run(rank_number) == [0, 1]
+    assert ranks(2) is not pool and pool.is_closed
