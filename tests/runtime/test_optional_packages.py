@@ -83,7 +83,7 @@ def test_missing_says_what_to_install_and_require_for_what(monkeypatch) -> None:
         require("matplotlib", "a plot")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert missing("mlflow") is None
-    require("matplotlib", "a plot")
+    require("json", "a plot")  # one that is found, and imports
 
 
 def test_a_run_trains_untracked_without_plots_and_says_each_once(trained) -> None:
