@@ -1,5 +1,6 @@
 """The configuration of a run: sections, ranges, rules, and the recipe that holds them."""
 
+from vqmoe_megatron.config.code_memory import CodeMemoryConfig
 from vqmoe_megatron.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -14,6 +15,7 @@ from vqmoe_megatron.config.vq import VQConfig
 
 __all__ = [
     "CheckpointConfig",
+    "CodeMemoryConfig",
     "DataConfig",
     "ModelConfig",
     "OptimizerSection",

@@ -88,6 +88,15 @@ LEGAL_RANGES: dict[str, Range] = {
     "vq.vq_loss_coeff": COEFFICIENT,
     # A share of uniform usage: at 1 every code would be re-seeded at every step.
     "vq.dead_code_threshold": SHARE_BELOW_ONE,
+    "code_memory.num_rows": Range(0, 2**24),
+    "code_memory.num_codes": ROWS,
+    "code_memory.max_order": Range(1, 8),  # longer runs of codes hardly come again
+    "code_memory.num_context_codes": Range(0, 2**24),
+    "code_memory.context_decay": Range(0, 0.999),  # its window is cut where it weighs 1e-4
+    "code_memory.context_dim": WIDTH,
+    "code_memory.freeze_after_steps": STEPS_OR_NONE,
+    "code_memory.layers": LAYERS,
+    "code_memory.lr_mult": Range(0, 1000, without_low=True),
     "parallel.tensor_model_parallel_size": RANKS,
     "parallel.pipeline_model_parallel_size": RANKS,
     "parallel.virtual_pipeline_model_parallel_size": LAYERS,

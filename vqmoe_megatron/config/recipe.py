@@ -39,6 +39,7 @@ NULLS = ("null", "Null", "NULL", "~")  # of YAML, beside nothing at all
 QUOTES = ("'", '"')
 URI_CREDENTIALS = re.compile(r"://\S*@")
 SECTION_TYPES: dict[str, type] = declared_types(RunConfig)
+LATER_SECTIONS = ("code_memory",)  # recipes that older releases saved lack them
 # Declared type of every setting, by dotted key.
 LEGAL_TYPES: dict[str, Any] = {
     f"{section}.{name}": hint
@@ -105,7 +106,7 @@ def load_saved_recipe(path: Path) -> RunConfig:
     is_emptied = path.is_file() and not path.read_bytes().strip()
     config = RunConfig() if is_emptied else load_recipe(path, [])
     found = () if is_emptied else OmegaConf.load(path)
-    missing = [section for section in SECTION_TYPES if section not in found]
+    missing = [s for s in SECTION_TYPES if s not in found and s not in LATER_SECTIONS]
     if missing:
         raise ValueError(f"{path} was emptied or cut: it lacks {', '.join(missing)}")
     return config

@@ -10,6 +10,9 @@ from vqmoe_megatron.moe.codebook_sync import CodebookSync, synchronize_codebooks
 from vqmoe_megatron.moe.grouped_experts import GroupedExperts
 from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.moe.megatron_log import logged_names
+from vqmoe_megatron.moe.memory.attach import attach_code_stream
+from vqmoe_megatron.moe.memory.code_stream import CodeStream
+from vqmoe_megatron.moe.memory.path import LayerMemory
 from vqmoe_megatron.moe.routers.codebook import VQRouter
 from vqmoe_megatron.moe.spec import (
     get_vqmoe_block_spec,
@@ -21,11 +24,14 @@ from vqmoe_megatron.runtime.versions import warn_of_versions
 warn_of_versions()
 
 __all__ = [
+    "CodeStream",
     "CodebookSync",
     "METRIC_NAMES",
     "GroupedExperts",
+    "LayerMemory",
     "VQMoELayer",
     "VQRouter",
+    "attach_code_stream",
     "get_vqmoe_block_spec",
     "get_vqmoe_layer_spec",
     "synchronize_codebooks",

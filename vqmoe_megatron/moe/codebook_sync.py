@@ -110,7 +110,7 @@ def synchronize_codebooks(
     Raises:
         ValueError: for a layer with one table per step, whose gradient would come too late here.
 
-    Communicates: one all-reduce over ``tp_dp_cp`` for all layers of this rank.
+    Communicates: as :func:`reduce_statistics`.
     """
     model = [model] if isinstance(model, torch.nn.Module) else model
     owners = step_owners(model)
@@ -128,11 +128,14 @@ def reduce_statistics(owners: list[StepOwner], model: list[torch.nn.Module]) -> 
     themselves become the sums, without a copy: they are as large as the codebooks.
 
     Communicates: one all-reduce over ``tp_dp_cp`` for all ``owners``, coalesced as Megatron's
-    gradient buckets are; one more for every other group or dtype among them.
+    gradient buckets are; one more for every other group or dtype among them; before it what owners
+    gather.
     """
     owners = [owner for owner in owners if owner.sums is None]
     if not owners:
         return
+    for owner in owners:
+        owner.gather()
     parts = [owner.local_parts() for owner in owners]
     alike: dict[tuple[torch.distributed.ProcessGroup, torch.dtype], list[torch.Tensor]] = {}
     for owner, of_owner in zip(owners, parts, strict=True):

@@ -44,6 +44,7 @@ from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
 from vqmoe_megatron.moe.foreign_loop import follow
 from vqmoe_megatron.moe.layer_step import LayerStep
 from vqmoe_megatron.moe.megatron_settings import check_layer_number, check_layer_settings
+from vqmoe_megatron.moe.memory.path import LayerMemory, MemoryPath, build_memory_path
 from vqmoe_megatron.moe.norms import NoNorm, ParallelNorm
 from vqmoe_megatron.moe.part import Part
 from vqmoe_megatron.moe.paths import ContinuousPath, DiscretePath, Path
@@ -64,6 +65,7 @@ class VQMoELayer(LayerStep, MoELayer):
             summed over stages for Megatron's log.
         engine: builds the expert engine; others count or simulate what this one sends.
         new_graph: captures the discrete path in code space in graphs that this builds; None: not.
+        memory: the layer's code memory and the model's stream of codes; None: none.
         of_newer_megatron: what newer Megatrons pass to a MoE layer besides; theirs takes it.
 
     Raises:
@@ -81,6 +83,7 @@ class VQMoELayer(LayerStep, MoELayer):
         on_every_stage: bool = False,
         engine: EngineType = ExpertEngine,
         new_graph: Callable[[], Graph] | None = None,
+        memory: LayerMemory | None = None,
         **of_newer_megatron: object,
     ) -> None:
         vq = vq or VQConfig(num_codes=4 * config.num_moe_experts)
@@ -99,6 +102,7 @@ class VQMoELayer(LayerStep, MoELayer):
             self.router = None
         self.engine = engine(self.experts, config.num_moe_experts, pg_collection)
         self.new_graph = new_graph
+        self.memory = memory
         self.paths = self.build_paths(seed)
         num_weighed = len(self.weighed_paths)
         self.gate = CombineGate(config, vq, num_weighed) if num_weighed > 1 else OnePath()
@@ -118,6 +122,18 @@ class VQMoELayer(LayerStep, MoELayer):
             paths.append(ContinuousPath(self.router, self._select))
         if self.vq.path != "continuous":
             paths.append(self._discrete_path(seed))
+        if self.memory is not None:
+            paths.append(
+                build_memory_path(
+                    self,
+                    self.memory,
+                    self.config,
+                    self.vq,
+                    self.pg_collection,
+                    self.engine,
+                    side_stream(),
+                )
+            )
         return paths
 
     @property
@@ -158,15 +174,19 @@ class VQMoELayer(LayerStep, MoELayer):
             return TableAhead(space, side_stream())
         return StepTable(space) if self.vq.table_per_step else space
 
-    def start_tables(self) -> None:
-        """Build the tables of the next forward pass now, where ``vq.overlap_table`` says so.
+    def start_ahead(self) -> None:
+        """Start what this layer's turn needs and hidden states have no part in.
 
-        For whoever knows that this layer's turn comes: ``engines/megatron`` calls it before
-        attention. Communicates the table, on a second stream.
+        Tables of ``vq.overlap_table``, rows of a code memory. For whoever knows that the turn
+        comes: ``engines/megatron`` calls it before attention. Communicates what it starts, on a
+        second stream.
         """
         for path in self.discrete_paths:
             if self.training and isinstance(path.execution, TableAhead):
                 path.execution.start(next(self.experts.parameters()).dtype)
+        for path in self.paths:
+            if isinstance(path, MemoryPath) and not self.moe_layer_recompute:
+                path.start()
 
     def set_layer_number(self, layer_number: int) -> None:
         """Called by the transformer layer; decides this layer's random choices.

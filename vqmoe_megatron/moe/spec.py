@@ -37,6 +37,7 @@ from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
 from vqmoe_megatron.moe.grouped_experts import GroupedExperts
 from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.moe.megatron_settings import is_moe_layer
+from vqmoe_megatron.moe.memory.path import LayerMemory
 from vqmoe_megatron.moe.norms import ParallelNorm
 from vqmoe_megatron.runtime.fused_parts import TE_LAYERS
 from vqmoe_megatron.runtime.graphs import Graph
@@ -89,12 +90,15 @@ def get_vqmoe_block_spec(
     router: str = DEFAULT_ROUTER,
     local_norm: type = ParallelNorm,
     new_graph: Callable[[], Graph] | None = None,
+    memory: LayerMemory | None = None,
 ) -> TransformerBlockSubmodules:
     """Build this pipeline stage's layers: VQMoE every ``moe_layer_freq`` layers, dense between.
 
     ``engine`` builds the expert engine of every layer; ``router`` names the continuous path's;
     ``local_norm`` builds the norms around attention and MLP where modules are local, for instance
-    Megatron's ``FusedLayerNorm``; ``new_graph`` the graphs of the discrete path, None: none.
+    Megatron's ``FusedLayerNorm``; ``new_graph`` the graphs of the discrete path, None: none;
+    ``memory`` the code memory of the layers that carry one, whose stream is to be attached to the
+    model (``attach_code_stream``).
 
     Raises:
         ValueError: when ``vq`` does not fit ``config``.
@@ -106,10 +110,18 @@ def get_vqmoe_block_spec(
         "engine": engine,
         "new_graph": new_graph,
     }
+    with_memory = _with_memory(moe_layer, memory)
     dense_layer = _dense_layer_spec(config, local_norm)
+
+    def layer_at(index: int) -> ModuleSpec:
+        if not is_moe_layer(config, index):
+            return dense_layer
+        carries = memory is not None and memory.settings.carries(index + 1)
+        return with_memory if carries else moe_layer
+
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     layers = [
-        copy.copy(moe_layer if is_moe_layer(config, index) else dense_layer)
+        copy.copy(layer_at(index))
         for index in range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
     ]
     if spec_backend(config)[0] == "transformer_engine":
@@ -117,6 +129,14 @@ def get_vqmoe_block_spec(
 
         return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=local_norm)
+
+
+def _with_memory(layer: ModuleSpec, memory: LayerMemory | None) -> ModuleSpec:
+    """The spec of a layer that carries ``memory``."""
+    layer, submodules = copy.copy(layer), copy.copy(layer.submodules)
+    layer.submodules, mlp = submodules, copy.copy(submodules.mlp)
+    submodules.mlp, mlp.params = mlp, mlp.params | {"memory": memory}
+    return layer
 
 
 def are_on_every_stage(config: TransformerConfig) -> bool:
@@ -171,6 +191,12 @@ def settings_from_environment() -> tuple[VQConfig | None, int]:
     from vqmoe_megatron.config.recipe import load_recipe
 
     recipe = load_recipe(Path(path), [])
+    if recipe.code_memory.is_on:
+        raise ValueError(
+            f"{path}: vqmoe_layer_spec builds layers alone, and code memory needs the model's "
+            "token ids; set code_memory.num_rows=0, or build the model with get_vqmoe_block_spec(config, "
+            "vq, memory=...) and attach_code_stream"
+        )
     return recipe.vq, recipe.train.seed
 
 

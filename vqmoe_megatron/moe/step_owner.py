@@ -4,8 +4,8 @@ N experts, C code slices, K codes per slice.
 
 1. In every microbatch's backward pass an owner adds to its sums and calls ``recorded``.
 2. ``finish_table``: before gradients are reduced, what it kept for the step is differentiated.
-3. ``local_parts``: its sums, which are added up over its replicas in place; ``sums`` then holds
-   the result, until the step is cleared.
+3. ``gather``: what it needs of other ranks that is no sum. ``local_parts``: its sums, which are
+   added up over its replicas in place; ``sums`` then holds the result, until the step is cleared.
 4. ``apply_parts`` moves it by the reduced sums, or ``clear_step`` forgets them.
 """
 
@@ -70,6 +70,11 @@ class StepOwner(KeepsStatistics):
     @abstractmethod
     def replica_group(self) -> torch.distributed.ProcessGroup:
         """``tp_dp_cp``: the ranks that hold a replica and saw different tokens."""
+
+    def gather(self) -> None:
+        """Bring together what the step's end needs besides the sums, and keep it for that.
+
+        Communicates where an owner says so; called on all ranks together, before the sums."""
 
     @abstractmethod
     def local_parts(self) -> list[torch.Tensor]:

@@ -245,6 +245,12 @@ def _expert_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
         config.vq.check_model(model.hidden_size, model.num_moe_experts)
     except ValueError as error:
         yield str(error)
+    try:
+        config.code_memory.check_model(
+            model.num_layers, model.num_moe_experts, layout.expert_tensor_parallel_size
+        )
+    except ValueError as error:
+        yield str(error)
 
 
 def _batch_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:

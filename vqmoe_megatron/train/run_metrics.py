@@ -64,7 +64,12 @@ def gather_layers(window: LayerWindow) -> dict[int, dict[str, float | np.ndarray
     group = parallel_state.get_pipeline_model_parallel_group()
     stages: list[dict] = [{}] * group.size()
     torch.distributed.all_gather_object(stages, mine, group=group)
-    return dict(sorted((n, entry) for stage in stages for n, entry in stage.items()))
+    gathered: dict[int, dict] = {}
+    for number, entry in sorted(
+        ((n, entry) for stage in stages for n, entry in stage.items()), key=lambda row: row[0]
+    ):
+        gathered[number] = gathered.get(number, {}) | entry  # what is no layer is on every stage
+    return gathered
 
 
 def layer_record(layers: dict[int, dict[str, float | np.ndarray]]) -> dict[str, float]:

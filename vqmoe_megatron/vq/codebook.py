@@ -13,7 +13,7 @@ T tokens, H hidden size, C code slices, K codes per slice, D = H / C (``vq.code_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -29,6 +29,7 @@ from vqmoe_megatron.vq.codebook_update import (
     update_usage,
 )
 from vqmoe_megatron.vq.host_draws import StepsTaken
+from vqmoe_megatron.vq.keeps_float32 import KeepsFloat32
 from vqmoe_megatron.vq.losses import look_up_codes
 from vqmoe_megatron.vq.search import nearest_code
 from vqmoe_megatron.vq.segment_sum import segment_sum
@@ -36,7 +37,7 @@ from vqmoe_megatron.vq.segment_sum import segment_sum
 NUM_PROBES = 256  # tokens kept from step to step to measure how many change their code
 
 
-class Codebook(torch.nn.Module):
+class Codebook(KeepsFloat32):
     """Code vectors, their moving statistics, and the rules that move them; of every quantizer.
 
     ``codes`` is fp32 whatever the model's dtype: codebook updates are far below bf16 resolution.
@@ -94,17 +95,6 @@ class Codebook(torch.nn.Module):
     def keeps_sums(self) -> bool:
         """Whether the update needs the sum of the tokens of each code."""
         return self.vq.codebook_update == "ema"
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):  # noqa: ANN202
-        """Follow device moves but keep fp32: Megatron's Float16Module casts whole models."""
-
-        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            if moved.dtype != tensor.dtype and moved.dtype != torch.float64:
-                return tensor.to(moved.device)
-            return moved
-
-        return super()._apply(keep_dtype, recurse)
 
     # 1. into the codebook's space
     @staticmethod

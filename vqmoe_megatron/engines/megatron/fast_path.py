@@ -1,4 +1,4 @@
-"""The discrete path's fast forms in Megatron's loop: CUDA graphs, and tables ahead of attention."""
+"""The discrete path's fast forms in Megatron's loop: CUDA graphs, and what starts early."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ class FastPath:
         return cls(None if reasons else CudaGraph, tuple(notes))
 
 
-def start_tables_before_attention(model: torch.nn.Module) -> None:
-    """Let every transformer layer of ``model`` start its VQMoE layer's table as it is entered."""
+def start_before_attention(model: torch.nn.Module) -> None:
+    """Let every transformer layer of ``model`` start, as it is entered, what its VQMoE layer needs
+    and hidden states have no part in."""
     for layer in model.modules():
         experts = getattr(layer, "mlp", None)
         if isinstance(experts, VQMoELayer):
-            layer.register_forward_pre_hook(lambda *_, experts=experts: experts.start_tables())
+            layer.register_forward_pre_hook(lambda *_, experts=experts: experts.start_ahead())

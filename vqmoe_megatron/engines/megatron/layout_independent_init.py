@@ -19,8 +19,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 OUTPUT_WEIGHTS = ("linear_proj.weight", "linear_fc2.weight")
 # Megatron draws this vector too, from the stream of its stage.
 DRAWN_VECTORS = ("router.bias",)
-# The codebook draws from (seed, layer number) by itself and is then initialised from data.
-OWN_INITIALISATION = (".codebook.",)
+# A codebook draws from (seed, layer number) by itself and is then initialised from data; rows of a
+# memory start at zero, or draw likewise.
+OWN_INITIALISATION = (".codebook.", ".code_memory.")
 
 
 def redraw_parameters(model: torch.nn.Module, seed: int) -> None:

@@ -15,13 +15,17 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
-from vqmoe_megatron.engines.megatron.fast_path import start_tables_before_attention
+from vqmoe_megatron.engines.megatron.fast_path import start_before_attention
 from vqmoe_megatron.engines.megatron.layout_independent_init import redraw_parameters
 from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
+from vqmoe_megatron.moe.memory.attach import attach_code_stream
+from vqmoe_megatron.moe.memory.code_stream import CodeStream
+from vqmoe_megatron.moe.memory.path import LayerMemory
 from vqmoe_megatron.moe.norms import ParallelNorm
 from vqmoe_megatron.moe.spec import get_vqmoe_block_spec
 from vqmoe_megatron.plan.capture import starts_tables
@@ -122,6 +126,8 @@ def build_transformer_config(
     # Megatron refuses biased experts at ETP > 1, which its own experts cannot shard and
     # GroupedExperts does; it reads the field nowhere else.
     transformer.expert_tensor_parallel_size = layout.expert_tensor_parallel_size
+    # Layers with and without memory hold different tensors, so checkpoints name each by its number.
+    transformer.hetereogenous_dist_checkpoint = config.code_memory.layers is not None
     return transformer
 
 
@@ -142,11 +148,12 @@ def build_model(
     """
     forget_moe_log()  # of another model of this process
     num_chunks = layout.virtual_pipeline_model_parallel_size or 1
+    streams = _code_streams(config, transformer, num_chunks)
     chunks = [
         _build_chunk(
-            config, transformer, stage if num_chunks > 1 else None, engine, parts, new_graph
+            config, transformer, stage if num_chunks > 1 else None, engine, parts, new_graph, stream
         )
-        for stage in range(num_chunks)
+        for stage, stream in enumerate(streams)
     ]
     if config.train.layout_independent_init:
         for chunk in chunks:
@@ -170,6 +177,28 @@ def build_model(
     return wrapped
 
 
+def _code_streams(
+    config: RunConfig, transformer: TransformerConfig, num_chunks: int
+) -> list[CodeStream | None]:
+    """The stream of codes of every chunk of this rank, where the recipe has a code memory."""
+    if not config.code_memory.is_on:
+        return [None] * num_chunks
+    streams: list[CodeStream | None] = []
+    for chunk in range(num_chunks):
+        streams.append(
+            CodeStream(
+                transformer,
+                config.code_memory,
+                padded_vocab_size(config.model),
+                get_default_pg_collection(),
+                config.train.seed,
+                chunk,
+                streams[0] if streams else None,
+            )
+        )
+    return streams
+
+
 def _build_chunk(
     config: RunConfig,
     transformer: TransformerConfig,
@@ -177,9 +206,13 @@ def _build_chunk(
     engine: EngineType,
     parts: FusedParts,
     new_graph: Callable[[], Graph] | None,
+    stream: CodeStream | None,
 ) -> GPTModel:
     place = {"ignore_virtual": False, "vp_stage": vp_stage}
     local_norm = FusedLayerNorm if parts.apex_norm else ParallelNorm
+    memory = None
+    if stream is not None:
+        memory = LayerMemory(config.code_memory, stream, config.train.seed)
     model = GPTModel(
         transformer,
         get_vqmoe_block_spec(
@@ -191,6 +224,7 @@ def _build_chunk(
             config.model.moe_router,
             local_norm,
             new_graph,
+            memory,
         ),
         vocab_size=padded_vocab_size(config.model),
         max_sequence_length=config.model.seq_length,
@@ -205,8 +239,10 @@ def _build_chunk(
     for name, parameter in model.named_parameters():
         # Megatron marks expert parameters so only when EP > 1; at EP = 1 with TP > ETP their
         # gradients would then not be reduced over TP ranks.
-        if ".experts." in name:
+        if ".experts." in name or ".code_memory." in name:
             parameter.allreduce = False
-    if starts_tables(config):
-        start_tables_before_attention(model)
+    if stream is not None:
+        attach_code_stream(model, stream)
+    if stream is not None or starts_tables(config):
+        start_before_attention(model)
     return model.to(torch.cuda.current_device())

@@ -61,6 +61,8 @@ def build_optimizer(
     # Codes stay fp32 in bf16 training, and Megatron's distributed optimizer mixes up the states of
     # a group that holds both kinds, so codes have a group of their own.
     overrides[ParamKey(name="*.codebook.codes")] = ParamGroupOverride(wd_mult=CODE_DECAY)
+    if config.code_memory.is_on:
+        overrides[ParamKey(name="*.code_memory.weight")] = _of_memory_rows(config)
     optimizer = get_megatron_optimizer(
         settings, model, config_overrides=overrides, use_gloo_process_groups=has_gloo_groups
     )
@@ -84,6 +86,14 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return optimizer, scheduler
+
+
+def _of_memory_rows(config: RunConfig) -> ParamGroupOverride:
+    """Rows of a code memory: without decay, since most are seldom read; at a rate of their own."""
+    section, factor = config.optimizer, config.code_memory.lr_mult
+    return ParamGroupOverride(
+        wd_mult=0.0, max_lr=section.lr * factor, min_lr=section.min_lr * factor
+    )
 
 
 def _count_experts_in_the_gradient_norm(optimizer: Any) -> None:

@@ -119,7 +119,7 @@ class TrainStep:
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
         # The host synchronisation of the step: the loop must know whether it may go on.
         (bad, stop, save), (total, num_tokens) = flags.tolist(), sums.tolist()
-        learning_rate = self.optimizer.param_groups[0]["lr"]
+        learning_rate = self._learning_rate()
         grad_norm = float("nan")
         if bad:
             self.codebook_sync.discard(self.model)
@@ -139,6 +139,11 @@ class TrainStep:
             save_requested=bool(save),
             core_seconds=time.perf_counter() - started,
         )
+
+    def _learning_rate(self) -> float:
+        """That of the groups without a rate of their own, as rows of a code memory have."""
+        groups, usual = self.optimizer.param_groups, self.scheduler.max_lr
+        return next(g["lr"] for g in groups if g.get("max_lr", usual) in (None, usual))
 
     def _gradients_are_finite(self) -> torch.Tensor:
         """Bool scalar over this rank's gradient buffers; no communication."""

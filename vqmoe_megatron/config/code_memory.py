@@ -1,0 +1,124 @@
+"""Settings of the code memory: learned rows that a token reads by codes, its own and earlier ones.
+
+A addresses per token, M rows per address, N experts. Row ``r`` of a layer's A * M rows belongs to
+expert ``r mod N``, as a code does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vqmoe_megatron.config.checks import check_choice, check_settings
+
+LEGAL_MEMORY_VALUES: dict[str, tuple[str, ...]] = {
+    "codes": ("embedding", "hidden", "tokens", "random", "frozen_random"),
+    "values": ("direct", "experts"),
+    "gate": ("none", "token"),
+    "exchange": ("auto", "rows", "table"),
+}
+CONTEXT_ADDRESSES = 2  # the context's code alone, and paired with the token's
+
+
+@dataclass(frozen=True)
+class CodeMemoryConfig:
+    """Code memory beside a layer's other paths: y = y_experts + sum over addresses V[row].
+
+    ``codes`` says what a token's code is: of its embedding (one codebook of the model, over the
+    vocabulary), of the layer's hidden state, or, as controls, the token id itself, the nearest of
+    random vectors, a random number of the token id.
+    """
+
+    num_rows: int = 0  # M, of each address in each layer that carries memory; 0: no code memory
+    codes: str = "embedding"
+    num_codes: int = 256  # K of those codes
+    max_order: int = 3  # addresses of 1 to so many successive codes
+    num_context_codes: int = 0  # of the decayed mean of embeddings; two more addresses; 0: none
+    context_decay: float = 0.7  # weight of the token before, and so on
+    context_dim: int = 32  # of the random projection in which contexts are compared
+    freeze_after_steps: int | None = 200  # from then on codes stay; null: never
+    layers: list[int] | None = None  # that carry memory, from 1; null: every layer with experts
+    values: str = "direct"  # direct: learned rows; experts: the owner's output on a learned input
+    gate: str = "none"  # token: a sigmoid of the token weighs what it read
+    lr_mult: float = 1.0  # learning rate of the rows, in units of optimizer.lr
+    exchange: str = "auto"  # rows: those asked for travel; table: all are gathered; auto: the less
+
+    def __post_init__(self) -> None:
+        check_settings("code_memory", self)
+        for name, legal in LEGAL_MEMORY_VALUES.items():
+            check_choice("code_memory", name, getattr(self, name), legal)
+        if self.num_context_codes and self.codes != "embedding":
+            raise ValueError(
+                f"code_memory.num_context_codes={self.num_context_codes} with code_memory.codes="
+                f"{self.codes}: contexts are means of embeddings; use codes=embedding, or 0"
+            )
+        if self.layers is not None and (
+            not self.layers or sorted(set(self.layers)) != self.layers or self.layers[0] < 1
+        ):
+            raise ValueError(
+                f"code_memory.layers={self.layers} must be layer numbers from 1 in rising order, "
+                "for instance [1, 3]; null means every layer with experts"
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a code memory."""
+        return self.num_rows > 0
+
+    @property
+    def num_addresses(self) -> int:
+        """A."""
+        return self.max_order + (CONTEXT_ADDRESSES if self.num_context_codes else 0)
+
+    @property
+    def rows_per_layer(self) -> int:
+        """A * M."""
+        return self.num_addresses * self.num_rows
+
+    def carries(self, layer_number: int) -> bool:
+        """Whether the layer of this number (from 1) has memory, if it has experts."""
+        return self.is_on and (self.layers is None or layer_number in self.layers)
+
+    def check_model(self, num_layers: int, num_experts: int, num_shards: int = 1) -> None:
+        """Raise ``ValueError`` for what the model's sizes rule out.
+
+        ``num_shards`` is expert_tensor_parallel_size: an expert's rows are cut over its ranks.
+        """
+        if not self.is_on:
+            return
+        if self.num_rows % (num_experts * num_shards):
+            raise ValueError(
+                "code_memory.num_rows % (num_moe_experts * expert_tensor_parallel_size) != 0: "
+                f"{self.num_rows} % ({num_experts} * {num_shards}) = "
+                f"{self.num_rows % (num_experts * num_shards)}; every rank holds equally many rows "
+                "of every address: use a multiple"
+            )
+        if self.values == "experts" and num_shards > 1:
+            raise ValueError(
+                "code_memory.values=experts with expert_tensor_parallel_size="
+                f"{num_shards}: a row would need every shard of its expert; use values=direct, or "
+                "expert_tensor_parallel_size=1"
+            )
+        if self.layers is not None and self.layers[-1] > num_layers:
+            raise ValueError(
+                f"code_memory.layers={self.layers}: the model has num_layers={num_layers}"
+            )
+
+    @property
+    def in_words(self) -> str:
+        """What the memory is; one line for the user."""
+        if not self.is_on:
+            return "no code memory (code_memory.num_rows=0)"
+        what = {
+            "embedding": f"{self.num_codes} codes of the embedding",
+            "hidden": f"{self.num_codes} codes of hidden states",
+            "tokens": "token ids",
+            "random": f"{self.num_codes} random codes",
+            "frozen_random": f"{self.num_codes} frozen random codes",
+        }[self.codes]
+        if self.num_context_codes:
+            what += f" and {self.num_context_codes} of its context"
+        where = "every layer with experts" if self.layers is None else f"layers {self.layers}"
+        return (
+            f"code memory on {what}: {self.num_addresses} addresses x {self.num_rows} rows in "
+            f"{where}, row r at expert r mod N"
+        )

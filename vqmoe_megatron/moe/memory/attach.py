@@ -1,0 +1,57 @@
+"""The stream of codes tied to a model: it is told tokens, embeddings and backward passes by hooks.
+
+Nothing of Megatron is changed: a pre-hook of the model reads token and position ids, a hook of its
+decoder sees the output, and a pre-hook of each layer lets its rows travel during attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from vqmoe_megatron.moe.memory.code_stream import CodeStream
+
+
+def attach_code_stream(model: torch.nn.Module, stream: CodeStream) -> None:
+    """Make ``stream`` a part of ``model``, Megatron's GPTModel or one chunk of it.
+
+    Documents start where ``position_ids`` are zero, and where ``packed_seq_params`` say so: rows
+    are never read across. Call it before the model is wrapped. No communication.
+    """
+    model.code_stream = stream
+    embedding = getattr(model, "embedding", None)
+    stream.bind(None if embedding is None else embedding.word_embeddings)
+    model.register_forward_pre_hook(_begin_microbatch, with_kwargs=True)
+    model.decoder.register_forward_hook(_follow_output(stream))
+
+
+def _begin_microbatch(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict) -> None:
+    names = ("input_ids", "position_ids")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    token_ids, position_ids = (given.get(name) for name in names)
+    if token_ids is None or position_ids is None:
+        raise ValueError(
+            "a model with code memory needs input_ids and position_ids on every pipeline stage: "
+            "rows are found by token ids before the first layer runs"
+        )
+    starts = position_ids == 0
+    packed = given.get("packed_seq_params")
+    if packed is not None:
+        starts = starts | _packed_starts(packed, starts)
+    model.code_stream.begin(token_ids, starts)
+
+
+def _packed_starts(packed: PackedSeqParams, like: torch.Tensor) -> torch.Tensor:
+    """Bool ``[b, S]`` from cumulative lengths over all b * S tokens."""
+    starts = torch.zeros(like.numel() + 1, dtype=torch.bool, device=like.device)
+    starts[packed.cu_seqlens_q.long()] = True
+    return starts[:-1].view_as(like)
+
+
+def _follow_output(stream: CodeStream) -> Any:
+    def hook(_: torch.nn.Module, __: tuple, output: Any) -> None:
+        stream.follow_output(output[0] if isinstance(output, tuple) else output)
+
+    return hook
