@@ -33,8 +33,11 @@ class Microbatches(Generic[Made]):
         self._latest = made
 
     def follow(self, output: torch.Tensor) -> None:
-        """``output`` is the chunk's of the latest forward pass; its backward pass starts there."""
-        if output.requires_grad and self._latest is not None:
+        """``output`` is the chunk's of the latest forward pass; its backward pass starts there.
+
+        An evaluation has none, though a pipeline stage's output asks for gradients even then.
+        """
+        if torch.is_grad_enabled() and output.requires_grad and self._latest is not None:
             self._waiting.append(self._latest)
             output.register_hook(self._begin_backward)
 
