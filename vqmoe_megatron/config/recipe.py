@@ -132,7 +132,7 @@ def text_override(key: str, value: str) -> str:
 def flatten_config(config: RunConfig) -> dict[str, str | int | float | bool | None]:
     """Return every setting under its dotted key, lists joined by commas (for tracking)."""
     return {
-        f"{section.name}.{name}": ",".join(value) if isinstance(value, list) else value
+        f"{section.name}.{name}": ",".join(map(str, value)) if isinstance(value, list) else value
         for section in fields(config)
         for name, value in asdict(getattr(config, section.name)).items()
     }
