@@ -44,15 +44,15 @@ class _SumLookedUpRows(torch.autograd.Function):
         if ids.shape[1] == 1:
             rows = table if scale == 1.0 else table * scale
             return (rows if rows.dtype == dtype else rows.to(dtype)).index_select(0, ids[:, 0])
-        return torch.nn.functional.embedding_bag(ids, table * scale, mode="sum").to(dtype)
+        table = table if scale == 1.0 else table * scale
+        return torch.nn.functional.embedding_bag(ids, table, mode="sum").to(dtype)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):  # noqa: ANN001, ANN205
         (ids,) = ctx.saved_tensors
-        total = segment_sum(grad, ids[:, 0], ctx.num_rows)
-        for c in range(1, ids.shape[1]):
-            total += segment_sum(grad, ids[:, c], ctx.num_rows)
-        return total * ctx.scale, None, None, None
+        rows = grad if ids.shape[1] == 1 else grad.repeat_interleave(ids.shape[1], dim=0)
+        total = segment_sum(rows, ids.reshape(-1), ctx.num_rows)
+        return total if ctx.scale == 1.0 else total.mul_(ctx.scale), None, None, None
 
 
 def sum_looked_up_rows(

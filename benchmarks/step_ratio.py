@@ -1,0 +1,127 @@
+"""Step times of arms against each other: whole optimizer steps, in turns, in one process per rank.
+
+    vqmoe prepare stdlib --out data/stdlib
+    python benchmarks/step_ratio.py --json benchmarks/step_ratio.json
+
+Every arm is a recipe's model with its own engine on the same ranks and batches; a round takes one
+step of each, in turning order, so that whatever the machine does meets all. Reported are ratios to
+the first arm, their median over rounds with a bootstrapped 95 % interval; times stand beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+from gloo_ranks import RankPool  # noqa: E402
+from step_ratio_rank import time_steps  # noqa: E402
+
+from vqmoe_megatron.bench.origin import commit_in_words, origin  # noqa: E402
+from vqmoe_megatron.rundir.atomic import replace_file  # noqa: E402
+
+RECIPE = ROOT / "recipes" / "quickstart.yaml"
+BASE = ["model.num_moe_experts=16", "optimizer.lr=3e-3", "optimizer.lr_warmup_iters=1"]
+NO_MEMORY = ["vq.path=continuous", "code_memory.num_rows=0"]
+ARMS: dict[str, list[str]] = {
+    "SMoE top-1": NO_MEMORY,
+    "SMoE top-2": [*NO_MEMORY, "model.moe_router_topk=2"],
+    "default": [],
+}
+# name: ranks, overrides
+SIZES: dict[str, tuple[int, list[str]]] = {
+    "1 rank, 2,048 tokens a step": (1, []),
+    "1 rank, 16,384 tokens a step": (1, ["train.global_batch_size=64"]),
+    "EP2, 2,048 tokens a step": (2, []),
+    "EP2, 16,384 tokens a step": (2, ["train.global_batch_size=64"]),
+}
+
+
+def measure(corpus: Path, num_rounds: int) -> list[dict[str, Any]]:
+    """One row per size and arm."""
+    rows = []
+    for name, (num_ranks, overrides) in SIZES.items():
+        layout = [f"parallel.expert_model_parallel_size={num_ranks}"]
+        arms = {arm: [*BASE, *overrides, *layout, *own] for arm, own in ARMS.items()}
+        pool = RankPool(num_ranks)
+        try:
+            times = pool.run(
+                time_steps,
+                str(RECIPE),
+                arms,
+                str(corpus),
+                num_rounds,
+                layout={"expert_model_parallel_size": num_ranks},
+                timeout_seconds=1800.0,
+            )[0]
+        finally:
+            pool.close()
+        first = next(iter(times.values()))
+        for arm, of_arm in times.items():
+            ratios = [a / b for a, b in zip(of_arm, first, strict=True)]
+            low, high = interval(ratios)
+            rows.append(
+                {
+                    "size": name,
+                    "arm": arm,
+                    "median_ms": statistics.median(of_arm),
+                    "ratio": statistics.median(ratios),
+                    "ratio_low": low,
+                    "ratio_high": high,
+                    "num_rounds": len(ratios),
+                }
+            )
+            print(f"{name:32} {arm:12} {rows[-1]['median_ms']:8.1f} ms  x{rows[-1]['ratio']:.3f}")
+    return rows
+
+
+def interval(values: list[float], num_draws: int = 2000) -> tuple[float, float]:
+    """Bootstrapped 95 % interval of the median."""
+    draw = random.Random(1)
+    medians = sorted(
+        statistics.median(draw.choices(values, k=len(values))) for _ in range(num_draws)
+    )
+    return medians[int(0.025 * num_draws)], medians[int(0.975 * num_draws)]
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """The same as a page."""
+    lines = [
+        "# Step time of the default against SMoE",
+        "",
+        f"{commit_in_words(result)}; `python benchmarks/step_ratio.py`. Ratios of whole steps "
+        "taken in turns, to top-1 of the same size.",
+        "",
+        "| size | arm | ratio | 95 % | median ms |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['size']} | {row['arm']} | {row['ratio']:.3f} | {row['ratio_low']:.3f} - "
+        f"{row['ratio_high']:.3f} | {row['median_ms']:.0f} |"
+        for row in result["rows"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print, and write the JSON file and a page beside it when asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", type=Path, default=ROOT / "data" / "stdlib")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", type=Path, help="file to write")
+    arguments = parser.parse_args()
+    result = {**origin(), "rows": measure(arguments.corpus, arguments.rounds)}
+    if arguments.json:
+        replace_file(arguments.json, json.dumps(result, indent=2) + "\n")
+        replace_file(arguments.json.with_suffix(".md"), as_markdown(result))
+
+
+if __name__ == "__main__":
+    main()
