@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from vqmoe_megatron.config import VQConfig
-from vqmoe_megatron.vq.codebook import Codebook, build_codebook, code_perplexity
+from vqmoe_megatron.vq.code_usage import code_perplexity
+from vqmoe_megatron.vq.codebook import Codebook, build_codebook
 from vqmoe_megatron.vq.codebook_update import StepStatistics
 
 HIDDEN = 8

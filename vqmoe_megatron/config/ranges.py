@@ -88,6 +88,7 @@ LEGAL_RANGES: dict[str, Range] = {
     "vq.vq_loss_coeff": COEFFICIENT,
     # A share of uniform usage: at 1 every code would be re-seeded at every step.
     "vq.dead_code_threshold": SHARE_BELOW_ONE,
+    "vq.freeze_after_steps": STEPS,
     "parallel.tensor_model_parallel_size": RANKS,
     "parallel.pipeline_model_parallel_size": RANKS,
     "parallel.virtual_pipeline_model_parallel_size": LAYERS,

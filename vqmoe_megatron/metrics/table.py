@@ -69,6 +69,13 @@ OUR_METRICS: tuple[Metric, ...] = (
     LayerMetric("vq/revived_codes",
         "dead codes re-seeded since the last log", "codes",
         "sum", over_steps="sum", needs_update=True),
+    LayerMetric("vq/codes_in_use",
+        "codes that had at least a tenth of uniform usage lately (moving average of vq.ema_decay, "
+        "since the process began, not reset by revival, going on in frozen codebooks)", "codes",
+        "sum", needs_update=True),
+    LayerMetric("vq/codebook_frozen",
+        "1 where the step had to leave the codebook as it is, by vq.freeze_after_steps or "
+        "vq.freeze_codebook", "1", needs_update=True),
     LayerMetric("moe/expert_load_imbalance",
         "tokens of the busiest expert / mean tokens per expert; 1 is balanced", "1",
         console_format=".2f"),
