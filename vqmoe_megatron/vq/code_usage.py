@@ -27,8 +27,9 @@ class RecentUsage(torch.nn.Module):
         """Add one step's tokens per code ``[C, K]``; a step without tokens or with NaN is none."""
         num_tokens = count.sum(dim=1, keepdim=True)
         share = count / num_tokens.clamp(min=1.0)
+        is_step = (num_tokens > 0).all() & torch.isfinite(share).all()
         mixed = torch.where((self.share == 0).all(), share, self.share.lerp(share, 1.0 - decay))
-        self.share.copy_(torch.where((num_tokens > 0).all(), mixed, self.share))
+        self.share.copy_(torch.where(is_step, mixed, self.share))
 
     def num_in_use(self) -> torch.Tensor:
         """fp32 scalar: codes over all slices with at least ``IN_USE_SHARE`` of uniform usage."""

@@ -293,7 +293,7 @@ class Codebook(torch.nn.Module):
         if self.vq.revival == "random":
             return random_order(candidates, seed)
         nearest = self.lookup(self.search(candidates.flatten(1)))
-        return error_order(candidates, nearest.view_as(candidates))
+        return error_order(candidates, nearest.view_as(candidates), seed)
 
     def _finite(self, statistics: StepStatistics) -> torch.Tensor:
         finite = torch.isfinite(statistics.count).all()

@@ -20,15 +20,24 @@ def random_order(candidates: torch.Tensor, seed: int) -> torch.Tensor:
     return order.unsqueeze(1).expand(-1, candidates.shape[1])
 
 
-def error_order(candidates: torch.Tensor, nearest: torch.Tensor) -> torch.Tensor:
-    """Candidates in the order of their quantisation error, the largest first: int64 ``[M, C]``.
+def error_order(candidates: torch.Tensor, nearest: torch.Tensor, seed: int) -> torch.Tensor:
+    """Candidates in an order drawn by their quantisation error: int64 ``[M, C]``.
+
+    Each next one is drawn among those left with a probability proportional to its squared error,
+    as k-means++ draws centres (Arthur and Vassilvitskii 2007), by the largest of log error plus
+    Gumbel noise. The largest errors themselves would be single tokens far from all others, whose
+    codes nobody else uses.
 
     Args:
         candidates: fp32 ``[M, C, D]``.
-        nearest: fp32 ``[M, C, D]``, the code of each; equal errors keep the candidates' order.
+        nearest: fp32 ``[M, C, D]``, the code of each.
+        seed: of the draw, identical on every replica.
     """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(candidates.shape[:2], generator=generator).clamp_(min=1e-20)
+    noise = -(-on_device(drawn, candidates.device).log()).log()
     error = (candidates - nearest).square_().sum(dim=-1)
-    return error.argsort(dim=0, descending=True, stable=True)
+    return (error.log() + noise).argsort(dim=0, descending=True, stable=True)
 
 
 def revive_dead_codes(
