@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_layer import HIDDEN, build_layer, draw_parameters
 
+from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.moe.code_assigner import CodeAssigner
 
 
@@ -72,3 +74,52 @@ def test_where_lengths_vary_only_the_first_microbatch_offers() -> None:
     assert len(places(9, 4, 0, 1, 2, varies=True)) == 4
     assert places(9, 4, 0, 1, 2, number=1, varies=True) == {}
     assert places(9, 4, 1, 1, 2, varies=True) == {}
+
+
+def with_losses(update: str, coefficients: dict[str, float]) -> dict:
+    """In a rank: what hangs on a layer's output, what is saved for it, and what it measures."""
+    from vqmoe_megatron.moe import synchronize_codebooks
+
+    vq = VQConfig(num_codes=12, codebook_update=update, init="uniform", **coefficients)
+    layer = build_layer(vq, {n: p.float() for n, p in draw_parameters(vq).items()})
+    x = torch.randn(6, 2, HIDDEN, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.nbytes) or t, lambda t: t
+    ):
+        output, _ = layer(x)
+    left, names = [output.grad_fn], set()
+    while left:
+        node = left.pop()
+        if node.name() not in names or node.next_functions:
+            names.add(node.name())
+            left += [following for following, _ in node.next_functions if following is not None]
+    output.sum().backward()
+    (statistics,) = synchronize_codebooks([layer])
+    codes = layer.assigner.codebook.codes.grad
+    return {
+        "loss nodes": sorted(n for n in names if "QuantizationError" in n or "AuxLoss" in n),
+        "saved": sum(saved),
+        "measured": float(statistics.scalars["commitment_loss"]),
+        "x": x.grad,
+        "codes": None if codes is None else codes.clone(),
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_a_loss_of_coefficient_0_is_off_and_only_measured(ranks, update: str) -> None:  # noqa: ANN001
+    def found(**coefficients: float) -> dict:
+        return ranks(1).run(with_losses, update, coefficients)[0]
+
+    on, none, without = found(), found(vq_loss_coeff=0.0), found(commitment_coeff=0.0)
+    assert on["loss nodes"] and not torch.equal(none["x"], on["x"])
+    assert torch.equal(without["x"], none["x"])  # nothing pulls tokens
+    if update == "ema":
+        assert none["loss nodes"] == without["loss nodes"] == []
+        assert none["saved"] == without["saved"] < on["saved"]
+    else:
+        assert torch.equal(without["codes"], on["codes"]) and on["codes"].any()
+        assert not none["codes"].any()
+    for other in (none, without):
+        assert other["measured"] == on["measured"] > 0

@@ -97,12 +97,13 @@ class CodeAssigner(KeepsStatistics):
         The loss is vq_loss_coeff * (codebook + commitment_coeff * commitment), each a mean over all
         T * H elements of the microbatch. Under sequence parallelism a rank sees 1 / TP of them, and
         gradients sum over TP, so the local mean is divided by TP. A coefficient of 0 is off: its
-        loss is a metric, and nothing is kept or differentiated for it. No communication.
+        loss is a metric, and nothing is kept or differentiated for it. Only trained codes stay in
+        the graph, since an overlapped reduction waits for every parameter. No communication.
         """
         if not (self.training and torch.is_grad_enabled()):
             return activation
         pulls_tokens = self.vq.vq_loss_coeff > 0 and self.vq.commitment_coeff > 0
-        pulls_codes = self.vq.vq_loss_coeff > 0 and self.codebook.codes.requires_grad
+        pulls_codes = self.codebook.codes.requires_grad
         prepared, vectors = assignment.prepared, self.codebook.code_vectors()
         commitment, codebook = quantization_losses(
             prepared if pulls_tokens else prepared.detach(),
