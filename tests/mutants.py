@@ -68,8 +68,8 @@ MUTANTS = (
     Mutant(
         "EMA: sums stay those of the first step",
         "vq/codebook.py",
-        "torch.where(finite, new.ema_sum, old.ema_sum)",
-        "torch.where(finite, old.ema_sum, old.ema_sum)",
+        "torch.where(moves, new.ema_sum, old.ema_sum)",
+        "torch.where(moves, old.ema_sum, old.ema_sum)",
         "tests/vq/test_codebook.py",
     ),
     Mutant(
@@ -89,8 +89,8 @@ MUTANTS = (
     Mutant(
         "revival: candidates of one TP shard only",
         "moe/code_assigner.py",
-        "return group.rank() < self.pg_collection.tp.size()",
-        "return group.rank() < 1",
+        "if num_offered <= 0 or (",
+        "if num_offered <= 0 or shard or (",
         "tests/moe/test_codebook_sync.py",
     ),
     Mutant(

@@ -61,6 +61,12 @@ def test_copies_that_nothing_will_ever_move_are_pointed_out():
     assert "may never get tokens" in told(config(8, 16, **off), config(8, 32, **off))
     frozen = {"freeze_codebook": True}
     assert "more codes have no use" in told(config(8, 16, **frozen), config(8, 32, **frozen))
+    later = {"freeze_after_steps": 500}
+    text = told(config(8, 16), config(8, 32, **later))
+    assert "vq.freeze_after_steps=500 counts the checkpoint's steps, too" in text
+    assert "vq.freeze_after_steps None -> 500" in text
+    assert "freeze" not in told(config(8, 16, **later), config(16, 16, **later))
+    assert "vq.revival 'random' -> 'error'" in told(config(8), config(16, revival="error"))
     moved = {"codebook_update": "reanchor", "dead_code_threshold": 0.0}
     assert "never" not in told(config(8, 16, **moved), config(8, 32, **moved))
 

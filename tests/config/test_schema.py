@@ -55,6 +55,27 @@ def test_unknown_choice_lists_the_legal_ones(name: str) -> None:
         (VQConfig, {"num_code_slices": 2}, "num_code_slices=2 needs vq.quantizer=product"),
         (
             VQConfig,
+            {"freeze_codebook": True, "freeze_after_steps": 9},
+            "vq.freeze_codebook=true freezes from the start and vq.freeze_after_steps=9 later",
+        ),
+        (VQConfig, {"freeze_after_steps": 0}, "vq.freeze_after_steps=0 must be at least 1"),
+        (
+            VQConfig,
+            {"revival": "error", "codebook_update": "reanchor"},
+            "vq.revival=error cannot work here: vq.codebook_update=reanchor",
+        ),
+        (
+            VQConfig,
+            {"revival": "error", "dead_code_threshold": 0.0},
+            "vq.revival=error cannot work here: vq.dead_code_threshold=0",
+        ),
+        (
+            VQConfig,
+            {"revival": "error", "freeze_codebook": True},
+            "vq.revival=error cannot work here: vq.freeze_codebook=true",
+        ),
+        (
+            VQConfig,
             {"execution": "code_space", "path": "continuous"},
             "vq.path=continuous has no codes for vq.execution=code_space",
         ),

@@ -147,6 +147,56 @@ def test_product_codes_synchronise_too(ranks) -> None:  # noqa: ANN001
     check_layouts(ranks, settings, "tp2ep2")
 
 
+ERRORS = list(product(("ema", "gradient"), LAYOUTS))
+
+
+@pytest.mark.parametrize(
+    ("update", "layout"), tiered(ERRORS, [("ema", "tp2ep2"), ("gradient", "dp2ep2")])
+)
+def test_revival_by_error_from_several_microbatches_and_freezing_do_not_depend_on_the_layout(
+    ranks,
+    layout: str,
+    update: str,  # noqa: ANN001
+) -> None:
+    """30 codes need the tokens of three microbatches of 12."""
+    settings = {"codebook_update": update, "num_codes": 30, "revival": "error"}
+    settings |= {"freeze_after_steps": 3, "dead_code_threshold": 0.95}
+    history = check_layouts(ranks, settings, layout)
+    revived = [float(step["scalars"]["revived_codes"]) for step in history]
+    assert max(revived) > 12 and revived[3] == 0
+    assert [float(step["scalars"]["codebook_frozen"]) for step in history] == [0, 0, 0, 1]
+
+
+def offered(num_codes: int) -> list:
+    """In a rank: the reduced candidates of a step, and its tokens in the order of microbatches."""
+    from vqmoe_megatron.moe.codebook_sync import reduce_statistics
+
+    layer = build_layer(VQConfig(**{**BASE, "num_codes": num_codes, "init": "uniform"}))
+    (step,) = microbatches(1)
+    for x in own_microbatches(step):
+        layer(x)[0].sum().backward()
+    reduce_statistics([layer], [layer])
+    return [layer.sums.parts[-1][:, 0], step.reshape(-1, HIDDEN)]
+
+
+OFFERS = list(product((12, 30, 60), LAYOUTS))
+
+
+@pytest.mark.parametrize(
+    ("num_codes", "layout"), tiered(OFFERS, [(12, "tp2ep2"), (30, "tp2ep2"), (60, "dp2ep2")])
+)
+def test_candidates_are_as_many_different_tokens_as_there_are(
+    ranks,
+    layout: str,
+    num_codes: int,  # noqa: ANN001
+) -> None:
+    for candidates, tokens in ranks(4).run(offered, num_codes, layout=LAYOUTS[layout]):
+        assert torch.equal(candidates[:24], tokens[:24][: len(candidates)])
+        is_filled = candidates.any(dim=1)
+        assert int(is_filled.sum()) == min(num_codes, len(tokens))  # 48 tokens for 60 codes
+        assert len(candidates[is_filled].unique(dim=0)) == int(is_filled.sum())
+
+
 def first_codes(settings: dict) -> dict:
     """In a rank: the codes that the first microbatch gives, and that microbatch."""
     layer = build_layer(VQConfig(**{**BASE, **settings}))

@@ -78,9 +78,12 @@ def test_a_recorded_microbatch_moves_what_torch_moves(dtype: torch.dtype, update
     assert moved.read + moved.written == pytest.approx(both, rel=0.06)
 
 
-@pytest.mark.parametrize("update", ["ema", "gradient", "reanchor"])
-def test_an_update_moves_what_torch_moves(update: str, monkeypatch) -> None:
-    layer = changed(LAYER, codebook_update=update)
+@pytest.mark.parametrize(
+    ("update", "revival"),
+    [("ema", "random"), ("gradient", "random"), ("reanchor", "random"), ("ema", "error")],
+)
+def test_an_update_moves_what_torch_moves(update: str, revival: str, monkeypatch) -> None:
+    layer = changed(LAYER, codebook_update=update, revival=revival)
     codebook = build_codebook(layer.vq, H, seed=0)
     total = torch.randn(1, K, H) if update == "ema" else None
     statistics = StepStatistics(torch.full((1, K), 16.0), total, torch.randn(K, 1, H))
@@ -131,6 +134,10 @@ def test_what_a_setting_leaves_out() -> None:
     trained = changed(LAYER, codebook_update="gradient")
     names = [{k.name for k in kernels(layer)} for layer in (frozen, trained)]
     assert names[1] - names[0] == {"gradients of codes"}
+    for off in ({"commitment_coeff": 0.0}, {"vq_loss_coeff": 0.0}):
+        for device in ("cpu", "cuda"):
+            found = kernels(changed(LAYER, **off), device)
+            assert [k.phase for k in found if k.name == "VQ losses"] == ["forward"]
     low = changed(LAYER, bytes_per_element=2, code_dim=32)
     projected = named(low, "projection gradients", "backward")
     assert projected.unit == "fp32_fma"

@@ -60,6 +60,7 @@ CASES = {
         [
             "vq.codebook_update=reanchor", "vq.code_input=learned", "model.kv_channels=16",
             "model.moe_layer_freq=3", "model.ffn_hidden_size=80", DISTRIBUTED,
+            "vq.freeze_after_steps=5",
         ],
     ),
 }  # fmt: skip

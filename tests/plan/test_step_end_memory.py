@@ -10,6 +10,7 @@ from vqmoe_megatron.plan.state_memory import stage_buffers, state_bytes
 from vqmoe_megatron.plan.step_end_memory import (
     candidate_bytes,
     codebook_move_bytes,
+    held_candidate_bytes,
     save_bytes,
     step_end_bytes,
 )
@@ -39,11 +40,29 @@ def test_a_codebooks_move(overrides: list[str], num_bytes: int) -> None:
 def test_candidates_of_all_layers() -> None:
     config = recipe([])
     layout = check_layout(config, 1, "cpu")
-    assert candidate_bytes(config, layout, 0, 1) == 4 * 16 * 48 * 4
-    assert candidate_bytes(config, layout, 0, 3) == 4 * 6 * 48 * 4
+    assert candidate_bytes(config, layout, 0) == 4 * 16 * 48 * 4
     many = recipe(["vq.num_codes=5000", *SLICES])
-    assert candidate_bytes(many, layout, 0, 1) == 4 * 4096 * 48 * 4
-    assert candidate_bytes(recipe(["vq.path=continuous"]), layout, 0, 1) == 0
+    assert candidate_bytes(many, layout, 0) == 4 * 4096 * 48 * 4
+    assert candidate_bytes(recipe(["vq.path=continuous"]), layout, 0) == 0
+
+
+def test_candidates_that_a_rank_holds_between_its_microbatches() -> None:
+    tokens = ["model.seq_length=32", "train.micro_batch_size=1", "train.global_batch_size=12"]
+    few, many = recipe(tokens), recipe([*tokens, "vq.num_codes=100"])
+    one, three = check_layout(few, 1, "cpu"), check_layout(few, 3, "cpu")
+    row = 4 * 48 * 4
+    assert [held_candidate_bytes(few, one, 0, number) for number in (0, 1, 5)] == [
+        0,
+        16 * row,
+        16 * row,
+    ]
+    of_many = [held_candidate_bytes(many, one, 0, number) // row for number in range(6)]
+    assert of_many == [0, 32, 64, 96, 100, 100]
+    # Of three replicas the first has microbatches 0 and 3 of the global batch.
+    assert [held_candidate_bytes(many, three, 0, n) // row for n in (1, 2, 3)] == [32, 36, 36]
+    sharded = check_layout(recipe([*tokens, "parallel.tensor_model_parallel_size=2"]), 2, "cpu")
+    assert held_candidate_bytes(many, sharded, 0, 4) // row == 3 * 16 + 2
+    assert held_candidate_bytes(recipe(["vq.path=continuous"]), one, 0, 1) == 0
 
 
 def test_the_optimizer_makes_three_of_its_largest_piece_or_none() -> None:
@@ -55,7 +74,7 @@ def test_the_optimizer_makes_three_of_its_largest_piece_or_none() -> None:
     assert state.largest_piece == 32000 * 48 * 4
     assert step_end_bytes(config, layout, 0, "local", state) == 3 * state.largest_piece
     fused = step_end_bytes(config, layout, 0, "fused", state)
-    assert fused == candidate_bytes(config, layout, 0, 1) + codebook_move_bytes(config, layout)
+    assert fused == candidate_bytes(config, layout, 0) + codebook_move_bytes(config, layout)
 
 
 def test_a_save_gathers_the_largest_bucket() -> None:

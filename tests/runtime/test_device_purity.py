@@ -84,6 +84,12 @@ OTHER_CASES = {
     "token, low_dim": ("", f"vq.expert_input=token {QUANTIZERS['low_dim']} {BF16}", ""),
     "no norms, z-loss": ("ep2", f"vq.norm=none model.moe_z_loss_coeff=0.001 {BF16}", ""),
     "frozen, no biases": ("", f"vq.freeze_codebook=true model.add_bias_linear=false {BF16}", ""),
+    "frozen later, revival by error": (
+        "",
+        f"vq.codebook_update=gradient vq.freeze_after_steps=1 vq.revival=error {BF16} "
+        f"{DISTRIBUTED} vq.dead_code_threshold=0.5",
+        "",
+    ),
     "pipeline": ("pp2 ep2", f"{BF16} model.num_layers=2", ""),
     "interleaved": ("pp2 vpp2", f"{BF16} model.num_layers=4", ""),
     "full recompute": ("", f"{BF16} {FULL}uniform", ""),

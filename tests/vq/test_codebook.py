@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vqmoe_megatron.config import VQConfig
-from vqmoe_megatron.vq.codebook import Codebook, build_codebook, code_perplexity
+from vqmoe_megatron.vq.codebook import Codebook, build_codebook
 from vqmoe_megatron.vq.codebook_update import StepStatistics
 
 HIDDEN = 8
@@ -67,11 +67,11 @@ def test_lookup_sends_each_gradient_to_its_own_code() -> None:
     assert torch.equal(codebook.codes.grad, expected)
 
 
-def test_record_adds_microbatches_and_takes_candidates_from_the_first_only() -> None:
+def test_record_adds_microbatches_and_the_candidates_that_they_offer() -> None:
     codebook = make(codebook_update="ema")
     first, second = torch.randn(5, HIDDEN), torch.randn(7, HIDDEN)
-    for x in (first, second):
-        codebook.record(x, codebook.search(x), torch.tensor([0, 2]))
+    for x, rows in ((first, torch.tensor([0, 2])), (second, None), (second[:0], torch.arange(0))):
+        codebook.record(x, codebook.search(x), rows)
     count, total = torch.zeros(6), torch.zeros(6, HIDDEN)
     for x in torch.cat([first, second]):
         k = int(codebook.search(x[None])[0, 0])
@@ -107,6 +107,113 @@ def test_a_frozen_codebook_never_moves_but_is_measured(update: str) -> None:
         assert torch.equal(value, before[name]), name
     assert float(metrics["code_perplexity"]) >= 1.0
     assert float(metrics["revived_codes"]) == 0.0
+
+
+@pytest.mark.parametrize("revival", ["random", "error"])
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_a_codebook_freezes_after_its_steps_and_goes_on_being_measured(
+    update: str, revival: str
+) -> None:
+    """Steps without a token are none; one with a NaN is."""
+    settings = {"codebook_update": update, "dead_code_threshold": 0.9, "revival": revival}
+    codebook = make(freeze_after_steps=3, **settings)
+    free = make(**settings)
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randn(30, HIDDEN, generator=generator) for _ in range(7)]
+    tokens[1] = tokens[1][:0]
+    tokens[2][5] = math.nan
+    frozen, in_use = [], []
+    for x in tokens:
+        before = persistent(codebook)
+        metrics = (take(codebook, x), take(free, x))[0]
+        frozen.append(float(metrics["codebook_frozen"]))
+        in_use.append(float(metrics["codes_in_use"]))
+        has_moved = not torch.equal(codebook.usage, before["usage"])
+        assert has_moved is (len(frozen) in (1, 4))  # nothing, and a NaN, move nothing
+        if frozen[-1]:
+            assert float(metrics["revived_codes"]) == 0.0
+            assert float(metrics["assignment_change_rate"]) == 0.0
+            for name, value in persistent(codebook).items():
+                assert torch.equal(value, before[name]), name
+        else:
+            for name, value in persistent(free).items():
+                assert torch.equal(value, codebook.state_dict()[name]), name
+    assert frozen == [0, 0, 0, 0, 1, 1, 1]
+    assert int(codebook.num_steps) == 6 and not torch.equal(free.usage, codebook.usage)
+    assert in_use[-1] > 1
+
+
+def take(codebook: Codebook, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """As ``step``, of any number of tokens."""
+    rows = torch.arange(4) if len(x) else None
+    codebook.record(x, codebook.search(x), rows)
+    count, total = codebook.step_count.clone(), codebook.step_total if codebook.keeps_sums else None
+    candidates = codebook.step_candidates if len(x) else torch.zeros(4, 1, HIDDEN)
+    return codebook.apply_step(StepStatistics(count, total, candidates))
+
+
+def test_a_frozen_codebook_is_stored_frozen_and_opened_by_the_setting_alone() -> None:
+    codebook = make(codebook_update="ema", freeze_after_steps=2)
+    for _ in range(3):
+        step(codebook, torch.randn(30, HIDDEN))
+    for steps, is_frozen in ((2, 1.0), (3, 1.0), (4, 0.0), (None, 0.0)):
+        other = make(codebook_update="ema", freeze_after_steps=steps)
+        other.load_state_dict(codebook.state_dict())
+        before = persistent(other)
+        metrics = step(other, torch.randn(30, HIDDEN))
+        assert float(metrics["codebook_frozen"]) == is_frozen
+        assert torch.equal(other.codes, before["codes"]) is bool(is_frozen)
+
+
+@pytest.mark.parametrize("update", ["gradient", "reanchor"])
+def test_adams_momentum_and_decay_do_not_move_frozen_codes(update: str) -> None:
+    codebook = make(codebook_update=update, freeze_after_steps=2, dead_code_threshold=0.0)
+    adam = torch.optim.AdamW([codebook.codes], lr=0.1, weight_decay=0.5)
+    moved, gradients = [], []
+    for _ in range(4):
+        x = torch.randn(30, HIDDEN)
+        adam.zero_grad()
+        (codebook.lookup(codebook.search(x)) - x).square().sum().backward()
+        gradients.append(bool(codebook.codes.grad.any()))
+        step(codebook, x)
+        before = codebook.codes.detach().clone()
+        adam.step()
+        codebook.put_back_frozen()
+        moved.append(not torch.equal(codebook.codes, before))
+    assert moved == gradients == [True, True, False, False]
+    opened = make(codebook_update=update, freeze_after_steps=9)
+    opened.load_state_dict(codebook.state_dict())
+    with torch.no_grad():
+        opened.codes += 1.0
+    put = opened.codes.detach().clone()
+    opened.put_back_frozen()
+    assert torch.equal(opened.codes, put)
+
+
+def test_loaded_codes_are_not_put_back_to_those_before() -> None:
+    codebook = make(codebook_update="gradient", freeze_after_steps=1)
+    for _ in range(2):
+        step(codebook, torch.randn(30, HIDDEN))
+    other = {name: value + 1 for name, value in persistent(codebook).items() if name == "codes"}
+    codebook.load_state_dict(other, strict=False)
+    codebook.put_back_frozen()
+    assert torch.equal(codebook.codes, other["codes"])
+
+
+def test_revival_by_error_asks_the_codes_before_the_move() -> None:
+    """Half of the candidates lie on a code that then moves away: they are taken last."""
+    settings = {"codebook_update": "ema", "ema_decay": 0.1, "dead_code_threshold": 0.8}
+    codebook = make(num_codes=4, revival="error", **settings)
+    with torch.no_grad():
+        codebook.codes.fill_(1.0)
+        codebook.codes[0, 1:] += 100.0
+    x = torch.ones(9, HIDDEN)
+    x[[1, 3], 0] = torch.tensor([7.0, 5.0])  # the first 4 are candidates
+    x[4:, 0] = 3.0
+    assert float(step(codebook, x)["revived_codes"]) == 3
+    assert float(codebook.codes[0, 0, 0]) > 2.0
+    assert sorted(codebook.codes[0, 1:3, 0].tolist()) == [5.0, 7.0]
+    assert float(codebook.codes[0, 3, 0]) == 1.0
 
 
 def test_replicas_given_the_same_statistics_stay_bit_equal() -> None:
@@ -145,15 +252,6 @@ def test_assignment_change_rate_counts_probes_that_changed_their_code() -> None:
     with torch.no_grad():
         codebook.codes[0, 1] = 3.0  # all tokens now belong to code 0
     assert float(step(codebook, x)["assignment_change_rate"]) == 0.5
-
-
-def test_perplexity_is_the_exponential_of_the_entropy() -> None:
-    assert float(code_perplexity(torch.full((1, 8), 5.0))) == pytest.approx(8.0)
-    assert float(code_perplexity(torch.tensor([[9.0, 0, 0]]))) == pytest.approx(1.0)
-    mixed = torch.tensor([[1.0, 1, 2], [4.0, 0, 0]])  # mean over slices
-    entropy = 0.5 * math.log(4) + 0.5 * math.log(2)
-    assert float(code_perplexity(mixed)) == pytest.approx((math.exp(entropy) + 1) / 2)
-    assert float(code_perplexity(torch.zeros(1, 4))) == pytest.approx(1.0)
 
 
 def test_codes_and_statistics_stay_fp32_in_a_bf16_model_and_follow_fp64() -> None:

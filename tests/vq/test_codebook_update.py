@@ -12,7 +12,6 @@ from vqmoe_megatron.vq.codebook_update import (
     StepStatistics,
     ema_update,
     reanchor,
-    revive_dead_codes,
     update_usage,
 )
 
@@ -78,41 +77,6 @@ def test_a_step_without_tokens_only_decays_usage() -> None:
     assert torch.equal(new.codes, state().codes)
 
 
-def test_revival_replaces_exactly_the_dead_codes_by_candidates() -> None:
-    usage = torch.tensor([[0.5, 0.0, 0.4, 0.0, 0.1], [0.2, 0.2, 0.2, 0.2, 0.2]])
-    codes = state().codes
-    old = CodebookState(codes, usage, codes * usage.unsqueeze(-1))
-    tokens = candidates()
-    new, dead = revive_dead_codes(old, tokens, 0.25, seed=5)
-    assert torch.equal(dead, usage < 0.25 / K)
-    assert dead.sum() == 2
-    assert torch.equal(new.codes[~dead], old.codes[~dead])
-    for c, k in dead.nonzero().tolist():
-        assert any(torch.equal(new.codes[c, k], token[c]) for token in tokens)
-        assert float(new.usage[c, k]) == pytest.approx(1 / K)
-        torch.testing.assert_close(new.ema_sum[c, k], new.codes[c, k] / K)
-    revived = new.codes[dead]
-    assert not torch.equal(revived[0], revived[1])  # two dead codes, two candidates
-
-
-def test_revival_draws_by_seed_and_zero_threshold_revives_nothing() -> None:
-    old = CodebookState(state().codes, torch.zeros(C, K), None)
-    first, _ = revive_dead_codes(old, candidates(), 0.5, seed=5)
-    again, _ = revive_dead_codes(old, candidates(), 0.5, seed=5)
-    other, _ = revive_dead_codes(old, candidates(), 0.5, seed=6)
-    assert torch.equal(first.codes, again.codes)
-    assert not torch.equal(first.codes, other.codes)
-    untouched, dead = revive_dead_codes(old, candidates(), 0.0, seed=5)
-    assert not dead.any() and torch.equal(untouched.codes, old.codes)
-
-
-def test_revival_with_fewer_candidates_than_dead_codes() -> None:
-    old = CodebookState(state().codes, torch.zeros(C, K), None)
-    new, dead = revive_dead_codes(old, candidates()[:2], 0.5, seed=5)
-    assert dead.all()
-    assert new.codes[0].unique(dim=0).shape[0] == 2
-
-
 def test_reanchor_moves_each_code_by_its_rate_towards_a_candidate() -> None:
     decay = 0.99
     usage = torch.tensor([[0.0, 1e-4, 1e-3, 0.01, 0.9], [0.2, 0.2, 0.2, 0.2, 0.2]])
@@ -143,3 +107,14 @@ def test_reanchor_is_deterministic_in_its_seed() -> None:
     first = reanchor(old, candidates(), 0.9, seed=3).codes
     assert torch.equal(first, reanchor(old, candidates(), 0.9, seed=3).codes)
     assert not torch.equal(first, reanchor(old, candidates(), 0.9, seed=4).codes)
+
+
+def test_reanchor_draws_no_row_that_nobody_filled() -> None:
+    old = CodebookState(state().codes, torch.zeros(C, K), None)
+    offered = candidates()
+    padded = torch.cat([offered[:1], torch.zeros(30, C, D)])
+    new = reanchor(old, padded, 0.9, seed=3)
+    rate = math.exp(-1e-3)
+    wanted = (1 - rate) * old.codes + rate * offered[0].unsqueeze(1)
+    torch.testing.assert_close(new.codes, wanted)
+    assert torch.equal(reanchor(old, torch.zeros(4, C, D), 0.9, seed=3).codes, old.codes)

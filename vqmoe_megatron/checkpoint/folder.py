@@ -33,6 +33,7 @@ FREE_SETTINGS = (
     "vq.execution",
     "vq.table_per_step",
     "vq.overlap_table",
+    "vq.freeze_after_steps",  # what: but a frozen codebook is re-opened, or frozen now, this way
 )
 FREE_PREFIXES = ("model.recompute_",)
 # What checkpoint.remap can change.

@@ -197,6 +197,11 @@ def _code_sentences(sizes: _Sizes, vq: VQConfig) -> Iterator[str]:
     )
     if vq.freeze_codebook:
         yield "vq.freeze_codebook=true: the copies will never be moved, so more codes have no use"
+    elif vq.freeze_after_steps is not None:
+        yield (
+            f"vq.freeze_after_steps={vq.freeze_after_steps} counts the checkpoint's steps, too: "
+            "where it is not larger the copies will never be moved; set it higher, or to null"
+        )
     elif vq.codebook_update != "reanchor" and vq.dead_code_threshold == 0:
         yield (
             "vq.dead_code_threshold=0: no dead code is re-seeded, so the copies may never get "

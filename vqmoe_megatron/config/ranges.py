@@ -97,6 +97,7 @@ LEGAL_RANGES: dict[str, Range] = {
     "code_memory.freeze_after_steps": STEPS_OR_NONE,
     "code_memory.layers": LAYERS,
     "code_memory.lr_mult": Range(0, 1000, without_low=True),
+    "vq.freeze_after_steps": STEPS,
     "parallel.tensor_model_parallel_size": RANKS,
     "parallel.pipeline_model_parallel_size": RANKS,
     "parallel.virtual_pipeline_model_parallel_size": LAYERS,

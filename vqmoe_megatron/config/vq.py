@@ -21,6 +21,7 @@ LEGAL_VQ_VALUES: dict[str, tuple[str, ...]] = {
     "norm": ("none", "separate", "shared"),
     "codebook_update": ("gradient", "ema", "reanchor"),
     "init": ("data", "kmeans", "uniform"),
+    "revival": ("random", "error"),
 }
 
 
@@ -49,13 +50,15 @@ class VQConfig:
     norm: str = "separate"
     codebook_update: str = "ema"
     ema_decay: float = 0.99
-    commitment_coeff: float = 0.25  # van den Oord et al. 2017 (arXiv 1711.00937), eq. 3
-    vq_loss_coeff: float = 0.08  # beta_vq of the released VQMoE scripts
+    commitment_coeff: float = 0.25  # van den Oord et al. 2017 (arXiv 1711.00937), eq. 3; 0: off
+    vq_loss_coeff: float = 0.08  # beta_vq of the released VQMoE scripts; 0: neither loss
     init: str = "data"
     dead_code_threshold: float = (
         0.05  # share of uniform usage under which a code is re-seeded; 0: off
     )
-    freeze_codebook: bool = False
+    revival: str = "random"  # which tokens replace dead codes; error: those farthest from any code
+    freeze_codebook: bool = False  # from the start
+    freeze_after_steps: int | None = None  # optimizer steps after which the codebook stays
 
     def __post_init__(self) -> None:
         check_settings("vq", self)
@@ -75,11 +78,34 @@ class VQConfig:
                 "the dimension it searches in, for instance code_dim=32, and no other has one"
             )
         self._check_code_space()
+        self._check_moves()
         if self.num_code_slices > 1 and "num_code_slices" not in takes:
             raise ValueError(
                 f"vq.num_code_slices={self.num_code_slices} needs vq.quantizer=product; "
                 f"{self.quantizer} gives one code per token"
             )
+
+    def _check_moves(self) -> None:
+        """What decides whether codes move, and where dead ones go, must not contradict itself."""
+        if self.freeze_codebook and self.freeze_after_steps is not None:
+            raise ValueError(
+                f"vq.freeze_codebook=true freezes from the start and vq.freeze_after_steps="
+                f"{self.freeze_after_steps} later; set freeze_codebook=false, or leave "
+                "freeze_after_steps out (null)"
+            )
+        if self.revival != "random":
+            reason = ""
+            if self.codebook_update == "reanchor":
+                reason = "vq.codebook_update=reanchor pulls codes to anchors that it draws itself"
+            elif self.freeze_codebook:
+                reason = "vq.freeze_codebook=true never re-seeds a code"
+            elif self.dead_code_threshold == 0:
+                reason = "vq.dead_code_threshold=0 never re-seeds a code"
+            if reason:
+                raise ValueError(
+                    f"vq.revival={self.revival} cannot work here: {reason}; leave revival at "
+                    "random, or change that"
+                )
 
     def _check_code_space(self) -> None:
         """Code space is exact only where every token of a code has the same expert input."""

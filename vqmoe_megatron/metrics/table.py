@@ -80,6 +80,13 @@ OUR_METRICS: tuple[Metric, ...] = (
         "share of vocabulary entries whose code the step changed", "1", needs_update=True),
     LayerMetric("code_memory/stream_frozen",
         "1 once codes stay as they are (code_memory.freeze_after_steps)", "1", needs_update=True),
+    LayerMetric("vq/codes_in_use",
+        "codes that had at least a tenth of uniform usage lately (moving average of vq.ema_decay, "
+        "since the process began, not reset by revival, going on in frozen codebooks)", "codes",
+        "sum", needs_update=True),
+    LayerMetric("vq/codebook_frozen",
+        "1 where the step had to leave the codebook as it is, by vq.freeze_after_steps or "
+        "vq.freeze_codebook", "1", needs_update=True),
     LayerMetric("moe/expert_load_imbalance",
         "tokens of the busiest expert / mean tokens per expert; 1 is balanced", "1",
         console_format=".2f"),

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.moe.backward_hook import run_in_backward
 from vqmoe_megatron.moe.codebook_data_init import initialize_codebook
+from vqmoe_megatron.moe.frozen_codes import hold_frozen_codes
 from vqmoe_megatron.moe.step_statistics import KeepsStatistics
 from vqmoe_megatron.vq.code_map import CodeMap
 from vqmoe_megatron.vq.codebook import build_codebook
@@ -63,6 +64,7 @@ class CodeAssigner(KeepsStatistics):
         self.code_map = CodeMap(vq.num_code_slices, vq.num_codes, config.num_moe_experts)
         self.register_buffer("step_losses", torch.zeros(3), persistent=False)
         self.step_candidate_slots: torch.Tensor | None = None
+        self.step_microbatches = 0  # recorded by this rank
         for parameter in self.codebook.parameters():
             # Replicated over TP while every TP rank sees its own sequence shard.
             parameter.sequence_parallel = config.sequence_parallel
@@ -94,59 +96,78 @@ class CodeAssigner(KeepsStatistics):
 
         The loss is vq_loss_coeff * (codebook + commitment_coeff * commitment), each a mean over all
         T * H elements of the microbatch. Under sequence parallelism a rank sees 1 / TP of them, and
-        gradients sum over TP, so the local mean is divided by TP. No communication.
+        gradients sum over TP, so the local mean is divided by TP. A coefficient of 0 is off: its
+        loss is a metric, and nothing is kept or differentiated for it. Only trained codes stay in
+        the graph, since an overlapped reduction waits for every parameter. No communication.
         """
         if not (self.training and torch.is_grad_enabled()):
             return activation
+        pulls_tokens = self.vq.vq_loss_coeff > 0 and self.vq.commitment_coeff > 0
+        pulls_codes = self.codebook.codes.requires_grad
+        prepared, vectors = assignment.prepared, self.codebook.code_vectors()
         commitment, codebook = quantization_losses(
-            assignment.prepared, self.codebook.code_vectors(), assignment.codes
+            prepared if pulls_tokens else prepared.detach(),
+            vectors if pulls_codes else vectors.detach(),
+            assignment.codes,
         )
-        loss = self.vq.commitment_coeff * commitment
-        if self.codebook.codes.requires_grad:
-            loss = loss + codebook
-        loss = loss * (self.vq.vq_loss_coeff / self.pg_collection.tp.size())
-        if self.config.calculate_per_token_loss:
-            # Megatron then divides by the number of tokens of the global batch.
-            loss = loss * (assignment.codes.shape[0] * self.pg_collection.tp.size())
-        activation = MoEAuxLossAutoScaler.apply(activation, loss)
         losses = torch.stack([commitment.detach(), codebook.detach(), torch.ones_like(commitment)])
+        if pulls_tokens or pulls_codes:
+            loss = self.vq.commitment_coeff * commitment
+            if pulls_codes:
+                loss = loss + codebook
+            loss = loss * (self.vq.vq_loss_coeff / self.pg_collection.tp.size())
+            if self.config.calculate_per_token_loss:
+                # Megatron then divides by the number of tokens of the global batch.
+                loss = loss * (assignment.codes.shape[0] * self.pg_collection.tp.size())
+            activation = MoEAuxLossAutoScaler.apply(activation, loss)
         return run_in_backward(activation, lambda: self._record(assignment, losses))
 
     def _record(self, assignment: Assignment, losses: torch.Tensor) -> None:
         self.step_losses += losses.to(self.step_losses.dtype)
         positions = None
-        if self._offers_candidates and self.step_candidate_slots is None:
-            self.step_candidate_slots, positions = self._candidate_places(assignment.codes.shape[0])
+        places = self._candidate_places(assignment.codes.shape[0], self.step_microbatches)
+        if places is not None:
+            slots, positions = places
+            before = self.step_candidate_slots
+            self.step_candidate_slots = slots if before is None else torch.cat([before, slots])
         self.codebook.record(assignment.prepared, assignment.codes, positions)
-
-    @property
-    def _offers_candidates(self) -> bool:
-        """Whether this rank's tokens may replace dead codes: those of the first data-parallel rank,
-        whose first microbatch holds the same samples at every data-parallel size."""
-        group = self.pg_collection.tp_dp_cp
-        return group.rank() < self.pg_collection.tp.size()
+        self.step_microbatches += 1
 
     @property
     def num_candidates(self) -> int:
         """M, tokens offered per step to replace dead codes."""
         return min(self.vq.num_codes, MAX_CANDIDATES)
 
-    def _candidate_places(self, num_local_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots of the candidate table that this rank fills, and its token positions, int64 each.
+    def _candidate_places(
+        self, num_local_tokens: int, number: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Slots of the candidate table that this rank fills from its ``number``-th microbatch of
+        the step, and its token positions, int64 each; None where it fills none.
 
-        Candidate j is the token at position j * T_full // M of the full sequence order, so the
-        table does not depend on how the sequence is sharded over TP. Shard r of TP holds the
-        positions from r T_full / TP on, so the j from r M / TP, rounded up, on.
+        The table is filled by the microbatches of the global batch, T_full tokens each, in their
+        order, which is that of data-parallel ranks within that of microbatches: the same samples at
+        every data-parallel size. Microbatch g fills the slots from g T_full on, n of them, as many
+        as are left; its slot j is the token at position j * T_full // n of the full sequence order,
+        so the table does not depend on how the sequence is sharded over TP. Shard r of TP holds the
+        positions from r T_full / TP on, so the j from r n / TP, rounded up, on. Most often the
+        first microbatch fills all slots. Where lengths vary it is the only one, since two
+        microbatches must not fill the same slot.
         """
-        rank, num_shards = self.pg_collection.tp.rank(), self.pg_collection.tp.size()
-        num_candidates = self.num_candidates
-        first, end = (-(-shard * num_candidates // num_shards) for shard in (rank, rank + 1))
+        shard, num_shards = self.pg_collection.tp.rank(), self.pg_collection.tp.size()
+        replicas = self.pg_collection.tp_dp_cp
+        microbatch = number * (replicas.size() // num_shards) + replicas.rank() // num_shards
+        num_tokens = num_local_tokens * num_shards
+        num_offered = min(num_tokens, self.num_candidates - microbatch * num_tokens)
+        if num_offered <= 0 or (microbatch > 0 and self.config.variable_seq_lengths):
+            return None
+        first, end = (-(-place * num_offered // num_shards) for place in (shard, shard + 1))
         slots = torch.arange(first, end, device=self.codebook.codes.device)
-        positions = slots * (num_local_tokens * num_shards) // num_candidates
-        return slots, positions - rank * num_local_tokens
+        positions = slots * num_tokens // num_offered - shard * num_local_tokens
+        return slots + microbatch * num_tokens, positions
 
     def candidate_table(self) -> torch.Tensor:
-        """fp32 ``[M, C, D]``, filled in this rank's slots; the sum over ranks is the table."""
+        """fp32 ``[M, C, D]``, filled in this rank's slots; the sum over ranks is the table, with
+        zeros where the step had too few tokens."""
         codebook, slots = self.codebook, self.step_candidate_slots
         if codebook.step_candidates is not None and slots.numel() == self.num_candidates:
             return codebook.step_candidates
@@ -177,6 +198,7 @@ class CodeAssigner(KeepsStatistics):
         total = next(reduced) if self.codebook.keeps_sums else None
         usage = count.clone()  # the codebook's step clears its counts
         scalars = self.codebook.apply_step(StepStatistics(count, total, next(reduced)))
+        hold_frozen_codes(self.codebook)
         return scalars | _loss_scalars(losses), usage
 
     def scalars_of(self, parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -188,6 +210,7 @@ class CodeAssigner(KeepsStatistics):
         """Forget the step's losses, candidates and what the codebook recorded."""
         self.step_losses.zero_()
         self.step_candidate_slots = None
+        self.step_microbatches = 0
         self.codebook.clear_step()
 
 

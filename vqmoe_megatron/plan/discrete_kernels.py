@@ -30,9 +30,11 @@ SORTED_SUM_LAUNCHES = 12  # of a segment sum: sort by id, bounds, sums in a fixe
 SORTED_ID_BYTES = 128  # read, and written, to sort one int64 id with its place, in 8 passes
 # Passes over [C, K, D] once per step (read, written): sums gathered and checked, update, revival,
 # the choice between new and old, copies.
-UPDATE_PASSES = {"ema": (24, 16), "gradient": (7, 4), "reanchor": (17, 7)}
+UPDATE_PASSES = {"ema": (23, 16), "gradient": (7, 4), "reanchor": (17, 8)}
 FROZEN_PASSES = (5, 3)  # sums gathered and checked alone
 CANDIDATE_PASSES = (5, 4)  # over [M, C, D]
+REVIVAL_PASSES = (9, 2)  # over [M, C, D]: which were offered, and are not equal to an earlier one
+ERROR_PASSES = (5, 3)  # over [M, C, D]: their codes, and how far those are
 UPDATE_LAUNCHES = 100
 
 
@@ -190,7 +192,10 @@ def _losses(layer: LayerShape) -> Iterator[Kernel]:
     read += exact + (exact if cast else 0)
     written += exact + cast
     gradient = elements * element  # added to the token's
-    yield moved(part, "VQ losses", BACKWARD, read + 2 * gradient, written + gradient, launches + 6)
+    if _pulls_tokens(layer):
+        yield moved(
+            part, "VQ losses", BACKWARD, read + 2 * gradient, written + gradient, launches + 6
+        )  # fmt: skip
 
 
 def _losses_by_kernel(layer: LayerShape) -> Iterator[Kernel]:
@@ -200,7 +205,13 @@ def _losses_by_kernel(layer: LayerShape) -> Iterator[Kernel]:
     read = tokens + elements * FP32_BYTES
     yield moved(part, "VQ losses", FORWARD, read, 0, 5)
     # The gradient is written, read again and added to the token's.
-    yield moved(part, "VQ losses", BACKWARD, read + 2 * tokens, 2 * tokens, 2)
+    if _pulls_tokens(layer):
+        yield moved(part, "VQ losses", BACKWARD, read + 2 * tokens, 2 * tokens, 2)
+
+
+def _pulls_tokens(layer: LayerShape) -> bool:
+    """Whether tokens have a gradient of the commitment loss; at 0 it is a metric."""
+    return layer.vq.vq_loss_coeff > 0 and layer.vq.commitment_coeff > 0
 
 
 def _statistics(layer: LayerShape) -> Iterator[Kernel]:
@@ -225,24 +236,30 @@ def _statistics(layer: LayerShape) -> Iterator[Kernel]:
 
 
 def _update(layer: LayerShape) -> Iterator[Kernel]:
-    """Once per step: the reduced sums move the codebook; two searches of the probe tokens."""
+    """Once per step: the reduced sums move the codebook; two searches of the probe tokens, and by
+    ``vq.revival`` one of the candidates."""
     part, vq = "codebook statistics", layer.vq
     num_codes = layer.num_code_rows * layer.code_width
     candidates = min(vq.num_codes, MAX_CANDIDATES)
     reads, writes = FROZEN_PASSES if vq.freeze_codebook else UPDATE_PASSES[vq.codebook_update]
     offered = candidates * vq.num_code_slices * layer.code_width
+    passes = [CANDIDATE_PASSES]
+    if vq.codebook_update != "reanchor" and vq.dead_code_threshold and not vq.freeze_codebook:
+        passes += [REVIVAL_PASSES] + ([ERROR_PASSES] if vq.revival == "error" else [])
+    read_offered, written_offered = (offered * sum(count) for count in zip(*passes, strict=True))
     yield moved(
-        part, "update", STEP, (reads * num_codes + CANDIDATE_PASSES[0] * offered) * FP32_BYTES,
-        (writes * num_codes + CANDIDATE_PASSES[1] * offered) * FP32_BYTES, UPDATE_LAUNCHES,
+        part, "update", STEP, (reads * num_codes + read_offered) * FP32_BYTES,
+        (writes * num_codes + written_offered) * FP32_BYTES, UPDATE_LAUNCHES,
     )  # fmt: skip
     probes = min(candidates, NUM_PROBES) * vq.num_code_slices * layer.code_width
+    searched = 2 * probes + (offered if ERROR_PASSES in passes else 0)
     yield Kernel(
-        part, "probes", STEP, FP32_FMA, 2 * 2 * probes * vq.num_codes,
-        2 * (probes + num_codes) * FP32_BYTES, 0, 20,
+        part, "probes", STEP, FP32_FMA, 2 * searched * vq.num_codes,
+        (searched + 2 * num_codes) * FP32_BYTES, 0, 20,
     )  # fmt: skip
     if vq.codebook_update == "reanchor" and not vq.freeze_codebook:
         similar = layer.num_code_rows * candidates
         yield Kernel(
             part, "similarity of candidates", STEP, FP32_FMA, 2 * similar * layer.code_width,
-            (num_codes + offered + 4 * similar) * FP32_BYTES, 4 * similar * FP32_BYTES, 10,
+            (num_codes + 2 * offered + 5 * similar) * FP32_BYTES, 5 * similar * FP32_BYTES, 12,
         )  # fmt: skip

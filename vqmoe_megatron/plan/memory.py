@@ -39,7 +39,7 @@ from vqmoe_megatron.plan.parameters import (
 from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.state_memory import StateBytes, state_bytes
 from vqmoe_megatron.plan.step_end_memory import (
-    candidate_bytes,
+    held_candidate_bytes,
     save_bytes,
     step_end_bytes,
 )
@@ -141,10 +141,10 @@ def stage_memory(
         workspace = max(workspace, tokens * vocab * 2 if model.bf16 else 0)
     has_experts = num_moe_layers(model, places) > 0
     candidates = 0
-    if num_microbatches > layout.pipeline_model_parallel_size - pipeline_rank:
+    num_before = num_microbatches - (layout.pipeline_model_parallel_size - pipeline_rank)
+    if num_before > 0:
         # Some activations are at their most after a first backward pass.
-        shards = layout.tensor_model_parallel_size
-        candidates = candidate_bytes(config, layout, pipeline_rank, shards)
+        candidates = held_candidate_bytes(config, layout, pipeline_rank, num_before)
     return StageMemory(
         pipeline_rank=pipeline_rank,
         state=state,

@@ -213,10 +213,12 @@ def layer_statistics_bytes(config: RunConfig, layout: ParallelLayout) -> int:
         return num_bytes
     rows, width = layer.num_code_rows, layer.code_width
     num_bytes += 3 * 4  # losses
-    num_bytes += 2 * rows * 4 + 1 + ID_BYTES  # usage, step counts; initialised; steps
+    num_bytes += 3 * rows * 4 + 1 + ID_BYTES  # usage, recent usage, step counts; initialised; steps
     num_bytes += rows * ID_BYTES  # code map
     if vq.codebook_update == "ema":
         num_bytes += 2 * rows * width * 4  # moving sums, the step's sums
+    elif vq.freeze_after_steps is not None:
+        num_bytes += rows * width * 4 + 1  # trained codes as they have to stay; whether
     if layer.vq.code_dim is not None:
         num_bytes += layer.vq.code_dim * layer.hidden_size * 4  # projection
     num_candidates = min(layer.vq.num_codes, MAX_CANDIDATES)

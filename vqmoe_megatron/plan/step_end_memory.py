@@ -29,17 +29,39 @@ ADAM_TENSORS = 3
 EMA_TENSORS, REVIVED_EMA_TENSORS, REVIVED_TENSORS, REANCHOR_TENSORS = 3, 6, 2, 4
 
 
-def candidate_bytes(
-    config: RunConfig, layout: ParallelLayout, pipeline_rank: int, num_shards: int
+def candidate_bytes(config: RunConfig, layout: ParallelLayout, pipeline_rank: int) -> int:
+    """Tokens offered to replace dead codes, fp32 ``[M, C, D]`` for every layer of a stage; at the
+    end of the step every rank has them all."""
+    return _bytes_of_candidates(config, layout, pipeline_rank, _num_candidates(config))
+
+
+def held_candidate_bytes(
+    config: RunConfig, layout: ParallelLayout, pipeline_rank: int, num_microbatches: int
 ) -> int:
-    """Tokens offered to replace dead codes, fp32 ``[M / num_shards, C, D]`` for every layer of a
-    stage: from the first backward pass on a rank of the first replica holds its tensor-parallel
-    share, at the end of the step every rank the whole."""
+    """What a rank of the first replica offers in its first ``num_microbatches`` microbatches and
+    holds until the end of the step; of the first microbatch alone where that fills the table."""
+    shards = layout.tensor_model_parallel_size
+    tokens = config.train.micro_batch_size * config.model.seq_length
+    num_rows = 0
+    for number in range(num_microbatches):
+        left = _num_candidates(config) - number * layout.data_parallel_size * tokens
+        if left <= 0:
+            break
+        num_rows += -(-min(tokens, left) // shards)
+    return _bytes_of_candidates(config, layout, pipeline_rank, num_rows)
+
+
+def _num_candidates(config: RunConfig) -> int:
+    return min(config.vq.num_codes, MAX_CANDIDATES)
+
+
+def _bytes_of_candidates(
+    config: RunConfig, layout: ParallelLayout, pipeline_rank: int, num_rows: int
+) -> int:
     layer, vq = LayerShape.from_config(config, layout), config.vq
     if vq.path == "continuous":
         return 0
     num_layers = num_moe_layers(config.model, chunk_places(config.model, layout, pipeline_rank))
-    num_rows = -(-min(vq.num_codes, MAX_CANDIDATES) // num_shards)
     return num_layers * num_rows * vq.num_code_slices * layer.code_width * FP32_BYTES
 
 
@@ -49,8 +71,7 @@ def codebook_move_bytes(config: RunConfig, layout: ParallelLayout) -> int:
     if vq.path == "continuous" or vq.freeze_codebook:
         return 0
     if vq.codebook_update == "reanchor":
-        num_candidates = min(vq.num_codes, MAX_CANDIDATES)
-        return REANCHOR_TENSORS * layer.num_code_rows * num_candidates * FP32_BYTES
+        return REANCHOR_TENSORS * layer.num_code_rows * _num_candidates(config) * FP32_BYTES
     revives = vq.dead_code_threshold > 0
     if vq.codebook_update == "ema":
         num_tensors = REVIVED_EMA_TENSORS if revives else EMA_TENSORS
@@ -68,7 +89,7 @@ def step_end_bytes(
 ) -> int:
     """Most that is made at once between the last backward pass and the next step. With ``fused``
     kernels the optimizer makes nothing."""
-    codebooks = candidate_bytes(config, layout, pipeline_rank, 1)
+    codebooks = candidate_bytes(config, layout, pipeline_rank)
     codebooks += codebook_move_bytes(config, layout)
     optimizer = ADAM_TENSORS * state.largest_piece if kernels == "local" else 0
     return max(codebooks, optimizer)

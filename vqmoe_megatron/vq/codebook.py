@@ -19,18 +19,20 @@ import torch
 
 from vqmoe_megatron import registry
 from vqmoe_megatron.config import VQConfig
+from vqmoe_megatron.vq.code_hold import CodeHold
+from vqmoe_megatron.vq.code_usage import RecentUsage, code_perplexity
 from vqmoe_megatron.vq.codebook_init import data_codes, kmeans_codes, uniform_codes
 from vqmoe_megatron.vq.codebook_update import (
     CodebookState,
     StepStatistics,
     ema_update,
     reanchor,
-    revive_dead_codes,
     update_usage,
 )
 from vqmoe_megatron.vq.host_draws import StepsTaken
 from vqmoe_megatron.vq.keeps_float32 import KeepsFloat32
 from vqmoe_megatron.vq.losses import look_up_codes
+from vqmoe_megatron.vq.revival import error_order, random_order, revive_dead_codes
 from vqmoe_megatron.vq.search import nearest_code
 from vqmoe_megatron.vq.segment_sum import segment_sum
 
@@ -53,7 +55,7 @@ class Codebook(KeepsFloat32):
     usage: torch.Tensor  # fp32 [C, K], EMA of the fraction of tokens per code
     ema_sum: torch.Tensor  # fp32 [C, K, D], only for codebook_update=ema
     initialized: torch.Tensor  # bool scalar; uniform codes count as initialised
-    num_steps: torch.Tensor  # int64 scalar, steps applied; seeds revival
+    num_steps: torch.Tensor  # int64 scalar, steps applied; seeds revival, decides on freezing
     step_count: torch.Tensor  # fp32 [C, K], this step's tokens per code
     step_total: torch.Tensor  # fp32 [C, K, D], this step's token sums (ema)
     probes: torch.Tensor  # fp32 [M, C, D], tokens kept to measure assignment changes
@@ -86,6 +88,11 @@ class Codebook(KeepsFloat32):
         total = torch.zeros(shape if self.keeps_sums else (0, 0, 0))
         self.register_buffer("step_total", total, persistent=False)
         self.register_buffer("probes", torch.zeros(0, *shape[::2]), persistent=False)
+        self.recent_usage = RecentUsage(*shape[:2])
+        self.hold: CodeHold | None = None
+        if trained and vq.freeze_after_steps is not None:
+            self.hold = CodeHold(codes)
+            self.codes.register_hook(self._without_gradient_when_frozen)
         self.probe_ids: torch.Tensor | None = None
         self.step_candidates: torch.Tensor | None = None
         self.needs_data_init = vq.init != "uniform"
@@ -158,8 +165,8 @@ class Codebook(KeepsFloat32):
         Args:
             prepared: ``[T, H]`` tokens in the codebook's space.
             ids: ``[T, C]`` their codes.
-            candidate_rows: int64 rows of ``prepared`` offered to replace dead codes; taken from the
-                first microbatch of the step only. None: this rank offers none.
+            candidate_rows: int64 rows of ``prepared`` offered to replace dead codes, behind those
+                of the step's earlier microbatches; None: none of them.
         """
         tokens = prepared.detach().to(self.step_count.dtype).view(-1, self.num_slices, self.width)
         # One per token, but NaN for a token with a NaN or Inf: apply_step then sees a broken step.
@@ -168,8 +175,10 @@ class Codebook(KeepsFloat32):
             self.step_count[c] += segment_sum(ones.unsqueeze(1), ids[:, c], self.num_codes)[:, 0]
             if self.keeps_sums:
                 self.step_total[c] += segment_sum(tokens[:, c], ids[:, c], self.num_codes)
-        if self.step_candidates is None and candidate_rows is not None:
-            self.step_candidates = tokens.index_select(0, candidate_rows)
+        if candidate_rows is not None:
+            offered = tokens.index_select(0, candidate_rows)
+            before = self.step_candidates
+            self.step_candidates = offered if before is None else torch.cat([before, offered])
 
     def clear_step(self) -> None:
         """Forget what the current step recorded."""
@@ -178,6 +187,22 @@ class Codebook(KeepsFloat32):
         self.step_candidates = None
 
     # 4. once per step
+    @property
+    def is_frozen(self) -> torch.Tensor:
+        """Bool scalar on the device: whether a step's end now leaves the codebook as it is."""
+        if self.vq.freeze_codebook or self.vq.freeze_after_steps is None:
+            return torch.full_like(self.initialized, self.vq.freeze_codebook)
+        return self.num_steps >= self.vq.freeze_after_steps
+
+    def _without_gradient_when_frozen(self, grad: torch.Tensor) -> torch.Tensor:
+        """Frozen codes count in no gradient norm, and Adam forgets them."""
+        return grad.masked_fill(self.is_frozen, 0.0)
+
+    def put_back_frozen(self) -> None:
+        """Undo what an optimizer's step did to frozen codes; behind every such step."""
+        if self.hold is not None:
+            self.hold.put_back(self.codes.data)
+
     def usage_scalars(self, count: torch.Tensor) -> dict[str, torch.Tensor]:
         """fp32 scalars by metric name, of ``[C, K]`` tokens per code in one step; moves nothing."""
         return {
@@ -192,28 +217,39 @@ class Codebook(KeepsFloat32):
         Statistics with a NaN or Inf, or of no token, leave the codebook as it is. Deterministic in
         the statistics and ``seed``, so replicas that start equal stay bit-equal. No communication.
 
+        After ``vq.freeze_after_steps`` such steps (``num_steps``; a step with NaN counts, one of no
+        token does not) codes, usage and sums stay.
+
         Returns:
             fp32 scalars: those of :meth:`usage_scalars` (``code_perplexity``, a mean over slices,
-            1..K; ``dead_codes``), ``revived_codes`` (both counts over slices), and
+            1..K; ``dead_codes``), ``revived_codes``, ``codes_in_use`` (all three counts over
+            slices), ``codebook_frozen`` (whether this step had to leave the codebook as it is), and
             ``assignment_change_rate`` (share of the previous step's probe tokens that have another
             code since the codebook moved; absent in the first step, which has no previous one).
         """
         has_tokens = (statistics.count > 0).any()
-        finite = self._finite(statistics) & has_tokens
+        frozen = self.is_frozen
+        moves = self._finite(statistics) & has_tokens & ~frozen
         old = CodebookState(self.codes.data, self.usage, getattr(self, "ema_sum", None))
         metrics = self.usage_scalars(statistics.count)
         metrics["revived_codes"] = torch.zeros((), device=self.codes.device)
+        metrics["codebook_frozen"] = frozen.float()
+        self.recent_usage.add(statistics.count, self.vq.ema_decay)
+        metrics["codes_in_use"] = self.recent_usage.num_in_use()
         if self.probe_ids is not None:  # not in the first step of a process
             metrics["assignment_change_rate"] = self._assignment_change_rate()
         if statistics.candidates is not None:  # with the codes that this step's tokens met
             self.probes = statistics.candidates[:NUM_PROBES].clone()
             self.probe_ids = self.search(self.probes.flatten(1))
         if not self.vq.freeze_codebook:
-            new, metrics["revived_codes"] = self._moved(old, statistics)
-            self.codes.data.copy_(torch.where(finite, new.codes, old.codes))
-            self.usage.copy_(torch.where(finite, new.usage, old.usage))
+            new, revived = self._moved(old, statistics)
+            metrics["revived_codes"] = torch.where(moves, revived, 0.0)
+            self.codes.data.copy_(torch.where(moves, new.codes, old.codes))
+            self.usage.copy_(torch.where(moves, new.usage, old.usage))
             if new.ema_sum is not None and old.ema_sum is not None:
-                self.ema_sum.copy_(torch.where(finite, new.ema_sum, old.ema_sum))
+                self.ema_sum.copy_(torch.where(moves, new.ema_sum, old.ema_sum))
+        if self.hold is not None:
+            self.hold.take(self.codes.data, frozen)
         self.num_steps += torch.isnan(statistics.count).any() | has_tokens
         self._steps_taken.follow(self.num_steps)
         self.clear_step()
@@ -233,11 +269,21 @@ class Codebook(KeepsFloat32):
         if self.vq.codebook_update == "reanchor":
             return reanchor(state, statistics.candidates, self.vq.ema_decay, seed), revived
         if self.vq.dead_code_threshold > 0:
-            state, dead = revive_dead_codes(
-                state, statistics.candidates, self.vq.dead_code_threshold, seed
+            state, is_revived = revive_dead_codes(
+                state,
+                statistics.candidates,
+                self._revival_order(statistics.candidates, seed),
+                self.vq.dead_code_threshold,
             )
-            revived = dead.sum().float()
+            revived = is_revived.sum().float()
         return state, revived
+
+    def _revival_order(self, candidates: torch.Tensor, seed: int) -> torch.Tensor:
+        """int64 ``[M, C]``, by ``vq.revival``; errors are those before the step's move."""
+        if self.vq.revival == "random":
+            return random_order(candidates, seed)
+        nearest = self.lookup(self.search(candidates.flatten(1)))
+        return error_order(candidates, nearest.view_as(candidates), seed)
 
     def _finite(self, statistics: StepStatistics) -> torch.Tensor:
         finite = torch.isfinite(statistics.count).all()
@@ -266,6 +312,9 @@ class Codebook(KeepsFloat32):
         super()._load_from_state_dict(*args, **kwargs)
         self.needs_data_init = not bool(self.initialized)
         self.probe_ids = None  # of tokens that met another codebook
+        self.recent_usage.forget()
+        if self.hold is not None:
+            self.hold.forget()
 
     @torch.no_grad()
     def initialize_from(self, sample: torch.Tensor) -> None:
@@ -292,14 +341,3 @@ class Codebook(KeepsFloat32):
 def build_codebook(vq: VQConfig, hidden_size: int, seed: int) -> Codebook:
     """Build the codebook of ``vq.quantizer``; arguments and errors as :class:`Codebook`."""
     return registry.load("quantizer", vq.quantizer)(vq, hidden_size, seed)
-
-
-def code_perplexity(count: torch.Tensor) -> torch.Tensor:
-    """exp(entropy) of code usage, mean over slices; K when uniform, 1 when collapsed.
-
-    Args:
-        count: ``[C, K]`` tokens per code.
-    """
-    share = count / count.sum(dim=1, keepdim=True).clamp(min=1.0)
-    entropy = -(share * share.clamp(min=1e-30).log()).sum(dim=1)
-    return entropy.exp().mean()

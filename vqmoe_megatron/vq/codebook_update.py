@@ -62,37 +62,6 @@ def ema_update(state: CodebookState, statistics: StepStatistics, decay: float) -
     return CodebookState(codes, moved.usage, ema_sum)
 
 
-def revive_dead_codes(
-    state: CodebookState, candidates: torch.Tensor, threshold: float, seed: int
-) -> tuple[CodebookState, torch.Tensor]:
-    """Re-seed every code whose usage is under ``threshold`` times uniform usage.
-
-    Args:
-        state: after the step's usage update.
-        candidates: fp32 ``[M, C, D]``, identical on every replica.
-        threshold: share of uniform usage; 0 revives nothing.
-        seed: of the choice of candidates, identical on every replica.
-
-    Returns:
-        The new state, with usage and sums of revived codes reset to uniform, and the bool ``[C,
-        K]`` map of revived codes. No host synchronisation.
-    """
-    num_slices, num_codes, _ = state.codes.shape
-    dead = state.usage < threshold / num_codes
-    generator = torch.Generator().manual_seed(seed)
-    order = on_device(torch.randperm(candidates.shape[0], generator=generator), candidates.device)
-    position = (dead.cumsum(dim=1) - 1).clamp(min=0) % candidates.shape[0]  # [C, K]
-    slices = torch.arange(num_slices, device=candidates.device).unsqueeze(1)
-    replacement = candidates[order[position], slices]  # [C, K, D]
-    mask = dead.unsqueeze(-1)
-    codes = torch.where(mask, replacement, state.codes)
-    usage = torch.where(dead, torch.full_like(state.usage, 1.0 / num_codes), state.usage)
-    ema_sum = (
-        None if state.ema_sum is None else torch.where(mask, replacement / num_codes, state.ema_sum)
-    )
-    return CodebookState(codes, usage, ema_sum), dead
-
-
 def reanchor(
     state: CodebookState, candidates: torch.Tensor, decay: float, seed: int
 ) -> CodebookState:
@@ -101,7 +70,13 @@ def reanchor(
     v_k <- (1 - a_k) v_k + a_k anchor_k with a_k = exp(-p_k K 10 / (1 - decay) - 1e-3); the anchor
     is a candidate drawn with probability softmax_t cos(x_t, v_k) (arXiv 2307.15139, eq. 4 and 5).
 
-    Args and result as :func:`revive_dead_codes`, without the map. No host synchronisation.
+    Args:
+        state: after the step's usage update.
+        candidates: fp32 ``[M, C, D]``, identical on every replica; a row of zeros is none.
+        decay: of usage.
+        seed: of the draw, identical on every replica.
+
+    No host synchronisation.
     """
     num_codes = state.codes.shape[1]
     generator = torch.Generator().manual_seed(seed)
@@ -111,8 +86,10 @@ def reanchor(
     ).transpose(1, 2)  # [C, K, M]
     drawn = torch.rand(cosine.shape, generator=generator).clamp_(min=1e-20)
     uniform = on_device(drawn, cosine.device)
-    choice = (cosine - (-uniform.log()).log()).argmax(dim=-1)  # Gumbel-max draw, [C, K]
+    is_offered = (tokens != 0).any(dim=-1)  # [C, M]
+    key = (cosine - (-uniform.log()).log()).masked_fill_(~is_offered.unsqueeze(1), -torch.inf)
+    choice = key.argmax(dim=-1)  # Gumbel-max draw, [C, K]
     anchor = torch.gather(tokens, 1, choice.unsqueeze(-1).expand_as(state.codes))
     rate = torch.exp(-state.usage * num_codes * REANCHOR_RATE / (1.0 - decay) - REANCHOR_OFFSET)
-    rate = rate.unsqueeze(-1)
+    rate = torch.where(is_offered.any(dim=1, keepdim=True), rate, 0.0).unsqueeze(-1)
     return CodebookState(state.codes.lerp(anchor, rate), state.usage, state.ema_sum)
