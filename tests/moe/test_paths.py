@@ -23,7 +23,8 @@ def three_paths(settings: dict, kind: str) -> dict:
     """In a rank: a layer with a third path, and the sum of layers with fewer paths.
 
     ``shared`` is a dense expert for every token, ``codebook`` a second codebook over the same
-    experts. The gate is ``sigmoid`` at zero: first + 0.5 second + 0.5 third.
+    experts. The gate is ``sigmoid`` at zero: first + 0.5 second + 0.5 third. ``added`` is a dense
+    expert that the gate does not see, before the others: first + 0.5 second + third.
     """
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -34,6 +35,8 @@ def three_paths(settings: dict, kind: str) -> dict:
     from vqmoe_megatron.moe.paths import Path, Request
 
     class SharedExpert(Path):
+        is_weighed = kind != "added"
+
         def __init__(self, linear: torch.nn.Module) -> None:
             self.linear = linear
 
@@ -44,9 +47,10 @@ def three_paths(settings: dict, kind: str) -> dict:
     class ThreePaths(VQMoELayer):
         def build_paths(self, seed: int) -> list[Path]:
             paths = super().build_paths(seed)
-            if kind == "shared":
+            if kind != "codebook":
                 self.shared_expert = torch.nn.Linear(HIDDEN, HIDDEN)
-                return [*paths, SharedExpert(self.shared_expert)]
+                expert = SharedExpert(self.shared_expert)
+                return [*paths, expert] if kind == "shared" else [expert, *paths]
             first = {name: getattr(self, name) for name in NAMES}
             paths.append(self._discrete_path(seed + 1))
             for name, module in first.items():  # the layer's names stay the first codebook's
@@ -62,6 +66,7 @@ def three_paths(settings: dict, kind: str) -> dict:
     with torch.no_grad():
         three.gate.linear.weight.zero_()
         three.gate.linear.bias.zero_()
+    num_logits = three.gate.linear.out_features
     two = build_layer(vq, drawn)
     state = two.state_dict()
     for name in ("gate.linear.weight", "gate.linear.bias"):
@@ -82,16 +87,18 @@ def three_paths(settings: dict, kind: str) -> dict:
     with torch.no_grad():
         first_two, _ = two.eval()(x)
         alone = three.eval()
-        paths = alone.paths
         from vqmoe_megatron.moe.combine_gate import OnePath
 
-        alone.paths, alone.gate = paths[2:], OnePath()
+        paths, is_weighed = alone.paths, SharedExpert.is_weighed
+        alone.paths, alone.gate = [paths[0] if kind == "added" else paths[2]], OnePath()
+        SharedExpert.is_weighed = True
         third, _ = alone(x)
-        alone.paths = paths
+        alone.paths, SharedExpert.is_weighed = paths, is_weighed
     scalars, load, usage = three.apply_parts(iter([p.clone() for p in three.local_parts()]))
     return {
         "output": output.detach(),
-        "sum": first_two + 0.5 * third,
+        "sum": first_two + (1.0 if kind == "added" else 0.5) * third,
+        "num_logits": num_logits,
         "third": third,
         "gradients": {n: p.grad is not None for n, p in three.named_parameters()},
         "recorded": recorded,
@@ -102,14 +109,15 @@ def three_paths(settings: dict, kind: str) -> dict:
     }
 
 
-@pytest.mark.parametrize("kind", ["shared", "codebook"])
+@pytest.mark.parametrize("kind", ["shared", "codebook", "added"])
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_a_third_path_adds_itself_and_nothing_else(ranks, execution: str, kind: str) -> None:  # noqa: ANN001
     for found in ranks(2).run(three_paths, EXECUTIONS[execution], kind, layout=EP2):
         torch.testing.assert_close(found["output"], found["sum"], rtol=1e-12, atol=1e-12)
         assert found["third"].abs().max() > 1e-3
+        assert found["num_logits"] == (1 if kind == "added" else 2)
         assert [n for n in found["trained"] if not found["gradients"][n]] == []
-        num_codebooks = 1 if kind == "shared" else 2
+        num_codebooks = 2 if kind == "codebook" else 1
         assert found["recorded"] == [8.0] * num_codebooks
         assert found["load"] == 8.0 * (1 + num_codebooks)  # rows of 8 tokens, by each path
         assert found["usage"] == 8.0

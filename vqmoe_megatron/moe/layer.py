@@ -11,7 +11,8 @@ continuous path, C codes of the discrete path, R = T (k + C) rows, N experts.
    reduce-scatter. Where nothing travels, nothing of it happens.
 3. Every path makes its part of the answers: continuous rows summed with the router's weights,
    discrete rows with weight 1 / sqrt(C).
-4. The combine gate weighs the parts; VQ losses and statistics ride on their sum.
+4. The combine gate weighs the parts, but for those of paths that it does not see, which are added
+   as they are; VQ losses and statistics ride on the sum.
 
 The method is that of arXiv 2411.19402, sections 3.1-3.3.
 """
@@ -44,6 +45,7 @@ from vqmoe_megatron.moe.foreign_loop import follow
 from vqmoe_megatron.moe.layer_step import LayerStep
 from vqmoe_megatron.moe.megatron_settings import check_layer_number, check_layer_settings
 from vqmoe_megatron.moe.norms import NoNorm, ParallelNorm
+from vqmoe_megatron.moe.part import Part
 from vqmoe_megatron.moe.paths import ContinuousPath, DiscretePath, Path
 from vqmoe_megatron.runtime.cpu_compat.missing_names import name_missing_functions
 from vqmoe_megatron.runtime.graphs import Graph
@@ -98,8 +100,8 @@ class VQMoELayer(LayerStep, MoELayer):
         self.engine = engine(self.experts, config.num_moe_experts, pg_collection)
         self.new_graph = new_graph
         self.paths = self.build_paths(seed)
-        several = len(self.paths) > 1
-        self.gate = CombineGate(config, vq, len(self.paths)) if several else OnePath()
+        num_weighed = len(self.weighed_paths)
+        self.gate = CombineGate(config, vq, num_weighed) if num_weighed > 1 else OnePath()
         device = torch.cuda.current_device()
         num_experts = config.num_moe_experts
         self.register_buffer(
@@ -117,6 +119,11 @@ class VQMoELayer(LayerStep, MoELayer):
         if self.vq.path != "continuous":
             paths.append(self._discrete_path(seed))
         return paths
+
+    @property
+    def weighed_paths(self) -> list[Path]:
+        """Those among which the combine gate divides; the others are added with weight one."""
+        return [path for path in self.paths if path.is_weighed]
 
     @property
     def discrete_paths(self) -> list[DiscretePath]:
@@ -219,9 +226,14 @@ class VQMoELayer(LayerStep, MoELayer):
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
         requests = [path.ask(hidden_states, x) for path in self.paths]
         results = self.engine.run([request.work for request in requests])
-        parts = [request.answer(result) for request, result in zip(requests, results, strict=True)]
+        weighed: list[Part] = []
+        added: list[Part] = []
+        for path, request, result in zip(self.paths, requests, results, strict=True):
+            (weighed if path.is_weighed else added).append(request.answer(result))
         weights = self.gate(x)
-        output = weighted_sum(parts, weights)
+        output = weighted_sum(weighed, weights)
+        for part in added:
+            output = output + part.value()
         for request in requests:
             output = request.attach(output)
         experts = torch.cat([request.experts.reshape(-1) for request in requests])
@@ -246,7 +258,9 @@ class VQMoELayer(LayerStep, MoELayer):
 
         num_tokens = float(output.shape[0])  # the output itself must not be kept
         of_discrete = [
-            weight for path, weight in zip(self.paths, weights, strict=True) if path.is_discrete
+            weight
+            for path, weight in zip(self.weighed_paths, weights, strict=True)
+            if path.is_discrete
         ]
 
         def record() -> None:

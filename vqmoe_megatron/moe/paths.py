@@ -41,6 +41,7 @@ class Request:
 class Path(ABC):
     """One summand of the layer's output. What ends once per step does nothing by default."""
 
+    is_weighed = True  # by the combine gate; else added to the weighted sum with weight one
     is_discrete = False  # whether its weight counts in the metric combine_discrete_weight
 
     @abstractmethod
