@@ -113,6 +113,10 @@ def refusals() -> dict[str, str]:
         ),
         "jitter": lambda: build_layer(VQConfig(**BASE), moe_input_jitter_eps=0.1),
         "shared": lambda: build_layer(VQConfig(**BASE), moe_shared_expert_intermediate_size=32),
+        "gate": lambda: build_layer(VQConfig(**BASE), moe_shared_expert_gate=True),
+        "capacity": lambda: build_layer(
+            VQConfig(**BASE, path="continuous"), num_moe_experts=1, moe_expert_capacity_factor=1.0
+        ),
         "counts": lambda: build_layer(VQConfig(**{**BASE, "init": "data"}, code_map="balanced")),
         "slices": lambda: build_layer(VQConfig(**BASE, quantizer="product", num_code_slices=3)),
     }
@@ -130,7 +134,9 @@ def test_what_it_does_not_compose_with_is_named(ranks) -> None:  # noqa: ANN001
     (messages,) = ranks(1).run(refusals)
     assert "no padding mask" in messages["padding"]
     assert "moe_input_jitter_eps=0.1" in messages["jitter"]
-    assert "moe_shared_expert_intermediate_size=32" in messages["shared"]
+    assert "needs add_bias_linear=False" in messages["shared"]
+    assert "moe_shared_expert_gate=True" in messages["gate"]
+    assert "moe_expert_capacity_factor=1.0: the one expert takes" in messages["capacity"]
     assert "10 % 4 = 2" in messages["counts"]
     assert "16 % 3 = 1" in messages["slices"]
 
