@@ -17,6 +17,7 @@ import torch
 from vqmoe_megatron.config import VQConfig
 
 HIDDEN = 16
+SHARED_FFN = 24  # of a shared expert
 FFN = 48  # a quarter of it is still a grouped GEMM's 16 bytes of fp32, at ETP 4
 NUM_EXPERTS = 4
 ACTIVATIONS = {
@@ -33,6 +34,8 @@ def draw_parameters(
     bias: bool = True,
     normalization: str = "LayerNorm",
     seed: int = 7,
+    num_experts: int = NUM_EXPERTS,
+    shared: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The layer's parameters, fp64, of a scale at which every term of the output matters."""
     generator = torch.Generator().manual_seed(seed)
@@ -42,16 +45,20 @@ def draw_parameters(
 
     fc1 = 2 * FFN if gated else FFN
     drawn = {
-        "experts.weight1": draw(NUM_EXPERTS, fc1, HIDDEN, scale=HIDDEN**-0.5),
-        "experts.weight2": draw(NUM_EXPERTS, HIDDEN, FFN, scale=FFN**-0.5),
+        "experts.weight1": draw(num_experts, fc1, HIDDEN, scale=HIDDEN**-0.5),
+        "experts.weight2": draw(num_experts, HIDDEN, FFN, scale=FFN**-0.5),
     }
     if bias:
-        drawn["experts.bias1"] = draw(NUM_EXPERTS, fc1, scale=0.3)
-        drawn["experts.bias2"] = draw(NUM_EXPERTS, HIDDEN, scale=0.3)
-    if vq.path != "discrete":
-        drawn["router.weight"] = draw(NUM_EXPERTS, HIDDEN, scale=0.5)
+        drawn["experts.bias1"] = draw(num_experts, fc1, scale=0.3)
+        drawn["experts.bias2"] = draw(num_experts, HIDDEN, scale=0.3)
+    if shared:
+        width = 2 * SHARED_FFN if gated else SHARED_FFN
+        drawn["shared_experts.linear_fc1.weight"] = draw(width, HIDDEN, scale=HIDDEN**-0.5)
+        drawn["shared_experts.linear_fc2.weight"] = draw(HIDDEN, SHARED_FFN, scale=SHARED_FFN**-0.5)
+    if vq.path != "discrete" and num_experts > 1:
+        drawn["router.weight"] = draw(num_experts, HIDDEN, scale=0.5)
         if bias:
-            drawn["router.bias"] = draw(NUM_EXPERTS, scale=0.5)
+            drawn["router.bias"] = draw(num_experts, scale=0.5)
     if vq.path != "continuous":
         width = vq.code_dim or HIDDEN // vq.num_code_slices
         if vq.quantizer == "low_dim":  # not a parameter, and here without unit rows
@@ -145,6 +152,26 @@ def join_experts(name: str, cuts: dict[tuple[int, int], torch.Tensor]) -> torch.
     return torch.cat(whole)
 
 
+def shared_slice(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's cut of a shared expert's weight. In a rank only."""
+    from megatron.core import parallel_state
+
+    shard = parallel_state.get_tensor_model_parallel_rank()
+    num_shards = parallel_state.get_tensor_model_parallel_world_size()
+    if "linear_fc2" in name:
+        return tensor.chunk(num_shards, dim=1)[shard]
+    return torch.cat([half.chunk(num_shards)[shard] for half in tensor.split(SHARED_FFN)])
+
+
+def join_shared(name: str, cuts: dict[int, torch.Tensor]) -> torch.Tensor:
+    """The whole weight from the cuts by tensor-parallel rank; undoes ``shared_slice``."""
+    shards = [cuts[shard] for shard in range(len(cuts))]
+    if "linear_fc2" in name:
+        return torch.cat(shards, dim=1)
+    halves = zip(*(shard.split(SHARED_FFN // len(cuts)) for shard in shards), strict=True)
+    return torch.cat([cut for half in halves for cut in half])
+
+
 def build_layer(  # noqa: ANN201
     vq: VQConfig,
     parameters: dict[str, torch.Tensor] | None = None,
@@ -152,14 +179,21 @@ def build_layer(  # noqa: ANN201
     **changes: Any,
 ):
     """A VQMoELayer with grouped experts, holding ``parameters`` when given. In a rank only."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLPSubmodules
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
+    from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from vqmoe_megatron.moe import GroupedExperts, VQMoELayer
 
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     layer = VQMoELayer(
         transformer_config(**changes),
-        MoESubmodules(experts=ModuleSpec(module=GroupedExperts)),
+        MoESubmodules(
+            experts=ModuleSpec(module=GroupedExperts),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears),
+        ),
         layer_number=1,
         vq=vq,
         new_graph=new_graph,
@@ -183,7 +217,11 @@ def copy_parameters(layer: torch.nn.Module, parameters: dict[str, torch.Tensor])
         raise ValueError(f"the layer has {sorted(own)}, the test {sorted(expected)}")
     for name, parameter in own.items():
         value = parameters[name]
-        parameter.copy_(expert_slice(name, value) if name.startswith("experts.") else value)
+        if name.startswith("experts."):
+            value = expert_slice(name, value)
+        elif name.startswith("shared_experts."):
+            value = shared_slice(name, value)
+        parameter.copy_(value)
     for path in layer.paths:
         if path.is_discrete:
             path.assigner.codebook.needs_data_init = False  # the codes are given

@@ -159,3 +159,19 @@ def test_the_rules_need_no_torch():
         "sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_shared_expert_must_stay_as_wide():
+    plain = {"add_bias_linear": False}
+    shared = {**plain, "moe_shared_expert_intermediate_size": 64}
+    with pytest.raises(ValueError, match="moe_shared_expert_intermediate_size: checkpoint None"):
+        told(config(8, model=plain), config(16, model=shared))
+    assert "experts 8 -> 16" in told(config(8, model=shared), config(16, model=shared))
+
+
+def test_one_expert_has_no_router_to_copy_from():
+    for path in ("dual", "continuous"):
+        with pytest.raises(ValueError, match="checkpoint 1, recipe 4; .* no router"):
+            told(config(1, path=path), config(4, path=path))
+    assert "experts 1 -> 4" in told(config(1, path="discrete"), config(4, path="discrete"))
+    assert "the first 1 are kept, 7 are dropped" in told(config(8), config(1))

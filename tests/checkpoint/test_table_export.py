@@ -183,6 +183,15 @@ def test_a_cut_checkpoint_is_refused(refused, copy, tmp_path):
     [
         ({"path: discrete": "path: continuous"}, "path=continuous has no discrete path"),
         ({"expert_input: code": "expert_input: blend"}, "expert_input=blend has no table"),
+        (
+            {
+                "moe_shared_expert_intermediate_size: null": (
+                    "moe_shared_expert_intermediate_size: 8"
+                ),
+                "add_bias_linear: true": "add_bias_linear: false",
+            },
+            "moe_shared_expert_intermediate_size=8 has no table",
+        ),
     ],
 )
 def test_a_layer_without_a_table_is_refused(change, says, refused, copy, tmp_path):

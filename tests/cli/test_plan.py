@@ -60,6 +60,16 @@ def test_tables_say_what_is_planned_and_what_is_assumed(vqmoe) -> None:
     assert "assumed: model.vocab_size" not in out
 
 
+def test_a_dense_model_and_a_shared_expert_are_called_so(vqmoe) -> None:
+    one = ["model.num_moe_experts=1", "model.moe_router_topk=1", "vq.path=continuous"]
+    _, out, _ = vqmoe(VOCABULARY, *one)
+    assert "1 of width 64 for every token: dense, no router" in " ".join(out.split())
+    shared = ["model.moe_shared_expert_intermediate_size=32", "model.add_bias_linear=false"]
+    _, out, _ = vqmoe(VOCABULARY, *shared)
+    assert "top-2, and a shared one of width 32" in " ".join(out.split())
+    assert "shared_experts" in out and "shared expert" in out
+
+
 def test_the_parts_of_a_stage_add_up_with_its_copy_of_the_tied_table(vqmoe) -> None:
     stages = "parallel.pipeline_model_parallel_size=2"
     code, out, _ = vqmoe(VOCABULARY, stages, "--world-size", "2", "--hardware", "CPU")

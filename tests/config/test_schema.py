@@ -144,6 +144,11 @@ def test_unknown_choice_lists_the_legal_ones(name: str) -> None:
         (ModelConfig, {"hidden_dropout": 1.0}, "hidden_dropout=1.0 must be at least 0 and below 1"),
         (ParallelConfig, {"expert_model_parallel_size": 0}, "expert_model_parallel_size=0"),
         (
+            ModelConfig,
+            {"moe_shared_expert_intermediate_size": 64},
+            "moe_shared_expert_intermediate_size=64 needs model.add_bias_linear=false",
+        ),
+        (
             ParallelConfig,
             {"virtual_pipeline_model_parallel_size": 0},
             "virtual_pipeline_model_parallel_size=0 must be at least 1",
@@ -279,3 +284,27 @@ def test_code_space_is_taken_where_it_is_exact(settings: dict, in_code_space: bo
 )
 def test_a_run_can_say_how_the_discrete_path_is_evaluated(settings: dict, words: str) -> None:
     assert words in VQConfig(**settings).execution_in_words
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "words"),
+    [
+        ({}, "dual", "16 of width 512, top-1, every 1 layer(s)"),
+        ({"moe_router_topk": 2}, "continuous", "16 of width 512, top-2, every 1 layer(s)"),
+        ({}, "discrete", "16 of width 512, no router, every 1 layer(s)"),
+        ({"num_moe_experts": 1}, "dual", "1 of width 512, no router, every 1 layer(s)"),
+        (
+            {"num_moe_experts": 1, "moe_layer_freq": 2},
+            "continuous",
+            "1 of width 512 for every token: dense, no router, every 2 layer(s)",
+        ),
+        (
+            {"moe_shared_expert_intermediate_size": 64, "add_bias_linear": False},
+            "dual",
+            "16 of width 512, top-1, and a shared one of width 64, every 1 layer(s)",
+        ),
+    ],
+)
+def test_a_run_can_say_what_its_experts_are(model: dict, path: str, words: str) -> None:
+    config = RunConfig(model=ModelConfig(**model), vq=VQConfig(num_codes=32, path=path))
+    assert config.experts_in_words == words

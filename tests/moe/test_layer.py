@@ -113,6 +113,10 @@ def refusals() -> dict[str, str]:
         ),
         "jitter": lambda: build_layer(VQConfig(**BASE), moe_input_jitter_eps=0.1),
         "shared": lambda: build_layer(VQConfig(**BASE), moe_shared_expert_intermediate_size=32),
+        "gate": lambda: build_layer(VQConfig(**BASE), moe_shared_expert_gate=True),
+        "capacity": lambda: build_layer(
+            VQConfig(**BASE, path="continuous"), num_moe_experts=1, moe_expert_capacity_factor=1.0
+        ),
         "counts": lambda: build_layer(VQConfig(**{**BASE, "init": "data"}, code_map="balanced")),
         "slices": lambda: build_layer(VQConfig(**BASE, quantizer="product", num_code_slices=3)),
     }
@@ -130,7 +134,9 @@ def test_what_it_does_not_compose_with_is_named(ranks) -> None:  # noqa: ANN001
     (messages,) = ranks(1).run(refusals)
     assert "no padding mask" in messages["padding"]
     assert "moe_input_jitter_eps=0.1" in messages["jitter"]
-    assert "moe_shared_expert_intermediate_size=32" in messages["shared"]
+    assert "needs add_bias_linear=False" in messages["shared"]
+    assert "moe_shared_expert_gate=True" in messages["gate"]
+    assert "moe_expert_capacity_factor=1.0: the one expert takes" in messages["capacity"]
     assert "10 % 4 = 2" in messages["counts"]
     assert "16 % 3 = 1" in messages["slices"]
 
@@ -169,3 +175,101 @@ def layer_of_a_newer_megatron(is_mtp_layer: bool) -> list:
 def test_what_newer_megatrons_pass_is_handed_to_their_layer(ranks, is_mtp_layer) -> None:
     (found,) = ranks(1).run(layer_of_a_newer_megatron, is_mtp_layer)
     assert found == [is_mtp_layer, "decoder.layers.0.mlp", 4 if is_mtp_layer else 1]
+
+
+def dense_control(gated: bool) -> dict:
+    """In a rank: a layer with one expert and no other path beside Megatron's plain MLP."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from tiny_layer import FFN, transformer_config
+
+    vq = VQConfig(**BASE, path="continuous")
+    layer = build_layer(
+        vq,
+        draw_parameters(vq, gated=gated, num_experts=1),
+        num_moe_experts=1,
+        gated_linear_unit=gated,
+    )
+
+    def nothing_travels(*_: object) -> None:
+        raise AssertionError("rows were dispatched")
+
+    layer.engine.dispatch = layer.engine.plan = nothing_travels
+    config = transformer_config(num_moe_experts=1, gated_linear_unit=gated)
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mlp = MLP(config, linears, ffn_hidden_size=FFN).double()
+    pairs = {
+        "experts.weight1": mlp.linear_fc1.weight,
+        "experts.bias1": mlp.linear_fc1.bias,
+        "experts.weight2": mlp.linear_fc2.weight,
+        "experts.bias2": mlp.linear_fc2.bias,
+    }
+    own = dict(layer.named_parameters())
+    with torch.no_grad():
+        for name, parameter in pairs.items():
+            parameter.copy_(own[name].squeeze(0))
+    x = torch.randn(6, 2, HIDDEN, dtype=torch.float64)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    output, _ = layer(inputs[0])
+    expected, bias = mlp(inputs[1])
+    expected = expected + bias
+    for y in (output, expected):
+        y.square().sum().backward()
+    return {
+        "names": sorted(own),
+        "pairs": [
+            (output.detach(), expected.detach()),
+            (inputs[0].grad, inputs[1].grad),
+            *((own[name].grad.squeeze(0), p.grad) for name, p in pairs.items()),
+        ],
+        "load": layer.step_expert_load.tolist(),
+    }
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_one_expert_is_a_plain_mlp(ranks, gated: bool) -> None:  # noqa: ANN001
+    (found,) = ranks(1).run(dense_control, gated)
+    assert found["names"] == [f"experts.{kind}{n}" for kind in ("bias", "weight") for n in (1, 2)]
+    for ours, theirs in found["pairs"]:
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+        assert ours.any()
+    assert found["load"] == [12.0]
+
+
+def beside_megatrons_layer() -> dict:
+    """In a rank: path=continuous with a shared expert, and Megatron's layer of the same parts."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+    from tiny_layer import SHARED_FFN
+
+    vq = VQConfig(**BASE, path="continuous")
+    layer = build_layer(
+        vq,
+        draw_parameters(vq, bias=False, shared=True),
+        add_bias_linear=False,
+        moe_shared_expert_intermediate_size=SHARED_FFN,
+        moe_router_topk=2,
+    )
+    theirs = MoELayer(layer.config, layer.submodules, 1, layer.pg_collection).double()
+    theirs.load_state_dict(layer.state_dict())
+    x = torch.randn(6, 2, HIDDEN, dtype=torch.float64)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [module(x)[0] for module, x in zip((layer, theirs), inputs, strict=True)]
+    for y in outputs:
+        y.square().sum().backward()
+    shared = layer.shared_experts
+    return {
+        "pairs": [outputs, [x.grad for x in inputs]]
+        + [[p.grad, q.grad] for p, q in zip(layer.parameters(), theirs.parameters(), strict=True)],
+        "allreduce": [getattr(p, "allreduce", True) for p in shared.parameters()],
+        "alone": shared(x).detach(),
+        "gate": type(layer.gate).__name__,
+    }
+
+
+def test_a_shared_expert_is_megatrons_and_added_as_there(ranks) -> None:  # noqa: ANN001
+    (found,) = ranks(1).run(beside_megatrons_layer)
+    for ours, theirs in found["pairs"]:
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert found["alone"].abs().max() > 1e-2
+    assert found["allreduce"] == [True, True]  # no expert: reduced over all data-parallel ranks
+    assert found["gate"] == "OnePath"

@@ -23,10 +23,12 @@ from tiny_layer import (
     ACTIVATIONS,
     HIDDEN,
     NUM_EXPERTS,
+    SHARED_FFN,
     build_layer,
     draw_parameters,
     expert_place,
     join_experts,
+    join_shared,
 )
 
 from vqmoe_megatron.config import VQConfig
@@ -166,6 +168,15 @@ TOKEN_VARIANTS = {
     "learned-none": {"vq": {"code_input": "learned", "straight_through": "none"}},
     "64-codes-per-expert": {"vq": {"num_codes": 64 * NUM_EXPERTS}},
     "fewer-codes-than-experts": {"vq": {"num_codes": NUM_EXPERTS - 1}},
+    **{
+        f"shared-expert{suffix}": {"shared": True, "bias": False, **case}
+        for suffix, case in {
+            "": {},
+            "-sigmoid-gated": {"vq": {"combine": "sigmoid"}, "activation": "silu", "gated": True},
+            "-discrete": {"vq": {"path": "discrete"}},
+            "-continuous-recompute": {"vq": {"path": "continuous"}, "recompute": True},
+        }.items()
+    },
     # without biases, which Megatron's own experts add in a way that this torch refuses
     "megatron-experts": {"megatron_experts": True, "bias": False},
     "megatron-experts-gated-group": {
@@ -203,6 +214,8 @@ EXPERT_TENSOR_VARIANTS = tuple(
         "relu",
         "relu-no-bias",
         "product-4",
+        "shared-expert",
+        "shared-expert-sigmoid-gated",
         "one-code-one-expert",  # most ranks receive no row
         "recompute",
         "fp32-gated-product",
@@ -211,6 +224,27 @@ EXPERT_TENSOR_VARIANTS = tuple(
         "learned-product-4-group",
     )
 )
+# Without a router; and the discrete path beside it.
+ONE_EXPERT_VARIANTS = {
+    "dense": {"vq": {"path": "continuous"}},
+    "dense-gated-shared": {
+        "vq": {"path": "continuous"},
+        "activation": "silu",
+        "gated": True,
+        "bias": False,
+        "shared": True,
+    },
+    "dense-recompute-fp32": {
+        "vq": {"path": "continuous"},
+        "recompute": True,
+        "dtype": torch.float32,
+    },
+    "dual-tokens": {"vq": {"execution": "tokens"}},
+    "dual-code-space": {"vq": {"execution": "code_space", "straight_through": "group"}},
+    "dual-table-per-step": {"vq": {"execution": "code_space", "table_per_step": True}},
+    "discrete": {"vq": {"path": "discrete"}},
+}
+ONE_EXPERT_LAYOUTS = ("1rank", "tp2", "etp2", "tp2etp2", "tp4etp2")
 
 
 def settings(case: dict) -> VQConfig:
@@ -229,6 +263,8 @@ def drawn(case: dict) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tens
         gated=case.get("gated", False),
         bias=case.get("bias", True),
         normalization=case.get("normalization", "LayerNorm"),
+        num_experts=case.get("num_experts", NUM_EXPERTS),
+        shared=case.get("shared", False),
     )
     generator = torch.Generator().manual_seed(11)
     x = torch.randn(NUM_TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
@@ -262,6 +298,8 @@ def evaluate_layer(case: dict) -> dict:
         changes = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
     if x.dtype == torch.bfloat16:
         changes |= {"bf16": True, "params_dtype": x.dtype, "moe_router_dtype": "fp32"}
+    if case.get("shared"):
+        changes |= {"moe_shared_expert_intermediate_size": SHARED_FFN}
     layer = build_layer(
         settings(case),
         parameters,
@@ -271,6 +309,7 @@ def evaluate_layer(case: dict) -> dict:
         gated_linear_unit=case.get("gated", False),
         add_bias_linear=case.get("bias", True),
         normalization=case.get("normalization", "LayerNorm"),
+        num_moe_experts=case.get("num_experts", NUM_EXPERTS),
         **changes,
     )
     if case.get("megatron_experts"):
@@ -289,6 +328,7 @@ def evaluate_layer(case: dict) -> dict:
         "x": own.grad,
         "gradients": gradients,
         "expert_place": expert_place(),
+        "tensor_place": parallel_state.get_tensor_model_parallel_rank(),
         "trained": [n for n, p in layer.named_parameters() if p.requires_grad],
         "data_parallel_size": parallel_state.get_data_parallel_world_size(),
     }
@@ -308,6 +348,12 @@ def gathered(results: list[dict]) -> dict[str, torch.Tensor]:
                 place = r["expert_place"]
                 cuts[place] = cuts.get(place, 0.0) + r["gradients"][name]
             found[name] = join_experts(name, cuts)
+        elif name.startswith("shared_experts."):
+            shards: dict[int, torch.Tensor] = {}
+            for r in results:
+                shard = r["tensor_place"]
+                shards[shard] = shards.get(shard, 0.0) + r["gradients"][name]
+            found[name] = join_shared(name, shards)
         else:
             found[name] = torch.stack([r["gradients"][name] for r in results]).sum(dim=0)
     return found
@@ -326,7 +372,7 @@ def run_oracle(case: dict, trained: list[str], data_parallel_size: int):  # noqa
         x,
         parameters,
         settings(case),
-        num_experts=NUM_EXPERTS,
+        num_experts=case.get("num_experts", NUM_EXPERTS),
         topk=case.get("topk", 1),
         pre_softmax=case.get("pre_softmax", True),
         activation=ACTIVATIONS[case.get("activation", "gelu")],
@@ -383,6 +429,11 @@ def test_variant(name: str, layout: str, ranks) -> None:  # noqa: ANN001
 )
 def test_sharded_experts(name: str, layout: str, ranks) -> None:  # noqa: ANN001
     check_equal(VARIANTS[name], ranks, layout)
+
+
+@pytest.mark.parametrize(("name", "layout"), at_layouts(ONE_EXPERT_VARIANTS, ONE_EXPERT_LAYOUTS))
+def test_one_expert(name: str, layout: str, ranks) -> None:  # noqa: ANN001
+    check_equal({**ONE_EXPERT_VARIANTS[name], "num_experts": 1}, ranks, layout)
 
 
 BF16_CASES = {

@@ -310,3 +310,20 @@ def test_gated_experts_offset_and_clamp_as_megatrons(ranks, settings) -> None:
     if settings:
         ((plain, *_),) = ranks(1).run(gated_outputs, {})
         assert not torch.allclose(ours, plain)  # the setting does something
+
+
+def test_a_shared_expert_has_no_biases() -> None:
+    config = config_of(moe_shared_expert_intermediate_size=8)
+    with pytest.raises(ValueError, match="needs add_bias_linear=False"):
+        megatron_settings.check_layer_settings(config, VQConfig())
+    config.add_bias_linear = False
+    megatron_settings.check_layer_settings(config, VQConfig())
+
+
+@pytest.mark.parametrize("name", megatron_settings.REFUSED_WITH_ONE_EXPERT)
+def test_one_expert_refuses_what_routers_and_capacities_would_do(name: str) -> None:
+    config = config_of(num_moe_experts=1, **{name: 2})
+    with pytest.raises(ValueError, match=f"VQMoELayer with num_moe_experts=1 does not do {name}=2"):
+        megatron_settings.check_layer_settings(config, VQConfig(path="continuous"))
+    config.num_moe_experts = 4
+    megatron_settings.check_layer_settings(config, VQConfig(path="continuous"))

@@ -24,6 +24,7 @@ SIZES = [
     "model.moe_ffn_hidden_size=128",
 ]  # fmt: skip
 FULL = ["model.recompute_granularity=full", "model.recompute_num_layers=2"]
+ONE_EXPERT = ["model.num_moe_experts=1", "model.moe_router_topk=1"]
 CASES = {
     "dual": (1, {}, []),
     "continuous": (1, {}, ["vq.path=continuous"]),
@@ -41,6 +42,28 @@ CASES = {
     "uniform": (1, {}, [*FULL, "model.recompute_method=uniform"]),
     "block": (1, {}, [*FULL, "model.recompute_method=block"]),
     "selective": (1, {}, ["model.recompute_granularity=selective"]),
+    "one expert": (1, {}, ["vq.path=continuous", *ONE_EXPERT]),
+    "one expert, dual, gated": (1, {}, [*ONE_EXPERT, "model.gated_linear_unit=true"]),
+    "shared expert": (
+        1,
+        {},
+        ["model.moe_shared_expert_intermediate_size=256", "model.add_bias_linear=false"],
+    ),
+    "shared expert, gated, continuous, tp2": (
+        2,
+        {"tensor_model_parallel_size": 2},
+        [
+            "model.moe_shared_expert_intermediate_size=256",
+            "model.add_bias_linear=false",
+            "model.gated_linear_unit=true",
+            "vq.path=continuous",
+        ],
+    ),
+    "one expert, etp2": (
+        2,
+        {"expert_tensor_parallel_size": 2},
+        ["vq.path=continuous", *ONE_EXPERT],
+    ),
     "tp2 ep2": (2, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}, []),
     "etp2": (2, {"expert_tensor_parallel_size": 2}, ["model.gated_linear_unit=true"]),
 }

@@ -9,7 +9,7 @@ from itertools import product
 
 import pytest
 import torch
-from tiny_layer import FFN, HIDDEN, NUM_EXPERTS, build_layer, draw_parameters
+from tiny_layer import FFN, HIDDEN, NUM_EXPERTS, SHARED_FFN, build_layer, draw_parameters
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_megatron.config import VQConfig
@@ -48,6 +48,16 @@ CASES = [
     if execution == kind.get("execution", execution)
 ]
 
+# Beside the settings: the number of experts and of selected ones, and whether one is shared.
+CONTROLS = [
+    ({"path": path, "execution": execution, "norm": norm}, num_experts, is_shared)
+    for (path, execution), norm, (num_experts, is_shared) in product(
+        (("dual", "tokens"), ("dual", "code_space"), ("continuous", "tokens")),
+        ("none", "separate"),
+        ((1, False), (1, True), (NUM_EXPERTS, True)),
+    )
+]
+
 
 class OneModule:
     """Everything belongs to the whole model: following modules would put hooks on autograd, which
@@ -67,9 +77,29 @@ def count_all(cases: list[dict], gated: bool) -> list[list[int]]:
     return [count(VQConfig(**case), gated) for case in cases]
 
 
-def count(vq: VQConfig, gated: bool) -> list[int]:
-    parameters = draw_parameters(vq, gated=gated)
-    layer = build_layer(vq, parameters, moe_router_topk=TOPK, gated_linear_unit=gated)
+def count_controls(cases: list[tuple[dict, int, bool]], gated: bool) -> list[list[int]]:
+    """In a rank: as :func:`count_all`, of layers without biases."""
+    return [
+        count(VQConfig(**case), gated, num_experts, is_shared)
+        for case, num_experts, is_shared in cases
+    ]
+
+
+def count(
+    vq: VQConfig, gated: bool, num_experts: int = NUM_EXPERTS, is_shared: bool = False
+) -> list[int]:
+    parameters = draw_parameters(
+        vq, gated=gated, num_experts=num_experts, shared=is_shared, bias=not is_shared
+    )
+    layer = build_layer(
+        vq,
+        parameters,
+        num_moe_experts=num_experts,
+        moe_router_topk=min(TOPK, num_experts),
+        gated_linear_unit=gated,
+        add_bias_linear=not is_shared,
+        moe_shared_expert_intermediate_size=SHARED_FFN if is_shared else None,
+    )
     x = torch.randn(5, 2, HIDDEN, dtype=torch.float64, requires_grad=True)
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = OneModule()
@@ -100,3 +130,25 @@ def test_every_product_of_the_layer_is_predicted(ranks, gated: bool) -> None:  #
             )
         )
         assert sum(cost.values(), Flops()) == Flops(forward, backward), case
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_product_of_the_control_arms_is_predicted(ranks, gated: bool) -> None:  # noqa: ANN001
+    cases = [({**BASE, **case}, *sizes) for case, *sizes in CONTROLS]
+    (found,) = ranks(1).run(count_controls, cases, gated)
+    for (case, num_experts, is_shared), (forward, backward) in zip(cases, found, strict=True):
+        cost = layer_flops(
+            LayerShape(
+                vq=VQConfig(**case),
+                num_local_tokens=10,
+                hidden_size=HIDDEN,
+                moe_ffn_hidden_size=FFN,
+                num_moe_experts=num_experts,
+                moe_router_topk=min(TOPK, num_experts),
+                gated_linear_unit=gated,
+                bytes_per_element=8,
+                moe_shared_expert_intermediate_size=SHARED_FFN if is_shared else None,
+            )
+        )
+        found_here = Flops(forward, backward)
+        assert sum(cost.values(), Flops()) == found_here, (case, num_experts, is_shared)

@@ -104,6 +104,15 @@ BROKEN = {
         {"model__moe_layer_freq": 2, "model__ffn_hidden_size": 99, TP: 2}, 2,
         "ffn_hidden_size % TP != 0: 99 % 2 = 1",
     ),
+    "shared_expert": (
+        {
+            "model__add_bias_linear": False,
+            "model__moe_shared_expert_intermediate_size": 99,
+            TP: 2,
+        },
+        2,
+        "moe_shared_expert_intermediate_size % TP != 0: 99 % 2 = 1",
+    ),
     "layers": ({"model__num_layers": 5, PP: 2}, 2, "num_layers % PP != 0: 5 % 2 = 1"),
     "chunks": (
         {"model__num_layers": 6, PP: 2, VPP: 2}, 2,

@@ -99,3 +99,29 @@ def test_every_path_has_its_parts() -> None:
     assert parts(path="discrete", execution="tokens") == (
         discrete - {"code rows"} | {"dispatch", "expert GEMMs", "element-wise"}
     )
+
+
+def test_a_shared_expert_reads_the_tokens_of_all_tensor_ranks() -> None:
+    layer = changed(
+        LAYER, path="continuous", execution="auto", tensor_model_parallel_size=2,
+        moe_shared_expert_intermediate_size=640,
+    )  # fmt: skip
+    found = kernels(layer)
+    forward = named(found, "shared expert", "products")
+    tokens, width = 2 * 8192, 320
+    assert forward.operations == 2 * 3 * 1024 * width * tokens
+    assert forward.operations == layer_flops(layer)["shared_expert"].forward
+    assert forward.read_bytes == 2 * (tokens * (1024 + width) + 3 * 1024 * width)
+    assert forward.written_bytes == 2 * tokens * (2 * width + 1024)
+    added = named(found, "shared expert", "sum")
+    assert (added.read_bytes, added.written_bytes) == (2 * 8192 * 1024 * 2, 8192 * 1024 * 2)
+
+
+def test_one_expert_has_neither_router_nor_dispatch() -> None:
+    one = changed(
+        LAYER, path="continuous", execution="auto", num_moe_experts=1, expert_model_parallel_size=1
+    )
+    assert {kernel.part for kernel in kernels(one)} == {"expert GEMMs", "element-wise"}
+    sharded = kernels(changed(one, expert_tensor_parallel_size=2))
+    assert {kernel.part for kernel in sharded} == {"expert GEMMs", "element-wise", "dispatch"}
+    assert not [kernel for kernel in sharded if kernel.name == "weighted sum"]

@@ -17,6 +17,7 @@ from vqmoe_megatron.plan.state_memory import stage_buffers, state_bytes
 
 DISTRIBUTED = "optimizer.use_distributed_optimizer=true"
 TIED = "model.untie_embeddings_and_output_weights=false"
+ONE_EXPERT = ["model.num_moe_experts=1", "model.moe_router_topk=1"]
 CASES = {
     "one rank": (1, {}, []),
     "bf16, rms, gated, gqa, low_dim, learned": (
@@ -53,6 +54,28 @@ CASES = {
         2,
         {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
         ["vq.path=continuous", "model.gated_linear_unit=true", DISTRIBUTED],
+    ),
+    "tp2 ep2, shared expert, gated": (
+        2,
+        {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+        [
+            "model.moe_shared_expert_intermediate_size=40", "model.gated_linear_unit=true",
+            "model.add_bias_linear=false", "vq.code_input=learned", DISTRIBUTED,
+        ],
+    ),
+    "pp2, shared expert, bf16": (
+        2,
+        {"pipeline_model_parallel_size": 2},
+        [
+            "model.moe_shared_expert_intermediate_size=24", "model.add_bias_linear=false",
+            "model.moe_layer_freq=2", "model.bf16=true", DISTRIBUTED,
+        ],
+    ),
+    "one expert": (1, {}, ["vq.path=continuous", *ONE_EXPERT]),
+    "etp2, one expert, dual": (
+        2,
+        {"expert_tensor_parallel_size": 2},
+        [*ONE_EXPERT, DISTRIBUTED],
     ),
     "etp2, reanchor, odd widths": (
         2,
@@ -181,6 +204,19 @@ def test_a_token_uses_the_experts_of_its_rows() -> None:
     for part in ("total_by_part", "active_by_part"):
         half, whole = getattr(layers_0_and_2, part), getattr(every_layer, part)
         assert 2 * half["experts"] == whole["experts"]
+
+
+def test_a_shared_expert_is_used_whole_and_one_expert_has_no_router() -> None:
+    no_bias = "model.add_bias_linear=false"
+    total, active = of_layer("model.moe_shared_expert_intermediate_size=10", no_bias)
+    assert total["shared_experts"] == active["shared_experts"] == 10 * 6 + 6 * 10
+    gated = [no_bias, "model.gated_linear_unit=true"]
+    total, _ = of_layer("model.moe_shared_expert_intermediate_size=10", *gated)
+    assert total["shared_experts"] == 2 * 10 * 6 + 6 * 10
+    total, active = of_layer(*ONE_EXPERT, "vq.path=continuous")
+    assert total["experts"] == active["experts"] == 266
+    assert "router" not in total
+    assert "router" not in of_layer(*ONE_EXPERT)[0]  # with the discrete path beside it
 
 
 def test_learned_inputs_are_full_width_and_read_per_code() -> None:

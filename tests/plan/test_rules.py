@@ -56,6 +56,16 @@ from vqmoe_megatron.plan.layout import layout_errors
             [
                 "model.fp8=e4m3",
                 "vq.execution=tokens",
+                "model.add_bias_linear=false",
+                "model.moe_shared_expert_intermediate_size=80",
+            ],
+            ["model.moe_shared_expert_intermediate_size=96"],
+            "moe_shared_expert_intermediate_size % (TP * 32 = 1 * 32) != 0: 80",
+        ),
+        (
+            [
+                "model.fp8=e4m3",
+                "vq.execution=tokens",
                 "model.recompute_granularity=selective",
                 "model.recompute_modules=[moe]",
             ],

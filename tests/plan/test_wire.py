@@ -420,3 +420,24 @@ def test_counted_rows_take_the_place_of_balanced_ones() -> None:
     # 1 block of 2 counts; rows of 48 bytes: 5 out and 7 back, forward and backward
     assert total_bytes(terms) == 16 + 2 * (5 + 7) * 48
     assert total_bytes(terms, 3) == 3 * (16 + 2 * 12 * 48)
+
+
+@pytest.mark.parametrize("tensor_ranks", [1, 2, 4])
+def test_a_shared_expert_gathers_and_scatters_the_sequence(tensor_ranks: int) -> None:
+    layer = changed(
+        LAYER, path="continuous", tensor_model_parallel_size=tensor_ranks,
+        moe_shared_expert_intermediate_size=8,
+    )  # fmt: skip
+    block = (tensor_ranks - 1) * 10 * 12 * 4
+    found = [(t.is_backward, t.collective, t.axis, t.sent_bytes) for t in layer_terms(layer)]
+    found = [term for term in found if term[2] == "tp"]
+    if tensor_ranks == 1:
+        assert found == []
+        return
+    assert sorted(found) == [
+        (False, "all_gather", "tp", block),
+        (False, "reduce_scatter", "tp", block),
+        (True, "all_gather", "tp", block),
+        (True, "all_gather", "tp", block),
+        (True, "reduce_scatter", "tp", block),
+    ]

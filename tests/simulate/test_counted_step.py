@@ -11,6 +11,7 @@ from fast_tier import only
 ZERO = ["optimizer.use_distributed_optimizer=true"]
 OVERLAP = [*ZERO, "optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
 MANY_LAYERS = ["model.num_layers=4"]
+ONE_EXPERT = ["model.num_moe_experts=1", "model.moe_router_topk=1"]
 CASES = {
     # name: (ranks, layout, overrides)
     "one rank": (1, {}, []),
@@ -64,6 +65,26 @@ CASES = {
             "model.recompute_modules=[moe]",
         ],
     ),
+    "TP2 x EP2, shared expert, recompute of experts": (
+        4,
+        {"tp": 2, "ep": 2},
+        [
+            "model.moe_shared_expert_intermediate_size=32",
+            "model.add_bias_linear=false",
+            "model.recompute_granularity=selective",
+            "model.recompute_modules=[moe]",
+        ],
+    ),
+    "TP2 x PP2, shared expert, distributed optimizer": (
+        4,
+        {"tp": 2, "pp": 2},
+        [*ZERO, "model.moe_shared_expert_intermediate_size=32", "model.add_bias_linear=false"],
+    ),
+    "TP2 x ETP2, one expert": (
+        4,
+        {"tp": 2, "etp": 2},
+        ["vq.path=continuous", *ONE_EXPERT],
+    ),
     "EP4, discrete only, product codes": (
         4,
         {"ep": 4},
@@ -75,6 +96,7 @@ CASES = {
 FAST = (
     "TP2 x PP2 x EP2, interleaved, all overlapped, recompute of experts",
     "EP4, discrete only, product codes",
+    "TP2 x EP2, shared expert, recompute of experts",
 )
 
 

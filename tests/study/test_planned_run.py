@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from vqmoe_megatron.config.recipe import load_recipe
+from vqmoe_megatron.plan.flops import layer_flops
+from vqmoe_megatron.plan.layout import unsharded
+from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.study.planned_run import StudyPlanner
 from vqmoe_megatron.study.study_file import read_study_file
 from vqmoe_megatron.track.mlflow.sqlite_uri import sqlite_path
@@ -105,6 +108,27 @@ def test_the_laptop_study_is_legal_and_compares_equals(monkeypatch) -> None:
     assert len({run.num_tokens for run in runs.values()}) == 1
     largest = runs["experts128-vq-seed1"].config
     assert largest.vq.num_codes == 512 and largest.vq.in_code_space
+
+
+def test_the_control_arms_have_the_operations_that_they_say(monkeypatch) -> None:
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    runs = planned(Path("recipes/studies/control_arms.yaml"))
+    assert len(runs) == 4 * 2
+    layers = {
+        name: layer_flops(LayerShape.from_config(runs[f"{name}-seed1"].config, unsharded()))
+        for name in ("top2", "shared", "dense")
+    }
+    mlps = {name: f["dispatched"].model + f["shared_expert"].model for name, f in layers.items()}
+    assert mlps["top2"] == mlps["shared"] == mlps["dense"] > 0
+    assert runs["dense-seed1"].config.experts_in_words.startswith("1 of width 256 for every token")
+
+
+def test_a_study_over_experts_may_begin_with_one(write_study) -> None:
+    grid = {"experts": [1, 4], "router": {"smoe": ["vq.path=continuous"], "vq": ["vq.path=dual"]}}
+    with pytest.raises(ValueError, match="experts1-smoe, experts1-vq: model.moe_router_topk=2"):
+        planned(write_study(grid=grid))
+    runs = planned(write_study(grid=grid, more=["model.moe_router_topk=1"]))
+    assert {run.config.model.num_moe_experts for run in runs.values()} == {1, 4}
 
 
 def test_points_that_are_the_same_run_are_refused(write_study) -> None:

@@ -49,6 +49,39 @@ FAST = (
 )
 
 
+# Control arms, by what their recipes say: a shared expert beside both paths, and a dense model.
+CONTROLS = {
+    "shared-expert": [
+        "model.moe_shared_expert_intermediate_size=32",
+        "model.add_bias_linear=false",
+        "model.gated_linear_unit=true",
+    ],
+    "one-expert": ["model.num_moe_experts=1", "model.moe_router_topk=1", "vq.path=continuous"],
+}
+CONTROL_LAYOUTS = {
+    "shared-expert-ep2": (2, {EP: 2}, []),
+    "shared-expert-tp2-recompute": (2, {TP: 2}, RECOMPUTE),
+    "shared-expert-pp2-vpp2": (2, {PP: 2, VPP: 2}, []),
+    "shared-expert-tp2-ep4": (4, {TP: 2, EP: 4}, OVERLAP),
+    "shared-expert-tp2-ep2-etp2": (4, {TP: 2, EP: 2, ETP: 2}, OVERLAP[:1]),
+    "one-expert-tp2": (2, {TP: 2}, []),
+    "one-expert-pp2-vpp2": (2, {PP: 2, VPP: 2}, []),
+    "one-expert-tp2-etp2": (4, {TP: 2, ETP: 2}, OVERLAP[:1]),
+    "one-expert-dp2-recompute": (2, {}, [*OVERLAP, *RECOMPUTE]),
+}
+
+
+@pytest.fixture(scope="module")
+def controls_of_one_rank(ranks, stdlib_corpus, tmp_path_factory):
+    """By control arm: what one rank makes of it."""
+    return {
+        name: run_on(
+            ranks(1), stdlib_corpus, tmp_path_factory.mktemp(name), [*SIX, *overrides], {}
+        )[0]
+        for name, overrides in CONTROLS.items()
+    }
+
+
 @pytest.fixture(scope="module")
 def one_rank(ranks, stdlib_corpus, tmp_path_factory):
     return run_on(ranks(1), stdlib_corpus, tmp_path_factory.mktemp("one"), SIX, {})[0]
@@ -58,7 +91,21 @@ def one_rank(ranks, stdlib_corpus, tmp_path_factory):
 def test_the_curve_is_that_of_one_rank(name, ranks, one_rank, stdlib_corpus, tmp_path):
     num_ranks, layout, overrides = LAYOUTS[name]
     results = run_on(ranks(num_ranks), stdlib_corpus, tmp_path, [*SIX, *overrides], layout)
-    expected = one_rank["records"]
+    check_curve(results, one_rank["records"])
+
+
+@pytest.mark.parametrize(
+    "name", only(CONTROL_LAYOUTS, "shared-expert-tp2-ep4", "one-expert-tp2-etp2")
+)
+def test_control_arms_train_alike(name, ranks, controls_of_one_rank, stdlib_corpus, tmp_path):
+    num_ranks, layout, overrides = CONTROL_LAYOUTS[name]
+    arm = next(arm for arm in CONTROLS if name.startswith(arm))
+    every = [*SIX, *CONTROLS[arm], *overrides]
+    results = run_on(ranks(num_ranks), stdlib_corpus, tmp_path, every, layout)
+    check_curve(results, controls_of_one_rank[arm]["records"])
+
+
+def check_curve(results, expected) -> None:
     assert [record["iteration"] for record in expected] == [0, 1, 2, 3, 4, 5, 6]
     for result in results:  # every rank: their gradient norms clip their own parameters
         for ours, theirs in zip(result["records"], expected, strict=True):

@@ -29,6 +29,7 @@ READ = [
     "vq.quantizer=low_dim",
     "vq.expert_input=blend",
     "model.position_embedding_type=learned_absolute",
+    "model.add_bias_linear=false",  # of the shared expert
     "model.recompute_granularity=full",
     "model.recompute_method=block",
     "train.log_interval=1",

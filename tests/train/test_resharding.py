@@ -28,8 +28,23 @@ JOURNEYS = {
         (2, {EP: 2}, []),
         (4, {TP: 2, EP: 2, ETP: 2}, []),
     ],
+    "shared-expert-tp2-tp1": [
+        (2, {TP: 2}, DISTRIBUTED),
+        (2, {EP: 2}, []),
+        (4, {TP: 2, PP: 2}, DISTRIBUTED),
+    ],
+    "one-expert-etp2-tp2": [(2, {ETP: 2}, []), (2, {TP: 2}, DISTRIBUTED), (1, {}, [])],
 }
-OPTIONS = {"etp2-etp1-gated": ["model.gated_linear_unit=true", "model.activation_func=silu"]}
+GATED = ["model.gated_linear_unit=true", "model.activation_func=silu"]
+OPTIONS = {
+    "etp2-etp1-gated": GATED,
+    "shared-expert-tp2-tp1": [
+        *GATED,
+        "model.add_bias_linear=false",
+        "model.moe_shared_expert_intermediate_size=32",
+    ],
+    "one-expert-etp2-tp2": ["model.num_moe_experts=1", "model.moe_router_topk=1"],
+}
 
 
 def curve(results):

@@ -27,6 +27,7 @@ MODEL_FIELDS = (
     "num_attention_heads",
     "moe_ffn_hidden_size",
     "num_moe_experts",
+    "moe_shared_expert_intermediate_size",
     "moe_router_topk",
     "moe_layer_freq",
     "vocab_size",

@@ -23,6 +23,7 @@ SHAPING_SETTINGS = (
     "model.kv_channels",
     "model.ffn_hidden_size",
     "model.moe_ffn_hidden_size",
+    "model.moe_shared_expert_intermediate_size",
     "model.moe_layer_freq",
     "model.gated_linear_unit",
     "model.add_bias_linear",
@@ -136,6 +137,12 @@ def _problems(theirs: dict[str, object], ours: dict[str, object]) -> Iterator[st
                 f"{name}: checkpoint {theirs[name]!r}, recipe {ours[name]!r}; it decides the "
                 "model's tensors, set it back"
             )
+    old_experts, new_experts = theirs["model.num_moe_experts"], ours["model.num_moe_experts"]
+    if ours["vq.path"] != "discrete" and old_experts == 1 != new_experts:
+        yield (
+            f"model.num_moe_experts: checkpoint 1, recipe {new_experts}; a model with one "
+            "expert has no router whose rows could be copied; start from one with several"
+        )
     has_codes = "continuous" not in (theirs["vq.path"], ours["vq.path"])
     if has_codes:
         for whose, settings in (("checkpoint", theirs), ("recipe", ours)):

@@ -23,7 +23,7 @@ from vqmoe_megatron.checkpoint.table_folder import (
     write_index,
     write_table,
 )
-from vqmoe_megatron.config import ParallelConfig, RunConfig, VQConfig
+from vqmoe_megatron.config import ModelConfig, ParallelConfig, RunConfig, VQConfig
 from vqmoe_megatron.config.recipe import load_saved_recipe
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
@@ -78,6 +78,7 @@ def export_tables(checkpoint: Path, out: Path) -> Export:
     contents = inspect_checkpoint(checkpoint)
     config = load_saved_recipe(Path(contents.folder) / CONFIG_FILE)
     check_has_table(config.vq)
+    refuse_shared_expert(config.model)
     check_new_folder(out)
     with _world_of_one(config) as layout, new_folder(out) as partial:
         return write_tables(contents, config, layout, partial, out)
@@ -101,6 +102,16 @@ def check_has_table(vq: VQConfig) -> None:
             f"vq.quantizer={vq.quantizer} has a search of its own, which an exported table "
             "lacks: that takes the nearest of code_vectors(); tables exist for quantizers that "
             "search as Codebook.search does"
+        )
+
+
+def refuse_shared_expert(model: ModelConfig) -> None:
+    """Raise ``ValueError`` for a summand of the layer that no table holds."""
+    if (size := model.moe_shared_expert_intermediate_size) is not None:
+        raise ValueError(
+            f"model.moe_shared_expert_intermediate_size={size} has no table to export: every token "
+            "has an output of its own from the shared expert, which a file of tables lacks; tables "
+            "exist for layers without one"
         )
 
 

@@ -175,11 +175,7 @@ def _configuration(plan: RunPlan) -> Table:
             f"{model.num_attention_heads}, sequence {model.seq_length}, vocabulary "
             f"{model.vocab_size}, {'bf16' if model.bf16 else 'fp32'}",
         ),
-        (
-            "experts",
-            f"{model.num_moe_experts} of width {model.moe_ffn_hidden_size}, top-"
-            f"{model.moe_router_topk}, every {model.moe_layer_freq} layer(s)",
-        ),
+        ("experts", plan.config.experts_in_words),
         ("codes", f"{vq.num_codes} x {vq.num_code_slices} ({vq.quantizer}), path {vq.path}"),
         ("execution", vq.execution_in_words),
         (

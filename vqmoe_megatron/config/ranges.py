@@ -65,6 +65,7 @@ LEGAL_RANGES: dict[str, Range] = {
     "model.ffn_hidden_size": WIDTH,
     "model.moe_ffn_hidden_size": WIDTH,
     "model.num_moe_experts": WIDTH,
+    "model.moe_shared_expert_intermediate_size": WIDTH,
     "model.moe_layer_freq": LAYERS,
     "model.moe_router_topk": WIDTH,
     "model.moe_aux_loss_coeff": COEFFICIENT,

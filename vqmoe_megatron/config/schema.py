@@ -44,6 +44,7 @@ class ModelConfig:
     ffn_hidden_size: int | None = None  # dense layers only (moe_layer_freq > 1)
     moe_ffn_hidden_size: int = 512
     num_moe_experts: int = 16
+    moe_shared_expert_intermediate_size: int | None = None  # width; None: no shared expert
     moe_layer_freq: int = 1
     moe_router: str = "topk"  # of the continuous path
     moe_router_topk: int = 1
@@ -130,6 +131,12 @@ class ModelConfig:
             raise ValueError(
                 f"model.moe_router_topk={self.moe_router_topk} exceeds "
                 f"model.num_moe_experts={self.num_moe_experts}"
+            )
+        if self.moe_shared_expert_intermediate_size is not None and self.add_bias_linear:
+            raise ValueError(
+                "model.moe_shared_expert_intermediate_size="
+                f"{self.moe_shared_expert_intermediate_size} needs model.add_bias_linear=false: "
+                "Megatron's SharedExpertMLP has no biases; set it, or leave the shared expert out"
             )
         if self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
             raise ValueError(
@@ -327,3 +334,18 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def experts_in_words(self) -> str:
+        """What stands in the place of the MLP; one line for the user."""
+        model, vq = self.model, self.vq
+        said = f"{model.num_moe_experts} of width {model.moe_ffn_hidden_size}"
+        if model.num_moe_experts == 1 and vq.path == "continuous":
+            said += " for every token: dense, no router"
+        elif vq.has_router(model.num_moe_experts):
+            said += f", top-{model.moe_router_topk}"
+        else:
+            said += ", no router"
+        if model.moe_shared_expert_intermediate_size is not None:
+            said += f", and a shared one of width {model.moe_shared_expert_intermediate_size}"
+        return f"{said}, every {model.moe_layer_freq} layer(s)"

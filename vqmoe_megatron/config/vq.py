@@ -148,6 +148,14 @@ class VQConfig:
                 "expert_input=code and execution=auto or code_space"
             )
 
+    def has_router(self, num_experts: int) -> bool:
+        """Whether tokens choose experts by a learned router.
+
+        Not in path=discrete; nor is there anything to choose of one expert, where the softmax over
+        one logit is 1 and every balance loss constant: then the continuous path is a dense MLP.
+        """
+        return self.path != "discrete" and num_experts > 1
+
     @property
     def in_code_space(self) -> bool:
         """Whether the discrete path is evaluated once per code instead of once per token."""

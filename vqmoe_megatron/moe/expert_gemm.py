@@ -18,9 +18,10 @@ def grouped_linear(
 ) -> torch.Tensor:
     """Multiply each expert's rows by its weight: ``out[r] = weight[expert of r] @ rows[r]``.
 
-    Equal counts take one batched product, which reads each weight once however few the rows. Else
-    one ``torch.nn.functional.grouped_mm`` for fp32, bf16 and fp16. fp64 has no grouped kernel and
-    takes one product per expert, with the counts read on the host; it serves exactness tests.
+    One expert takes one plain product, equal counts one batched product, which reads each weight
+    once however few the rows. Else one ``torch.nn.functional.grouped_mm`` for fp32, bf16 and fp16.
+    fp64 has no grouped kernel and takes one product per expert, with the counts read on the host;
+    it serves exactness tests.
 
     Args:
         rows: ``[R, I]``, sorted by expert.
@@ -31,6 +32,8 @@ def grouped_linear(
     Returns:
         ``[R, O]`` in the dtype of ``rows``. No communication.
     """
+    if weight.shape[0] == 1:
+        return torch.nn.functional.linear(rows, weight.squeeze(0))
     if equal_count is not None:
         by_expert = rows.view(-1, equal_count, rows.shape[1]).transpose(1, 2)  # [n, I, R / n]
         # In this order the gradient of the weight comes out contiguous.

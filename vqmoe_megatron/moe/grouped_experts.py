@@ -164,6 +164,8 @@ class GroupedExperts(MegatronModule):
         """Add each expert's bias ``[n, O]`` to its rows ``[R, O]``, sorted by expert."""
         if bias is None:
             return rows
+        if bias.shape[0] == 1:
+            return rows + bias
         return rows + bias.repeat_interleave(counts, dim=0, output_size=rows.shape[0])
 
     def sharded_state_dict(

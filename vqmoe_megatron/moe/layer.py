@@ -4,14 +4,17 @@ S sequence length, B batch, T = S * B local tokens, H hidden size, k selected ex
 continuous path, C codes of the discrete path, R = T (k + C) rows, N experts.
 
 1. Every path (``paths``) asks for work. Continuous: Megatron's TopKRouter selects k experts and
-   their weights. Discrete: the codebook assigns C codes, code -> expert; its execution
-   (``executions``) sends C rows per token along, or evaluates code rows that never travel.
+   their weights; one expert needs no router. Discrete: the codebook assigns C codes, code ->
+   expert; its execution (``executions``) sends C rows per token along, or evaluates code rows that
+   never travel.
 2. One expert engine (``expert_engine``) serves all of them: one permutation plan, one all-to-all
    each way and one grouped GEMM; under expert tensor parallelism also one gather and one
    reduce-scatter. Where nothing travels, nothing of it happens.
 3. Every path makes its part of the answers: continuous rows summed with the router's weights,
    discrete rows with weight 1 / sqrt(C).
-4. The combine gate weighs the parts, but for those of paths that it does not see, which are added
+4. Where Megatron's ``moe_shared_expert_intermediate_size`` asks for it, its shared expert, a dense
+   MLP over the tensor-parallel ranks, makes one more part for every token.
+5. The combine gate weighs the parts, but for those of paths that it does not see, which are added
    as they are; VQ losses and statistics ride on the sum.
 
 The method is that of arXiv 2411.19402, sections 3.1-3.3.
@@ -47,7 +50,13 @@ from vqmoe_megatron.moe.megatron_settings import check_layer_number, check_layer
 from vqmoe_megatron.moe.memory.path import LayerMemory, MemoryPath, build_memory_path
 from vqmoe_megatron.moe.norms import NoNorm, ParallelNorm
 from vqmoe_megatron.moe.part import Part
-from vqmoe_megatron.moe.paths import ContinuousPath, DiscretePath, Path
+from vqmoe_megatron.moe.paths import (
+    ContinuousPath,
+    DiscretePath,
+    OneExpertPath,
+    Path,
+    SharedExpertPath,
+)
 from vqmoe_megatron.runtime.cpu_compat.missing_names import name_missing_functions
 from vqmoe_megatron.runtime.graphs import Graph
 from vqmoe_megatron.runtime.side_stream import side_stream
@@ -90,6 +99,7 @@ class VQMoELayer(LayerStep, MoELayer):
         check_layer_settings(config, vq)
         name_missing_functions()
         pg_collection = pg_collection or get_default_pg_collection()
+        _check_shared_experts(config, submodules)
         super().__init__(config, submodules, layer_number, pg_collection, **of_newer_megatron)
         # Newer Megatrons number the layers of multi-token prediction from 1 again.
         self.num_layers_before = config.num_layers if of_newer_megatron.get("is_mtp_layer") else 0
@@ -98,7 +108,7 @@ class VQMoELayer(LayerStep, MoELayer):
         self.expt_tp_group = pg_collection.expt_tp
         self.vq = vq
         self.token_dispatcher = None  # Megatron's is not used: rows of all paths travel together
-        if vq.path == "discrete":
+        if not vq.has_router(config.num_moe_experts):
             self.router = None
         self.engine = engine(self.experts, config.num_moe_experts, pg_collection)
         self.new_graph = new_graph
@@ -118,10 +128,14 @@ class VQMoELayer(LayerStep, MoELayer):
     def build_paths(self, seed: int) -> list[Path]:
         """The paths of ``vq.path``; a subclass may add further ones, whose modules it owns."""
         paths: list[Path] = []
-        if self.vq.path != "discrete":
+        if self.router is not None:
             paths.append(ContinuousPath(self.router, self._select))
+        elif self.vq.path != "discrete":
+            paths.append(OneExpertPath(self.expt_tp_group.size()))
         if self.vq.path != "continuous":
             paths.append(self._discrete_path(seed))
+        if self.shared_experts is not None:
+            paths.append(SharedExpertPath(self.shared_experts))
         if self.memory is not None:
             paths.append(
                 build_memory_path(
@@ -292,3 +306,13 @@ class VQMoELayer(LayerStep, MoELayer):
             self.recorded()
 
         return run_in_backward(output, record)
+
+
+def _check_shared_experts(config: TransformerConfig, submodules: MoESubmodules | None) -> None:
+    """Raise ``ValueError`` where a shared expert is asked for and the spec has none."""
+    size = config.moe_shared_expert_intermediate_size
+    if size is not None and (submodules is None or submodules.shared_experts is None):
+        raise ValueError(
+            f"moe_shared_expert_intermediate_size={size}, but the layer's MoESubmodules have no "
+            "shared_experts; build them with get_vqmoe_block_spec(config, vq), or leave it at None"
+        )

@@ -29,6 +29,7 @@ HONOURED = {
     # experts
     "num_moe_experts",
     "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",  # by Megatron's own, which has no biases
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
     "activation_func",
@@ -73,7 +74,6 @@ class Refusal:
     reason: str
 
 
-_NO_SHARED = Refusal((None, False), "there is no shared expert beside the two paths")
 _NO_QUANTISATION = Refusal((None, False), "its experts run in fp32 or bf16")
 _OWN_ROWS = Refusal((None, False), "rows travel by the layer's own plan")
 _OWN_EXPERTS = Refusal((False,), "its experts are one grouped GEMM of torch's")
@@ -85,9 +85,8 @@ _NO_FP8 = Refusal(
 _NO_OVERLAP = Refusal((False,), "its experts have no separate weight-gradient pass")
 
 REFUSED = {
-    "moe_shared_expert_intermediate_size": _NO_SHARED,
-    "moe_shared_expert_gate": _NO_SHARED,
-    "moe_shared_expert_overlap": _NO_SHARED,
+    "moe_shared_expert_gate": Refusal((False,), "the shared expert is added with weight one"),
+    "moe_shared_expert_overlap": Refusal((False,), _OWN_ROWS.reason),
     "moe_latent_size": Refusal((None,), "experts see hidden vectors of the full size"),
     "moe_apply_probs_on_input": Refusal((False,), "weights are applied to expert outputs"),
     "moe_input_jitter_eps": Refusal((None,), "the codebook must see the token itself"),
@@ -137,6 +136,10 @@ REFUSED_WITHOUT_ROUTER = {
     "moe_router_fusion": _NO_ROUTER,
     "moe_router_score_function": Refusal(("softmax",), _NO_ROUTER.reason),
 }
+REFUSED_WITH_ONE_EXPERT = {
+    **REFUSED_WITHOUT_ROUTER,
+    "moe_expert_capacity_factor": Refusal((None,), "the one expert takes every token"),
+}
 # A bare codebook as Megatron's router.
 REFUSED_BY_ROUTER = {
     **REFUSED_WITH_CODES,
@@ -172,11 +175,18 @@ def check_layer_settings(config: TransformerConfig, vq: VQConfig) -> None:
         _refuse(f"VQMoELayer with vq.path={vq.path}", config, REFUSED_WITH_CODES)
     if vq.path == "discrete":
         _refuse("VQMoELayer with vq.path=discrete", config, REFUSED_WITHOUT_ROUTER)
+    elif not vq.has_router(config.num_moe_experts):
+        _refuse("VQMoELayer with num_moe_experts=1", config, REFUSED_WITH_ONE_EXPERT)
     for name, parts in REFUSED_PARTS.items():
         if asked := [part for part in getattr(config, name) or () if part in parts]:
             raise ValueError(
                 f"VQMoELayer cannot do {name}={', '.join(asked)}: it is one piece; leave these out"
             )
+    if config.moe_shared_expert_intermediate_size is not None and config.add_bias_linear:
+        raise ValueError(
+            "moe_shared_expert_intermediate_size needs add_bias_linear=False: Megatron's "
+            "SharedExpertMLP has no biases"
+        )
     _refuse_captured_graphs(config)
     _refuse_fp16_parameters("VQMoELayer", config)
     if config.fp8:

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.moe.code_assigner import CodeAssigner
 from vqmoe_megatron.moe.code_inputs import ExpertCodeInputs
+from vqmoe_megatron.moe.dispatch import ResidentRows
 from vqmoe_megatron.moe.executions.execution import Execution
 from vqmoe_megatron.moe.expert_engine import Result, TravellingRows, Work
 from vqmoe_megatron.moe.megatron_settings import refuse_trained_codes_in_half
@@ -122,6 +123,49 @@ class ContinuousPath(Path):
     def set_layer_number(self, layer_number: int, model_layer_number: int) -> None:
         """The router's balance losses are logged under Megatron's number."""
         self.router.set_layer_number(layer_number)
+
+
+class OneExpertPath(Path):
+    """The continuous path of a layer with one expert: a dense MLP, without a router.
+
+    ``num_shards`` ranks hold a part of the expert each; alone, a rank evaluates its tokens where
+    they are.
+    """
+
+    def __init__(self, num_shards: int) -> None:
+        self.num_shards = num_shards
+
+    def ask(self, hidden_states: torch.Tensor, x: torch.Tensor) -> Request:
+        """No communication of its own; among several shards the rows travel."""
+        experts = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
+        if self.num_shards > 1:
+            rows = TravellingRows(x.unsqueeze(1), experts, experts, num_orders=1)
+            work = Work(travelling=(rows,))
+            return Request(work, lambda result: DensePart(sum_slots(result.rows[0])), experts)
+        num_rows = torch.full((1,), x.shape[0], dtype=torch.int64, device=x.device)
+        work = Work(residents=(ResidentRows(x, num_rows, x.shape[0]),))
+        return Request(work, lambda result: DensePart(result.residents[0]), experts)
+
+
+class SharedExpertPath(Path):
+    """Megatron's shared expert: a dense MLP beside the experts, for every token.
+
+    ``shared_experts`` maps hidden states ``[S, B, H]`` to as many.
+    """
+
+    is_weighed = False
+
+    def __init__(self, shared_experts: torch.nn.Module) -> None:
+        self.shared_experts = shared_experts
+
+    def ask(self, hidden_states: torch.Tensor, x: torch.Tensor) -> Request:
+        """Asks the experts for nothing. Its linear layers communicate over ``tp``: under sequence
+        parallelism they gather ``[S, B, H]`` and scatter the sum."""
+
+        def answer(result: Result) -> DensePart:
+            return DensePart(self.shared_experts(hidden_states).reshape(x.shape))
+
+        return Request(Work(), answer, torch.empty(0, dtype=torch.int64, device=x.device))
 
 
 class DiscretePath(Path):

@@ -20,9 +20,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -212,7 +214,9 @@ def _layer_spec(
         module=layer,
         params=params,
         submodules=MoESubmodules(
-            router=registry.load("router", router), experts=_experts_spec(config)
+            router=registry.load("router", router),
+            experts=_experts_spec(config),
+            shared_experts=_shared_experts_spec(config),
         ),
     )
     if spec_backend(config)[0] == "transformer_engine":
@@ -239,6 +243,19 @@ def _experts_spec(config: TransformerConfig | None) -> ModuleSpec:
         linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear
     )
     return ModuleSpec(module=TEGroupedMLP, submodules=linears)
+
+
+def _shared_experts_spec(config: TransformerConfig | None) -> ModuleSpec:
+    """Megatron's shared expert, which ``moe_shared_expert_intermediate_size`` alone builds."""
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    if spec_backend(config)[0] == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelLinear,
+            TERowParallelLinear,
+        )
+
+        linears = MLPSubmodules(linear_fc1=TEColumnParallelLinear, linear_fc2=TERowParallelLinear)
+    return ModuleSpec(module=SharedExpertMLP, submodules=linears)
 
 
 def _dense_layer_spec(config: TransformerConfig | None, local_norm: type) -> ModuleSpec:

@@ -1,15 +1,15 @@
 """What one microbatch keeps of its forward pass on one rank, layer by layer: an estimate.
 
 b micro batch, S sequence length, T local tokens (b S / TP), t = b S, H hidden size, A heads and G
-query groups of d columns, D dense and F expert width, c1 F the width of fc1, V padded vocabulary,
-e bytes per element, R rows that travel, k selected experts, C codes per token, s slots of code
-space on each of P expert-parallel ranks, E expert-tensor ranks.
+query groups of d columns, D dense, F expert and Fs shared width, c1 F the width of fc1, V padded
+vocabulary, e bytes per element, R rows that travel, k selected experts, C codes per token, s slots
+of code space on each of P expert-parallel ranks, E expert-tensor ranks.
 
     attention   norm input and output, context, residual, its norm: about 5 T H e; q, k, v; local
                 kernels also keep the scores [b, A, S, S], fused ones a number per row
     dense MLP   fc1 output and activation: 2 t D e, gated 5 t D e
     MoE         rows in experts and the code table (:func:`saved_bytes`), rows that came back, both
-                paths' outputs, router scores in fp32, ids
+                paths' outputs, router scores in fp32, ids; a shared expert as a dense MLP
     head        final norm, softmax of the logits in fp32 [t, V / TP]
 
 ``kernels``: ``local`` is Megatron's own modules, ``fused`` Transformer Engine's flash attention and
@@ -69,7 +69,8 @@ def saved_bytes(layer: LayerShape) -> SavedBytes:
     """Return the saved activations of the layer on one rank; experts are equally loaded.
 
     An expert saves of every row its input [H], fc1's output [c1 F] and fc2's input [F]; a shard has
-    the rows of E ranks and 1 / E of the width. Transient are the rows of ``straight_through``, at
+    the rows of E ranks and 1 / E of the width. Of rows that stay the input is the layer's, which is
+    there anyway. Transient are the rows of ``straight_through``, at
     fc1's output: of tokens or of codes.
     """
     b, shards = layer.bytes_per_element, layer.expert_tensor_parallel_size
@@ -77,7 +78,8 @@ def saved_bytes(layer: LayerShape) -> SavedBytes:
     row_bytes = b * (layer.hidden_size + inner)
     table_rows = layer.expert_model_parallel_size * layer.num_slots
     return SavedBytes(
-        dispatched_rows_bytes=shards * layer.num_dispatched_rows * row_bytes,
+        dispatched_rows_bytes=shards * layer.num_dispatched_rows * row_bytes
+        - b * layer.num_staying_rows * layer.hidden_size,
         code_rows_bytes=layer.num_slots * row_bytes,
         table_bytes=table_rows * layer.hidden_size * layer.sum_bytes_per_element,
         code_ids_bytes=ID_BYTES * layer.num_discrete_rows if layer.vq.in_code_space else 0,
@@ -237,18 +239,26 @@ def _dense_mlp(config: RunConfig, layout: ParallelLayout, element: int) -> int:
 def _moe(config: RunConfig, layer: LayerShape) -> int:
     """Everything behind the layer's norm; the input itself is that norm's output."""
     tokens, hidden, element = layer.num_local_tokens, layer.hidden_size, layer.bytes_per_element
-    rows = layer.num_dispatched_rows
+    rows = layer.num_travelling_rows
     kept = saved_bytes(layer)
     total = kept.saved_bytes
     in_code_space = layer.vq.in_code_space
     slots = layer.num_slots
     if config.model.gated_linear_unit:  # the activated half, beside fc1's output and the product
         inner = layer.moe_ffn_hidden_size * element
-        total += (rows + slots // layer.expert_tensor_parallel_size) * inner
+        total += (layer.num_dispatched_rows + slots // layer.expert_tensor_parallel_size) * inner
+    # Rows without a router's weights are not kept when they come back; of a dense layer nobody but
+    # a shared expert then keeps the input.
+    unweighed = 0 if layer.has_router else layer.num_continuous_rows - layer.num_staying_rows
+    if layer.vq.path == "continuous" and not layer.shared_expert_width:
+        total -= unweighed * hidden * element
     if rows:
-        total += (rows + (slots if layer.vq.path == "dual" else 0)) * hidden * element  # came back
+        came_back = rows + (slots if layer.vq.path == "dual" else 0)
+        total += (came_back - unweighed) * hidden * element
         total += 4 * ID_BYTES * (rows + slots)  # order, places
-    if layer.vq.path != "discrete":
+    width = layer.shared_expert_width  # TP ranks' tokens, 1 / TP of its columns
+    total += (5 if config.model.gated_linear_unit else 2) * tokens * width * element
+    if layer.has_router:
         total += 3 * tokens * layer.num_moe_experts * 4  # router scores, fp32
         total += tokens * layer.moe_router_topk * (2 * ID_BYTES + 2 * 4)
     if layer.vq.path == "continuous":

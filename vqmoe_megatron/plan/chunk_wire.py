@@ -145,7 +145,8 @@ def _moe(
 def _balance_loss(config: RunConfig, layout: ParallelLayout, is_repeated: bool) -> Iterator[Term]:
     """Tokens per expert, summed over the ranks whose tokens the loss is about."""
     model, kind = config.model, config.model.moe_router_load_balancing_type
-    if config.vq.path == "discrete" or kind == "none" or model.moe_aux_loss_coeff == 0:
+    has_router = config.vq.has_router(model.num_moe_experts)
+    if not has_router or kind == "none" or model.moe_aux_loss_coeff == 0:
         return
     num_counts = model.num_moe_experts
     axis, ranks = "tp", layout.tensor_model_parallel_size

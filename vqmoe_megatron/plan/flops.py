@@ -6,15 +6,15 @@ D dense width, V padded vocabulary. Per layer, forward, of all tensor ranks toge
     attention   projections 2 t H (A + 2 G) d + 2 t A d H, scores and values 4 t S A d (all pairs,
                 though half of them are masked)
     dense MLP   2 t H (c1 + 1) D
-    MoE         :func:`layer_flops`: experts, search, router, gate, code rows
+    MoE         :func:`layer_flops`: experts, shared expert, search, router, gate, code rows
     head        2 t H V
 
 A backward pass takes twice the forward pass, in the MoE layer what ``layer_flops`` says. Recompute
 repeats forward passes. In code space every data-parallel replica evaluates its own code rows.
 
-The MoE layer on one rank: T local tokens, F expert width, N experts, K codes per slice, D columns
-of a low_dim code, S code rows of the rank that owns most, E expert-tensor ranks, c1 F the width of
-fc1, m = c1 + 1 matrices per expert.
+The MoE layer on one rank: T local tokens, F expert and Fs shared width, N experts, K codes per
+slice, D columns of a low_dim code, S code rows of the rank that owns most, E expert-tensor ranks,
+c1 F the width of fc1, m = c1 + 1 matrices per expert.
 
     one row through an expert  forward              2 m H F
                                weight gradients     2 m H F
@@ -22,10 +22,10 @@ fc1, m = c1 + 1 matrices per expert.
 
 A row whose input needs no gradient still needs that of fc2's input, to form fc1's weight gradient:
 it saves only fc1's part. Experts are equally loaded; E shards see the rows of E ranks and do 1 / E
-of each. The one row per code is the same for all ranks of the expert-tensor group.
-low_dim multiplies by its fixed projection [D, H], which has no gradient of its own: tokens on their
-way to the search and their gradients, 2 D H each way, and the rows of :func:`_lift_flops` and
-:func:`_num_lowered_rows`.
+of each. A shared expert sees every token: TP ranks see those of TP ranks and do 1 / TP of each. The
+one row per code is the same for all ranks of the expert-tensor group. low_dim multiplies by its
+fixed projection [D, H], which has no gradient of its own: tokens on their way to the search and
+their gradients, 2 D H each way, and the rows of :func:`_lift_flops` and :func:`_num_lowered_rows`.
 The experts are this package's grouped ones: Megatron's own repeat their forward pass to bring
 gradients to tokens in code space.
 """
@@ -211,7 +211,8 @@ def layer_flops(layer: LayerShape) -> dict[str, Flops]:
     dispatched_backward = _backward_flops(layer, layer.dispatched_rows_need_gradient)
     code_rows_backward = code_rows * _backward_flops(layer, layer.code_rows_need_gradient)
     per_logit = 2 * layer.num_local_tokens * layer.hidden_size
-    router = 0 if layer.vq.path == "discrete" else per_logit * layer.num_moe_experts
+    router = per_logit * layer.num_moe_experts if layer.has_router else 0
+    shared = layer.num_local_tokens * shared_expert_forward_flops(layer)
     gate = per_logit * layer.num_gate_outputs
     return {
         "dispatched": Flops(rows * forward, rows * dispatched_backward),  # rows that travel
@@ -223,6 +224,7 @@ def layer_flops(layer: LayerShape) -> dict[str, Flops]:
         "lift": Flops(_lift_flops(layer)),
         # low_dim: gradients into the codes' space, and to the tokens
         "projection": Flops(backward=_projection_backward_flops(layer)),
+        "shared_expert": Flops(shared, 2 * shared),
         "router": Flops(router, 2 * router),
         "gate": Flops(gate, 2 * gate),
     }
@@ -231,6 +233,12 @@ def layer_flops(layer: LayerShape) -> dict[str, Flops]:
 def expert_forward_flops(layer: LayerShape) -> int:
     """2 m H F: one row through one whole expert."""
     return 2 * layer.hidden_size * (layer.fc1_width + layer.moe_ffn_hidden_size)
+
+
+def shared_expert_forward_flops(layer: LayerShape) -> int:
+    """2 m H Fs: one row through the whole shared expert."""
+    matrices = 3 if layer.gated_linear_unit else 2
+    return 2 * matrices * layer.hidden_size * layer.shared_expert_width
 
 
 def search_flops(layer: LayerShape) -> int:

@@ -22,7 +22,8 @@ FORWARD, BACKWARD, STEP = "forward", "backward", "step"  # of a microbatch; once
 FP32_BYTES = 4
 RECOMPUTE = "recompute"  # the part of forward passes that are repeated
 PARTS = (  # rows of a predicted step
-    *("attention", "dense MLP", "expert GEMMs", "code rows", "router and gate", "dispatch"),
+    *("attention", "dense MLP", "expert GEMMs", "shared expert", "code rows"),
+    *("router and gate", "dispatch"),
     *("search", "combine", "straight-through", "codebook statistics", "output layer"),
     *("element-wise", RECOMPUTE),
 )

@@ -162,6 +162,8 @@ def _tensor_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
     divided["make_vocab_size_divisible_by"] = model.make_vocab_size_divisible_by
     if model.moe_layer_freq > 1:  # some layers are dense; Megatron's default width is 4 * hidden
         divided["ffn_hidden_size"] = model.ffn_hidden_size or 4 * model.hidden_size
+    if model.moe_shared_expert_intermediate_size is not None:
+        divided["moe_shared_expert_intermediate_size"] = model.moe_shared_expert_intermediate_size
     for name, value in divided.items():
         yield from remainder(name, value, "TP", tp, advice)
     if tp > 1 and config.parallel.sequence_parallel is False:

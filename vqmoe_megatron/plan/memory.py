@@ -182,7 +182,7 @@ def _dispatch_bytes(config: RunConfig, layout: ParallelLayout) -> int:
     kept = saved_bytes(layer)
     is_normed = layer.vq.norm != "none" and layer.vq.num_code_slices == 1
     table_gradients = (2 if is_normed else 1) * kept.table_bytes
-    return 2 * (1 + shards) * layer.num_dispatched_rows * row_bytes + max(
+    return 2 * (1 + shards) * layer.num_travelling_rows * row_bytes + max(
         kept.transient_bytes, table_gradients
     )
 

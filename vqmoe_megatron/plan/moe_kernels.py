@@ -6,7 +6,8 @@ element. Operations are those of ``flops.layer_flops``; the discrete path's own 
 ``discrete_kernels.py`` and ``search_kernels.py``.
 
 Travelling rows are gathered in four places (sorted by expert, regrouped by local expert, and back)
-or, where nothing is exchanged, in two; gradients likewise. Code rows of the dual path are evaluated
+or, where nothing is exchanged, in two; gradients likewise. Rows of the one expert that a rank holds
+whole stay as they are. Code rows of the dual path are evaluated
 by the same grouped GEMM as travelling rows, which reads the weights once for both.
 """
 
@@ -32,7 +33,7 @@ from vqmoe_megatron.plan.kernels import (
 )
 from vqmoe_megatron.plan.search_kernels import search_kernels
 from vqmoe_megatron.plan.shape import LayerShape
-from vqmoe_megatron.plan.transformer_kernels import activation_kernels
+from vqmoe_megatron.plan.transformer_kernels import activation_kernels, mlp_kernels
 
 SORT_BYTES = 128  # read, and written, by a sort of one id: 8 passes over key and place, int64
 
@@ -44,6 +45,7 @@ def moe_kernels(model: ModelConfig, layer: LayerShape, hardware: Hardware) -> It
     yield from _gate(layer, flops["gate"])
     yield from _dispatch(layer)
     yield from _experts(layer, flops["dispatched"])
+    yield from _shared_expert(layer, flops["shared_expert"])
     for kernel in _code_rows(layer, flops):
         yield replace(kernel, phase=STEP) if layer.vq.table_per_step else kernel
     yield from search_kernels(layer, hardware.device)
@@ -66,12 +68,24 @@ def _experts(layer: LayerShape, flops: Flops) -> Iterator[Kernel]:
     yield from _activation("activation of travelling rows", layer, rows)
 
 
+def _shared_expert(layer: LayerShape, flops: Flops) -> Iterator[Kernel]:
+    """The tokens of TP ranks through this rank's columns, and its sum with the rest."""
+    if not flops.forward:
+        return
+    shards, halves = layer.tensor_model_parallel_size, 2 if layer.gated_linear_unit else 1
+    tokens, width = shards * layer.num_local_tokens, layer.shared_expert_width // shards
+    element, hidden = layer.bytes_per_element, layer.hidden_size
+    yield from mlp_kernels("shared expert", tokens, hidden, width, halves, element, flops.forward)
+    output = layer.num_local_tokens * hidden * element
+    yield moved("shared expert", "sum", FORWARD, 2 * output, output)
+
+
 def _code_rows(layer: LayerShape, flops: dict[str, Flops]) -> Iterator[Kernel]:
     if not layer.num_slots:
         yield from _lift(layer, flops["lift"])
         return
     part, element, hidden = "code rows", layer.bytes_per_element, layer.hidden_size
-    is_alone = not layer.num_dispatched_rows or layer.vq.builds_table_alone
+    is_alone = not layer.num_travelling_rows or layer.vq.builds_table_alone
     weights = num_expert_elements(layer) if is_alone else 0
     yield from products(
         part,
@@ -166,19 +180,19 @@ def _gate(layer: LayerShape, flops: Flops) -> Iterator[Kernel]:
 
 def _dispatch(layer: LayerShape) -> Iterator[Kernel]:
     """Rows sorted by expert and brought back, and the continuous path's weighted sum."""
-    if not layer.num_dispatched_rows:
+    if not layer.num_travelling_rows:
         return
     part, element, shards = "dispatch", layer.bytes_per_element, layer.expert_tensor_parallel_size
-    sent = layer.num_dispatched_rows * layer.hidden_size * element
+    sent = layer.num_travelling_rows * layer.hidden_size * element
     is_exchanged = layer.expert_model_parallel_size * shards > 1
     gathered = 2 * sent + (2 * shards * sent if is_exchanged else 0)
-    sorts = (1 + shards if is_exchanged else 1) * layer.num_dispatched_rows * SORT_BYTES
+    sorts = (1 + shards if is_exchanged else 1) * layer.num_travelling_rows * SORT_BYTES
     if layer.num_slots:  # code rows join, by a copy of all
         gathered += shards * sent
     launches = 45 if is_exchanged else 20
     yield moved(part, "rows", FORWARD, gathered + sorts, gathered + sorts, launches)
     yield moved(part, "rows", BACKWARD, gathered, gathered, 6 if is_exchanged else 3)
-    if layer.num_continuous_rows:
+    if layer.has_router:
         rows = layer.num_continuous_rows * layer.hidden_size
         output = layer.num_local_tokens * layer.hidden_size
         sums = rows * FP32_BYTES if layer.moe_router_topk > 1 else 0

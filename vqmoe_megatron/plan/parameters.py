@@ -1,8 +1,8 @@
 """Every parameter of a run by name: what a rank of each pipeline stage holds, in Megatron's order.
 
-H hidden size, A attention heads, G query groups, d columns of a head, F expert and D dense hidden
-size, c1 = 2 for gated MLPs else 1, V padded vocabulary, S sequence length, N experts, C code
-slices, K codes, w columns of a code; TP, EP and ETP cut what the comments say.
+H hidden size, A attention heads, G query groups, d columns of a head, F expert, Fs shared and D
+dense hidden size, c1 = 2 for gated MLPs else 1, V padded vocabulary, S sequence length, N experts,
+C code slices, K codes, w columns of a code; TP, EP and ETP cut what the comments say.
 
 The order is that of ``named_parameters`` of the real model with Megatron-core's own modules. The
 distributed optimizer pads and cuts its buffers in this order, so bytes follow from it exactly.
@@ -10,15 +10,17 @@ With Transformer Engine the same elements come in another order, which moves pad
 All ranks of a pipeline stage hold equally many elements, whatever their TP and EP place.
 
 Counted by part: in total, used by one token, and on a rank. A token uses its row of the word
-embedding (and of learned positions); attention, norms, dense MLPs, router, gates and the output
-layer whole; the codebook whole, because every code is compared; of the experts those that its rows
-meet, k continuous and C discrete ones (as many experts as rows, also when two meet the same, but at
-most all); and its C learned inputs. In code space an expert runs once per code and not once per
-token: its weights count for the token all the same, because the token's output comes from them:
+embedding (and of learned positions); attention, norms, dense MLPs, shared expert, router, gates and
+the output layer whole; the codebook whole, because every code is compared; of the experts those
+that its rows meet, k continuous and C discrete ones (as many experts as rows, also when two meet
+the same, but at most all); and its C learned inputs. In code space an expert runs once per code and
+not once per token: its weights count for the token all the same, because the token's output comes
+from them:
 
     path=continuous   k experts, router                    (a plain sparse mixture of experts)
     path=discrete     C experts, codebook                  (no router)
     path=dual         k + C experts, router, codebook, gate
+    one expert        path=continuous is dense, all of it used; no path has a router
 
 Tied embeddings count once, and whole, because the output layer uses all of them.
 """
@@ -35,7 +37,7 @@ from vqmoe_megatron.plan.shape import LayerShape
 
 PARTS = (
     *("embeddings", "attention", "norms", "dense_mlp", "router", "experts"),
-    *("codebooks", "learned_inputs", "gates", "output_layer"),
+    *("shared_experts", "codebooks", "learned_inputs", "gates", "output_layer"),
 )
 
 
@@ -206,9 +208,10 @@ def _dense_mlp(
 
 
 def _moe(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> Iterator[Parameter]:
-    """Router [N, H], experts [N / EP, ...] cut over ETP, codes [C, K, w] in fp32."""
+    """Router [N, H], experts [N / EP, ...] cut over ETP, shared expert [c1 Fs / TP, H] and [H, Fs /
+    TP], codes [C, K, w] in fp32."""
     model, vq, hidden = config.model, config.vq, layer.hidden_size
-    if vq.path != "discrete":
+    if layer.has_router:
         shape = (layer.num_moe_experts, hidden)
         yield from _linear(f"{prefix}router", "router", shape, element, model.add_bias_linear)
     experts = layer.num_experts_per_rank
@@ -218,6 +221,11 @@ def _moe(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> Ite
     biases = {"bias1": (experts, outer), "bias2": (experts, hidden)}
     for name, tensor in (weights | (biases if model.add_bias_linear else {})).items():
         yield Parameter(f"{prefix}experts.{name}", "experts", tensor, element, is_expert=True)
+    if width := layer.shared_expert_width // layer.tensor_model_parallel_size:
+        fc1 = ((2 if model.gated_linear_unit else 1) * width, hidden)
+        for name, tensor in (("linear_fc1", fc1), ("linear_fc2", (hidden, width))):
+            name = f"{prefix}shared_experts.{name}"
+            yield from _linear(name, "shared_experts", tensor, element, has_bias=False)
     if vq.path == "continuous":
         return
     codes = (vq.num_code_slices, vq.num_codes)

@@ -174,6 +174,10 @@ def _fp8_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
     width, product = model.moe_ffn_hidden_size, f"(ETP * {FP8_ALIGNED} = {etp} * {FP8_ALIGNED})"
     yield from remainder("hidden_size", model.hidden_size, str(FP8_ALIGNED), FP8_ALIGNED, advice)
     yield from remainder("moe_ffn_hidden_size", width, product, etp * FP8_ALIGNED, advice)
+    if (shared := model.moe_shared_expert_intermediate_size) is not None:
+        tp = layout.tensor_model_parallel_size
+        name, product = "moe_shared_expert_intermediate_size", f"(TP * {FP8_ALIGNED} = {tp} * "
+        yield from remainder(name, shared, f"{product}{FP8_ALIGNED})", tp * FP8_ALIGNED, advice)
 
 
 def _table_errors(config: RunConfig) -> Iterator[str]:

@@ -2,8 +2,8 @@
 
 T local tokens of a microbatch, P expert-parallel ranks, E expert-tensor ranks, H hidden size, F
 expert hidden size, b bytes per element, k selected experts of the continuous path, C codes per
-token, K codes per slice, D = H / C columns of a code (``code_dim`` for vq.quantizer=low_dim), N
-experts, S code rows of the rank that owns most of them.
+token, K codes per slice, Fs width of a shared expert, D = H / C columns of a code (``code_dim`` for
+vq.quantizer=low_dim), N experts, S code rows of the rank that owns most of them.
 
     rows of a token       k continuous (none in path=discrete) + C discrete (none in =continuous)
     rows of the codebook  C K, row c K + code belongs to expert (c K + code) mod N, or every expert
@@ -40,6 +40,7 @@ class LayerShape:
     expert_tensor_parallel_size: int = 1  # E
     tensor_model_parallel_size: int = 1
     num_microbatches: int = 1  # of an optimizer step
+    moe_shared_expert_intermediate_size: int | None = None  # Fs
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -49,6 +50,11 @@ class LayerShape:
         for name, value, divisor in (
             ("num_moe_experts", self.num_moe_experts, "expert_model_parallel_size"),
             ("moe_ffn_hidden_size", self.moe_ffn_hidden_size, "expert_tensor_parallel_size"),
+            (
+                "moe_shared_expert_intermediate_size",
+                self.shared_expert_width,
+                "tensor_model_parallel_size",
+            ),
         ):
             if value % getattr(self, divisor):
                 raise ValueError(
@@ -76,7 +82,23 @@ class LayerShape:
             expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
             tensor_model_parallel_size=layout.tensor_model_parallel_size,
             num_microbatches=layout.num_microbatches(train),
+            moe_shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size,
         )
+
+    @property
+    def has_router(self) -> bool:
+        """:meth:`VQConfig.has_router`."""
+        return self.vq.has_router(self.num_moe_experts)
+
+    @property
+    def holds_one_expert(self) -> bool:
+        """Whether this rank has the whole of the only expert, so that its rows go nowhere."""
+        return self.num_moe_experts == self.expert_tensor_parallel_size == 1
+
+    @property
+    def shared_expert_width(self) -> int:
+        """Fs, or 0 without a shared expert."""
+        return self.moe_shared_expert_intermediate_size or 0
 
     @property
     def num_continuous_rows(self) -> int:
@@ -92,9 +114,21 @@ class LayerShape:
 
     @property
     def num_dispatched_rows(self) -> int:
-        """Rows of this rank that travel in the forward pass; in code space the continuous ones."""
+        """Rows of this rank that experts evaluate token by token; in code space the continuous
+        ones."""
         rows = self.num_continuous_rows
         return rows if self.vq.in_code_space else rows + self.num_discrete_rows
+
+    @property
+    def num_staying_rows(self) -> int:
+        """Of these, rows that are neither sorted nor sent: the continuous ones of a layer whose one
+        expert this rank holds whole."""
+        return self.num_continuous_rows if self.holds_one_expert else 0
+
+    @property
+    def num_travelling_rows(self) -> int:
+        """Of these, the rows that are sorted by expert, and sent where there are several ranks."""
+        return self.num_dispatched_rows - self.num_staying_rows
 
     @property
     def has_code_inputs(self) -> bool:
@@ -177,9 +211,11 @@ class LayerShape:
 
         Codes get no gradient from experts; a learned input and the input norm do. In the dual path
         one grouped GEMM serves all rows and returns the input gradients of all, unless the table
-        is built once per step, by itself.
+        is built by itself, or the other rows stay with their one expert.
         """
-        is_alone = self.vq.path == "continuous" or self.vq.builds_table_alone
+        is_alone = (
+            self.vq.path == "continuous" or self.vq.builds_table_alone or self.holds_one_expert
+        )
         return not is_alone or self.vq.code_input == "learned" or self.vq.norm != "none"
 
     @property

@@ -71,18 +71,24 @@ def dense_mlp_kernels(config: RunConfig, layout: ParallelLayout) -> Iterator[Ker
     tokens = config.train.micro_batch_size * model.seq_length
     width = dense_ffn_size(model) // layout.tensor_model_parallel_size
     halves = 2 if model.gated_linear_unit else 1
-    hidden = tokens * model.hidden_size
+    yield from mlp_kernels("dense MLP", tokens, model.hidden_size, width, halves, element, forward)
+
+
+def mlp_kernels(
+    part: str, tokens: int, hidden: int, width: int, halves: int, element: int, forward: int
+) -> Iterator[Kernel]:
+    """Two linear layers over ``tokens`` rows, this rank's ``width`` columns wide, of ``forward``
+    operations; ``halves`` is 2 for a gated one."""
+    rows = tokens * hidden
     tensors = ProductBytes(
-        inputs=(hidden + tokens * width) * element,
-        outputs=(halves * tokens * width + hidden) * element,
-        weights=(halves + 1) * model.hidden_size * width,
+        inputs=(rows + tokens * width) * element,
+        outputs=(halves * tokens * width + rows) * element,
+        weights=(halves + 1) * hidden * width,
         element=element,
     )
     unit = model_unit(element)
-    yield from products(
-        "dense MLP", "products", unit, Flops(forward, 2 * forward), tensors, launches=2
-    )
-    yield from activation_kernels("activation of the dense MLP", tokens * width, halves, element)
+    yield from products(part, "products", unit, Flops(forward, 2 * forward), tensors, launches=2)
+    yield from activation_kernels(f"activation of the {part}", tokens * width, halves, element)
 
 
 def activation_kernels(name: str, outputs: int, halves: int, element: int) -> Iterator[Kernel]:

@@ -26,6 +26,7 @@ a token calls, a term each:
   2. the table of code outputs      execution=code_space: ``_table_terms``
   3. the gradient to the tokens     straight_through=group: ``_group_mean_terms``; in code space
                                     also for token: ``_row_gradient_terms``
+  4. the shared expert's tokens     over tensor ranks: ``_shared_expert_terms``
 Not among them: a forward pass repeated by recompute, what Megatron's router reduces for its balance
 loss, and the codebook statistics, which are reduced once per step for all layers together.
 """
@@ -168,7 +169,8 @@ def layer_terms(
     straight_through_traffic: RowTraffic | None = None,
 ) -> tuple[Term, ...]:
     """Return every collective of the layer on one rank, in a microbatch in which everything
-    happens, once per step or not. Parts: counts, rows, table, straight_through.
+    happens, once per step or not. Parts: counts, rows, table, straight_through,
+    shared_expert.
 
     Args:
         layer: its sizes and settings.
@@ -195,7 +197,22 @@ def layer_terms(
         terms += _group_mean_terms(layer)
     if layer.vq.straight_through in ("token", "group") and layer.vq.in_code_space:
         terms += _row_gradient_terms(layer, back)
+    terms += _shared_expert_terms(layer)
     return tuple(terms)
+
+
+def _shared_expert_terms(layer: LayerShape) -> Iterator[Term]:
+    """Column- and row-parallel under sequence parallelism: the second backward gather is of fc1's
+    input, for its weight's gradient."""
+    if not layer.shared_expert_width or layer.tensor_model_parallel_size == 1:
+        return
+    block = layer.num_local_tokens * layer.hidden_size * layer.bytes_per_element
+    moved = (layer.tensor_model_parallel_size - 1) * block
+    for is_backward, collective in (
+        (False, "all_gather"), (False, "reduce_scatter"),
+        (True, "all_gather"), (True, "all_gather"), (True, "reduce_scatter"),
+    ):  # fmt: skip
+        yield Term("shared_expert", collective, "tp", moved, is_backward=is_backward)
 
 
 def _term_of(part: str, is_backward: bool = False, is_once_per_step: bool = False) -> TermOf:

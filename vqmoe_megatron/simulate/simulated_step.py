@@ -156,7 +156,7 @@ def _check_rows(config: RunConfig, layout: ParallelLayout) -> None:
     shape = LayerShape.from_config(config, layout)
     ranks = layout.expert_model_parallel_size
     for what, rows in (
-        ("rows that travel forward", shape.num_dispatched_rows),
+        ("rows that travel forward", shape.num_travelling_rows),
         ("rows of codes", shape.num_discrete_rows),
     ):
         if rows % ranks:

@@ -128,6 +128,7 @@ def _open_report(run: CheckedRun, trainer: Trainer) -> RunReport:
             f"{trainer.num_parameters:,} parameters on rank 0; by the plan {planned.total:,} in "
             f"all, {planned.active:,} used by one token"
         )
+        report.message(f"experts: {run.config.experts_in_words}")
         report.message(run.config.vq.execution_in_words)
         device, _ = choose_device(run.config.train.device)
         for text in choose_parts(run.config, device).fallbacks:

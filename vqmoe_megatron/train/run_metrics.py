@@ -97,7 +97,8 @@ def balance_loss(config: RunConfig, num_steps: int, num_microbatches: int) -> di
     """
     model = config.model
     has_loss = model.moe_router_load_balancing_type != "none" and model.moe_aux_loss_coeff > 0
-    if not has_loss or config.vq.path == "discrete" or not num_steps:
+    has_router = config.vq.has_router(model.num_moe_experts)
+    if not has_loss or not has_router or not num_steps:
         return {}
     values = torch.zeros(model.num_layers, device=torch.cuda.current_device())
     for name, part, is_global in moe_log_values():

@@ -13,8 +13,10 @@ benchmarks pass this gate before they time anything. For one token x:
    the token;
 4. y_d = norm(sum_c f_e(norm(u_c)) / sqrt(C));
 5. y_c = sum over the k selected experts of p_e f_e(x), the same experts;
+   one expert has no router, and p_e = 1;
 6. y = p_0 y_c + p_1 y_d, p = softmax(W x + b), or y_c + sigmoid(w x + b) y_d;
-7. VQ loss = coeff * (mean |sg(x) - v|^2 + commitment * mean |x - sg(v)|^2).
+7. a shared expert f_s, where there is one, is added: y + f_s(x);
+8. VQ loss = coeff * (mean |sg(x) - v|^2 + commitment * mean |x - sg(v)|^2).
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ def vqmoe_oracle(
             ``experts.weight1 [N, F or 2F, H]``, ``experts.bias1``, ``experts.weight2 [N, H, F]``,
             ``experts.bias2``, ``assigner.codebook.codes [C, K, D]``,
             ``assigner.code_map.expert_of_row`` int64 ``[C * K]`` (absent: the mod rule),
-            ``assigner.codebook.projection [D, H]`` (quantizer: low_dim),
+            ``shared_experts.linear_fc1.weight [F or 2F, H]``,
+            ``shared_experts.linear_fc2.weight [H, F]`` (absent: no shared expert; its F is its
+            own), ``assigner.codebook.projection [D, H]`` (quantizer: low_dim),
             ``code_inputs.vectors [C, K, H]`` (code_input: learned),
             ``gate.linear.weight``, ``gate.linear.bias``, ``input_norm.weight``,
             ``output_norm.weight`` and their biases. Absent biases are zero. Gradients flow into
@@ -111,7 +115,8 @@ def vqmoe_oracle(
             quantized.append(torch.cat(vectors))
             all_codes.append(codes)
             all_experts.append(owners)
-        outputs.append(_mix(token, y_continuous, y_discrete, parameters, vq))
+        y = _mix(token, y_continuous, y_discrete, parameters, vq)
+        outputs.append(y + experts.shared(token) if experts.has_shared else y)
 
     commitment = codebook = x.new_zeros(())
     if quantized:
@@ -144,13 +149,25 @@ class _Experts:
 
     def __call__(self, expert: int, row: torch.Tensor) -> torch.Tensor:
         """row [H] -> [H]."""
-        hidden = self._linear(expert, row, "1")
-        if self.gated:
-            gate, up = hidden.chunk(2)
-            hidden = self.activation(gate) * up
-        else:
-            hidden = self.activation(hidden)
-        return self._linear(expert, hidden, "2")
+        return self._linear(expert, self._activate(self._linear(expert, row, "1")), "2")
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether there is a shared expert."""
+        return "shared_experts.linear_fc1.weight" in self.parameters
+
+    def shared(self, token: torch.Tensor) -> torch.Tensor:
+        """f_s: token [H] -> [H]."""
+        fc1, fc2 = (
+            self.parameters[f"shared_experts.linear_{name}.weight"] for name in ("fc1", "fc2")
+        )
+        return fc2 @ self._activate(fc1 @ token)
+
+    def _activate(self, hidden: torch.Tensor) -> torch.Tensor:
+        if not self.gated:
+            return self.activation(hidden)
+        gate, up = hidden.chunk(2)
+        return self.activation(gate) * up
 
     def _linear(self, expert: int, row: torch.Tensor, number: str) -> torch.Tensor:
         y = self.parameters[f"experts.weight{number}"][expert] @ row
@@ -247,7 +264,9 @@ def _continuous(
     topk: int,
     pre_softmax: bool,
 ) -> torch.Tensor:
-    """The ordinary sparse mixture of experts: token [H] -> [H]."""
+    """The ordinary sparse mixture of experts, or one dense expert: token [H] -> [H]."""
+    if "router.weight" not in parameters:
+        return experts(0, token)
     logits = parameters["router.weight"] @ token
     if "router.bias" in parameters:
         logits = logits + parameters["router.bias"]
