@@ -65,16 +65,11 @@ def test_candidates_that_a_rank_holds_between_its_microbatches() -> None:
     assert held_candidate_bytes(recipe(["vq.path=continuous"]), one, 0, 1) == 0
 
 
-def test_the_optimizer_makes_three_of_its_largest_piece_or_none() -> None:
-    overrides = ["model.vocab_size=32000", "optimizer.use_distributed_optimizer=true"]
-    config = recipe(overrides)
-    layout = check_layout(config, 2, "cpu")
-    state = state_bytes(config, layout, 0)
-    # Two tables of 32000 x 48 in one buffer, cut in the middle: half of it is mostly one table.
-    assert state.largest_piece == 32000 * 48 * 4
-    assert step_end_bytes(config, layout, 0, "local", state) == 3 * state.largest_piece
-    fused = step_end_bytes(config, layout, 0, "fused", state)
-    assert fused == candidate_bytes(config, layout, 0) + codebook_move_bytes(config, layout)
+def test_the_end_of_a_step_holds_candidates_and_one_moving_codebook() -> None:
+    config = recipe([])
+    layout = check_layout(config, 1, "cpu")
+    expected = candidate_bytes(config, layout, 0) + codebook_move_bytes(config, layout)
+    assert step_end_bytes(config, layout, 0) == expected > 0
 
 
 def test_a_save_gathers_the_largest_bucket() -> None:

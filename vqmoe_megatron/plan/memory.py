@@ -155,7 +155,7 @@ def stage_memory(
         workspace=workspace,
         head=kept.head if places[-1].is_last else 0,
         candidates=candidates,
-        step_end=step_end_bytes(config, layout, pipeline_rank, kernels, state),
+        step_end=step_end_bytes(config, layout, pipeline_rank),
         save=save_bytes(config, layout, pipeline_rank),
     )
 

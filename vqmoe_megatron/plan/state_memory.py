@@ -149,7 +149,6 @@ class StateBytes:
     moments: int
     statistics: int
     largest_weight: int  # contained in weights: its gradient is a tensor of its own for a moment
-    largest_piece: int  # of a parameter, fp32, that this rank's optimizer moves
 
     @property
     def optimizer(self) -> int:
@@ -176,7 +175,7 @@ def state_bytes(
     Raises:
         ValueError: when the vocabulary size is not known.
     """
-    weights = gradients = main = moments = largest = largest_piece = 0
+    weights = gradients = main = moments = largest = 0
     for chunk in stage_parameters(config, layout, pipeline_rank):
         for parameter in chunk:
             is_buffered = parameter.is_trained and config.optimizer.use_distributed_optimizer
@@ -186,9 +185,7 @@ def state_bytes(
         if buffer.is_distributed:
             weights += buffer.num_elements * buffer.bytes_per_element
         gradients += buffer.num_elements * GRADIENT_BYTES
-        pieces = buffer.pieces(expert_data_rank if buffer.is_expert else data_rank)
-        owned = sum(pieces)
-        largest_piece = max(largest_piece, MAIN_BYTES * max(pieces))
+        owned = sum(buffer.pieces(expert_data_rank if buffer.is_expert else data_rank))
         moments += 2 * MOMENT_BYTES * owned
         if buffer.bytes_per_element < MAIN_BYTES:
             main += MAIN_BYTES * owned
@@ -200,7 +197,6 @@ def state_bytes(
         moments=moments,
         statistics=num_moe_layers(config.model, places) * layer_statistics_bytes(config, layout),
         largest_weight=largest,
-        largest_piece=largest_piece,
     )
 
 

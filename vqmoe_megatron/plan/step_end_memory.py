@@ -1,17 +1,13 @@
-"""What a rank makes between two steps: candidates, the codebooks' moves, Adam's temporaries, and
-what a save gathers.
+"""What a rank makes between two steps: candidates, the codebooks' moves, and what a save gathers.
 
 C code slices, K codes per slice, D slice width, M candidates, u = 4 C K D bytes. Activations are
-gone by then. The temporaries are those of ``vq/codebook_update.py``, one layer at a time, and of
-torch's Adam, one parameter at a time; fused optimizers make none (on CUDA torch's is fused, too:
-``local`` kernels then plan too much).
+gone by then. The temporaries are those of ``vq/codebook_update.py``, one layer at a time; every Adam
+is fused and makes none.
 
     ema         moved sums, their quotient, codes; with revival also the replacements, and sums and
                 codes with them: 6 u (3 u without revival)
     gradient    replacements and codes: 2 u (nothing without revival)
     reanchor    similarities, draws and two logarithms of [C, K, M]: 16 C K M
-    Adam        root and quotient of a parameter, beside the quotient of the one before: 3 of the
-                largest piece in fp32
     save        the distributed optimizer's state goes to every rank of a bucket, one of its three
                 tensors at a time: the bucket in fp32, beside this rank's shard of it
 """
@@ -22,10 +18,9 @@ from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.parameters import chunk_places, num_moe_layers
 from vqmoe_megatron.plan.shape import LayerShape
-from vqmoe_megatron.plan.state_memory import MAX_CANDIDATES, StateBytes, stage_buffers
+from vqmoe_megatron.plan.state_memory import MAX_CANDIDATES, stage_buffers
 
 FP32_BYTES = 4
-ADAM_TENSORS = 3
 EMA_TENSORS, REVIVED_EMA_TENSORS, REVIVED_TENSORS, REANCHOR_TENSORS = 3, 6, 2, 4
 
 
@@ -84,15 +79,10 @@ def step_end_bytes(
     config: RunConfig,
     layout: ParallelLayout,
     pipeline_rank: int,
-    kernels: str,
-    state: StateBytes,
 ) -> int:
-    """Most that is made at once between the last backward pass and the next step. With ``fused``
-    kernels the optimizer makes nothing."""
-    codebooks = candidate_bytes(config, layout, pipeline_rank)
-    codebooks += codebook_move_bytes(config, layout)
-    optimizer = ADAM_TENSORS * state.largest_piece if kernels == "local" else 0
-    return max(codebooks, optimizer)
+    """What is made between the last backward pass and the next step, at once."""
+    candidates = candidate_bytes(config, layout, pipeline_rank)
+    return candidates + codebook_move_bytes(config, layout)
 
 
 def save_bytes(config: RunConfig, layout: ParallelLayout, pipeline_rank: int) -> int:
