@@ -73,8 +73,6 @@ class CodeStream(KeepsFloat32, StepOwner):
         chunk: number of the virtual pipeline chunk.
         leader: the stream of this rank's first chunk; None for that one.
 
-    Raises:
-        ValueError: for more codes than vocabulary entries.
     """
 
     code_of_token: torch.Tensor  # int64 [V], of this step
@@ -108,13 +106,9 @@ class CodeStream(KeepsFloat32, StepOwner):
         self._first_entry = 0
         self._pending: dict[str, torch.Tensor] | None = None
         self._steps_taken = StepsTaken()
+        # With a code for every entry nothing is left to learn: entries are their own codes.
         num_codes = min(memory.num_codes, vocab_size)
-        if memory.codes in ("embedding", "random") and memory.num_codes > vocab_size:
-            raise ValueError(
-                f"code_memory.num_codes <= vocabulary fails: {memory.num_codes} > {vocab_size}; "
-                f"codes of the embedding group its entries: use at most {vocab_size}, or "
-                "code_memory.codes=tokens"
-            )
+        self.groups = memory.codes in ("embedding", "random") and num_codes < vocab_size
         entries = torch.arange(vocab_size)
         generator = torch.Generator().manual_seed(seed * 1009 + 7)
         if memory.codes == "frozen_random":
@@ -122,7 +116,7 @@ class CodeStream(KeepsFloat32, StepOwner):
         codes = entries if memory.codes == "tokens" else entries % num_codes
         self.register_buffer("code_of_token", codes)
         self.register_buffer("num_steps", torch.tensor(0, dtype=torch.int64))
-        self.moves = memory.codes in ("embedding", "random")  # whether codes ever change
+        self.moves = self.groups or memory.num_context_codes > 0  # whether codes ever change
         self.is_source = self.moves and leader is None and _is_first_stage()
         width = memory.context_dim
         if memory.num_context_codes:
@@ -268,12 +262,14 @@ class CodeStream(KeepsFloat32, StepOwner):
         """One round of k-means on this rank's entries, and what contexts are compared in."""
         embeddings = self._weight[0].detach().float()
         own = slice(self._first_entry, self._first_entry + embeddings.shape[0])
-        codes, tp = self.codes, self.pg_collection.tp
-        if self.memory.codes == "embedding":
+        codes, ids, tp = self.codes, self.code_of_token[own], self.pg_collection.tp
+        if self.groups and self.memory.codes == "random":
+            ids = vocabulary_codes.assign(embeddings, codes)
+        elif self.groups:
             codes = self._moved_codes(embeddings, own)
-        ids = vocabulary_codes.assign(embeddings, codes)
-        if self.memory.codes == "embedding":  # nothing was counted before the first step's end
-            ids = torch.where(self.share.sum() > 0, ids, self.code_of_token[own])
+            # Nothing was counted before the first step's end.
+            found = vocabulary_codes.assign(embeddings, codes)
+            ids = torch.where(self.share.sum() > 0, found, ids)
         state = {"codes": codes, "code_of_token": _gathered(ids, tp)}
         if self.memory.num_context_codes:
             state["context_table"] = _gathered(embeddings @ self.projection, tp)
