@@ -6,7 +6,7 @@ import pytest
 from real_model import recipe
 
 from vqmoe_megatron.plan.layout import check_layout
-from vqmoe_megatron.plan.state_memory import stage_buffers, state_bytes
+from vqmoe_megatron.plan.state_memory import stage_buffers
 from vqmoe_megatron.plan.step_end_memory import (
     candidate_bytes,
     codebook_move_bytes,

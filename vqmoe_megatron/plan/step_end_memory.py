@@ -1,8 +1,8 @@
 """What a rank makes between two steps: candidates, the codebooks' moves, and what a save gathers.
 
 C code slices, K codes per slice, D slice width, M candidates, u = 4 C K D bytes. Activations are
-gone by then. The temporaries are those of ``vq/codebook_update.py``, one layer at a time; every Adam
-is fused and makes none.
+gone by then. The temporaries are those of ``vq/codebook_update.py``, one layer at a time; every
+Adam is fused and makes none.
 
     ema         moved sums, their quotient, codes; with revival also the replacements, and sums and
                 codes with them: 6 u (3 u without revival)

@@ -2,8 +2,8 @@
 
 Left to itself torch takes its foreach form on CUDA, which holds the square roots of all second
 moments at once: a third of the optimizer's state more, in every step; on the CPU a plain loop, whose
-dozen passes over a weight take six times as long as the one of the fused kernel. The fused kernel
-holds nothing, and its step counters lie with the parameters.
+dozen passes over a weight take six times as long as the fused kernel's one. That kernel holds
+nothing, and its step counters lie with the parameters.
 """
 
 from __future__ import annotations
