@@ -1,9 +1,9 @@
 """torch's Adam in one kernel, where neither Transformer Engine nor Apex brings one.
 
 Left to itself torch takes its foreach form on CUDA, which holds the square roots of all second
-moments at once: a third of the optimizer's state more, in every step; on the CPU a plain loop, whose
-dozen passes over a weight take six times as long as the fused kernel's one. That kernel holds
-nothing, and its step counters lie with the parameters.
+moments at once: a third of the optimizer's state more, in every step. On the CPU it takes a plain
+loop, whose dozen passes over a weight take six times as long as the fused kernel's one. That kernel
+holds nothing, and its step counters lie with the parameters.
 """
 
 from __future__ import annotations
