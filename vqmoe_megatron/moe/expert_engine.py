@@ -97,7 +97,8 @@ class ExpertEngine:
         evaluated = self.evaluate(arrived, receipt.tokens_per_local_expert)
         returned, of_residents = combine(evaluated, receipt, *self.groups)
         parts = returned.split([t * k for t, k in sizes]) if len(sizes) > 1 else [returned]
-        outputs = [part.view(*size, -1) for part, size in zip(parts, sizes, strict=True)]
+        width = returned.shape[-1]  # said, since there may be no row
+        outputs = [part.view(*size, width) for part, size in zip(parts, sizes, strict=True)]
         return outputs, of_residents
 
     def send_gradients(

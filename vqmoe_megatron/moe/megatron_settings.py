@@ -137,6 +137,22 @@ REFUSED_WITHOUT_ROUTER = {
     "moe_router_fusion": _NO_ROUTER,
     "moe_router_score_function": Refusal(("softmax",), _NO_ROUTER.reason),
 }
+_FULL_SOFTMAX = Refusal(
+    (None, False), "every expert is weighed by the softmax over all of them, chosen or not"
+)
+# path=filled: the router's probabilities of all experts weigh exact and filled outputs alike.
+REFUSED_WITH_FILL = {
+    "moe_router_pre_softmax": Refusal((True,), _FULL_SOFTMAX.reason),
+    "moe_router_score_function": Refusal(("softmax",), _FULL_SOFTMAX.reason),
+    "moe_router_topk_scaling_factor": _FULL_SOFTMAX,
+    "moe_router_enable_expert_bias": _FULL_SOFTMAX,
+    "moe_router_num_groups": _FULL_SOFTMAX,
+    "moe_router_group_topk": _FULL_SOFTMAX,
+    "moe_router_topk_limited_devices": _FULL_SOFTMAX,
+    "moe_router_fusion": Refusal((False,), "its choice is the layer's own"),
+    "fp8": Refusal((None,), "Transformer Engine's experts run on rows of multiples of 16"),
+}
+_ONE_ON_AVERAGE = Refusal((1,), "its threshold is held at one exact expert per token on average")
 # A bare codebook as Megatron's router.
 REFUSED_BY_ROUTER = {
     **REFUSED_WITH_CODES,
@@ -172,6 +188,8 @@ def check_layer_settings(config: TransformerConfig, vq: VQConfig) -> None:
         _refuse(f"VQMoELayer with vq.path={vq.path}", config, REFUSED_WITH_CODES)
     if vq.path == "discrete":
         _refuse("VQMoELayer with vq.path=discrete", config, REFUSED_WITHOUT_ROUTER)
+    if vq.path == "filled":
+        _refuse_with_fill(config, vq)
     for name, parts in REFUSED_PARTS.items():
         if asked := [part for part in getattr(config, name) or () if part in parts]:
             raise ValueError(
@@ -259,6 +277,19 @@ def _refuse(who: str, config: TransformerConfig, table: dict[str, Refusal]) -> N
             raise ValueError(
                 f"{who} does not do {name}={value}: {refusal.reason}; leave it at {legal}"
             )
+
+
+def _refuse_with_fill(config: TransformerConfig, vq: VQConfig) -> None:
+    _refuse("VQMoELayer with vq.path=filled", config, REFUSED_WITH_FILL)
+    if vq.threshold_routing:
+        who = "VQMoELayer with vq.threshold_routing=true"
+        _refuse(who, config, {"moe_router_topk": _ONE_ON_AVERAGE})
+    if "sinkhorn" in config.moe_router_load_balancing_type:
+        raise ValueError(
+            "VQMoELayer with vq.path=filled does not do moe_router_load_balancing_type=sinkhorn, "
+            "which chooses by other numbers than the softmax that weighs; use aux_loss, "
+            "seq_aux_loss, global_aux_loss or none"
+        )
 
 
 def _refuse_captured_graphs(config: TransformerConfig) -> None:
