@@ -14,7 +14,8 @@ benchmarks pass this gate before they time anything. For one token x:
 4. y_d = norm(sum_c f_e(norm(u_c)) / sqrt(C));
 5. y_c = sum over the k selected experts of p_e f_e(x), the same experts;
 6. y = p_0 y_c + p_1 y_d, p = softmax(W x + b), or y_c + sigmoid(w x + b) y_d;
-7. VQ loss = coeff * (mean |sg(x) - v|^2 + commitment * mean |x - sg(v)|^2).
+7. path=filled has no 2 to 6, but :func:`filled_output`;
+8. VQ loss = coeff * (mean |sg(x) - v|^2 + commitment * mean |x - sg(v)|^2).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from vqmoe_megatron.config import VQConfig
+from vqmoe_megatron.vq.fill_oracle import filled_output
 
 ROUTER_SOFTMAX_DTYPE = torch.float32  # Megatron takes it in fp32 whatever the dtype of the logits
 
@@ -39,6 +41,7 @@ class OracleResult:
     codebook_loss: torch.Tensor  # scalar, mean |sg(x) - v|^2 over T * H elements
     codes: torch.Tensor | None  # int64 [T, C]; None without a discrete path
     experts: torch.Tensor | None  # int64 [T, C], the experts of those codes
+    chosen: tuple[list[int], ...] = ()  # path=filled: the experts that saw each token
 
 
 def vqmoe_oracle(
@@ -54,6 +57,7 @@ def vqmoe_oracle(
     normalization: str = "LayerNorm",
     norm_eps: float = 1e-5,
     replicas: Sequence[int] | None = None,
+    tau: float | None = None,
 ) -> OracleResult:
     """Evaluate the layer token by token.
 
@@ -65,7 +69,8 @@ def vqmoe_oracle(
             ``experts.bias2``, ``assigner.codebook.codes [C, K, D]``,
             ``assigner.code_map.expert_of_row`` int64 ``[C * K]`` (absent: the mod rule),
             ``assigner.codebook.projection [D, H]`` (quantizer: low_dim),
-            ``code_inputs.vectors [C, K, H]`` (code_input: learned),
+            ``code_inputs.vectors [C, K, H]`` (code_input: learned), ``fill_rows.values [N, K, H]``
+            (fill_values: direct),
             ``gate.linear.weight``, ``gate.linear.bias``, ``input_norm.weight``,
             ``output_norm.weight`` and their biases. Absent biases are zero. Gradients flow into
             those that require them.
@@ -79,6 +84,7 @@ def vqmoe_oracle(
         norm_eps: of the norms.
         replicas: the data-parallel replica that holds each of the T tokens, which
             straight_through=group pools its means over; None: one holds all.
+        tau: of vq.threshold_routing; None: not set yet.
 
     Returns:
         The result, in the dtype of ``x`` (the router's softmax is fp32, as Megatron's). The balance
@@ -90,9 +96,28 @@ def vqmoe_oracle(
     norms = _Norms(parameters, vq, normalization, norm_eps)
     prepared = [_prepare(token, parameters, vq) for token in x]
     pools = _Pools(prepared, parameters, vq, replicas or [0] * len(prepared))
-    outputs, quantized, all_codes, all_experts = [], [], [], []
+    outputs, quantized, all_codes, all_experts, chosen = [], [], [], [], []
     for t, (token, ready) in enumerate(zip(x, prepared, strict=True)):
         y_continuous = y_discrete = None
+        if vq.path == "filled":
+            codes, vectors = _nearest(ready, _code_vectors(parameters, vq))
+            rows = parameters.get("fill_rows.values")
+            y, experts_of_token = filled_output(
+                token,
+                _logits(token, parameters),
+                experts,
+                _lifted(vectors[0].detach(), parameters),
+                float((ready - vectors[0]).detach().square().mean().sqrt()),
+                None if rows is None else rows[:, codes[0]],
+                vq,
+                topk,
+                tau,
+            )
+            outputs.append(y)
+            quantized.append(vectors[0])
+            all_codes.append(codes)
+            chosen.append(experts_of_token)
+            continue
         if vq.path != "discrete":
             y_continuous = _continuous(token, parameters, experts, topk, pre_softmax)
         if vq.path != "continuous":
@@ -126,6 +151,7 @@ def vqmoe_oracle(
         codebook_loss=codebook,
         codes=torch.tensor(all_codes) if all_codes else None,
         experts=torch.tensor(all_experts) if all_experts else None,
+        chosen=tuple(chosen),
     )
 
 
@@ -240,6 +266,12 @@ def _owner(
     return row % num_experts if expert_of_row is None else int(expert_of_row[row])
 
 
+def _logits(token: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[N] of the router."""
+    logits = parameters["router.weight"] @ token
+    return logits + parameters["router.bias"] if "router.bias" in parameters else logits
+
+
 def _continuous(
     token: torch.Tensor,
     parameters: Mapping[str, torch.Tensor],
@@ -248,9 +280,7 @@ def _continuous(
     pre_softmax: bool,
 ) -> torch.Tensor:
     """The ordinary sparse mixture of experts: token [H] -> [H]."""
-    logits = parameters["router.weight"] @ token
-    if "router.bias" in parameters:
-        logits = logits + parameters["router.bias"]
+    logits = _logits(token, parameters)
     selected = logits.topk(topk).indices
     scores = logits if pre_softmax else logits[selected]
     weights = scores.softmax(dim=0, dtype=ROUTER_SOFTMAX_DTYPE).to(logits.dtype)
@@ -276,7 +306,7 @@ class _Pools:
         self.zeros = [ready - ready.detach() for ready in prepared]  # gradient one, value zero
         self.cell_of: list[list[tuple[int, int, int]]] = []  # of token and slice
         self.members: dict[tuple[int, int, int], list[int]] = {}
-        if vq.path == "continuous" or self.mode != "group":
+        if not vq.has_discrete_path or self.mode != "group":
             return
         for t, ready in enumerate(prepared):
             codes, _ = _nearest(ready, _code_vectors(parameters, vq))
