@@ -49,6 +49,21 @@ CASES = {
             "model.bf16=true",
         ],
     ),
+    "filled, threshold": (
+        1,
+        {},
+        ["vq.path=filled", "vq.threshold_routing=true", "model.moe_router_topk=1", DISTRIBUTED],
+    ),
+    "ep2, filled, learned rows": (
+        2,
+        {"expert_model_parallel_size": 2},
+        ["vq.path=filled", "vq.fill_values=direct", "model.bf16=true", DISTRIBUTED],
+    ),
+    "etp2, filled, learned rows": (
+        2,
+        {"expert_tensor_parallel_size": 2},
+        ["vq.path=filled", "vq.fill_values=direct", "vq.table_per_step=true"],
+    ),
     "tp2 etp2, continuous, gated": (
         2,
         {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2},

@@ -1,7 +1,8 @@
 """The rules of ``vq.path=filled``: experts that a token does not visit answer by its code.
 
-The path has a learned router and a codebook, and neither a discrete path nor a combine gate. Keys
-of the discrete path must keep values that say nothing here; keys of fill say nothing elsewhere.
+The path has a learned router and a codebook, and neither a discrete path nor a combine gate.
+Choices that only they have are refused, but for those that say nothing; their numbers
+(combine_bias, contribution_rate) are left to the recipe, where one may serve several paths.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ _FOREIGN: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "norm": (("separate", "none"), "there are no norms around the experts"),
     "combine": (("softmax",), _NO_GATE),
-    "combine_bias": ((3.0,), _NO_GATE),
-    "contribution_rate": ((0.05,), _NO_DISCRETE),
     "num_code_slices": (
         (1,),
         "a token reads one row per expert; of C slices it would read C, and an expert's answer to "

@@ -152,7 +152,8 @@ class VQConfig:
     @property
     def builds_table_alone(self) -> bool:
         """Whether the table's experts run by themselves and not beside travelling rows."""
-        return self.path == "discrete" or self.table_per_step or self.overlap_table
+        is_detached = self.path == "filled" and self.fill_values == "detached"
+        return self.path == "discrete" or self.table_per_step or self.overlap_table or is_detached
 
     @property
     def execution_in_words(self) -> str:

@@ -19,7 +19,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.config.not_offered import FP16_REFUSED
 from vqmoe_megatron.moe.step_statistics import HALVES
-from vqmoe_megatron.plan.rules import FP8_NEEDS_TOKENS, FP8_WITHOUT_RECOMPUTE
+from vqmoe_megatron.plan.rules import (
+    FP8_NEEDS_TOKENS,
+    FP8_WITHOUT_FILL,
+    FP8_WITHOUT_RECOMPUTE,
+    ONE_EXPERT_BY_THRESHOLD,
+    PRE_SOFTMAX_FOR_FILL,
+)
 from vqmoe_megatron.runtime.fused_parts import FP8
 
 # What a MoE layer and its experts could be asked to do, whatever the field is called.
@@ -142,7 +148,7 @@ _FULL_SOFTMAX = Refusal(
 )
 # path=filled: the router's probabilities of all experts weigh exact and filled outputs alike.
 REFUSED_WITH_FILL = {
-    "moe_router_pre_softmax": Refusal((True,), _FULL_SOFTMAX.reason),
+    "moe_router_pre_softmax": Refusal((True,), PRE_SOFTMAX_FOR_FILL),
     "moe_router_score_function": Refusal(("softmax",), _FULL_SOFTMAX.reason),
     "moe_router_topk_scaling_factor": _FULL_SOFTMAX,
     "moe_router_enable_expert_bias": _FULL_SOFTMAX,
@@ -150,9 +156,9 @@ REFUSED_WITH_FILL = {
     "moe_router_group_topk": _FULL_SOFTMAX,
     "moe_router_topk_limited_devices": _FULL_SOFTMAX,
     "moe_router_fusion": Refusal((False,), "its choice is the layer's own"),
-    "fp8": Refusal((None,), "Transformer Engine's experts run on rows of multiples of 16"),
+    "fp8": Refusal((None,), FP8_WITHOUT_FILL),
 }
-_ONE_ON_AVERAGE = Refusal((1,), "its threshold is held at one exact expert per token on average")
+_ONE_ON_AVERAGE = Refusal((1,), ONE_EXPERT_BY_THRESHOLD)
 # A bare codebook as Megatron's router.
 REFUSED_BY_ROUTER = {
     **REFUSED_WITH_CODES,
@@ -319,7 +325,7 @@ def _refuse_fp8(config: TransformerConfig, vq: VQConfig) -> None:
             f"VQMoELayer cannot do fp8={config.fp8}: {obstacle}; it is Transformer Engine's linear "
             "layers that run in fp8; leave it at None"
         )
-    if vq.path != "continuous" and vq.in_code_space:
+    if vq.in_code_space:
         raise ValueError(f"VQMoELayer with fp8={config.fp8}: {FP8_NEEDS_TOKENS}")
     if config.recompute_granularity == "selective" and "moe" in (config.recompute_modules or ()):
         raise ValueError(f"VQMoELayer with fp8={config.fp8}: {FP8_WITHOUT_RECOMPUTE}")

@@ -66,7 +66,8 @@ class RoutingThreshold(KeepsStatistics):
 
     @torch.no_grad()
     def count(self, scores: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What :meth:`record` adds for scores and chosen pairs ``[T, N]`` of one microbatch."""
+        """What :meth:`record` adds for scores and chosen pairs ``[T, N]`` of one microbatch: two
+        sums of a few thousand numbers, and not the scores, are kept until then."""
         log2 = scores.clamp(min=2.0**LOWEST_LOG2).log2() - LOWEST_LOG2
         bins = (log2 * BINS_PER_OCTAVE).nan_to_num().to(torch.int64).clamp(0, NUM_BINS - 1)
         per_token = chosen.sum(dim=1)
@@ -78,13 +79,14 @@ class RoutingThreshold(KeepsStatistics):
                 (per_token == 1).sum(),
             ]
         )
-        return count_ids(bins.reshape(-1), NUM_BINS), of_tokens
+        counts = count_ids(bins.reshape(-1), NUM_BINS).to(self.step_scores.dtype)
+        return counts, of_tokens.to(self.step_tokens.dtype)
 
     @torch.no_grad()
     def record(self, counts: torch.Tensor, of_tokens: torch.Tensor) -> None:
         """Add one microbatch; called from its backward pass."""
         self.step_scores += counts
-        self.step_tokens += of_tokens.to(self.step_tokens.dtype)
+        self.step_tokens += of_tokens
 
     def local_parts(self) -> list[torch.Tensor]:
         """This rank's sums, in the order of :meth:`apply_parts`. No communication."""

@@ -36,7 +36,7 @@ def candidate_bytes(
     stage: from the first backward pass on a rank of the first replica holds its tensor-parallel
     share, at the end of the step every rank the whole."""
     layer, vq = LayerShape.from_config(config, layout), config.vq
-    if vq.path == "continuous":
+    if not vq.has_codes:
         return 0
     num_layers = num_moe_layers(config.model, chunk_places(config.model, layout, pipeline_rank))
     num_rows = -(-min(vq.num_codes, MAX_CANDIDATES) // num_shards)
@@ -46,7 +46,7 @@ def candidate_bytes(
 def codebook_move_bytes(config: RunConfig, layout: ParallelLayout) -> int:
     """Temporaries of one codebook's move."""
     layer, vq = LayerShape.from_config(config, layout), config.vq
-    if vq.path == "continuous" or vq.freeze_codebook:
+    if not vq.has_codes or vq.freeze_codebook:
         return 0
     if vq.codebook_update == "reanchor":
         num_candidates = min(vq.num_codes, MAX_CANDIDATES)
