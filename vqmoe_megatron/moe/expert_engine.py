@@ -149,6 +149,11 @@ class ExpertEngine:
         """:func:`expert_input_gradient` of this rank's experts."""
         return expert_input_gradient(self.experts, inputs, code_rows, slots, grads)
 
+    def read_num_rows(self, num_rows: torch.Tensor, balanced: int) -> int:
+        """Bring a number of rows that follows the data to the host; ``balanced`` is what engines
+        without data take it for. Host synchronisation. No communication."""
+        return int(num_rows)
+
     def place(self, expert_of_row: torch.Tensor) -> CodeRows:
         """Where the rows of a code map are evaluated; reads it on the host. No communication."""
         group = self.groups[0]

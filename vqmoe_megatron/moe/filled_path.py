@@ -27,7 +27,7 @@ from vqmoe_megatron.moe.backward_hook import run_in_backward
 from vqmoe_megatron.moe.code_assigner import Assignment, CodeAssigner
 from vqmoe_megatron.moe.executions.execution import Execution
 from vqmoe_megatron.moe.executions.fill_space import Fill
-from vqmoe_megatron.moe.expert_engine import Result, TravellingRows, Work
+from vqmoe_megatron.moe.expert_engine import ExpertEngine, Result, TravellingRows, Work
 from vqmoe_megatron.moe.megatron_settings import refuse_trained_codes_in_half
 from vqmoe_megatron.moe.part import DensePart, sum_slots
 from vqmoe_megatron.moe.paths import Path, Request
@@ -52,6 +52,7 @@ class FilledPath(Path):
         vq: VQConfig,
         topk: int,
         router: torch.nn.Module,
+        engine: ExpertEngine,
         assigner: CodeAssigner,
         fill: Execution | None,
         threshold: RoutingThreshold | None,
@@ -59,6 +60,7 @@ class FilledPath(Path):
         self.vq = vq
         self.topk = topk
         self.router = router
+        self.engine = engine
         self.assigner = assigner
         self.fill = fill
         self.threshold = threshold
@@ -78,7 +80,8 @@ class FilledPath(Path):
         if self.threshold is not None and self.assigner.training and torch.is_grad_enabled():
             statistics = self.threshold.count(probs.detach() * distances, chosen)
 
-        exact = self._top(x, probs, chosen) if self.threshold is None else _pairs(x, probs, chosen)
+        exact = self._top if self.threshold is None else self._pairs
+        exact = exact(x, probs, chosen)
         work, fill_answer = Work(), None
         if self.fill is not None:
             fill = Fill(assignment.codes[:, 0], self._fill_weights(probs, chosen))
@@ -127,6 +130,26 @@ class FilledPath(Path):
             TravellingRows(rows, selected, torch.zeros_like(selected), num_orders=1),
             lambda outputs: sum_slots(outputs * weights),
         )
+
+    def _pairs(self, x: torch.Tensor, probs: torch.Tensor, chosen: torch.Tensor) -> _Exact:
+        """R pairs, sorted by token: any number of each token's, also none.
+
+        One host synchronisation, of R.
+        """
+        num_tokens, num_experts = chosen.shape
+        num_pairs = self.engine.read_num_rows(chosen.sum(), num_tokens)
+        chosen_first = torch.argsort((~chosen).flatten().to(torch.uint8), stable=True)
+        pairs = chosen_first[:num_pairs]  # token * N + expert
+        tokens = pairs // num_experts
+        experts = (pairs % num_experts).unsqueeze(1)
+        rows = lookup_rows(x, tokens).unsqueeze(1)  # [R, 1, H]
+        weights = probs.flatten().index_select(0, pairs).unsqueeze(1)
+
+        def answer(outputs: torch.Tensor) -> torch.Tensor:
+            return sum_rows(outputs[:, 0] * weights, tokens, num_tokens)
+
+        travelling = TravellingRows(rows, experts, torch.zeros_like(experts), num_orders=1)
+        return _Exact(travelling, answer)
 
     def _attach(
         self, output: torch.Tensor, assignment: Assignment, statistics: tuple[torch.Tensor, ...]
@@ -198,17 +221,3 @@ def _most_likely(probs: torch.Tensor, k: int) -> torch.Tensor:
     """bool ``[T, N]``: the k largest of each row."""
     chosen = torch.zeros_like(probs, dtype=torch.bool)
     return chosen.scatter_(1, probs.detach().topk(k, dim=1).indices, True)
-
-
-def _pairs(x: torch.Tensor, probs: torch.Tensor, chosen: torch.Tensor) -> _Exact:
-    """R pairs, sorted by token: any number of each, also none. R comes to the host."""
-    tokens, experts = chosen.nonzero(as_tuple=True)
-    num_tokens, num_experts = chosen.shape
-    rows = lookup_rows(x, tokens).unsqueeze(1)  # [R, 1, H]
-    weights = probs.flatten().index_select(0, tokens * num_experts + experts).unsqueeze(1)
-    experts = experts.unsqueeze(1)
-
-    def answer(outputs: torch.Tensor) -> torch.Tensor:
-        return sum_rows(outputs[:, 0] * weights, tokens, num_tokens)
-
-    return _Exact(TravellingRows(rows, experts, torch.zeros_like(experts), num_orders=1), answer)

@@ -147,9 +147,8 @@ class VQMoELayer(LayerStep, MoELayer):
             self.fill_rows = FillRows(config, vq, self.pg_collection) if is_learned else None
             fill = FillSpace(vq, self.assigner, self.engine, self.fill_rows)
             fill = StepTable(fill) if vq.table_per_step else fill
-        return FilledPath(
-            vq, config.moe_router_topk, self.router, self.assigner, fill, self.threshold
-        )
+        topk, parts = config.moe_router_topk, (self.assigner, fill, self.threshold)
+        return FilledPath(vq, topk, self.router, self.engine, *parts)
 
     def _discrete_path(self, seed: int) -> DiscretePath:
         config, vq = self.config, self.vq

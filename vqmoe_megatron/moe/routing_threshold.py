@@ -128,9 +128,10 @@ def kth_largest_score(counts: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     rest. ``k`` is a scalar of at least 1 and at most the sum of the counts."""
     counts = counts.to(torch.int64)  # whole numbers, whose sums have no order on any device
     at_least = counts.flip(0).cumsum(0).flip(0)  # [Q], pairs of this bin and those above
-    index = (at_least >= k).sum().clamp(min=1) - 1  # the highest bin that reaches k
-    in_bin = counts[index]
-    above = at_least[index] - in_bin
+    highest = (at_least >= k).sum().clamp(min=1) - 1  # the bin that reaches k
+    index = highest.view(1)  # as a scalar it would be read on the host
+    in_bin = counts.index_select(0, index)
+    above = at_least.index_select(0, index) - in_bin
     share = (k.double() - above) / in_bin.clamp(min=1)  # of the bin, from its upper end
     log2 = LOWEST_LOG2 + (index + 1 - share) / BINS_PER_OCTAVE
-    return torch.exp2(log2)
+    return torch.exp2(log2).view(())
