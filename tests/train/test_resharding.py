@@ -28,8 +28,15 @@ JOURNEYS = {
         (2, {EP: 2}, []),
         (4, {TP: 2, EP: 2, ETP: 2}, []),
     ],
+    "filled": [(2, {EP: 2}, []), (2, {ETP: 2}, DISTRIBUTED), (2, {PP: 2, VPP: 2}, [])],
 }
-OPTIONS = {"etp2-etp1-gated": ["model.gated_linear_unit=true", "model.activation_func=silu"]}
+OPTIONS = {
+    "filled": [
+        *("vq.path=filled", "vq.threshold_routing=true", "model.moe_router_topk=1"),
+        "vq.fill_values=direct",
+    ],
+    "etp2-etp1-gated": ["model.gated_linear_unit=true", "model.activation_func=silu"],
+}
 
 
 def curve(results):
