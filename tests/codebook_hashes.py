@@ -6,17 +6,18 @@ import hashlib
 
 
 def codebook_hashes(model) -> dict[str, str]:
-    """sha256 of every codebook's whole state, by global layer number; a baseline has none."""
+    """sha256 of every codebook and threshold, by global layer number; a baseline has none."""
     from vqmoe_megatron.moe.layer import VQMoELayer
 
     hashes = {}
     for layer in (m for chunk in model for m in chunk.modules() if isinstance(m, VQMoELayer)):
-        if not layer.discrete_paths:
+        if not hasattr(layer, "assigner"):
             continue
         codebook = layer.assigner.codebook
         tensors = [codebook.codes.data, codebook.usage]
         tensors += [codebook.ema_sum] if codebook.keeps_sums else []
         tensors += [codebook.num_steps, layer.assigner.code_map.expert_of_row]
+        tensors += [layer.threshold.tau] if layer.vq.threshold_routing else []
         digest = hashlib.sha256()
         for tensor in tensors:
             digest.update(tensor.cpu().contiguous().numpy().tobytes())

@@ -20,6 +20,8 @@ HIDDEN = 16
 SHARED_FFN = 24  # of a shared expert
 FFN = 48  # a quarter of it is still a grouped GEMM's 16 bytes of fp32, at ETP 4
 NUM_EXPERTS = 4
+CUT = ("experts.", "fill_rows.")  # by expert, and so over expert-parallel ranks
+REPLICAS = ("bias2", "fill_rows.values")  # on the ranks of an expert-tensor group
 ACTIVATIONS = {
     "gelu": torch.nn.functional.gelu,
     "relu": torch.nn.functional.relu,
@@ -66,6 +68,9 @@ def draw_parameters(
         drawn["assigner.codebook.codes"] = draw(vq.num_code_slices, vq.num_codes, width)
         if vq.code_input == "learned":
             drawn["code_inputs.vectors"] = draw(vq.num_code_slices, vq.num_codes, HIDDEN)
+    if vq.fill_values == "direct":
+        drawn["fill_rows.values"] = draw(NUM_EXPERTS, vq.num_codes, HIDDEN)
+    if vq.has_discrete_path:
         for name in {"none": [], "shared": ["input"], "separate": ["input", "output"]}[vq.norm]:
             drawn[f"{name}_norm.weight"] = 1.0 + draw(HIDDEN, scale=0.2)
             if normalization == "LayerNorm":
@@ -126,7 +131,7 @@ def expert_slice(name: str, tensor: torch.Tensor) -> torch.Tensor:
     expert_rank, shard = expert_place()
     tensor = tensor.chunk(parallel_state.get_expert_model_parallel_world_size())[expert_rank]
     num_shards = parallel_state.get_expert_tensor_parallel_world_size()
-    if name.endswith("bias2"):
+    if name.endswith(REPLICAS):
         return tensor  # a replica on every shard's rank
     if name.endswith("weight2"):
         return tensor.chunk(num_shards, dim=2)[shard]
@@ -140,7 +145,7 @@ def join_experts(name: str, cuts: dict[tuple[int, int], torch.Tensor]) -> torch.
     num_shards = 1 + max(shard for _, shard in cuts)
     for expert_rank in range(1 + max(rank for rank, _ in cuts)):
         shards = [cuts[expert_rank, shard] for shard in range(num_shards)]
-        if name.endswith("bias2"):
+        if name.endswith(REPLICAS):
             for shard in shards[1:]:
                 assert torch.equal(shard, shards[0]), f"replicas of {name} differ"
             whole.append(shards[0])
@@ -186,13 +191,16 @@ def build_layer(  # noqa: ANN201
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from vqmoe_megatron.moe import GroupedExperts, VQMoELayer
+    from vqmoe_megatron.moe.routers.topk import BalancedRouter
 
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    routers = {"router": BalancedRouter} if vq.path == "filled" else {}
     layer = VQMoELayer(
         transformer_config(**changes),
         MoESubmodules(
             experts=ModuleSpec(module=GroupedExperts),
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears),
+            **routers,
         ),
         layer_number=1,
         vq=vq,
@@ -217,13 +225,13 @@ def copy_parameters(layer: torch.nn.Module, parameters: dict[str, torch.Tensor])
         raise ValueError(f"the layer has {sorted(own)}, the test {sorted(expected)}")
     for name, parameter in own.items():
         value = parameters[name]
-        if name.startswith("experts."):
+        if name.startswith(CUT):
             value = expert_slice(name, value)
         elif name.startswith("shared_experts."):
             value = shared_slice(name, value)
         parameter.copy_(value)
     for path in layer.paths:
-        if path.is_discrete:
+        if hasattr(path, "assigner"):
             path.assigner.codebook.needs_data_init = False  # the codes are given
     if projection is not None:
         layer.assigner.codebook.projection.copy_(projection)

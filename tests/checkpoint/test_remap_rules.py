@@ -104,6 +104,7 @@ def test_settings_that_shape_nothing_are_named_and_allowed():
         (config(8), config(16, quantizer="product", num_code_slices=2), "vq.num_code_slices"),
         (config(8), config(16, path="discrete"), "vq.path: checkpoint 'dual', recipe 'discrete'"),
         (config(8), config(16, codebook_update="gradient"), "vq.codebook_update"),
+        (config(8, path="filled"), config(16, path="filled"), "a copied code or expert would"),
         (config(8), config(16, norm="none"), "vq.norm"),
         (config(8), config(16, model={"hidden_size": 512}), "model.hidden_size"),
         (config(8), config(16, model={"vocab_size": 300}), "model.vocab_size"),

@@ -38,6 +38,13 @@ def curve(results):
             marks=pytest.mark.full,
         ),
         pytest.param(OVERLAPPED, id="overlapped-bf16"),
+        pytest.param(
+            [
+                *("vq.path=filled", "vq.threshold_routing=true", "model.moe_router_topk=1"),
+                *("vq.fill_values=direct", "optimizer.use_distributed_optimizer=true"),
+            ],
+            id="threshold",
+        ),
         # fp32 codes beside bf16 parameters
         pytest.param(
             [*OVERLAPPED, "vq.codebook_update=gradient"], id="bf16-gradient", marks=pytest.mark.full

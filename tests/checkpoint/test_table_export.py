@@ -203,6 +203,11 @@ def test_a_layer_without_a_table_is_refused(change, says, refused, copy, tmp_pat
     assert says in refused(copy, tmp_path / "out")
 
 
+def test_a_filled_layer_is_no_function_of_the_code():
+    with pytest.raises(ValueError, match="path=filled has no table to export: a token's output"):
+        check_has_table(VQConfig(path="filled"))
+
+
 def test_every_mixed_input_is_refused_and_both_executions_are_not():
     for expert_input in ("blend", "blend_convex", "token"):
         with pytest.raises(ValueError, match=f"expert_input={expert_input}"):

@@ -125,4 +125,9 @@ def test_megatrons_log_lists_what_is_known_before_the_codebook_moves():
         "dead_codes": "vq/dead_codes",
         "commitment_loss": "vq/commitment_loss",
         "codebook_loss": "vq/codebook_loss",
+        "exact_experts_per_token": "moe/exact_experts_per_token",
+        "routing_threshold": "moe/routing_threshold",
+        "tokens_without_exact_expert": "moe/tokens_without_exact_expert",
+        "tokens_with_one_exact_expert": "moe/tokens_with_one_exact_expert",
+        "tokens_with_several_exact_experts": "moe/tokens_with_several_exact_experts",
     }

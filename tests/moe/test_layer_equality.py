@@ -21,6 +21,7 @@ from fast_tier import covering, spread, tiered
 from megatron_experts import stack_gradients, use_megatron_experts
 from tiny_layer import (
     ACTIVATIONS,
+    CUT,
     HIDDEN,
     NUM_EXPERTS,
     SHARED_FFN,
@@ -198,10 +199,43 @@ CODE_VARIANTS = {
     if case.get("vq", {}).get("path") != "continuous"
     and case.get("vq", {}).get("expert_input", "code") == "code"
 }
-VARIANTS = {
-    name: {**case, "vq": {"execution": "tokens", **case.get("vq", {})}}
-    for name, case in TOKEN_VARIANTS.items()
-} | CODE_VARIANTS
+FILLED = {"path": "filled"}
+THRESHOLD = {**FILLED, "threshold_routing": True}
+TAU = 0.45  # tau at which some tokens have no exact expert, some one, some two
+FILLED_VARIANTS = {
+    "filled": {"vq": FILLED},
+    "filled-top2-of-3": {"vq": {**FILLED, "num_fill_experts": 3}, "topk": 2},
+    "filled-1": {"vq": {**FILLED, "num_fill_experts": 1}},  # the chosen one: nothing is filled
+    "filled-detached": {"vq": {**FILLED, "fill_values": "detached"}},
+    "filled-direct": {"vq": {**FILLED, "fill_values": "direct"}},
+    "filled-cosine": {"vq": {**THRESHOLD, "quantizer": "cosine"}, "tau": 0.5},
+    "filled-low-dim": {"vq": {**THRESHOLD, "quantizer": "low_dim", "code_dim": 5}, "tau": TAU},
+    "filled-per-step": {"vq": {**FILLED, "table_per_step": True}},
+    "filled-per-step-direct": {
+        "vq": {**FILLED, "table_per_step": True, "fill_values": "direct", "num_fill_experts": 2}
+    },
+    "filled-per-step-detached": {
+        "vq": {**FILLED, "table_per_step": True, "fill_values": "detached"}
+    },
+    "filled-gated-silu": {"vq": FILLED, "activation": "silu", "gated": True},
+    "filled-recompute": {"vq": THRESHOLD, "tau": TAU, "recompute": True},
+    "threshold": {"vq": THRESHOLD, "tau": TAU},
+    "threshold-2": {"vq": {**THRESHOLD, "num_fill_experts": 2}, "tau": TAU},
+    "threshold-no-fill": {"vq": {**THRESHOLD, "num_fill_experts": 0}, "tau": TAU},
+    "threshold-direct": {"vq": {**THRESHOLD, "fill_values": "direct"}, "tau": TAU},
+    "threshold-per-step": {"vq": {**THRESHOLD, "table_per_step": True}, "tau": TAU},
+    "threshold-not-set": {"vq": THRESHOLD},
+    "threshold-of-nobody": {"vq": THRESHOLD, "tau": 1e6},  # not a single row travels
+    "threshold-fp32": {"vq": THRESHOLD, "tau": TAU, "dtype": torch.float32},
+}
+VARIANTS = (
+    {
+        name: {**case, "vq": {"execution": "tokens", **case.get("vq", {})}}
+        for name, case in TOKEN_VARIANTS.items()
+    }
+    | CODE_VARIANTS
+    | FILLED_VARIANTS
+)
 EXPERT_TENSOR_VARIANTS = tuple(
     name
     for name in VARIANTS
@@ -222,6 +256,8 @@ EXPERT_TENSOR_VARIANTS = tuple(
         "fp32-one-expert",
         "straight-through-group",
         "learned-product-4-group",
+        *("filled", "filled-detached", "filled-direct", "filled-per-step-direct", "threshold"),
+        *("threshold-no-fill", "threshold-of-nobody"),
     )
 )
 # Without a router; and the discrete path beside it.
@@ -314,6 +350,8 @@ def evaluate_layer(case: dict) -> dict:
     )
     if case.get("megatron_experts"):
         use_megatron_experts(layer)
+    if "tau" in case:
+        layer.threshold.tau.fill_(case["tau"])
     own = x.chunk(world)[rank].clone().requires_grad_()
     output, bias = layer(own.view(-1, 2, HIDDEN))  # [S, B = 2, H]
     assert bias is None
@@ -342,7 +380,7 @@ def gathered(results: list[dict]) -> dict[str, torch.Tensor]:
         "gradient of x": torch.cat([r["x"] for r in results]),
     }
     for name in results[0]["gradients"]:
-        if name.startswith("experts."):
+        if name.startswith(CUT):
             cuts: dict[tuple[int, int], torch.Tensor] = {}
             for r in results:
                 place = r["expert_place"]
@@ -379,6 +417,7 @@ def run_oracle(case: dict, trained: list[str], data_parallel_size: int):  # noqa
         gated=case.get("gated", False),
         normalization=case.get("normalization", "LayerNorm"),
         replicas=[t * data_parallel_size // NUM_TOKENS for t in range(NUM_TOKENS)],
+        tau=case.get("tau"),
     )
     ((result.output * weights).sum() + data_parallel_size * result.vq_loss).backward()
     expected = {"output": result.output.detach(), "gradient of x": x.grad}
@@ -422,6 +461,8 @@ def test_variant(name: str, layout: str, ranks) -> None:  # noqa: ANN001
     if VARIANTS[name].get("routing") is not None:
         assert oracle.codes.unique().tolist() == [1]
         assert oracle.experts.unique().tolist() == [1]
+    if VARIANTS[name].get("tau") == TAU:  # or the case would show less than it says
+        assert {len(experts) for experts in oracle.chosen} >= {0, 1, 2}
 
 
 @pytest.mark.parametrize(
@@ -447,6 +488,8 @@ BF16_CASES = {
     "low-dim": {"execution": "code_space", "quantizer": "low_dim", "code_dim": 5},
     "discrete": {"execution": "code_space", "path": "discrete"},
     "continuous": {"path": "continuous"},
+    "filled": FILLED,
+    "filled-direct": {**FILLED, "fill_values": "direct", "table_per_step": True},
 }
 
 

@@ -31,6 +31,18 @@ CASES = {
     "discrete": (1, {}, ["vq.path=discrete"]),
     "tokens": (1, {}, ["vq.execution=tokens"]),
     "blend": (1, {}, ["vq.expert_input=blend", "vq.path=discrete"]),
+    "filled": (1, {}, ["vq.path=filled"]),
+    "filled threshold": (
+        1,
+        {},
+        ["vq.path=filled", "vq.threshold_routing=true", "model.moe_router_topk=1"],
+    ),
+    "filled detached": (1, {}, ["vq.path=filled", "vq.fill_values=detached"]),
+    "filled direct, tp2 ep2": (
+        2,
+        {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+        ["vq.path=filled", "vq.fill_values=direct"],
+    ),
     "product": (1, {}, ["vq.quantizer=product", "vq.num_code_slices=4"]),
     "bf16 rms gated": (
         1,

@@ -36,6 +36,11 @@ CASES = [
     {"path": "continuous", **LOW_DIM},
     {"expert_input": "blend", **LOW_DIM},
     {"expert_input": "token", **LOW_DIM},
+    {"path": "filled"},
+    {"path": "filled", "num_fill_experts": 3, **LOW_DIM},
+    {"path": "filled", "table_per_step": True, **LOW_DIM},
+    {"path": "filled", "fill_values": "detached", **LOW_DIM},
+    {"path": "filled", "fill_values": "direct", "table_per_step": True},
 ] + [
     {"path": path, "execution": execution, "norm": norm, "straight_through": mode, **kind}
     for path, execution, norm, mode, kind in product(

@@ -195,6 +195,10 @@ def test_owners_have_the_codes_of_their_experts(num_codes: int) -> None:
     continuous = recipe(["vq.path=continuous"])
     (owner,) = code_owners(continuous, check_layout(continuous, 1, "cpu"))
     assert owner.num_code_rows == 0
+    filled = recipe(["vq.path=filled", "vq.num_codes=5", "parallel.expert_model_parallel_size=4"])
+    owners = code_owners(filled, check_layout(filled, 4, "cpu"))
+    assert [owner.num_code_rows for owner in owners] == [2 * 5] * 4
+    assert owners[3].codes == "every code of experts 6..7"
 
 
 def test_equal_maps_own_an_equal_share_that_the_data_will_name() -> None:

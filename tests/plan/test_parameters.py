@@ -50,6 +50,21 @@ CASES = {
             "model.bf16=true",
         ],
     ),
+    "filled, threshold": (
+        1,
+        {},
+        ["vq.path=filled", "vq.threshold_routing=true", "model.moe_router_topk=1", DISTRIBUTED],
+    ),
+    "ep2, filled, learned rows": (
+        2,
+        {"expert_model_parallel_size": 2},
+        ["vq.path=filled", "vq.fill_values=direct", "model.bf16=true", DISTRIBUTED],
+    ),
+    "etp2, filled, learned rows": (
+        2,
+        {"expert_tensor_parallel_size": 2},
+        ["vq.path=filled", "vq.fill_values=direct", "vq.table_per_step=true"],
+    ),
     "tp2 etp2, continuous, gated": (
         2,
         {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
@@ -199,6 +214,12 @@ def test_a_token_uses_the_experts_of_its_rows() -> None:
     assert active["experts"] == total["experts"] == 4 * 266
     total, active = of_layer(*product, "vq.path=discrete")
     assert active["experts"] == 3 * 266
+    assert of_layer("vq.path=filled")[1]["experts"] == 4 * 266  # all answer
+    assert of_layer("vq.path=filled", "vq.num_fill_experts=3")[1]["experts"] == 3 * 266
+    learned = ["vq.path=filled", "vq.fill_values=direct", "vq.num_fill_experts=3"]
+    total, active = of_layer(*learned)
+    assert (total["fill_rows"], active["fill_rows"]) == (4 * 3 * 6, 3 * 6)
+    assert active["experts"] == 2 * 266
     layers_0_and_2 = count_parameters(recipe(["model.moe_layer_freq=2"]), unsharded())
     every_layer = count_parameters(recipe([]), unsharded())
     for part in ("total_by_part", "active_by_part"):

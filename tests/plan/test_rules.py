@@ -42,6 +42,17 @@ from vqmoe_megatron.plan.layout import layout_errors
             "moe_z_loss_coeff=0.001 with calculate_per_token_loss and TP = 2",
         ),
         (["model.fp8=hybrid"], ["vq.execution=tokens"], "wired to token dispatch only"),
+        (["model.fp8=hybrid", "vq.path=filled"], ["vq.path=continuous"], "or leave fp8 out"),
+        (
+            ["vq.path=filled", "model.moe_router_topk=2", "model.moe_router_pre_softmax=false"],
+            ["model.moe_router_pre_softmax=true"],
+            "every expert is weighed by the softmax over all of them",
+        ),
+        (
+            ["vq.path=filled", "vq.threshold_routing=true", "model.moe_router_topk=2"],
+            ["model.moe_router_topk=1"],
+            "one exact expert per token on average",
+        ),
         (
             ["model.fp8=hybrid", "vq.execution=tokens", "parallel.expert_tensor_parallel_size=2"],
             ["model.add_bias_linear=false"],

@@ -53,6 +53,10 @@ CASES = {
     "code_space_learned_low_dim": {"code_input": "learned", **LOW_DIM},
     "tokens_low_dim": {"execution": "tokens", **LOW_DIM},
     "table_per_step": {"straight_through": "token", "table_per_step": True},
+    "filled": {"path": "filled"},
+    "filled_detached": {"path": "filled", "fill_values": "detached"},
+    "filled_direct": {"path": "filled", "fill_values": "direct", "num_codes": 4},
+    "filled_table_per_step": {"path": "filled", "table_per_step": True},
     "table_per_step_group": {"straight_through": "group", "table_per_step": True, "norm": "shared"},
 }
 NUM_MICROBATCHES = 3

@@ -69,6 +69,9 @@ class ShapesEngine(ExpertEngine):
             rows, plan, *self.groups, residents, lambda sizes: [sizes.tolist(), balanced][1]
         )
 
+    def read_num_rows(self, num_rows: torch.Tensor, balanced: int) -> int:
+        return [super().read_num_rows(num_rows, balanced), balanced][1]
+
     def place(self, expert_of_row: torch.Tensor) -> CodeRows:
         group = self.groups[0]
         on_host = mod_map(expert_of_row.numel(), self.num_experts)

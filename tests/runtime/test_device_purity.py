@@ -81,6 +81,14 @@ OTHER_CASES = {
     "blend_convex, dropout": (
         "ep2", f"vq.expert_input=blend_convex model.hidden_dropout=0.1 {BF16}", "",
     ),
+    "filled": ("ep2", f"vq.path=filled {BF16}", ""),
+    "filled, kept table": ("etp2", f"vq.path=filled vq.table_per_step=true {BF16}", ""),
+    "filled, learned rows": (
+        "tp2 ep2 etp2", f"vq.path=filled vq.fill_values=direct {BF16} {DISTRIBUTED}", "",
+    ),
+    "threshold": (
+        "ep2", f"vq.path=filled vq.threshold_routing=true model.moe_router_topk=1 {BF16}", "",
+    ),
     "token, low_dim": ("", f"vq.expert_input=token {QUANTIZERS['low_dim']} {BF16}", ""),
     "no norms, z-loss": ("ep2", f"vq.norm=none model.moe_z_loss_coeff=0.001 {BF16}", ""),
     "frozen, no biases": ("", f"vq.freeze_codebook=true model.add_bias_linear=false {BF16}", ""),

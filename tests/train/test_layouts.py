@@ -118,6 +118,36 @@ def check_curve(results, expected) -> None:
                 assert ours["moe/expert_load_imbalance"] == theirs["moe/expert_load_imbalance"]
 
 
+FILLED = ["vq.path=filled", "optimizer.use_distributed_optimizer=true"]
+THRESHOLD = [*FILLED, "vq.threshold_routing=true", "model.moe_router_topk=1"]
+FILLED_LAYOUTS = {
+    "pp2-vpp2-threshold": (2, {PP: 2, VPP: 2}, THRESHOLD),
+    "tp2-ep2-etp2-per-step": (4, {TP: 2, EP: 2, ETP: 2}, [*FILLED, "vq.table_per_step=true"]),
+    "tp2-recompute-threshold": (2, {TP: 2}, [*THRESHOLD, *RECOMPUTE]),
+    "etp2-learned-rows": (2, {ETP: 2}, [*THRESHOLD, "vq.fill_values=direct"]),
+    "overlap-ep2": (2, {EP: 2}, [*FILLED, *OVERLAP]),
+}
+
+
+@pytest.mark.parametrize("name", only(FILLED_LAYOUTS, "pp2-vpp2-threshold", "etp2-learned-rows"))
+def test_the_filled_curve_is_that_of_one_rank(name, ranks, stdlib_corpus, tmp_path):
+    num_ranks, layout, overrides = FILLED_LAYOUTS[name]
+    alone = [one for one in overrides if one not in RECOMPUTE and "per_step" not in one]
+    one = run_on(ranks(1), stdlib_corpus, tmp_path / "one", [*SIX, *alone], {})[0]["records"]
+    results = run_on(ranks(num_ranks), stdlib_corpus, tmp_path / "n", [*SIX, *overrides], layout)
+    metrics = {"loss", "grad_norm", "val/loss", "moe/load_balancing_loss"}
+    if "vq.threshold_routing=true" in overrides:
+        metrics |= {"moe/routing_threshold", "moe/exact_experts_per_token"}
+        assert one[-1]["moe/tokens_without_exact_expert"] > 0
+    for result in results:
+        assert result["codebooks"].items() <= (
+            {n: h for other in results for n, h in other["codebooks"].items()}.items()
+        )  # replicas of a layer, threshold included, are bit-equal
+        for ours, theirs in zip(result["records"], one, strict=True):
+            for metric in metrics & set(theirs):
+                assert ours[metric] == pytest.approx(theirs[metric], rel=1e-5), metric
+
+
 def test_a_pipeline_stage_without_experts_takes_part(ranks, small_corpus, tmp_path):
     every = [*TINY, "model.moe_layer_freq=2", "train.train_iters=8", "train.exit_interval=3"]
     one = run_on(ranks(1), small_corpus, tmp_path / "one", every, {})[0]["records"]

@@ -34,6 +34,7 @@ JOURNEYS = {
         (4, {TP: 2, PP: 2}, DISTRIBUTED),
     ],
     "one-expert-etp2-tp2": [(2, {ETP: 2}, []), (2, {TP: 2}, DISTRIBUTED), (1, {}, [])],
+    "filled": [(2, {EP: 2}, []), (2, {ETP: 2}, DISTRIBUTED), (2, {PP: 2, VPP: 2}, [])],
 }
 GATED = ["model.gated_linear_unit=true", "model.activation_func=silu"]
 OPTIONS = {
@@ -44,6 +45,10 @@ OPTIONS = {
         "model.moe_shared_expert_intermediate_size=32",
     ],
     "one-expert-etp2-tp2": ["model.num_moe_experts=1", "model.moe_router_topk=1"],
+    "filled": [
+        *("vq.path=filled", "vq.threshold_routing=true", "model.moe_router_topk=1"),
+        "vq.fill_values=direct",
+    ],
 }
 
 

@@ -143,6 +143,11 @@ def _problems(theirs: dict[str, object], ours: dict[str, object]) -> Iterator[st
             f"model.num_moe_experts: checkpoint 1, recipe {new_experts}; a model with one "
             "expert has no router whose rows could be copied; start from one with several"
         )
+    if "filled" in (theirs["vq.path"], ours["vq.path"]):
+        yield (
+            "vq.path=filled: a copied code or expert would answer, and be weighed by the router's "
+            "softmax, a second time; start anew, or keep num_codes and num_moe_experts"
+        )
     has_codes = "continuous" not in (theirs["vq.path"], ours["vq.path"])
     if has_codes:
         for whose, settings in (("checkpoint", theirs), ("recipe", ours)):

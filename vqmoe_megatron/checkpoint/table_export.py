@@ -91,6 +91,12 @@ def check_has_table(vq: VQConfig) -> None:
             "vq.path=continuous has no discrete path, so there is no table to export; tables exist "
             "for path=discrete and path=dual"
         )
+    if vq.path == "filled":
+        raise ValueError(
+            "vq.path=filled has no table to export: a token's output is not a function of its code "
+            "alone, since the router weighs rows of many experts and some see the token itself; "
+            "tables exist for path=discrete and path=dual"
+        )
     if vq.expert_input != "code":
         raise ValueError(
             f"vq.expert_input={vq.expert_input} has no table to export: every token has an expert "

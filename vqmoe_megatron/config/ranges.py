@@ -82,6 +82,7 @@ LEGAL_RANGES: dict[str, Range] = {
     "vq.num_codes": ROWS,
     "vq.num_code_slices": WIDTH,
     "vq.code_dim": WIDTH,
+    "vq.num_fill_experts": Range(0, 2**20),
     "vq.contribution_rate": SHARE,
     "vq.combine_bias": Range(-100, 100),  # a logit: fp32's sigmoid is 0 or 1 beyond
     "vq.ema_decay": Range(0, 1, without_low=True, without_high=True),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from vqmoe_megatron import registry
 from vqmoe_megatron.config.checks import check_choice, check_settings
+from vqmoe_megatron.config.fill_rules import check_fill, check_fill_model, fill_in_words
 
 LEGAL_VQ_VALUES: dict[str, tuple[str, ...]] = {
     "code_map": ("mod", "balanced", "clustered"),
@@ -16,7 +17,8 @@ LEGAL_VQ_VALUES: dict[str, tuple[str, ...]] = {
     "code_input": ("codebook", "learned"),
     "straight_through": ("token", "group", "identity", "none"),
     "execution": ("auto", "tokens", "code_space"),
-    "path": ("dual", "discrete", "continuous"),
+    "path": ("dual", "discrete", "continuous", "filled"),
+    "fill_values": ("experts", "detached", "direct"),
     "combine": ("softmax", "sigmoid"),
     "norm": ("none", "separate", "shared"),
     "codebook_update": ("gradient", "ema", "reanchor"),
@@ -45,6 +47,9 @@ class VQConfig:
     table_per_step: bool = False  # code space: one table for all microbatches of a step
     overlap_table: bool = False  # code space: a microbatch's table is built during attention
     path: str = "dual"
+    num_fill_experts: int | None = None  # filled: most likely experts that answer; None: all
+    fill_values: str = "experts"  # filled: outputs of experts, the same detached, or learned rows
+    threshold_routing: bool = False  # filled: one exact expert per token on average, not top-k
     combine: str = "softmax"
     combine_bias: float = 3.0  # initial logit in favour of the continuous path
     norm: str = "separate"
@@ -77,6 +82,7 @@ class VQConfig:
                 f"vq.code_dim={self.code_dim} with vq.quantizer={self.quantizer}: low_dim needs "
                 "the dimension it searches in, for instance code_dim=32, and no other has one"
             )
+        check_fill(self)
         self._check_code_space()
         self._check_moves()
         if self.num_code_slices > 1 and "num_code_slices" not in takes:
@@ -139,13 +145,14 @@ class VQConfig:
                 "vq.overlap_table builds each microbatch's table during attention, and "
                 "vq.table_per_step keeps one for all; set one to false"
             )
-        if (self.table_per_step or self.overlap_table) and not self.in_code_space:
+        has_table = self.in_code_space or self.has_fill_table
+        if (self.table_per_step or self.overlap_table) and not has_table:
             name = "table_per_step" if self.table_per_step else "overlap_table"
             raise ValueError(
                 f"vq.{name}=true is about the table of code space, but this layer has none: "
                 f"vq.path={self.path}, vq.execution={self.execution}, "
                 f"vq.expert_input={self.expert_input}; code space needs a discrete path with "
-                "expert_input=code and execution=auto or code_space"
+                "expert_input=code and execution=auto or code_space, or path=filled with fill"
             )
 
     def has_router(self, num_experts: int) -> bool:
@@ -159,20 +166,36 @@ class VQConfig:
     @property
     def in_code_space(self) -> bool:
         """Whether the discrete path is evaluated once per code instead of once per token."""
-        return (
-            self.path != "continuous" and self.execution != "tokens" and self.expert_input == "code"
-        )
+        return self.has_discrete_path and self.execution != "tokens" and self.expert_input == "code"
+
+    @property
+    def has_discrete_path(self) -> bool:
+        """Whether experts serve tokens by their code."""
+        return self.path in ("dual", "discrete")
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether the layer has a codebook."""
+        return self.path != "continuous"
+
+    @property
+    def has_fill_table(self) -> bool:
+        """Whether experts that a token does not visit answer by its code."""
+        return self.path == "filled" and self.num_fill_experts != 0
 
     @property
     def builds_table_alone(self) -> bool:
         """Whether the table's experts run by themselves and not beside travelling rows."""
-        return self.path == "discrete" or self.table_per_step or self.overlap_table
+        is_detached = self.path == "filled" and self.fill_values == "detached"
+        return self.path == "discrete" or self.table_per_step or self.overlap_table or is_detached
 
     @property
     def execution_in_words(self) -> str:
         """How the discrete path is evaluated, and why; one line for the user."""
         if self.path == "continuous":
             return "no discrete path (vq.path=continuous)"
+        if self.path == "filled":
+            return fill_in_words(self)
         rows = self.num_code_slices * self.num_codes
         if self.in_code_space:
             per = "step" if self.table_per_step else "microbatch"
@@ -197,6 +220,7 @@ class VQConfig:
                 f"vq.code_dim <= hidden_size fails: {self.code_dim} > {hidden_size}; low_dim codes "
                 "lie in a subspace of the hidden vectors"
             )
+        check_fill_model(self, num_experts)
         rows = self.num_code_slices * self.num_codes
         if self.code_map != "mod" and rows % num_experts:
             raise ValueError(

@@ -97,7 +97,8 @@ class ExpertEngine:
         evaluated = self.evaluate(arrived, receipt.tokens_per_local_expert)
         returned, of_residents = combine(evaluated, receipt, *self.groups)
         parts = returned.split([t * k for t, k in sizes]) if len(sizes) > 1 else [returned]
-        outputs = [part.view(*size, -1) for part, size in zip(parts, sizes, strict=True)]
+        width = returned.shape[-1]  # said, since there may be no row
+        outputs = [part.view(*size, width) for part, size in zip(parts, sizes, strict=True)]
         return outputs, of_residents
 
     def send_gradients(
@@ -147,6 +148,11 @@ class ExpertEngine:
     ) -> torch.Tensor:
         """:func:`expert_input_gradient` of this rank's experts."""
         return expert_input_gradient(self.experts, inputs, code_rows, slots, grads)
+
+    def read_num_rows(self, num_rows: torch.Tensor, balanced: int) -> int:
+        """Bring a number of rows that follows the data to the host; ``balanced`` is what engines
+        without data take it for. Host synchronisation. No communication."""
+        return int(num_rows)
 
     def place(self, expert_of_row: torch.Tensor) -> CodeRows:
         """Where the rows of a code map are evaluated; reads it on the host. No communication."""

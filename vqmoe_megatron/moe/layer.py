@@ -1,5 +1,7 @@
 """The VQMoE layer: y = p_c * y_continuous + p_d * y_discrete, both over the same experts.
 
+With ``vq.path=filled`` there is one path (``filled_path``) and nothing to combine.
+
 S sequence length, B batch, T = S * B local tokens, H hidden size, k selected experts of the
 continuous path, C codes of the discrete path, R = T (k + C) rows, N experts.
 
@@ -40,10 +42,12 @@ from vqmoe_megatron.moe.combine_gate import CombineGate, OnePath, Weights, weigh
 from vqmoe_megatron.moe.discrete_parts import DiscreteParts
 from vqmoe_megatron.moe.executions.code_space import CodeSpace
 from vqmoe_megatron.moe.executions.execution import Execution
+from vqmoe_megatron.moe.executions.fill_space import FillRows, FillSpace
 from vqmoe_megatron.moe.executions.step_table import StepTable
 from vqmoe_megatron.moe.executions.table_ahead import TableAhead
 from vqmoe_megatron.moe.executions.tokens import Tokens
 from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
+from vqmoe_megatron.moe.filled_path import FilledPath
 from vqmoe_megatron.moe.foreign_loop import follow
 from vqmoe_megatron.moe.layer_step import LayerStep
 from vqmoe_megatron.moe.megatron_settings import check_layer_number, check_layer_settings
@@ -57,6 +61,8 @@ from vqmoe_megatron.moe.paths import (
     Path,
     SharedExpertPath,
 )
+from vqmoe_megatron.moe.routers.topk import BalancedRouter
+from vqmoe_megatron.moe.routing_threshold import RoutingThreshold
 from vqmoe_megatron.runtime.cpu_compat.missing_names import name_missing_functions
 from vqmoe_megatron.runtime.graphs import Graph
 from vqmoe_megatron.runtime.side_stream import side_stream
@@ -128,11 +134,13 @@ class VQMoELayer(LayerStep, MoELayer):
     def build_paths(self, seed: int) -> list[Path]:
         """The paths of ``vq.path``; a subclass may add further ones, whose modules it owns."""
         paths: list[Path] = []
-        if self.router is not None:
+        if self.vq.path == "filled":
+            paths.append(self._filled_path(seed))
+        elif self.router is not None:
             paths.append(ContinuousPath(self.router, self._select))
         elif self.vq.path != "discrete":
             paths.append(OneExpertPath(self.expt_tp_group.size()))
-        if self.vq.path != "continuous":
+        if self.vq.has_discrete_path:
             paths.append(self._discrete_path(seed))
         if self.shared_experts is not None:
             paths.append(SharedExpertPath(self.shared_experts))
@@ -159,6 +167,25 @@ class VQMoELayer(LayerStep, MoELayer):
     def discrete_paths(self) -> list[DiscretePath]:
         """Those with a codebook."""
         return [path for path in self.paths if isinstance(path, DiscretePath)]
+
+    def _filled_path(self, seed: int) -> FilledPath:
+        config, vq = self.config, self.vq
+        if not isinstance(self.router, BalancedRouter):
+            raise ValueError(
+                f"vq.path=filled needs the probabilities of all experts, which "
+                f"{type(self.router).__name__} does not give; use model.moe_router=topk, "
+                "MoESubmodules(router=BalancedRouter), or a subclass of it"
+            )
+        self.assigner = CodeAssigner(config, vq, self.pg_collection, seed)
+        self.threshold = RoutingThreshold() if vq.threshold_routing else None
+        fill = None
+        if vq.has_fill_table:
+            is_learned = vq.fill_values == "direct"
+            self.fill_rows = FillRows(config, vq, self.pg_collection) if is_learned else None
+            fill = FillSpace(vq, self.assigner, self.engine, self.fill_rows)
+            fill = StepTable(fill) if vq.table_per_step else fill
+        topk, parts = config.moe_router_topk, (self.assigner, fill, self.threshold)
+        return FilledPath(vq, topk, self.router, self.engine, *parts)
 
     def _discrete_path(self, seed: int) -> DiscretePath:
         config, vq = self.config, self.vq

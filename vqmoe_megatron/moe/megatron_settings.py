@@ -19,7 +19,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.config.not_offered import FP16_REFUSED
 from vqmoe_megatron.moe.step_statistics import HALVES
-from vqmoe_megatron.plan.rules import FP8_NEEDS_TOKENS, FP8_WITHOUT_RECOMPUTE
+from vqmoe_megatron.plan.rules import (
+    FP8_NEEDS_TOKENS,
+    FP8_WITHOUT_FILL,
+    FP8_WITHOUT_RECOMPUTE,
+    ONE_EXPERT_BY_THRESHOLD,
+    PRE_SOFTMAX_FOR_FILL,
+)
 from vqmoe_megatron.runtime.fused_parts import FP8
 
 # What a MoE layer and its experts could be asked to do, whatever the field is called.
@@ -140,6 +146,22 @@ REFUSED_WITH_ONE_EXPERT = {
     **REFUSED_WITHOUT_ROUTER,
     "moe_expert_capacity_factor": Refusal((None,), "the one expert takes every token"),
 }
+_FULL_SOFTMAX = Refusal(
+    (None, False), "every expert is weighed by the softmax over all of them, chosen or not"
+)
+# path=filled: the router's probabilities of all experts weigh exact and filled outputs alike.
+REFUSED_WITH_FILL = {
+    "moe_router_pre_softmax": Refusal((True,), PRE_SOFTMAX_FOR_FILL),
+    "moe_router_score_function": Refusal(("softmax",), _FULL_SOFTMAX.reason),
+    "moe_router_topk_scaling_factor": _FULL_SOFTMAX,
+    "moe_router_enable_expert_bias": _FULL_SOFTMAX,
+    "moe_router_num_groups": _FULL_SOFTMAX,
+    "moe_router_group_topk": _FULL_SOFTMAX,
+    "moe_router_topk_limited_devices": _FULL_SOFTMAX,
+    "moe_router_fusion": Refusal((False,), "its choice is the layer's own"),
+    "fp8": Refusal((None,), FP8_WITHOUT_FILL),
+}
+_ONE_ON_AVERAGE = Refusal((1,), ONE_EXPERT_BY_THRESHOLD)
 # A bare codebook as Megatron's router.
 REFUSED_BY_ROUTER = {
     **REFUSED_WITH_CODES,
@@ -177,6 +199,8 @@ def check_layer_settings(config: TransformerConfig, vq: VQConfig) -> None:
         _refuse("VQMoELayer with vq.path=discrete", config, REFUSED_WITHOUT_ROUTER)
     elif not vq.has_router(config.num_moe_experts):
         _refuse("VQMoELayer with num_moe_experts=1", config, REFUSED_WITH_ONE_EXPERT)
+    if vq.path == "filled":
+        _refuse_with_fill(config, vq)
     for name, parts in REFUSED_PARTS.items():
         if asked := [part for part in getattr(config, name) or () if part in parts]:
             raise ValueError(
@@ -271,6 +295,19 @@ def _refuse(who: str, config: TransformerConfig, table: dict[str, Refusal]) -> N
             )
 
 
+def _refuse_with_fill(config: TransformerConfig, vq: VQConfig) -> None:
+    _refuse("VQMoELayer with vq.path=filled", config, REFUSED_WITH_FILL)
+    if vq.threshold_routing:
+        who = "VQMoELayer with vq.threshold_routing=true"
+        _refuse(who, config, {"moe_router_topk": _ONE_ON_AVERAGE})
+    if "sinkhorn" in config.moe_router_load_balancing_type:
+        raise ValueError(
+            "VQMoELayer with vq.path=filled does not do moe_router_load_balancing_type=sinkhorn, "
+            "which chooses by other numbers than the softmax that weighs; use aux_loss, "
+            "seq_aux_loss, global_aux_loss or none"
+        )
+
+
 def _refuse_captured_graphs(config: TransformerConfig) -> None:
     """The layer's rows follow the data, so only graphs of attention alone go around it."""
     captured = getattr(config, "cuda_graph_scope", None) or getattr(
@@ -298,7 +335,7 @@ def _refuse_fp8(config: TransformerConfig, vq: VQConfig) -> None:
             f"VQMoELayer cannot do fp8={config.fp8}: {obstacle}; it is Transformer Engine's linear "
             "layers that run in fp8; leave it at None"
         )
-    if vq.path != "continuous" and vq.in_code_space:
+    if vq.in_code_space:
         raise ValueError(f"VQMoELayer with fp8={config.fp8}: {FP8_NEEDS_TOKENS}")
     if config.recompute_granularity == "selective" and "moe" in (config.recompute_modules or ()):
         raise ValueError(f"VQMoELayer with fp8={config.fp8}: {FP8_WITHOUT_RECOMPUTE}")

@@ -31,6 +31,7 @@ from vqmoe_megatron.plan.parameters import (
     padded_vocab_size,
 )
 from vqmoe_megatron.plan.shape import LayerShape
+from vqmoe_megatron.plan.state_memory import NUM_THRESHOLD_SUMS
 
 KERNELS = ("local", "fused")
 ID_BYTES = 8  # of codes, experts and places: int64
@@ -77,13 +78,21 @@ def saved_bytes(layer: LayerShape) -> SavedBytes:
     inner = (layer.fc1_width + layer.moe_ffn_hidden_size) // shards
     row_bytes = b * (layer.hidden_size + inner)
     table_rows = layer.expert_model_parallel_size * layer.num_slots
+    table_bytes = table_rows * layer.hidden_size * layer.sum_bytes_per_element
+    # Learned rows that nobody else holds a part of, and nobody casts, are read where they are.
+    num_owners = layer.expert_model_parallel_size * shards
+    is_weight = layer.vq.fill_values == "direct" and num_owners == 1 and b >= 4
+    has_table = layer.vq.in_code_space or layer.vq.has_fill_table
+    # gradients of tokens, of weights and of each block's table
+    block = layer.hidden_size * (2 if layer.has_table_gradient else 1) + layer.num_moe_experts
+    fill_blocks = layer.num_fill_block_rows * block * layer.sum_bytes_per_element
     return SavedBytes(
         dispatched_rows_bytes=shards * layer.num_dispatched_rows * row_bytes
         - b * layer.num_staying_rows * layer.hidden_size,
-        code_rows_bytes=layer.num_slots * row_bytes,
-        table_bytes=table_rows * layer.hidden_size * layer.sum_bytes_per_element,
-        code_ids_bytes=ID_BYTES * layer.num_discrete_rows if layer.vq.in_code_space else 0,
-        transient_bytes=layer.num_gradient_rows_to_tokens * layer.fc1_width * b,
+        code_rows_bytes=layer.num_evaluated_slots * row_bytes * layer.has_table_gradient,
+        table_bytes=0 if is_weight else table_bytes,
+        code_ids_bytes=ID_BYTES * layer.num_searched_rows if has_table else 0,
+        transient_bytes=layer.num_gradient_rows_to_tokens * layer.fc1_width * b + fill_blocks,
     )
 
 
@@ -121,7 +130,7 @@ def activation_bytes(config: RunConfig, layout: ParallelLayout, kernels: str) ->
     if model.hidden_dropout > 0:
         dropout_bytes = hidden_bytes if kernels == "local" else hidden_bytes // element
     code_tables = 0
-    if layer.vq.in_code_space:
+    if layer.vq.in_code_space or layer.vq.has_fill_table:
         kept = saved_bytes(layer)
         code_tables = kept.code_rows_bytes + kept.table_bytes
     scores = _scores(config, layout, kernels)
@@ -253,23 +262,31 @@ def _moe(config: RunConfig, layer: LayerShape) -> int:
     if layer.vq.path == "continuous" and not layer.shared_expert_width:
         total -= unweighed * hidden * element
     if rows:
-        came_back = rows + (slots if layer.vq.path == "dual" else 0)
+        is_beside = layer.vq.path == "dual"
+        if layer.vq.path == "filled" and not layer.vq.builds_table_alone:
+            # One tensor holds both; where nothing is exchanged or cast it is the table, too.
+            num_owners = layer.expert_model_parallel_size * layer.expert_tensor_parallel_size
+            is_beside = num_owners == 1 and element < layer.sum_bytes_per_element
+        came_back = rows + (slots if is_beside else 0)
         total += (came_back - unweighed) * hidden * element
-        total += 4 * ID_BYTES * (rows + slots)  # order, places
+        total += 4 * ID_BYTES * (rows + layer.num_evaluated_slots)  # order, places
     width = layer.shared_expert_width  # TP ranks' tokens, 1 / TP of its columns
     total += (5 if config.model.gated_linear_unit else 2) * tokens * width * element
     if layer.has_router:
         total += 3 * tokens * layer.num_moe_experts * 4  # router scores, fp32
         total += tokens * layer.moe_router_topk * (2 * ID_BYTES + 2 * 4)
-    if layer.vq.path == "continuous":
+    if not layer.vq.has_codes:
         return total
-    total += tokens * layer.vq.num_code_slices * (2 * ID_BYTES) + tokens * ID_BYTES
+    if layer.vq.path != "filled":
+        total += tokens * layer.vq.num_code_slices * (2 * ID_BYTES) + tokens * ID_BYTES
     if layer.vq.code_dim is not None:
         total += tokens * layer.vq.code_dim * 4  # projected tokens
     if layer.vq.path == "dual":
         total += tokens * hidden * element  # the continuous output
         total += tokens * (layer.moe_router_topk + layer.vq.num_code_slices) * ID_BYTES
-    num_norms = {"none": 0, "shared": 2, "separate": 2}[layer.vq.norm]
+    if layer.vq.path == "filled":  # the scores are counted: p, who answers, and p of those
+        return total + (NUM_THRESHOLD_SUMS * 4 if layer.vq.threshold_routing else 0)
+    num_norms = layer.num_norms
     if in_code_space and layer.vq.num_code_slices > 1:  # summed before the output norm
         total += tokens * (hidden * element + 5 * layer.vq.num_code_slices * ID_BYTES)
     if in_code_space:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from vqmoe_megatron.plan.fill_kernels import fill_kernels
 from vqmoe_megatron.plan.flops import Flops
 from vqmoe_megatron.plan.hardware import FP32_FMA
 from vqmoe_megatron.plan.kernels import (
@@ -39,11 +40,14 @@ UPDATE_LAUNCHES = 100
 
 
 def discrete_kernels(layer: LayerShape, flops: dict[str, Flops], device: str) -> Iterator[Kernel]:
-    """All of one layer on ``device`` (cpu | cuda); nothing without a discrete path."""
-    if layer.vq.path == "continuous":
+    """All of one layer on ``device`` (cpu | cuda); nothing without a codebook."""
+    if not layer.vq.has_codes:
         return
-    yield from _combine_in_place(layer) if layer.vq.in_code_space else _combine_rows(layer)
-    yield from _straight_through(layer, flops["straight_through"])
+    if layer.vq.path == "filled":
+        yield from fill_kernels(layer, flops["fill"])
+    else:
+        yield from _combine_in_place(layer) if layer.vq.in_code_space else _combine_rows(layer)
+        yield from _straight_through(layer, flops["straight_through"])
     yield from _projection_gradients(layer, flops["projection"])
     yield from _losses_by_kernel(layer) if device == "cuda" else _losses(layer)
     yield from _statistics(layer)

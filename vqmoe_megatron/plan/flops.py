@@ -206,10 +206,12 @@ def layer_flops(layer: LayerShape) -> dict[str, Flops]:
     """Return the operations of a microbatch that evaluates the code rows, by what they are for, on
     one rank with equally loaded experts. The search has no gradient."""
     shards = layer.expert_tensor_parallel_size
-    rows, code_rows = layer.num_dispatched_rows, layer.num_slots
+    rows, code_rows = layer.num_dispatched_rows, layer.num_evaluated_slots
     forward = expert_forward_flops(layer)
     dispatched_backward = _backward_flops(layer, layer.dispatched_rows_need_gradient)
     code_rows_backward = code_rows * _backward_flops(layer, layer.code_rows_need_gradient)
+    code_rows_backward *= layer.has_table_gradient
+    fill = 2 * layer.num_fill_block_rows * layer.num_moe_experts * layer.hidden_size
     per_logit = 2 * layer.num_local_tokens * layer.hidden_size
     router = per_logit * layer.num_moe_experts if layer.has_router else 0
     shared = layer.num_local_tokens * shared_expert_forward_flops(layer)
@@ -225,6 +227,8 @@ def layer_flops(layer: LayerShape) -> dict[str, Flops]:
         # low_dim: gradients into the codes' space, and to the tokens
         "projection": Flops(backward=_projection_backward_flops(layer)),
         "shared_expert": Flops(shared, 2 * shared),
+        # every token's sum over the rows of its code
+        "fill": Flops(fill, fill * (2 if layer.has_table_gradient else 1)),
         "router": Flops(router, 2 * router),
         "gate": Flops(gate, 2 * gate),
     }
@@ -244,9 +248,9 @@ def shared_expert_forward_flops(layer: LayerShape) -> int:
 def search_flops(layer: LayerShape) -> int:
     """2 T H K: every slice of every token against that slice's K codes. low_dim: 2 T D K, and
     2 T D H for the tokens' projection."""
-    if layer.vq.path == "continuous":
+    if not layer.vq.has_codes:
         return 0
-    searched = 2 * layer.num_discrete_rows * layer.code_width * layer.vq.num_codes
+    searched = 2 * layer.num_searched_rows * layer.code_width * layer.vq.num_codes
     return searched + layer.num_local_tokens * projection_flops(layer)
 
 
@@ -255,8 +259,14 @@ def _lift_flops(layer: LayerShape) -> int:
     all E shards do the same, else per token. A learned input has H already."""
     if layer.vq.code_input == "learned":
         return 0
-    num_rows = layer.num_slots if layer.vq.in_code_space else layer.num_discrete_rows
-    return num_rows * projection_flops(layer)
+    return num_lifted_rows(layer) * projection_flops(layer)
+
+
+def num_lifted_rows(layer: LayerShape) -> int:
+    """Codes that are brought to H columns; for fill the K codes, once for all experts of a rank."""
+    if layer.vq.path == "filled":
+        return layer.vq.num_codes if layer.num_evaluated_slots else 0
+    return layer.num_slots if layer.vq.in_code_space else layer.num_discrete_rows
 
 
 def projection_flops(layer: LayerShape) -> int:
@@ -267,7 +277,7 @@ def projection_flops(layer: LayerShape) -> int:
 def _projection_backward_flops(layer: LayerShape) -> int:
     """Gradients of expert inputs or outputs into the codes' space, and from there, together with
     the commitment loss's, to every token."""
-    if layer.vq.path == "continuous":
+    if not layer.vq.has_codes:
         return 0
     num_rows = layer.num_local_tokens + _num_lowered_rows(layer)
     return num_rows * projection_flops(layer)

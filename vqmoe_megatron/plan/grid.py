@@ -230,12 +230,14 @@ def code_owners(config: RunConfig, layout: ParallelLayout) -> list[CodeOwner]:
     owners = []
     for rank in range(layer.expert_model_parallel_size):
         first, last = rank * per_rank, (rank + 1) * per_rank - 1
-        if layer.vq.path == "continuous":
+        if layer.vq.path == "filled":
+            words = f"every code of experts {first}..{last}"
+        elif layer.vq.path == "continuous":
             words = "no codes (path=continuous)"
         elif layer.vq.code_map == "mod":
             words = f"row mod {layer.num_moe_experts} in {first}..{last}"
         else:
             words = f"fixed from the first data ({layer.vq.code_map})"
-        num_rows = 0 if layer.vq.path == "continuous" else layer.num_code_rows_of(rank)
+        num_rows = layer.num_code_rows_of(rank) if layer.vq.has_codes else 0
         owners.append(CodeOwner(rank, first, last, num_rows, words))
     return owners

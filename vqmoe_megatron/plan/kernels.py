@@ -24,8 +24,8 @@ RECOMPUTE = "recompute"  # the part of forward passes that are repeated
 PARTS = (  # rows of a predicted step
     *("attention", "dense MLP", "expert GEMMs", "shared expert", "code rows"),
     *("router and gate", "dispatch"),
-    *("search", "combine", "straight-through", "codebook statistics", "output layer"),
-    *("element-wise", RECOMPUTE),
+    *("search", "combine", "fill", "straight-through", "codebook statistics"),
+    *("output layer", "element-wise", RECOMPUTE),
 )
 
 

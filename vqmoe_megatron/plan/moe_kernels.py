@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from vqmoe_megatron.config import ModelConfig
 from vqmoe_megatron.plan.discrete_kernels import discrete_kernels
-from vqmoe_megatron.plan.flops import Flops, layer_flops
+from vqmoe_megatron.plan.flops import Flops, layer_flops, num_lifted_rows
 from vqmoe_megatron.plan.hardware import FP32_FMA, Hardware
 from vqmoe_megatron.plan.kernels import (
     BACKWARD,
@@ -84,6 +84,9 @@ def _code_rows(layer: LayerShape, flops: dict[str, Flops]) -> Iterator[Kernel]:
     if not layer.num_slots:
         yield from _lift(layer, flops["lift"])
         return
+    if layer.vq.fill_values == "direct":
+        yield from _table(layer)
+        return
     part, element, hidden = "code rows", layer.bytes_per_element, layer.hidden_size
     is_alone = not layer.num_travelling_rows or layer.vq.builds_table_alone
     weights = num_expert_elements(layer) if is_alone else 0
@@ -92,29 +95,37 @@ def _code_rows(layer: LayerShape, flops: dict[str, Flops]) -> Iterator[Kernel]:
         "grouped products",
         model_unit(element),
         flops["code_rows"],
-        _expert_bytes(layer, layer.num_slots, weights),
+        _expert_bytes(layer, layer.num_evaluated_slots, weights),
         launches=2 if is_alone else 0,
     )
     yield from _activation("activation of code rows", layer, layer.num_slots)
     yield from _lift(layer, flops["lift"])
     rows = layer.num_slots * hidden
     yield moved(part, "inputs", FORWARD, rows * FP32_BYTES, rows * element, 4)
-    if layer.vq.norm != "none":
+    if layer.num_norms:
         yield moved(part, "input norm", FORWARD, rows * element, rows * element, 2)
         yield moved(part, "input norm", BACKWARD, 2 * rows * element, rows * element, 3)
+    yield from _table(layer)
     table = layer.expert_model_parallel_size * rows * layer.sum_bytes_per_element
-    yield moved(part, "table", FORWARD, table, table, 3)
-    yield moved(part, "table", BACKWARD, 2 * table, table, 4)
-    if layer.vq.norm != "none" and layer.vq.num_code_slices == 1:
+    if layer.num_norms and layer.vq.num_code_slices == 1:
         yield moved(part, "output norm", FORWARD, table, table, 2)
         yield moved(part, "output norm", BACKWARD, 2 * table, table, 3)
+
+
+def _table(layer: LayerShape) -> Iterator[Kernel]:
+    """All ranks' rows side by side in fp32, and their gradients' sums."""
+    rows = layer.expert_model_parallel_size * layer.num_slots * layer.hidden_size
+    table = rows * layer.sum_bytes_per_element
+    yield moved("code rows", "table", FORWARD, table, table, 3)
+    if layer.has_table_gradient:
+        yield moved("code rows", "table", BACKWARD, 2 * table, table, 4)
 
 
 def _lift(layer: LayerShape, flops: Flops) -> Iterator[Kernel]:
     """low_dim: codes to hidden vectors, in fp32."""
     if not flops.forward:
         return
-    num_rows = layer.num_slots or layer.num_discrete_rows
+    num_rows = num_lifted_rows(layer)
     width = layer.code_width
     read = (num_rows * width + width * layer.hidden_size) * FP32_BYTES
     written = num_rows * layer.hidden_size * FP32_BYTES
@@ -187,7 +198,8 @@ def _dispatch(layer: LayerShape) -> Iterator[Kernel]:
     is_exchanged = layer.expert_model_parallel_size * shards > 1
     gathered = 2 * sent + (2 * shards * sent if is_exchanged else 0)
     sorts = (1 + shards if is_exchanged else 1) * layer.num_travelling_rows * SORT_BYTES
-    if layer.num_slots:  # code rows join, by a copy of all
+    # code rows join, by a copy of all
+    if layer.num_evaluated_slots and not layer.vq.builds_table_alone:
         gathered += shards * sent
     launches = 45 if is_exchanged else 20
     yield moved(part, "rows", FORWARD, gathered + sorts, gathered + sorts, launches)

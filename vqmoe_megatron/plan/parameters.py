@@ -21,6 +21,8 @@ from them:
     path=discrete     C experts, codebook                  (no router)
     path=dual         k + C experts, router, codebook, gate
     one expert        path=continuous is dense, all of it used; no path has a router
+    path=filled       max(k, n) experts, n those that answer by code, router, codebook; with learned
+                      rows k experts and n rows
 
 Tied embeddings count once, and whole, because the output layer uses all of them.
 """
@@ -37,7 +39,7 @@ from vqmoe_megatron.plan.shape import LayerShape
 
 PARTS = (
     *("embeddings", "attention", "norms", "dense_mlp", "router", "experts"),
-    *("shared_experts", "codebooks", "learned_inputs", "gates", "output_layer"),
+    *("shared_experts", "codebooks", "learned_inputs", "fill_rows", "gates", "output_layer"),
 )
 
 
@@ -232,12 +234,15 @@ def _moe(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> Ite
     is_trained = vq.codebook_update in ("gradient", "reanchor") and not vq.freeze_codebook
     name = f"{prefix}assigner.codebook.codes"
     yield Parameter(name, "codebooks", (*codes, layer.code_width), 4, is_trained=is_trained)
+    if vq.fill_values == "direct":
+        name, rows = f"{prefix}fill_rows.values", (experts, vq.num_codes, hidden)
+        yield Parameter(name, "fill_rows", rows, element, is_expert=True)
     if vq.code_input == "learned":
         name = f"{prefix}code_inputs.vectors"
         yield Parameter(name, "learned_inputs", (*codes, hidden), element)
-    if vq.norm != "none":
+    if layer.num_norms:
         yield from _norm(model, element, f"{prefix}input_norm")
-    if vq.norm == "separate":
+    if layer.num_norms and vq.norm == "separate":
         yield from _norm(model, element, f"{prefix}output_norm")
     if outputs := layer.num_gate_outputs:
         yield from _linear(f"{prefix}gate.linear", "gates", (outputs, hidden), element, True)
@@ -291,7 +296,14 @@ def _active(config: RunConfig, total: dict[str, int]) -> dict[str, int]:
     elif model.position_embedding_type == "learned_absolute":
         active["embeddings"] -= (model.seq_length - 1) * model.hidden_size
     num_rows = 0 if vq.path == "discrete" else model.moe_router_topk
-    num_rows += 0 if vq.path == "continuous" else vq.num_code_slices
+    num_rows += vq.num_code_slices if vq.has_discrete_path else 0
+    if vq.has_fill_table:
+        num_answers = vq.num_fill_experts or model.num_moe_experts
+        if "fill_rows" in active:  # one of K
+            active["fill_rows"] //= model.num_moe_experts * vq.num_codes
+            active["fill_rows"] *= num_answers
+        else:
+            num_rows = max(num_rows, num_answers)
     of_one = total["experts"] // model.num_moe_experts
     active["experts"] = of_one * min(num_rows, model.num_moe_experts)
     if "learned_inputs" in active:  # one of K per slice

@@ -25,6 +25,16 @@ FP8_NEEDS_TOKENS = (
     "its experts are Transformer Engine's, which were wired to token dispatch only: set "
     "vq.execution=tokens, vq.table_per_step=false"
 )
+FP8_WITHOUT_FILL = (
+    "its experts are Transformer Engine's, which were wired to token dispatch only; use "
+    "vq.path=continuous, or leave fp8 out"
+)
+PRE_SOFTMAX_FOR_FILL = (
+    "every expert is weighed by the softmax over all of them, chosen or not; set it to true"
+)
+ONE_EXPERT_BY_THRESHOLD = (
+    "its threshold is held at one exact expert per token on average; set it to 1"
+)
 FP8_WITHOUT_RECOMPUTE = (
     "Megatron recomputes fp8 modules through Transformer Engine's checkpoint, which this layer "
     "does not call; leave moe out of recompute_modules"
@@ -67,6 +77,7 @@ def run_errors(config: RunConfig, layout: ParallelLayout) -> list[str]:
         *_optimizer_errors(config),
         *_fp8_errors(config, layout),
         *_table_errors(config),
+        *_fill_errors(config),
         *_checkpoint_errors(config),
     ]
 
@@ -161,8 +172,10 @@ def _fp8_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
     model, etp = config.model, layout.expert_tensor_parallel_size
     if model.fp8 is None:
         return
-    if config.vq.path != "continuous" and config.vq.in_code_space:
+    if config.vq.in_code_space:
         yield f"model.fp8={model.fp8}: {FP8_NEEDS_TOKENS}"
+    if config.vq.path == "filled":
+        yield f"model.fp8={model.fp8}: {FP8_WITHOUT_FILL}"
     if "moe" in (model.recompute_modules or ()):
         yield f"model.fp8={model.fp8}: {FP8_WITHOUT_RECOMPUTE}"
     if model.add_bias_linear and etp > 1:
@@ -178,6 +191,17 @@ def _fp8_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
         tp = layout.tensor_model_parallel_size
         name, product = "moe_shared_expert_intermediate_size", f"(TP * {FP8_ALIGNED} = {tp} * "
         yield from remainder(name, shared, f"{product}{FP8_ALIGNED})", tp * FP8_ALIGNED, advice)
+
+
+def _fill_errors(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if config.vq.path == "filled" and not model.moe_router_pre_softmax:
+        yield f"vq.path=filled with moe_router_pre_softmax=false: {PRE_SOFTMAX_FOR_FILL}"
+    if config.vq.threshold_routing and model.moe_router_topk != 1:
+        yield (
+            f"vq.threshold_routing=true with moe_router_topk={model.moe_router_topk}: "
+            f"{ONE_EXPERT_BY_THRESHOLD}"
+        )
 
 
 def _table_errors(config: RunConfig) -> Iterator[str]:

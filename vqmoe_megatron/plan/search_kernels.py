@@ -29,8 +29,8 @@ CUT_READS = 3  # of the codes: for their mean, the distances from it, and the cu
 
 def search_kernels(layer: LayerShape, device: str) -> list[Kernel]:
     """The search that ``device`` (cpu | cuda) takes, with what brings tokens into the codebook's
-    space; nothing without a discrete path."""
-    if layer.vq.path == "continuous":
+    space; nothing without a codebook."""
+    if not layer.vq.has_codes:
         return []
     is_split = device == "cuda" and layer.code_width >= LEAST_SPLIT_WIDTH
     search = split_search(layer) if is_split else plain_search(layer)
@@ -44,20 +44,20 @@ def space_bytes_per_element(layer: LayerShape) -> int:
 
 def num_space_elements(layer: LayerShape) -> int:
     """T C D, tokens in the codebook's space."""
-    return layer.num_discrete_rows * layer.code_width
+    return layer.num_searched_rows * layer.code_width
 
 
 def split_search(layer: LayerShape) -> list[Kernel]:
     """By the tensor cores, and fp32 multiply-adds for uncertain tokens."""
     element, elements = space_bytes_per_element(layer), num_space_elements(layer)
     is_half = element == BF16_BYTES
-    num_codes, found = _num_code_elements(layer), layer.num_discrete_rows * FOUND_BYTES
+    num_codes, found = _num_code_elements(layer), layer.num_searched_rows * FOUND_BYTES
     one_product = 2 * elements * layer.vq.num_codes
     parts = 2 * BF16_BYTES  # high and low
     rescored = elements * UNCERTAIN_SHARE_PERCENT // 100
     return [
         _cut_codes(layer),
-        _moved("token norms", elements * element, layer.num_discrete_rows * FP32_BYTES, 1),
+        _moved("token norms", elements * element, layer.num_searched_rows * FP32_BYTES, 1),
         _product(
             "split products",
             BF16_TENSOR_CORE,
@@ -65,13 +65,13 @@ def split_search(layer: LayerShape) -> list[Kernel]:
             elements * element + num_codes * parts,
             found,
         ),
-        _moved("decision", found, layer.num_discrete_rows * ID_BYTES, 3),
+        _moved("decision", found, layer.num_searched_rows * ID_BYTES, 3),
         _product(
             "uncertain tokens again",
             FP32_FMA,
             one_product * UNCERTAIN_SHARE_PERCENT // 100,
             rescored * element + num_codes * FP32_BYTES,
-            layer.num_discrete_rows * ID_BYTES * UNCERTAIN_SHARE_PERCENT // 100,
+            layer.num_searched_rows * ID_BYTES * UNCERTAIN_SHARE_PERCENT // 100,
         ),
     ]
 
@@ -80,7 +80,7 @@ def plain_search(layer: LayerShape) -> list[Kernel]:
     """By fp32 multiply-adds alone."""
     element, elements = space_bytes_per_element(layer), num_space_elements(layer)
     code_bytes = _num_code_elements(layer) * FP32_BYTES
-    id_bytes = layer.num_discrete_rows * ID_BYTES
+    id_bytes = layer.num_searched_rows * ID_BYTES
     return [
         _cut_codes(layer),
         _product(

@@ -5,11 +5,13 @@ expert hidden size, b bytes per element, k selected experts of the continuous pa
 token, K codes per slice, Fs width of a shared expert, D = H / C columns of a code (``code_dim`` for
 vq.quantizer=low_dim), N experts, S code rows of the rank that owns most of them.
 
-    rows of a token       k continuous (none in path=discrete) + C discrete (none in =continuous)
+    rows of a token       k continuous (none in path=discrete) + C discrete (only in =dual and
+                          =discrete); path=filled has k, with threshold routing 1 on average
     rows of the codebook  C K, row c K + code belongs to expert (c K + code) mod N, or every expert
                           owns C K / N of them (code maps balanced and clustered)
 
 In code space every expert-parallel rank has S slots, so the table of code outputs is [P S, H].
+Fill has a row of every expert and code: S = N / P K.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from dataclasses import dataclass
 
 from vqmoe_megatron.config import RunConfig, VQConfig
 from vqmoe_megatron.plan.layout import ParallelLayout
+
+FILL_BLOCK = 32  # least tokens of a product that reads fill (vq/fill.py)
 
 
 @dataclass(frozen=True)
@@ -107,10 +111,13 @@ class LayerShape:
 
     @property
     def num_discrete_rows(self) -> int:
-        """T C, or 0 in the continuous path."""
-        if self.vq.path == "continuous":
-            return 0
-        return self.num_local_tokens * self.vq.num_code_slices
+        """T C, or 0 without a discrete path."""
+        return self.num_searched_rows if self.vq.has_discrete_path else 0
+
+    @property
+    def num_searched_rows(self) -> int:
+        """T C whose nearest code is searched, or 0 without a codebook."""
+        return self.num_local_tokens * self.vq.num_code_slices if self.vq.has_codes else 0
 
     @property
     def num_dispatched_rows(self) -> int:
@@ -133,7 +140,7 @@ class LayerShape:
     @property
     def has_code_inputs(self) -> bool:
         """Whether experts are fed codes, so that tokens get a gradient only by straight_through."""
-        return self.vq.path != "continuous" and self.vq.expert_input == "code"
+        return self.vq.has_discrete_path and self.vq.expert_input == "code"
 
     @property
     def num_code_rows(self) -> int:
@@ -147,7 +154,9 @@ class LayerShape:
 
     def num_code_rows_of(self, rank: int) -> int:
         """Code rows of an expert-parallel rank: an equal share, or under the mod map, which deals
-        rows out to the experts in turn, what its N / P experts get."""
+        rows out to the experts in turn, what its N / P experts get; of fill N / P K."""
+        if self.vq.path == "filled":
+            return self.num_experts_per_rank * self.vq.num_codes if self.vq.has_fill_table else 0
         if self.vq.code_map != "mod":
             return self.num_code_rows // self.expert_model_parallel_size
         rounds, left_over = divmod(self.num_code_rows, self.num_moe_experts)
@@ -156,8 +165,34 @@ class LayerShape:
 
     @property
     def num_slots(self) -> int:
-        """S in code space, else 0: rank 0, whose experts come first, owns most code rows."""
-        return self.num_code_rows_of(0) if self.vq.in_code_space else 0
+        """S in code space and of fill, else 0: rank 0, whose experts come first, owns most code
+        rows."""
+        has_table = self.vq.in_code_space or self.vq.has_fill_table
+        return self.num_code_rows_of(0) if has_table else 0
+
+    @property
+    def num_evaluated_slots(self) -> int:
+        """S that experts run on: none of learned rows."""
+        return 0 if self.vq.fill_values == "direct" else self.num_slots
+
+    @property
+    def has_table_gradient(self) -> bool:
+        """Whether the table's gradient returns to the owners of its rows."""
+        return self.vq.fill_values != "detached"
+
+    @property
+    def num_norms(self) -> int:
+        """Around the experts of the discrete path."""
+        return 2 if self.vq.has_discrete_path and self.vq.norm != "none" else 0
+
+    @property
+    def num_fill_block_rows(self) -> int:
+        """Rows of the products that read fill, B (T // B + K): tokens by code, padded to blocks of
+        B = max(32, N); 0 without fill."""
+        if not self.vq.has_fill_table:
+            return 0
+        size = max(FILL_BLOCK, self.num_moe_experts)
+        return size * (self.num_local_tokens // size + self.vq.num_codes)
 
     @property
     def num_gradient_rows_to_tokens(self) -> int:
@@ -216,7 +251,7 @@ class LayerShape:
         is_alone = (
             self.vq.path == "continuous" or self.vq.builds_table_alone or self.holds_one_expert
         )
-        return not is_alone or self.vq.code_input == "learned" or self.vq.norm != "none"
+        return not is_alone or self.vq.code_input == "learned" or self.num_norms > 0
 
     @property
     def dispatched_rows_need_gradient(self) -> bool:

@@ -35,6 +35,7 @@ MINIMUM_BUCKET = 40_000_000  # elements; of Megatron's DistributedDataParallel
 BUCKET_PER_RANK = 1_000_000
 GRADIENT_BYTES = 4  # grad_reduce_in_fp32
 NUM_PROBES = 256  # of vq/codebook.py: tokens kept to measure how many change their code
+NUM_THRESHOLD_SUMS = 4096 + 4  # of moe/routing_threshold.py: pairs by score, tokens by pairs
 MAX_CANDIDATES = 4096  # of moe/code_assigner.py: tokens per step that may replace dead codes
 MAIN_BYTES = MOMENT_BYTES = 4
 ID_BYTES = 8
@@ -205,8 +206,10 @@ def layer_statistics_bytes(config: RunConfig, layout: ParallelLayout) -> int:
     rank of the layer keeps them all."""
     layer, vq = LayerShape.from_config(config, layout), config.vq
     num_bytes = (layer.num_moe_experts + 2) * 4  # load per expert, gate
-    if layer.vq.path == "continuous":
+    if not vq.has_codes:
         return num_bytes
+    if vq.threshold_routing:  # tau, the step's scores and tokens
+        num_bytes += (1 + NUM_THRESHOLD_SUMS) * 4
     rows, width = layer.num_code_rows, layer.code_width
     num_bytes += 3 * 4  # losses
     num_bytes += 3 * rows * 4 + 1 + ID_BYTES  # usage, recent usage, step counts; initialised; steps

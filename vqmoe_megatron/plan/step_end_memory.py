@@ -54,7 +54,7 @@ def _bytes_of_candidates(
     config: RunConfig, layout: ParallelLayout, pipeline_rank: int, num_rows: int
 ) -> int:
     layer, vq = LayerShape.from_config(config, layout), config.vq
-    if vq.path == "continuous":
+    if not vq.has_codes:
         return 0
     num_layers = num_moe_layers(config.model, chunk_places(config.model, layout, pipeline_rank))
     return num_layers * num_rows * vq.num_code_slices * layer.code_width * FP32_BYTES
@@ -63,7 +63,7 @@ def _bytes_of_candidates(
 def codebook_move_bytes(config: RunConfig, layout: ParallelLayout) -> int:
     """Temporaries of one codebook's move."""
     layer, vq = LayerShape.from_config(config, layout), config.vq
-    if vq.path == "continuous" or vq.freeze_codebook:
+    if not vq.has_codes or vq.freeze_codebook:
         return 0
     if vq.codebook_update == "reanchor":
         return REANCHOR_TENSORS * layer.num_code_rows * _num_candidates(config) * FP32_BYTES

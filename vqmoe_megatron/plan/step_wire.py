@@ -37,6 +37,7 @@ from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.state_memory import (
     GRADIENT_BYTES,
     MAX_CANDIDATES,
+    NUM_THRESHOLD_SUMS,
     GradientBuffer,
     stage_buffers,
 )
@@ -158,12 +159,15 @@ def _sees_a_shard(parameter: Parameter) -> bool:
 
 def _statistics_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[Term]:
     """CodebookSync: per MoE layer expert loads [N] and gate sums [2]; with a codebook also losses
-    [3], usage [C, K], the moving sums' tokens [C, K, D] and M candidates [M, C, D]; all fp32."""
+    [3], usage [C, K], the moving sums' tokens [C, K, D] and M candidates [M, C, D], with threshold
+    routing pairs by score and tokens; all fp32."""
     model, vq = config.model, config.vq
     shape = LayerShape.from_config(config, layout)
     num_layers = num_moe_layers(model, chunk_places(model, layout, stage))
     elements = model.num_moe_experts + 2
-    if vq.path != "continuous":
+    if vq.threshold_routing:
+        elements += NUM_THRESHOLD_SUMS
+    if vq.has_codes:
         width = vq.num_code_slices * shape.code_width
         elements += 3 + shape.num_code_rows + min(vq.num_codes, MAX_CANDIDATES) * width
         if vq.codebook_update == "ema":

@@ -23,7 +23,7 @@ A layer of T local tokens, P expert-parallel ranks, E expert-tensor ranks, H hid
 per element, N experts, C codes per token, S slots per rank in code space, w columns that go back to
 a token calls, a term each:
   1. token dispatch and combine     rows that travel: ``_dispatch_terms``
-  2. the table of code outputs      execution=code_space: ``_table_terms``
+  2. the table of code outputs      execution=code_space, path=filled: ``_table_terms``
   3. the gradient to the tokens     straight_through=group: ``_group_mean_terms``; in code space
                                     also for token: ``_row_gradient_terms``
   4. the shared expert's tokens     over tensor ranks: ``_shared_expert_terms``
@@ -191,7 +191,7 @@ def layer_terms(
     terms: list[Term] = []
     if not layer.vq.in_code_space or layer.vq.path == "dual":
         terms += _dispatch_terms(layer, traffic)
-    if layer.vq.in_code_space:
+    if layer.vq.in_code_space or layer.vq.has_fill_table:
         terms += _table_terms(layer)
     if layer.vq.straight_through == "group" and layer.has_code_inputs:
         terms += _group_mean_terms(layer)
@@ -245,6 +245,9 @@ def _table_terms(layer: LayerShape) -> Iterator[Term]:
         yield forward("all_reduce", "expt_tp", all_reduced(own_bytes, shards))
     if others:
         yield forward("all_gather", "ep", others * own_bytes)
+    if not layer.has_table_gradient:
+        return
+    if others:
         yield backward("reduce_scatter", "ep", others * sum_bytes)
     if shards > 1:
         yield backward("all_reduce", "expt_tp", all_reduced(own_bytes, shards))

@@ -49,6 +49,10 @@ class BalancedEngine(ExpertEngine):
         balanced = row % num_ranks * per_rank + row // num_ranks % per_rank
         return super().plan(balanced, num_ids, order)
 
+    def read_num_rows(self, num_rows: torch.Tensor, balanced: int) -> int:
+        """What the plan assumes."""
+        return balanced
+
 
 class CountedEngine(ExpertEngine):
     """Tells ``record`` of the rows that travel forward, and of code space's gradient rows."""

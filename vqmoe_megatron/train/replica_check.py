@@ -53,9 +53,10 @@ class Piece:
     @property
     def kind(self) -> str:
         """One of ``KINDS``."""
-        if ".codebook." in self.key or ".code_map." in self.key:
+        if any(part in self.key for part in (".codebook.", ".code_map.", ".threshold.")):
             return "codebook"
-        return "expert" if ".experts." in self.key else "parameter"
+        is_expert = ".experts." in self.key or ".fill_rows." in self.key
+        return "expert" if is_expert else "parameter"
 
     @property
     def name(self) -> str:

@@ -16,6 +16,7 @@ benchmarks pass this gate before they time anything. For one token x:
    one expert has no router, and p_e = 1;
 6. y = p_0 y_c + p_1 y_d, p = softmax(W x + b), or y_c + sigmoid(w x + b) y_d;
 7. a shared expert f_s, where there is one, is added: y + f_s(x);
+   path=filled has no 2 to 6, but :func:`filled_output`;
 8. VQ loss = coeff * (mean |sg(x) - v|^2 + commitment * mean |x - sg(v)|^2).
 """
 
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from vqmoe_megatron.config import VQConfig
+from vqmoe_megatron.vq.fill_oracle import filled_output
 
 ROUTER_SOFTMAX_DTYPE = torch.float32  # Megatron takes it in fp32 whatever the dtype of the logits
 
@@ -41,6 +43,7 @@ class OracleResult:
     codebook_loss: torch.Tensor  # scalar, mean |sg(x) - v|^2 over T * H elements
     codes: torch.Tensor | None  # int64 [T, C]; None without a discrete path
     experts: torch.Tensor | None  # int64 [T, C], the experts of those codes
+    chosen: tuple[list[int], ...] = ()  # path=filled: the experts that saw each token
 
 
 def vqmoe_oracle(
@@ -56,6 +59,7 @@ def vqmoe_oracle(
     normalization: str = "LayerNorm",
     norm_eps: float = 1e-5,
     replicas: Sequence[int] | None = None,
+    tau: float | None = None,
 ) -> OracleResult:
     """Evaluate the layer token by token.
 
@@ -69,7 +73,8 @@ def vqmoe_oracle(
             ``shared_experts.linear_fc1.weight [F or 2F, H]``,
             ``shared_experts.linear_fc2.weight [H, F]`` (absent: no shared expert; its F is its
             own), ``assigner.codebook.projection [D, H]`` (quantizer: low_dim),
-            ``code_inputs.vectors [C, K, H]`` (code_input: learned),
+            ``code_inputs.vectors [C, K, H]`` (code_input: learned), ``fill_rows.values [N, K, H]``
+            (fill_values: direct),
             ``gate.linear.weight``, ``gate.linear.bias``, ``input_norm.weight``,
             ``output_norm.weight`` and their biases. Absent biases are zero. Gradients flow into
             those that require them.
@@ -83,6 +88,7 @@ def vqmoe_oracle(
         norm_eps: of the norms.
         replicas: the data-parallel replica that holds each of the T tokens, which
             straight_through=group pools its means over; None: one holds all.
+        tau: of vq.threshold_routing; None: not set yet.
 
     Returns:
         The result, in the dtype of ``x`` (the router's softmax is fp32, as Megatron's). The balance
@@ -94,9 +100,28 @@ def vqmoe_oracle(
     norms = _Norms(parameters, vq, normalization, norm_eps)
     prepared = [_prepare(token, parameters, vq) for token in x]
     pools = _Pools(prepared, parameters, vq, replicas or [0] * len(prepared))
-    outputs, quantized, all_codes, all_experts = [], [], [], []
+    outputs, quantized, all_codes, all_experts, chosen = [], [], [], [], []
     for t, (token, ready) in enumerate(zip(x, prepared, strict=True)):
         y_continuous = y_discrete = None
+        if vq.path == "filled":
+            codes, vectors = _nearest(ready, _code_vectors(parameters, vq))
+            rows = parameters.get("fill_rows.values")
+            y, experts_of_token = filled_output(
+                token,
+                _logits(token, parameters),
+                experts,
+                _lifted(vectors[0].detach(), parameters),
+                float((ready - vectors[0]).detach().square().mean().sqrt()),
+                None if rows is None else rows[:, codes[0]],
+                vq,
+                topk,
+                tau,
+            )
+            outputs.append(y)
+            quantized.append(vectors[0])
+            all_codes.append(codes)
+            chosen.append(experts_of_token)
+            continue
         if vq.path != "discrete":
             y_continuous = _continuous(token, parameters, experts, topk, pre_softmax)
         if vq.path != "continuous":
@@ -131,6 +156,7 @@ def vqmoe_oracle(
         codebook_loss=codebook,
         codes=torch.tensor(all_codes) if all_codes else None,
         experts=torch.tensor(all_experts) if all_experts else None,
+        chosen=tuple(chosen),
     )
 
 
@@ -257,6 +283,12 @@ def _owner(
     return row % num_experts if expert_of_row is None else int(expert_of_row[row])
 
 
+def _logits(token: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[N] of the router."""
+    logits = parameters["router.weight"] @ token
+    return logits + parameters["router.bias"] if "router.bias" in parameters else logits
+
+
 def _continuous(
     token: torch.Tensor,
     parameters: Mapping[str, torch.Tensor],
@@ -267,9 +299,7 @@ def _continuous(
     """The ordinary sparse mixture of experts, or one dense expert: token [H] -> [H]."""
     if "router.weight" not in parameters:
         return experts(0, token)
-    logits = parameters["router.weight"] @ token
-    if "router.bias" in parameters:
-        logits = logits + parameters["router.bias"]
+    logits = _logits(token, parameters)
     selected = logits.topk(topk).indices
     scores = logits if pre_softmax else logits[selected]
     weights = scores.softmax(dim=0, dtype=ROUTER_SOFTMAX_DTYPE).to(logits.dtype)
@@ -295,7 +325,7 @@ class _Pools:
         self.zeros = [ready - ready.detach() for ready in prepared]  # gradient one, value zero
         self.cell_of: list[list[tuple[int, int, int]]] = []  # of token and slice
         self.members: dict[tuple[int, int, int], list[int]] = {}
-        if vq.path == "continuous" or self.mode != "group":
+        if not vq.has_discrete_path or self.mode != "group":
             return
         for t, ready in enumerate(prepared):
             codes, _ = _nearest(ready, _code_vectors(parameters, vq))

@@ -75,3 +75,21 @@ def sum_looked_up_rows(
 def lookup_rows(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Return ``table[ids]`` of int64 ids ``[T]``: ``[T, H]``, with that gradient."""
     return sum_looked_up_rows(table, ids.unsqueeze(1), 1.0, table.dtype)
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, ids: torch.Tensor, num_ids: int):  # noqa: ANN001, ANN205
+        ctx.save_for_backward(ids)
+        ctx.dtype = rows.dtype
+        return segment_sum(rows, ids, num_ids)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):  # noqa: ANN001, ANN205
+        (ids,) = ctx.saved_tensors
+        return grad.index_select(0, ids).to(ctx.dtype), None, None
+
+
+def sum_rows(rows: torch.Tensor, ids: torch.Tensor, num_ids: int) -> torch.Tensor:
+    """:func:`segment_sum` of rows ``[T, H]``, with the gradient of a row being that of its sum."""
+    return _SumRows.apply(rows, ids, num_ids)

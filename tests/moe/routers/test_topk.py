@@ -66,3 +66,74 @@ def test_the_global_loss_does_not_shrink_with_data_parallel_ranks(ranks, corpus,
         for per_token in ("false", "true")
     ]
     assert norms == [pytest.approx(norms[0], rel=1e-5)] * 4
+
+
+def balance_gradients(kind: str, topk: int, chooses: bool) -> dict:
+    """In a rank: the router's gradient of its balance losses alone, fp32."""
+    import torch
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from tiny_layer import HIDDEN, NUM_EXPERTS, transformer_config
+
+    from vqmoe_megatron.moe.routers.topk import BalancedRouter
+
+    config = transformer_config(
+        moe_router_load_balancing_type=kind,
+        moe_aux_loss_coeff=0.7,
+        moe_z_loss_coeff=0.3,
+        moe_router_topk=topk,
+    )
+    router = BalancedRouter(config, get_default_pg_collection())
+    router.set_layer_number(1)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(6, 2, HIDDEN, generator=generator)
+    with torch.no_grad():
+        router.weight.copy_(torch.randn(NUM_EXPERTS, HIDDEN, generator=generator))
+        router.bias.copy_(torch.randn(NUM_EXPERTS, generator=generator))
+
+    def most_likely(probs: torch.Tensor) -> torch.Tensor:
+        chosen = torch.zeros_like(probs, dtype=torch.bool)
+        return chosen.scatter_(1, probs.topk(topk, dim=1).indices, True)
+
+    probs, chosen = router(x, choose=most_likely) if chooses else router(x)
+    (0.0 * probs.sum()).backward()
+    return {"gradient": router.weight.grad, "bias": router.bias.grad, "chosen": chosen}
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+@pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss", "global_aux_loss"])
+def test_losses_of_chosen_pairs_are_megatrons_where_these_are_its_top_k(kind, topk, ranks):
+    (theirs,) = ranks(1).run(balance_gradients, kind, topk, False)
+    (ours,) = ranks(1).run(balance_gradients, kind, topk, True)
+    assert (ours["chosen"] == theirs["chosen"]).all()
+    for name in ("gradient", "bias"):
+        assert float(theirs[name].abs().max()) > 1e-3
+        assert float((ours[name] - theirs[name]).abs().max()) < 1e-6
+
+
+def loss_of_any_pairs() -> list:
+    """In a rank: the router's gradient of the balance loss of drawn pairs, and the formula's."""
+    import torch
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from tiny_layer import HIDDEN, NUM_EXPERTS, transformer_config
+
+    from vqmoe_megatron.moe.routers.topk import BalancedRouter
+
+    config = transformer_config(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.7)
+    router = BalancedRouter(config, get_default_pg_collection())
+    router.set_layer_number(1)
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(6, 2, HIDDEN, generator=generator)
+    chosen = torch.rand(12, NUM_EXPERTS, generator=generator) < 0.3
+    probs, _ = router(x, choose=lambda probs: chosen)
+    (0.0 * probs.sum()).backward()
+    weight = router.weight.detach().clone().requires_grad_()
+    p = (x.flatten(0, 1) @ weight.t() + router.bias.detach()).softmax(dim=1)
+    loss = 0.7 * NUM_EXPERTS * (chosen.float().mean(dim=0) * p.mean(dim=0)).sum()
+    return [router.weight.grad, torch.autograd.grad(loss, weight)[0], chosen.sum(dim=1)]
+
+
+def test_the_loss_of_any_pairs_is_that_of_the_formula(ranks):
+    ((ours, formula, per_token),) = ranks(1).run(loss_of_any_pairs)
+    assert {0, 1, 2} <= set(per_token.tolist())
+    assert float(formula.abs().max()) > 1e-3
+    assert float((ours - formula).abs().max()) < 1e-6

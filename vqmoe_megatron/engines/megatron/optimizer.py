@@ -56,7 +56,10 @@ def build_optimizer(
     )
     overrides = get_standard_config_overrides(settings)
     # Grouped experts stack their biases; what stands for codes must not shrink without tokens.
-    undecayed = ("*.experts.bias1", "*.experts.bias2", "*.code_inputs.vectors")
+    undecayed = (
+        *("*.experts.bias1", "*.experts.bias2", "*.code_inputs.vectors"),
+        "*.fill_rows.values",
+    )
     overrides[ParamKey(name=undecayed)] = ParamGroupOverride(wd_mult=0.0)
     # Codes stay fp32 in bf16 training, and Megatron's distributed optimizer mixes up the states of
     # a group that holds both kinds, so codes have a group of their own.

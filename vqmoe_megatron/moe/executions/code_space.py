@@ -27,7 +27,8 @@ from vqmoe_megatron.moe.code_assigner import Assignment
 from vqmoe_megatron.moe.code_rows import CodeRows
 from vqmoe_megatron.moe.discrete_parts import DiscreteParts
 from vqmoe_megatron.moe.dispatch import ResidentRows
-from vqmoe_megatron.moe.executions.execution import Answer, Execution
+from vqmoe_megatron.moe.executions.execution import Answer
+from vqmoe_megatron.moe.executions.table_space import Table, TableSpace
 from vqmoe_megatron.moe.expert_engine import ExpertEngine, Result, Work
 from vqmoe_megatron.moe.grouped_experts import GroupedExperts
 from vqmoe_megatron.moe.norms import NoNorm
@@ -48,15 +49,14 @@ class ExpertInputs:
 
 
 @dataclass(frozen=True)
-class CodeTable:
-    """All rows' outputs, the same on all ranks, and what their gradients need."""
+class CodeTable(Table):
+    """All rows' outputs ``[P * S, H]``, and what their gradients need."""
 
-    values: torch.Tensor  # fp32 (fp64) [P * S, H], what tokens read
     before_norm: torch.Tensor  # [P * S, H] without gradient; values without output norm
     inputs: ExpertInputs  # without gradient
 
 
-class CodeSpace(Execution):
+class CodeSpace(TableSpace):
     """One layer's table: how it is built, read and differentiated. Owns no parameters."""
 
     def __init__(self, parts: DiscreteParts, engine: ExpertEngine) -> None:
@@ -97,6 +97,11 @@ class CodeSpace(Execution):
             return self.read(self.table(inputs, result.residents[0]), assignment, x.dtype)
 
         return self._work(inputs), answer
+
+    @property
+    def is_training(self) -> bool:
+        """As the codebook's owner."""
+        return self.parts.assigner.training
 
     def weights(self) -> list[torch.Tensor]:
         """Everything that the table is made of."""

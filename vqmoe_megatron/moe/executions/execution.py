@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from vqmoe_megatron.moe.code_assigner import Assignment
 from vqmoe_megatron.moe.expert_engine import Result, Work
 from vqmoe_megatron.moe.part import Part
 
@@ -23,12 +23,12 @@ class Execution(ABC):
     keeps_table = False  # whether something lives until the end of the optimizer's step
 
     @abstractmethod
-    def ask(self, x: torch.Tensor, assignment: Assignment) -> tuple[Work, Answer]:
+    def ask(self, x: torch.Tensor, request: Any) -> tuple[Work, Answer]:
         """Return what the experts are asked for, and what becomes of their answer.
 
         Args:
             x: ``[T, H]`` tokens.
-            assignment: their codes.
+            request: what they read: their codes (``Assignment``), or for fill a ``Fill``.
         """
 
     def finish_table(self) -> None:

@@ -14,41 +14,41 @@ and one backward pass brings the sum to the weights before they are reduced.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
-from vqmoe_megatron.moe.code_assigner import Assignment
-from vqmoe_megatron.moe.executions.code_space import CodeSpace, CodeTable
 from vqmoe_megatron.moe.executions.execution import Answer, Execution
+from vqmoe_megatron.moe.executions.table_space import Table, TableSpace
 from vqmoe_megatron.moe.expert_engine import Work
 
 
 class StepTable(Execution):
-    """Keeps one layer's table of code space between microbatches."""
+    """Keeps one layer's table, of code space or of fill, between microbatches."""
 
     keeps_table = True
 
-    def __init__(self, space: CodeSpace) -> None:
+    def __init__(self, space: TableSpace) -> None:
         self.space = space
-        self._built: CodeTable | None = None  # with its graph
-        self._leaf: CodeTable | None = None
+        self._built: Table | None = None  # with its graph
+        self._leaf: Table | None = None
         self._versions: list[tuple[int, int]] = []  # of the weights the table was built of
 
-    def ask(self, x: torch.Tensor, assignment: Assignment) -> tuple[Work, Answer]:
+    def ask(self, x: torch.Tensor, request: Any) -> tuple[Work, Answer]:
         """Nothing, since the table is there; communicates as :meth:`get`.
 
         An evaluation that differentiates builds a table of its own.
         """
-        is_training = self.space.parts.assigner.training
+        is_training = self.space.is_training
         if not is_training and torch.is_grad_enabled():
-            return self.space.ask(x, assignment)
+            return self.space.ask(x, request)
         table = self.get(is_training, x.dtype)
-        return Work(), lambda _: self.space.read(table, assignment, x.dtype)
+        return Work(), lambda _: self.space.read(table, request, x.dtype)
 
-    def get(self, is_training: bool, dtype: torch.dtype) -> CodeTable:
+    def get(self, is_training: bool, dtype: torch.dtype) -> Table:
         """Return the table; ``values`` collects the step's gradient. The experts run in ``dtype``.
 
-        Communicates at the first call after :meth:`clear`, as :meth:`CodeSpace.evaluate`.
+        Communicates at the first call after :meth:`clear`, as :meth:`TableSpace.evaluate`.
 
         Raises:
             ValueError: when an optimizer moved the weights and the table's gradient never reached
@@ -67,14 +67,15 @@ class StepTable(Execution):
             self._versions = versions
             with torch.set_grad_enabled(is_training):
                 self._built = self.space.evaluate(dtype)
-            values = self._built.values.detach().requires_grad_(is_training)
+            collects = is_training and self._built.values.requires_grad
+            values = self._built.values.detach().requires_grad_(collects)
             self._leaf = dataclasses.replace(self._built, values=values)
         return self._leaf
 
     def finish_table(self) -> None:
         """Bring the collected gradient to the weights, then forget the table.
 
-        Communicates as the backward pass of :meth:`CodeSpace.evaluate`; all ranks of its groups
+        Communicates as the backward pass of :meth:`TableSpace.evaluate`; all ranks of its groups
         must call it together.
         """
         built, leaf = self._built, self._leaf

@@ -8,9 +8,15 @@ Megatron has two faults here:
   sequence.
 - ``global_aux_loss`` is a mean over all data-parallel ranks already, and the average of gradients
   over them divides it once more.
+
+With ``choose`` the router serves ``vq.path=filled``: it returns its probabilities of all experts,
+and the experts are chosen by the path.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
@@ -20,6 +26,41 @@ from vqmoe_megatron.runtime.versions import balance_loss_factor, is_over_data_ra
 
 class BalancedRouter(TopKRouter):
     """``TopKRouter`` with balance losses that do not depend on TP, DP or the microbatch size."""
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        *args: Any,
+        choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Megatron's, or with ``choose`` the probabilities of all experts.
+
+        Args:
+            input: ``[S, B, H]``; T = S B.
+            choose: from probabilities ``[T, N]``, without gradient, to the chosen pairs, bool
+                ``[T, N]``, any number per token. The balance losses are Megatron's with these in
+                the place of its top-k, N * sum of f_i P_i with f_i = pairs of expert i / (T k).
+            args, kwargs: Megatron's, without ``choose``.
+
+        Returns:
+            Probabilities and routing map ``[T, N]``; with ``choose`` the softmax over all N logits
+            in fp32 (fp64 for fp64 logits) and the chosen pairs. Communicates as Megatron does, for
+            the balance losses.
+        """
+        if choose is None:
+            return super().forward(input, *args, **kwargs)
+        logits = self.gating(input)
+        sequence_shape = logits.shape[:2]
+        logits = self.apply_z_loss(logits.flatten(0, 1))
+        dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
+        probs = scores = torch.softmax(logits, dim=-1, dtype=dtype)
+        chosen = choose(probs.detach())
+        if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
+            probs = self._apply_aux_loss(probs, scores, chosen)
+            probs = self._apply_seq_aux_loss(probs, scores, chosen, *sequence_shape)
+            probs = self._apply_global_aux_loss(probs, scores, chosen)
+        return probs, chosen
 
     def attach_and_log_load_balancing_loss(
         self,
