@@ -220,6 +220,13 @@ def test_a_tracking_uri_without_a_password_is_legal(uri) -> None:
     assert TrackingConfig(mlflow_uri=uri).mlflow_uri == uri
 
 
+def test_tags_have_a_name_and_a_value() -> None:
+    assert TrackingConfig(tags=["a=1", "b="]).tags == ["a=1", "b="]
+    for wrong in ("a", "=1"):
+        with pytest.raises(ValueError, match=f"tracking.tags: write NAME=VALUE, not '{wrong}'"):
+            TrackingConfig(tags=[wrong])
+
+
 @pytest.mark.parametrize(
     "uri",
     ["sqlite:///q?x/mlflow.db", "sqlite:////a?", "sqlite:///a?b=c/m.db", "sqlite:///a?timeout=3&b"],

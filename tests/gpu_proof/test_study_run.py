@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from vqmoe_megatron.config import RunConfig, TrainConfig
 from vqmoe_megatron.gpu_proof import study_run
 from vqmoe_megatron.gpu_proof.part import Job
 from vqmoe_megatron.gpu_proof.study_run import Pace, _tell, _write_study, pace_of, steps_within
-from vqmoe_megatron.study.report.run_table import RunRow
+from vqmoe_megatron.study.report.run_table import ReportedStudy, RunRow
 from vqmoe_megatron.study.study import load_study
 
 
@@ -45,10 +46,17 @@ def test_the_study_file_plans_three_arms_under_every_seed(tmp_path: Path, is_tin
 def told(tmp_path: Path, losses: dict[tuple[str, int], float]) -> Job:
     job = Job("study", "cpu", True, 100.0, tmp_path, tmp_path)
     rows = [
-        RunRow(f"{arm}-{seed}", {"router": arm, "seed": seed}, 1, "finished", final_val_loss=loss)
+        RunRow(
+            f"{arm}-{seed}",
+            {"router": arm, "seed": seed},
+            1,
+            "finished",
+            config=RunConfig(train=TrainConfig(seed=seed)),
+            final_val_loss=loss,
+        )
         for (arm, seed), loss in losses.items()
     ]
-    _tell(job, rows, (1, 2, 3))
+    _tell(job, ReportedStudy(tmp_path, "study", "equal_tokens", "CPU", rows), 3)
     return job
 
 

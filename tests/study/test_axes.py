@@ -94,6 +94,8 @@ BAD_GRIDS = {
     "twice": ({"experts": [4, 4]}, ["grid.experts holds 4 twice"]),
     "no name": ({"data.path": ["a/b"]}, ["'a/b' cannot be part of a name", "named variants"]),
     "variant": ({"router": {"vq": "vq.path=dual"}}, ["grid.router.vq must be a list"]),
+    "illegal name": ({"arm": {"a-b": []}}, ["grid.arm: a variant's name is letters"]),
+    "nested": ({"arm": {"a": {"vq": {"path": "dual"}}}}, ["grid.arm.a.vq must be one value"]),
     "two axes, one key": (
         {"experts": [4], "router": {"vq": ["model.num_moe_experts=8"]}},
         ["model.num_moe_experts is set by two axes, experts and router"],

@@ -89,6 +89,62 @@ def test_runs_elsewhere_are_looked_at_again_and_finished_ones_not_started(
     ]
 
 
+def test_the_cores_are_shared_among_the_ranks_of_all_runs_at_a_time(
+    write_study, monkeypatch
+) -> None:
+    study = load_study(write_study(grid={"ranks": [1, 2, 4]}))
+    display = LocalDisplay(table_console())
+
+    def shares(num_cores: int, num_jobs: int) -> list[int]:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(num_cores)))
+        local = LocalStudy(study, study.runs, num_jobs, display)
+        return [local._num_threads(num_ranks) for num_ranks in (1, 2, 4)]
+
+    assert shares(2, 1) == [2, 1, 1]
+    assert shares(2, 2) == [1, 1, 1]  # two runs on two cores do not fight
+    assert shares(16, 2) == [8, 4, 2]
+    assert shares(8, 4) == [2, 1, 1]  # four runs of one rank, four of two, two of four at a time
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    said: list[str] = []
+    monkeypatch.setattr(display, "say", said.append)
+    local = LocalStudy(study, study.runs, 2, display)
+    assert local._threads_in_words() == "OMP_NUM_THREADS=1 to 4 per rank on 8 cores"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert local._threads_in_words() == "OMP_NUM_THREADS=3 of the environment per rank"
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "num_jobs", "most"),
+    [
+        (2, 3, [1, 1, 1, 2, 2]),  # runs of one rank start as asked, others fill what is left
+        (4, 3, [1, 1, 1, 2, 2]),
+        (1, 1, [1, 1, 1, 2, 2]),
+    ],
+)
+def test_runs_of_several_ranks_wait_for_cores(
+    write_study, monkeypatch, num_cores, num_jobs, most
+) -> None:
+    """Every step ends the oldest run; ``most`` is the ranks of each run, in the order of start."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(num_cores)))
+    grid = {"ranks": [1, 2], "seed": [1, 2, 3]}
+    study = load_study(write_study(grid=grid, exclude=[{"ranks": 2, "seed": 3}]))
+    local = LocalStudy(study, study.runs, num_jobs, LocalDisplay(table_console()))
+    waiting, started, at_once = list(study.runs), [], []
+    while waiting or local._active:
+        while waiting and local._has_room(waiting[0]):
+            index = waiting.pop(0)
+            run = study.runs[index]
+            local._active[index] = local_study._Started(run, None, None, 0, 0.0)
+            started.append(run.num_ranks)
+        at_once.append([one.run.num_ranks for one in local._active.values()])
+        del local._active[next(iter(local._active))]
+    assert started == most
+    for ranks in at_once:
+        assert len(ranks) <= num_jobs
+        assert len(ranks) == 1 or sum(ranks) <= max(num_cores, num_jobs)
+
+
 @pytest.fixture
 def eventful_study(write_study):
     """One run that is refused, one long enough to be stopped in, one after it."""
@@ -159,4 +215,5 @@ def test_runs_stand_under_the_studys_mlflow_run(write_study) -> None:
     (child,) = runs.values()
     assert child.info.run_name == "seed1" and child.info.status == "FINISHED"
     assert child.data.tags["mlflow.parentRunId"] == parent_id
+    assert child.data.tags["point/seed"] == "1"
     assert child.data.metrics["loss"] > 0

@@ -18,6 +18,21 @@ def test_a_study_is_read(write_study, tmp_path) -> None:
     assert study.settings[-1] == "vq.num_codes=2 * experts"
 
 
+def test_arms_may_be_mappings_and_have_settings_of_their_own_at_one_size(write_study) -> None:
+    as_lists = read_study_file(write_study())
+    path = write_study(
+        study={"baseline": "smoe"},
+        grid={"experts": [4, 8], "router": {"smoe": {"vq.path": "continuous"}, "vq": {}}},
+        when=[{"router": "vq", "experts": 8, "set": {"optimizer.lr": 2e-3}}],
+    )
+    study = read_study_file(path)
+    assert study.baselines == ("smoe",) and as_lists.baselines == ()
+    assert [point.name for point in study.points] == [point.name for point in as_lists.points]
+    assert study.points[0].overrides == as_lists.points[0].overrides
+    assert study.points[1].overrides == ("model.num_moe_experts=4",)
+    assert study.points[3].overrides == ("model.num_moe_experts=8", "optimizer.lr=0.002")
+
+
 def test_everything_wrong_is_said_at_once(write_study) -> None:
     path = write_study(
         study={"output_dirr": "x", "rule": "equal_token", "num_ranks": "two"},
@@ -43,7 +58,12 @@ def test_everything_wrong_is_said_at_once(write_study) -> None:
         ({"more": ["train.output_dir=x"]}, "the study itself sets train.output_dir"),
         ({"more": ["study.num_ranks=2"]}, "belongs to the section study"),
         ({"grid": {"train.train_iters": [1, 2]}}, "rule: as_written"),
-        ({"set": {"vq.num_codes": 4}}, "set must be a list of overrides"),
+        ({"set": "vq.num_codes=4"}, "set must be a list of overrides.* or a mapping"),
+        ({"study": {"baseline": "vqq"}}, "'vqq' is no named value of the grid: did you mean vq"),
+        ({"study": {"baseline": ["vq", "vq"]}}, "study.baseline names an arm twice"),
+        ({"when": [{"router": "vq", "set": {"train.output_dir": "x"}}]}, "the study itself sets"),
+        ({"when": [{"router": "vq", "set": {"train.train_iters": 9}}]}, "rule: as_written"),
+        ({"when": {"router": "vq"}}, "when must be a list of axes"),
         ({"exclude": [{"seed": [1, 2]}], "grid": {"seed": [1, 2]}}, "leaves no run"),
     ],
 )

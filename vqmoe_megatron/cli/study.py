@@ -41,6 +41,9 @@ def _study() -> None:
 def list_runs(study: StudyPath) -> None:
     """Check a study and list its runs: point, ranks, steps, tokens, parameters.
 
+    Arms are an axis with named overrides, e.g. arm: {smoe: {vq.path: continuous}, vq: {}}; the
+    report compares them with study.baseline.
+
     Example: vqmoe study list recipes/studies/stdlib_experts.yaml
     """
     from vqmoe_megatron.study.study import load_study
@@ -52,7 +55,10 @@ def list_runs(study: StudyPath) -> None:
 @study_app.command()
 def run(
     study: StudyPath,
-    jobs: Annotated[int, typer.Option(min=1, help="runs at the same time")] = 1,
+    jobs: Annotated[
+        int,
+        typer.Option(min=1, help="runs at the same time, which share the cores among their ranks"),
+    ] = 1,
     only: Annotated[
         list[str] | None, typer.Option(help="name or index of a run; may be given several times")
     ] = None,

@@ -269,6 +269,7 @@ class TrackingConfig:
     experiment: str = "vqmoe"
     run_name: str | None = None
     parent_run_id: str | None = None  # the MLflow run this one is shown under: a study's
+    tags: list[str] = field(default_factory=list)  # further tags of the MLflow run: NAME=VALUE
     system_metrics: bool = True  # CPU, memory and GPU of rank 0's node, sampled by a thread
 
     def __post_init__(self) -> None:
@@ -280,6 +281,9 @@ class TrackingConfig:
                 f"tracking.also={','.join(self.also)}: name every tracker once, and MLflow by its "
                 "own switch, tracking.mlflow"
             )
+        for tag in self.tags:
+            if not tag.partition("=")[0] or "=" not in tag:
+                raise ValueError(f"tracking.tags: write NAME=VALUE, not {tag!r}")
         if self.mlflow_uri is not None and _may_hold_password(self.mlflow_uri):
             raise ValueError(  # without the value: it would end in logs
                 "tracking.mlflow_uri must not hold a user name or password (user:password@host), "

@@ -2,8 +2,7 @@
 
 1. A calibration trains every arm for a few steps, as many at a time as the study will.
 2. The study is as long as fits what is left: every arm under the same seeds, ``vqmoe study run``.
-3. Differences are paired by seed: the runs of a pair read the same data in the same order. Their
-   interval is Student's t over seeds. The page is ``vqmoe study report``'s.
+3. Differences are paired by seed and the page is made as ``vqmoe study report`` does both.
 """
 
 from __future__ import annotations
@@ -20,8 +19,10 @@ from vqmoe_megatron.bench.origin import PACKAGE
 from vqmoe_megatron.gpu_proof.part import Job
 from vqmoe_megatron.gpu_proof.vqmoe_command import CommandFailed, prepare_corpus, run_vqmoe
 from vqmoe_megatron.rundir.atomic import replace_file
-from vqmoe_megatron.study.report.intervals import seed_means
-from vqmoe_megatron.study.report.run_table import RunRow
+from vqmoe_megatron.study.baselines import Arms
+from vqmoe_megatron.study.report.paired import compare_arms
+from vqmoe_megatron.study.report.run_table import ReportedStudy
+from vqmoe_megatron.study.report.series import FINAL_LOSS, has_loss
 
 RECIPE = PACKAGE.parent / "recipes" / "scale" / "tiny_64.yaml"
 ARMS = {
@@ -83,7 +84,7 @@ def run(job: Job) -> None:
         job.check("the study came to its end", False, str(error))
     report = _report(path, job.out / "study_report", say=job.say)
     job.findings.figures |= {"steps_per_run": num_steps, "page": "study_report/index.html"}
-    _tell(job, report.study.rows, seeds)
+    _tell(job, report.study, len(seeds))
 
 
 def _num_jobs(job: Job) -> int:
@@ -161,13 +162,8 @@ def steps_within(seconds: float, pace: Pace, num_rounds: int) -> int:
     return max(0, min(MOST_STEPS, int(of_round / pace.step_seconds)))
 
 
-def _tell(job: Job, rows: Sequence[RunRow], seeds: Sequence[int]) -> None:
-    losses: dict[str, dict[int, float]] = {arm: {} for arm in ARMS}
-    for row in rows:
-        arm, seed = str(row.point["router"]), int(row.point["seed"])
-        has_loss = row.final_val_loss is not None and math.isfinite(row.final_val_loss)
-        if row.is_finished and has_loss:
-            losses[arm][seed] = row.final_val_loss
+def _tell(job: Job, study: ReportedStudy, num_seeds: int) -> None:
+    for row in study.rows:
         job.row(
             "Runs",
             run=row.name,
@@ -180,28 +176,23 @@ def _tell(job: Job, rows: Sequence[RunRow], seeds: Sequence[int]) -> None:
             active=row.planned.num_parameters_active,
             flops_per_token=row.planned.flops_per_token,
         )
-    num_finished = sum(len(of_arm) for of_arm in losses.values())
-    wanted = len(ARMS) * len(seeds)
+    num_finished = sum(has_loss(row) for row in study.finished)
+    wanted = len(ARMS) * num_seeds
     job.check("every run ended with a finite loss", num_finished == wanted, f"{num_finished}")
-    for arm in ARMS:
-        if arm != OURS:
-            pairs = [losses[OURS][s] - losses[arm][s] for s in seeds if _has_pair(losses, arm, s)]
-            if pairs:
-                (found,) = seed_means([pairs])
-                job.row(
-                    "Validation loss of VQMoE minus that of the other, paired by seed",
-                    other=arm,
-                    mean=found.mean,
-                    low=None if found.half_width is None else found.low,
-                    high=None if found.half_width is None else found.high,
-                    pairs=len(pairs),
-                )
-                width = "" if found.half_width is None else f" +- {found.half_width:.4f}"
-                job.say(f"VQMoE minus {arm}: {found.mean:+.4f}{width} nats, {len(pairs)} pairs")
-
-
-def _has_pair(losses: Mapping[str, Mapping[int, float]], arm: str, seed: int) -> bool:
-    return seed in losses[OURS] and seed in losses[arm]
+    others = tuple(arm for arm in ARMS if arm != OURS)
+    for comparison in compare_arms(study, Arms("router", tuple(ARMS), others)):
+        found, other = comparison.mean(FINAL_LOSS), comparison.baseline
+        if comparison.arm == OURS and found is not None:
+            job.row(
+                "Validation loss of VQMoE minus that of the other, paired by seed",
+                other=other,
+                mean=found.mean,
+                low=None if found.half_width is None else found.low,
+                high=None if found.half_width is None else found.high,
+                pairs=found.num_seeds,
+            )
+            width = "" if found.half_width is None else f" +- {found.half_width:.4f}"
+            job.say(f"VQMoE minus {other}: {found.mean:+.4f}{width} nats, {found.num_seeds} pairs")
 
 
 def _report(*args: Any, **kwargs: Any) -> Any:

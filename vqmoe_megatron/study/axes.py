@@ -4,9 +4,10 @@ An axis is one of
 
     experts: [4, 8]                     a short name of AXIS_KEYS
     optimizer.lr: [1.0e-3, 3.0e-3]      any recipe key
-    router:                             named variants, each a list of overrides
+    arm:                                named variants, each a list or a mapping of overrides
       smoe: [vq.path=continuous]
-      vq: [vq.path=dual]
+      smoe_top2: {vq.path: continuous, model.moe_router_topk: 2}
+      vq: {}                            the recipe and `set` as they are
 
 A run's name joins one piece per axis, ``experts64-vq-seed1``; it depends on the point alone, so
 values added to an axis leave the names of the others as they are.
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vqmoe_megatron.config.recipe import LEGAL_TYPES
+from vqmoe_megatron.study.override_texts import key_of, override_texts
 
 RANKS_KEY = "study.num_ranks"  # the one key of an axis that is no recipe key
 AXIS_KEYS = {
@@ -34,6 +36,7 @@ AXIS_KEYS = {
 SHORT_NAMES = {key: name for name, key in AXIS_KEYS.items()}
 VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 PLAIN_VALUE = re.compile(r"[A-Za-z0-9_.+-]+")
+Condition = Mapping[str, list[Any]]  # axis -> the values that meet it
 
 
 @dataclass(frozen=True)
@@ -80,35 +83,42 @@ def read_axes(grid: Any, problems: list[str]) -> list[Axis]:
     return axes
 
 
-def read_exclusions(
-    exclude: Any, axes: list[Axis], problems: list[str]
-) -> list[dict[str, list[Any]]]:
-    """Return each exclusion as axis -> values; a point is left out when all of one apply."""
-    exclusions: list[dict[str, list[Any]]] = []
-    by_name = {axis.name: [value.value for value in axis.values] for axis in axes}
+def read_exclusions(exclude: Any, axes: list[Axis], problems: list[str]) -> list[Condition]:
+    """Return each exclusion; a point is left out when all values of one apply."""
     if not isinstance(exclude, list) or not all(isinstance(row, dict) and row for row in exclude):
         problems.append(
             "exclude must be a list of combinations, for instance `- {experts: 128, router: smoe}`"
         )
         return []
-    for row in exclude:
-        exclusion: dict[str, list[Any]] = {}
-        for label, value in row.items():
-            name = SHORT_NAMES.get(str(label), str(label))
-            values = value if isinstance(value, list) else [value]
-            if name not in by_name:
-                problems.append(f"exclude: {_nearest('axis', name, by_name)}")
-                continue
-            for one in values:
-                if one not in by_name[name]:
-                    legal = ", ".join(map(str, by_name[name]))
-                    problems.append(f"exclude: {name}={one} is not in the grid; it has {legal}")
-            exclusion[name] = values
-        exclusions.append(exclusion)
-    return exclusions
+    return [read_condition("exclude", row, axes, problems) for row in exclude]
 
 
-def points(axes: list[Axis], exclusions: Iterable[Mapping[str, list[Any]]]) -> list[Point]:
+def read_condition(
+    section: str, row: Mapping[Any, Any], axes: list[Axis], problems: list[str]
+) -> Condition:
+    """Return ``row``, axis -> a value or a list of them; ``section`` is where it stands."""
+    by_name = {axis.name: [value.value for value in axis.values] for axis in axes}
+    condition: dict[str, list[Any]] = {}
+    for label, value in row.items():
+        name = SHORT_NAMES.get(str(label), str(label))
+        values = value if isinstance(value, list) else [value]
+        if name not in by_name:
+            problems.append(f"{section}: {_nearest('axis', name, by_name)}")
+            continue
+        for one in values:
+            if one not in by_name[name]:
+                legal = ", ".join(map(str, by_name[name]))
+                problems.append(f"{section}: {name}={one} is not in the grid; it has {legal}")
+        condition[name] = values
+    return condition
+
+
+def applies(condition: Condition, values: Mapping[str, Any]) -> bool:
+    """Tell whether a point with ``values`` by axis meets all of ``condition``."""
+    return all(values[name] in legal for name, legal in condition.items())
+
+
+def points(axes: list[Axis], exclusions: Iterable[Condition]) -> list[Point]:
     """Return the combinations in the grid's order, the last axis running fastest.
 
     Raises:
@@ -118,7 +128,7 @@ def points(axes: list[Axis], exclusions: Iterable[Mapping[str, list[Any]]]) -> l
     found: dict[str, Point] = {}
     for combination in itertools.product(*(axis.values for axis in axes)):
         values = {axis.name: v.value for axis, v in zip(axes, combination, strict=True)}
-        if any(all(values[n] in e[n] for n in e) for e in exclusions):
+        if any(applies(exclusion, values) for exclusion in exclusions):
             continue
         name = "-".join(value.piece for value in combination)
         if name in found:
@@ -175,22 +185,15 @@ def _variants(label: str, content: dict[Any, Any], problems: list[str]) -> Itera
             problems.append(
                 f"grid.{label}: a variant's name is letters, digits, _ and ., not {name!r}"
             )
-        elif not isinstance(overrides or [], list) or not all(
-            isinstance(text, str) for text in overrides or []
-        ):
-            problems.append(
-                f"grid.{label}.{name} must be a list of overrides, for instance "
-                f"[vq.path=continuous], not {overrides!r}"
-            )
-        else:
-            yield AxisValue(name, name, tuple(overrides or ()))
+        elif (texts := override_texts(f"grid.{label}.{name}", overrides, problems)) is not None:
+            yield AxisValue(name, name, texts)
 
 
 def _shared_keys(axes: list[Axis]) -> Iterable[str]:
     """Two axes on one key: the later would silently win."""
     owner: dict[str, str] = {}
     for axis in axes:
-        keys = {text.partition("=")[0].strip() for v in axis.values for text in v.overrides}
+        keys = {key_of(text) for value in axis.values for text in value.overrides}
         for key in sorted(keys):
             if key in owner:
                 yield f"{key} is set by two axes, {owner[key]} and {axis.name}; leave one out"

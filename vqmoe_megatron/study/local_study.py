@@ -1,5 +1,9 @@
 """Running a study on this machine: one process per run, so many at a time.
 
+The cores are shared among the ranks of all runs at a time, and ``OMP_NUM_THREADS`` says each rank's
+share, unless it is set. A run of several ranks waits until its ranks have cores beside the others'
+ranks; alone it always runs.
+
 A stop signal (Ctrl-C, SIGTERM, SIGUSR1, a lost terminal) is passed on to the runs, which save and
 end; nothing new is started. A run that fails does not stop the others. When this process is killed
 hard, the kernel tells its runs.
@@ -64,6 +68,7 @@ class LocalStudy:
         self.num_jobs = num_jobs
         self.states = {index: run_state(run) for index, run in chosen.items()}
         self._chosen = chosen
+        self._num_cores = len(os.sched_getaffinity(0))
         self._active: dict[int, _Started] = {}
         self._stop_signal: int | None = None
         self._has_failed = False
@@ -73,8 +78,8 @@ class LocalStudy:
         not finished, because of a stop request or because another process has them."""
         waiting = [index for index, state in self.states.items() if not state.is_finished]
         self.display.say(
-            f"{num_runs(len(self._chosen))}, {len(waiting)} unfinished, {self.num_jobs} at a time; "
-            f"logs in {self.study.folder.logs}"
+            f"{num_runs(len(self._chosen))}, {len(waiting)} unfinished, {self.num_jobs} at a time, "
+            f"{self._threads_in_words()}; logs in {self.study.folder.logs}"
         )
         with self._forwarded_signals(), self.display:
             elsewhere = self._work_through(waiting, "running elsewhere: looked at again at the end")
@@ -86,7 +91,7 @@ class LocalStudy:
         """Run what is unfinished of ``waiting``; return the runs that another process has."""
         elsewhere: list[int] = []
         while self._active or (waiting and self._stop_signal is None):
-            while waiting and len(self._active) < self.num_jobs and self._stop_signal is None:
+            while waiting and self._stop_signal is None and self._has_room(waiting[0]):
                 index = waiting.pop(0)
                 state = self.states[index] = run_state(self._chosen[index])  # it may have moved on
                 if state.state == "running":
@@ -98,6 +103,28 @@ class LocalStudy:
                 time.sleep(POLL_SECONDS)
             self._look()
         return elsewhere
+
+    def _has_room(self, index: int) -> bool:
+        """Whether this run may start beside the active ones."""
+        if len(self._active) >= self.num_jobs:
+            return False
+        num_ranks = self._chosen[index].num_ranks
+        num_active_ranks = sum(started.run.num_ranks for started in self._active.values())
+        most_ranks = max(self._num_cores, self.num_jobs)  # so runs of one rank start as asked
+        return not self._active or num_active_ranks + num_ranks <= most_ranks
+
+    def _num_threads(self, num_ranks: int) -> int:
+        """Threads of each rank of a run, whichever runs are beside it."""
+        num_at_once = max(1, min(self.num_jobs, self._num_cores // num_ranks))
+        return max(1, self._num_cores // (num_at_once * num_ranks))
+
+    def _threads_in_words(self) -> str:
+        """What the runs may use of the cores, before any starts."""
+        if "OMP_NUM_THREADS" in os.environ:
+            return f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} of the environment per rank"
+        each = {self._num_threads(run.num_ranks) for run in self._chosen.values()}
+        words = " to ".join(map(str, sorted({min(each), max(each)})))
+        return f"OMP_NUM_THREADS={words} per rank on {self._num_cores} cores"
 
     def _exit_code(self) -> int:
         if self._has_failed:
@@ -126,9 +153,7 @@ class LocalStudy:
 
     def _start(self, index: int) -> None:
         run, log = self._chosen[index], self.study.log_of[index]
-        num_cores = len(os.sched_getaffinity(0))
-        threads = max(1, num_cores // (self.num_jobs * run.num_ranks))
-        environment = run_environment(os.environ, threads)
+        environment = run_environment(os.environ, self._num_threads(run.num_ranks))
         command = [sys.executable, "-m", "vqmoe_megatron.cli", "study", "task"]
         command += [str(self.study.folder.study_copy), "--index", str(index)]
         # Blocked, a stop signal waits: here until the run is known, and in the run, which inherits

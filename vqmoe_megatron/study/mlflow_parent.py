@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 
 from vqmoe_megatron.rundir.atomic import replace_file
+from vqmoe_megatron.study.planned_run import PlannedRun
 from vqmoe_megatron.study.study import Study
 from vqmoe_megatron.study.study_folder import StudyFolder
 from vqmoe_megatron.track.mlflow.errors import MlflowUnavailable
@@ -59,6 +60,12 @@ def parent_override(folder: StudyFolder, uri: str | None) -> list[str]:
     if known is None or known["uri"] != uri:
         return []
     return [f"tracking.parent_run_id={known['run_id']}"]
+
+
+def point_tags(run: PlannedRun) -> list[str]:
+    """Return the override that tags a run with its point: ``point/arm=vq``, an axis a tag."""
+    tags = [*run.config.tracking.tags, *(f"point/{axis}={run.point[axis]}" for axis in run.point)]
+    return [f"tracking.tags={json.dumps(tags)}"]
 
 
 def _known_parent(folder: StudyFolder) -> dict[str, str] | None:

@@ -28,7 +28,8 @@ from vqmoe_megatron.config.recipe import (
 from vqmoe_megatron.plan.layout import check_layout, minimum_world_size
 from vqmoe_megatron.study.axes import AXIS_KEYS, RANKS_KEY, Point
 from vqmoe_megatron.study.budget import rule_train_iters, tokens_per_step
-from vqmoe_megatron.study.study_file import StudyFile, key_of, listed
+from vqmoe_megatron.study.override_texts import key_of
+from vqmoe_megatron.study.study_file import StudyFile, listed
 from vqmoe_megatron.track.mlflow.sqlite_uri import sqlite_uri
 
 PRODUCT = re.compile(r"\s*(\d+)\s*\*\s*([A-Za-z_.]+)\s*")

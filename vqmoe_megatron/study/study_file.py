@@ -6,13 +6,19 @@
       recipe: recipes/quickstart.yaml
       rule: equal_tokens             # or equal_flops, as_written
       num_ranks: 1                   # unset: the fewest the layout fits on
+      baseline: smoe                 # the arm, or arms, to compare with; unset: see baselines.py
     set:                             # overrides of the recipe, the same for every run
       - model.hidden_size=64
       - vq.num_codes=4 * experts     # a whole number times another setting
     grid:
       experts: [4, 8]                # see axes.py
+      arm:
+        smoe: {vq.path: continuous}
+        vq: {}
     exclude:
-      - {experts: 8, router: smoe}
+      - {experts: 8, arm: smoe}
+    when:                            # overrides of some points only, see when.py
+      - {experts: 8, arm: vq, set: {optimizer.lr: 1.0e-3}}
 
 Paths are relative to the working directory, as those of a recipe are.
 """
@@ -28,9 +34,12 @@ from typing import Any
 
 from vqmoe_megatron.config.recipe_text import STUDY, parse_yaml_text, read_yaml_text
 from vqmoe_megatron.study.axes import RANKS_KEY, Axis, Point, points, read_axes, read_exclusions
+from vqmoe_megatron.study.baselines import find_arms, read_baselines
+from vqmoe_megatron.study.override_texts import key_of, override_texts
+from vqmoe_megatron.study.when import When, read_when, with_rows
 
 RULES = ("equal_tokens", "equal_flops", "as_written")
-SECTIONS = ("study", "set", "grid", "exclude")
+SECTIONS = ("study", "set", "grid", "exclude", "when")
 STUDY_KEYS: dict[str, type] = {
     "name": str,
     "output_dir": str,
@@ -39,6 +48,7 @@ STUDY_KEYS: dict[str, type] = {
     "num_ranks": int,
 }
 OPTIONAL_KEYS = ("num_ranks",)
+BASELINE = "baseline"  # the one key that may be a name or a list
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # What the study decides for every run.
 OWN_KEYS = ("train.output_dir", "tracking.run_name", "tracking.parent_run_id")
@@ -54,6 +64,7 @@ class StudyFile:
     recipe: Path
     rule: str
     num_ranks: int | None  # None: the fewest the layout fits on
+    baselines: tuple[str, ...]  # arms that the report compares with; none: see baselines.py
     settings: tuple[str, ...]  # overrides that all runs share
     axes: tuple[Axis, ...]
     points: tuple[Point, ...]
@@ -72,14 +83,18 @@ def read_study_file(path: Path) -> StudyFile:
         _unknown("section", str(key), SECTIONS) for key in content if str(key) not in SECTIONS
     ]
     study = _study_section(content.get("study"), problems)
-    settings = _settings(content.get("set"), problems)
+    settings = override_texts("set", content.get("set"), problems) or ()
     axes = read_axes(content.get("grid"), problems)
     exclusions = read_exclusions(content.get("exclude") or [], axes, problems)
-    _check_own_keys(settings, axes, study.get("rule"), problems)
+    when = read_when(content.get("when") or [], axes, problems)
+    _check_own_keys(settings, axes, when, study.get("rule"), problems)
     found: list[Point] = []
     if not problems:
         try:
-            found = points(axes, exclusions)
+            found = with_rows(points(axes, exclusions), when)
+            if study[BASELINE]:
+                values = {axis.name: [value.value for value in axis.values] for axis in axes}
+                find_arms(values, study[BASELINE])
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -91,6 +106,7 @@ def read_study_file(path: Path) -> StudyFile:
         recipe=Path(study["recipe"]),
         rule=study["rule"],
         num_ranks=study.get("num_ranks"),
+        baselines=study[BASELINE],
         settings=settings,
         axes=tuple(axes),
         points=tuple(found),
@@ -127,11 +143,18 @@ def _study_section(section: Any, problems: list[str]) -> dict[str, Any]:
     if not isinstance(section, dict):
         problems.append(f"section study is missing; its keys are {', '.join(STUDY_KEYS)}")
         return {}
-    good: dict[str, Any] = {}
+    good: dict[str, Any] = {BASELINE: ()}
+    try:
+        good[BASELINE] = read_baselines(section.get(BASELINE))
+    except ValueError as error:
+        problems.append(str(error))
     for key, value in section.items():
         expected = STUDY_KEYS.get(str(key))
+        if key == BASELINE:
+            continue
         if expected is None:
-            problems.append(_unknown("key", f"study.{key}", [f"study.{k}" for k in STUDY_KEYS]))
+            legal = [f"study.{name}" for name in (*STUDY_KEYS, BASELINE)]
+            problems.append(_unknown("key", f"study.{key}", legal))
         elif value is None and key in OPTIONAL_KEYS:
             continue
         elif type(value) is not expected:
@@ -152,36 +175,27 @@ def _study_section(section: Any, problems: list[str]) -> dict[str, Any]:
     return good
 
 
-def _settings(section: Any, problems: list[str]) -> tuple[str, ...]:
-    if section is None:
-        return ()
-    if not isinstance(section, list) or not all(isinstance(text, str) for text in section):
-        problems.append("set must be a list of overrides, one per line: `- model.hidden_size=64`")
-        return ()
-    return tuple(section)
-
-
 def _check_own_keys(
-    settings: Iterable[str], axes: list[Axis], rule: str | None, problems: list[str]
+    settings: Iterable[str],
+    axes: list[Axis],
+    when: list[When],
+    rule: str | None,
+    problems: list[str],
 ) -> None:
-    in_axes = [text for axis in axes for value in axis.values for text in value.overrides]
-    for text in (*settings, *in_axes):
+    of_points = [text for axis in axes for value in axis.values for text in value.overrides]
+    of_points += [text for row in when for text in row.overrides]
+    for text in (*settings, *of_points):
         if key_of(text) in OWN_KEYS:
             problems.append(f"{text}: the study itself sets {key_of(text)} for every run")
     for text in settings:
         if key_of(text) == RANKS_KEY:
             problems.append(f"set: {text} belongs to the section study, as num_ranks")
-    for text in in_axes:
+    for text in of_points:
         if key_of(text) == "train.train_iters" and rule != "as_written":
             problems.append(
                 f"{text} in the grid: study.rule={rule} computes train.train_iters; use "
                 "rule: as_written for other lengths"
             )
-
-
-def key_of(override: str) -> str:
-    """Return the dotted key of a ``key=value`` text."""
-    return override.partition("=")[0].strip()
 
 
 def _unknown(what: str, name: str, legal: Iterable[str]) -> str:

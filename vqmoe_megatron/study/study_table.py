@@ -64,6 +64,8 @@ def print_runs(study: Study, console: Console) -> None:
     console.print(table)
     if unknown:
         console.print(f"sizes are not known: {unknown}")
+    if study.file.baselines:
+        console.print(f"compared with {', '.join(study.file.baselines)}, paired by seed")
     console.print(f"{len(study.runs)} runs, rule {study.file.rule}; directory {study.folder.path}")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vqmoe_megatron.runtime.forked_children import PR_SET_PDEATHSIG
-from vqmoe_megatron.study.mlflow_parent import parent_override
+from vqmoe_megatron.study.mlflow_parent import parent_override, point_tags
 from vqmoe_megatron.study.planned_run import PlannedRun
 from vqmoe_megatron.study.study import Study, load_study_run
 
@@ -47,7 +47,8 @@ def pretrain_arguments(study: Study, run: PlannedRun, is_launched: bool) -> list
     """Return what follows ``vqmoe`` to train ``run`` in a launched world, or on its own ranks."""
     nproc = [] if is_launched else ["--nproc", str(run.num_ranks)]
     uri = run.config.tracking.mlflow_uri
-    overrides = [*run.overrides, *parent_override(study.folder, uri)]
+    tags = point_tags(run) if run.config.tracking.mlflow else []
+    overrides = [*run.overrides, *tags, *parent_override(study.folder, uri)]
     return ["pretrain", str(study.file.recipe), *nproc, *overrides]
 
 

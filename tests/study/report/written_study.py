@@ -14,8 +14,13 @@ from vqmoe_megatron.config.recipe import save_recipe
 from vqmoe_megatron.rundir.status import write_status
 from vqmoe_megatron.track.metrics_log import MetricsLog
 
-ROUTERS = {"smoe": "continuous", "vq": "dual"}
-LAWS = {"smoe": (1.30, 1.10, 0.45), "vq": (1.25, 1.10, 0.55)}  # floor, coefficient, exponent
+ROUTERS = {"smoe": "continuous", "smoe_top2": "continuous", "vq": "dual"}
+TOPK = {"smoe_top2": 2}
+LAWS = {  # floor, coefficient, exponent
+    "smoe": (1.30, 1.10, 0.45),
+    "smoe_top2": (1.27, 1.10, 0.5),
+    "vq": (1.25, 1.10, 0.55),
+}
 NUM_STEPS, EVAL_EVERY = 40, 4
 
 
@@ -27,6 +32,7 @@ def config_of(path: Path, experts: int, router: str, seed: int, ranks: int = 1) 
             num_attention_heads=4,
             moe_ffn_hidden_size=64,
             num_moe_experts=experts,
+            moe_router_topk=TOPK.get(router, 1),
             seq_length=32,
             vocab_size=256,
         ),
@@ -84,6 +90,7 @@ def write_study(
     num_ranks=(1,),
     states: dict[str, tuple[str, int]] | None = None,
     diverged: dict[str, int] | None = None,
+    baseline: str | list[str] | None = None,
 ) -> Path:
     """Write a study. ``states``: run name -> (state, iteration), other than completed; the state
     ``pending`` writes no run directory. ``diverged``: run name -> iteration from which its
@@ -107,6 +114,7 @@ def write_study(
                             "overrides": [
                                 f"model.num_moe_experts={experts}",
                                 f"vq.path={ROUTERS[router]}",
+                                f"model.moe_router_topk={TOPK.get(router, 1)}",
                                 f"vq.num_codes={4 * experts}",
                                 f"train.global_batch_size={8 * ranks}",
                                 f"train.seed={seed}",
@@ -128,6 +136,7 @@ def write_study(
         "output_dir": str(directory),
         "recipe": str(directory / "recipe.yaml"),
         "rule": "equal_tokens",
+        "baseline": baseline,
     }
     (directory / "study.yaml").write_text(yaml.safe_dump({"study": study, "grid": {}}))
     (directory / "runs.json").write_text(json.dumps(entries))

@@ -9,6 +9,7 @@ from typing import Any
 
 from vqmoe_megatron.bench.origin import commit_in_words
 from vqmoe_megatron.study.report.page import Page, Section, Table
+from vqmoe_megatron.study.report.paired_section import against_baselines
 from vqmoe_megatron.study.report.plot_sections import (
     against_experts,
     loss_curves,
@@ -26,6 +27,8 @@ RULES = {
     "as_written": "as written: the recipe and the grid set the length of every run",
 }
 PLOT_NAMES = (
+    "arm_differences.png",
+    "arm_bits_per_byte.png",
     "loss_experts.png",
     "loss_tokens.png",
     "loss_flops.png",
@@ -61,6 +64,7 @@ def build_page(study: ReportedStudy, origin: dict[str, Any], now: datetime) -> P
         sections = [
             unfinished_runs(study),
             runs_without_loss(study),
+            against_baselines(study, series),
             against_experts(series),
             loss_curves(series),
             speed_and_wire(study, series),

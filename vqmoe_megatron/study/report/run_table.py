@@ -24,6 +24,7 @@ from typing import Any
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.recipe import load_recipe, load_saved_recipe
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE, METRICS_FILE
+from vqmoe_megatron.study.baselines import read_baselines
 from vqmoe_megatron.study.report.planned import Planned, planned_quantities
 from vqmoe_megatron.study.run_state import directory_state
 from vqmoe_megatron.study.study_file import study_section
@@ -83,6 +84,7 @@ class ReportedStudy:
     rule: str
     hardware: str  # profile of the predictions
     rows: list[RunRow]
+    baselines: tuple[str, ...] = ()  # study.baseline; none: see baselines.py
 
     @property
     def finished(self) -> list[RunRow]:
@@ -109,7 +111,12 @@ def read_study(path: Path, hardware: str) -> ReportedStudy:
     entries = _entries(folder.runs_file)
     rows = [_read_run(folder, settings, entry, hardware) for entry in entries]
     name = str(settings.get("name") or directory.name)
-    return ReportedStudy(directory, name, str(settings.get("rule") or "not stated"), hardware, rows)
+    rule = str(settings.get("rule") or "not stated")
+    # What a report compares changes no run, so the file that is asked for has the word.
+    asked = study_section(Path(path)) if Path(path).is_file() else settings
+    return ReportedStudy(
+        directory, name, rule, hardware, rows, read_baselines(asked.get("baseline"))
+    )
 
 
 def _study_directory(path: Path) -> Path:

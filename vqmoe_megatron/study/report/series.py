@@ -9,7 +9,7 @@ has none.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,9 +80,15 @@ def naming_axes(rows: Sequence[RunRow]) -> list[str]:
 
 def label(row: RunRow, axes: Sequence[str]) -> str:
     """Return the name of a run on ``axes``: words as they are, numbers with their axis."""
-    named = [(axis, row.point[axis]) for axis in axes if axis in row.point]
-    texts = [value if isinstance(value, str) else f"{axis} {value}" for axis, value in named]
-    return ", ".join(texts) or "all runs"
+    return words_of(row.point, axes) or "all runs"
+
+
+def words_of(values: Mapping[str, Any], axes: Sequence[str]) -> str:
+    """Return the values on ``axes``, as far as there are any: ``vq, experts 4``."""
+    named = [(axis, values[axis]) for axis in axes if axis in values]
+    return ", ".join(
+        value if isinstance(value, str) else f"{axis} {value}" for axis, value in named
+    )
 
 
 def is_seed(axis: str, rows: Sequence[RunRow]) -> bool:

@@ -163,7 +163,8 @@ class MlflowTracker(Tracker):
         else:
             run.report(f"not tracked: {problem}; `vqmoe mlflow-sync {run.run_dir}` sends it later")
         facts = {"from_iteration": run.start_iteration, "world_size": run.world_size}
-        tracker.set_tags(attempt_tags(attempt, facts, os.environ))
+        own = dict(text.split("=", 1) for text in run.config.tracking.tags)
+        tracker.set_tags(own | attempt_tags(attempt, facts, os.environ))
         if run.mlflow_run_id is not None and not run.is_resumed:
             tracker.set_tags({"started_from_run": run.mlflow_run_id})
         return tracker
