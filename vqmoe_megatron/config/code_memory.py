@@ -74,6 +74,11 @@ class CodeMemoryConfig:
         """A * M."""
         return self.num_addresses * self.num_rows
 
+    @property
+    def moves(self) -> bool:
+        """Whether codes of tokens are found anew once per step, until they are frozen."""
+        return self.codes in ("embedding", "random")
+
     def carries(self, layer_number: int) -> bool:
         """Whether the layer of this number (from 1) has memory, if it has experts."""
         return self.is_on and (self.layers is None or layer_number in self.layers)

@@ -20,6 +20,9 @@ token: its weights count for the token all the same, because the token's output 
     path=discrete     C experts, codebook                  (no router)
     path=dual         k + C experts, router, codebook, gate
 
+Of a code memory a token uses A of the A M rows of a layer; with ``code_memory.values=experts`` also
+the A experts that those are brought to; its gate and the codes of hidden states whole.
+
 Tied embeddings count once, and whole, because the output layer uses all of them.
 """
 
@@ -35,7 +38,7 @@ from vqmoe_megatron.plan.shape import LayerShape
 
 PARTS = (
     *("embeddings", "attention", "norms", "dense_mlp", "router", "experts"),
-    *("codebooks", "learned_inputs", "gates", "output_layer"),
+    *("codebooks", "learned_inputs", "gates", "memory_rows", "output_layer"),
 )
 
 
@@ -144,7 +147,8 @@ def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iter
         yield from _attention(model, tensor_ranks, element, prefix)
         yield from _norm(model, element, f"{prefix}pre_mlp_layernorm")
         if is_moe_layer(model, number):
-            yield from _moe(config, layer, element, f"{prefix}mlp.")
+            has_memory = config.code_memory.carries(number + 1)
+            yield from _moe(config, layer, element, f"{prefix}mlp.", has_memory)
         else:
             yield from _dense_mlp(model, tensor_ranks, element, f"{prefix}mlp.")
     if place.is_last:
@@ -154,6 +158,10 @@ def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iter
             yield Parameter(
                 name, "output_layer", table, element, is_shared_embedding=is_tied_over_stages
             )
+    memory = config.code_memory
+    if place.is_first and memory.num_context_codes and memory.is_on:
+        codes = (1, memory.num_context_codes, memory.context_dim)
+        yield Parameter("code_stream.contexts.codes", "codebooks", codes, 4, is_trained=False)
 
 
 def _norm(model: ModelConfig, element: int, name: str) -> Iterator[Parameter]:
@@ -205,7 +213,9 @@ def _dense_mlp(
         yield from _linear(f"{prefix}{name}", "dense_mlp", of_shard, element, model.add_bias_linear)
 
 
-def _moe(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> Iterator[Parameter]:
+def _moe(
+    config: RunConfig, layer: LayerShape, element: int, prefix: str, has_memory: bool
+) -> Iterator[Parameter]:
     """Router [N, H], experts [N / EP, ...] cut over ETP, codes [C, K, w] in fp32."""
     model, vq, hidden = config.model, config.vq, layer.hidden_size
     if vq.path != "discrete":
@@ -218,8 +228,19 @@ def _moe(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> Ite
     biases = {"bias1": (experts, outer), "bias2": (experts, hidden)}
     for name, tensor in (weights | (biases if model.add_bias_linear else {})).items():
         yield Parameter(f"{prefix}experts.{name}", "experts", tensor, element, is_expert=True)
-    if vq.path == "continuous":
-        return
+    if vq.path != "continuous":
+        yield from _discrete(config, layer, element, prefix)
+    if has_memory:
+        yield from _memory(config, layer, element, prefix)
+    if outputs := layer.num_gate_outputs:
+        yield from _linear(f"{prefix}gate.linear", "gates", (outputs, hidden), element, True)
+
+
+def _discrete(
+    config: RunConfig, layer: LayerShape, element: int, prefix: str
+) -> Iterator[Parameter]:
+    """Codes [C, K, w] in fp32, learned inputs [C, K, H], norms."""
+    model, vq, hidden = config.model, config.vq, layer.hidden_size
     codes = (vq.num_code_slices, vq.num_codes)
     is_trained = vq.codebook_update in ("gradient", "reanchor") and not vq.freeze_codebook
     name = f"{prefix}assigner.codebook.codes"
@@ -231,8 +252,22 @@ def _moe(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> Ite
         yield from _norm(model, element, f"{prefix}input_norm")
     if vq.norm == "separate":
         yield from _norm(model, element, f"{prefix}output_norm")
-    if outputs := layer.num_gate_outputs:
-        yield from _linear(f"{prefix}gate.linear", "gates", (outputs, hidden), element, True)
+
+
+def _memory(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> Iterator[Parameter]:
+    """Rows [N / EP, A M / N / ETP, H], gate [1, H] and 1, codes of hidden states [1, K, H]."""
+    memory, hidden = config.code_memory, layer.hidden_size
+    rows = memory.rows_per_layer // layer.num_moe_experts // layer.expert_tensor_parallel_size
+    own = (layer.num_experts_per_rank, rows, hidden)
+    yield Parameter(f"{prefix}code_memory.weight", "memory_rows", own, element, is_expert=True)
+    if memory.gate == "token":
+        yield from _linear(f"{prefix}memory_gate.linear", "gates", (1, hidden), element, True)
+    if memory.codes == "hidden":
+        vq = config.vq
+        is_trained = vq.codebook_update in ("gradient", "reanchor") and not vq.freeze_codebook
+        name = f"{prefix}memory_assigner.codebook.codes"
+        codes = (1, memory.num_codes, hidden)
+        yield Parameter(name, "codebooks", codes, 4, is_trained=is_trained)
 
 
 @dataclass(frozen=True)
@@ -284,11 +319,26 @@ def _active(config: RunConfig, total: dict[str, int]) -> dict[str, int]:
         active["embeddings"] -= (model.seq_length - 1) * model.hidden_size
     num_rows = 0 if vq.path == "discrete" else model.moe_router_topk
     num_rows += 0 if vq.path == "continuous" else vq.num_code_slices
-    of_one = total["experts"] // model.num_moe_experts
-    active["experts"] = of_one * min(num_rows, model.num_moe_experts)
+    active["experts"] = _active_experts(config, total["experts"], num_rows)
     if "learned_inputs" in active:  # one of K per slice
         active["learned_inputs"] //= vq.num_codes
+    if "memory_rows" in active:  # one of M per address
+        active["memory_rows"] //= config.code_memory.num_rows
     return active
+
+
+def _active_experts(config: RunConfig, total: int, num_rows: int) -> int:
+    """Elements of the experts that ``num_rows`` rows meet in every layer, and with them the learned
+    inputs of a memory."""
+    model, memory = config.model, config.code_memory
+    numbers = [n for n in range(model.num_layers) if is_moe_layer(model, n)]
+    of_one = total // len(numbers) // model.num_moe_experts
+    num_experts = 0
+    for number in numbers:
+        reads = memory.values == "experts" and memory.carries(number + 1)
+        of_layer = num_rows + (memory.num_addresses if reads else 0)
+        num_experts += min(of_layer, model.num_moe_experts)
+    return of_one * num_experts
 
 
 def _by_part(config: RunConfig, layout: ParallelLayout, stage: int) -> dict[str, int]:

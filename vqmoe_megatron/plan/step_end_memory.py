@@ -12,6 +12,8 @@ torch's Adam, one parameter at a time; fused optimizers make none (on CUDA torch
     reanchor    similarities, draws and two logarithms of [C, K, M]: 16 C K M
     Adam        root and quotient of a parameter, beside the quotient of the one before: 3 of the
                 largest piece in fp32
+    vocabulary  codes of a code memory, on the first stage: the fp32 copy of a rank's V / TP
+                embeddings in bf16, those weighed, differences to their codes and their squares
     save        the distributed optimizer's state goes to every rank of a bucket, one of its three
                 tensors at a time: the bucket in fp32, beside this rank's shard of it
 """
@@ -19,13 +21,15 @@ torch's Adam, one parameter at a time; fused optimizers make none (on CUDA torch
 from __future__ import annotations
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.plan.codebook_bytes import MAX_CANDIDATES
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.plan.parameters import chunk_places, num_moe_layers
+from vqmoe_megatron.plan.memory_shape import MemoryShape
+from vqmoe_megatron.plan.parameters import chunk_places, num_moe_layers, padded_vocab_size
 from vqmoe_megatron.plan.shape import LayerShape
-from vqmoe_megatron.plan.state_memory import MAX_CANDIDATES, StateBytes, stage_buffers
+from vqmoe_megatron.plan.state_memory import StateBytes, stage_buffers
 
 FP32_BYTES = 4
-ADAM_TENSORS = 3
+ADAM_TENSORS = VOCABULARY_TENSORS = 3
 EMA_TENSORS, REVIVED_EMA_TENSORS, REVIVED_TENSORS, REANCHOR_TENSORS = 3, 6, 2, 4
 
 
@@ -71,7 +75,19 @@ def step_end_bytes(
     codebooks = candidate_bytes(config, layout, pipeline_rank, 1)
     codebooks += codebook_move_bytes(config, layout)
     optimizer = ADAM_TENSORS * state.largest_piece if kernels == "local" else 0
-    return max(codebooks, optimizer)
+    vocabulary = vocabulary_bytes(config, layout) if pipeline_rank == 0 else 0
+    return max(codebooks, optimizer, vocabulary)
+
+
+def vocabulary_bytes(config: RunConfig, layout: ParallelLayout) -> int:
+    """Temporaries of one round of k-means over a rank's share of the vocabulary."""
+    memory = config.code_memory
+    if not (memory.is_on and MemoryShape.from_config(config, layout).moves):
+        return 0
+    num_tensors = VOCABULARY_TENSORS if memory.codes == "embedding" else 0
+    num_tensors += 1 if config.model.bf16 else 0
+    entries = padded_vocab_size(config.model) // layout.tensor_model_parallel_size
+    return num_tensors * entries * config.model.hidden_size * FP32_BYTES
 
 
 def save_bytes(config: RunConfig, layout: ParallelLayout, pipeline_rank: int) -> int:
