@@ -23,7 +23,7 @@ from vqmoe_megatron.checkpoint.table_folder import (
     write_index,
     write_table,
 )
-from vqmoe_megatron.config import ParallelConfig, RunConfig, VQConfig
+from vqmoe_megatron.config import CodeMemoryConfig, ParallelConfig, RunConfig, VQConfig
 from vqmoe_megatron.config.recipe import load_saved_recipe
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
@@ -73,11 +73,12 @@ def export_tables(checkpoint: Path, out: Path) -> Export:
 
     Raises:
         ValueError: when there is no usable checkpoint, it has no table, ``out`` is not new, or this
-            is one of several ranks.
+            is one of several ranks, or the model has a code memory.
     """
     contents = inspect_checkpoint(checkpoint)
     config = load_saved_recipe(Path(contents.folder) / CONFIG_FILE)
     check_has_table(config.vq)
+    check_has_no_memory(config.code_memory)
     check_new_folder(out)
     with _world_of_one(config) as layout, new_folder(out) as partial:
         return write_tables(contents, config, layout, partial, out)
@@ -101,6 +102,16 @@ def check_has_table(vq: VQConfig) -> None:
             f"vq.quantizer={vq.quantizer} has a search of its own, which an exported table "
             "lacks: that takes the nearest of code_vectors(); tables exist for quantizers that "
             "search as Codebook.search does"
+        )
+
+
+def check_has_no_memory(memory: CodeMemoryConfig) -> None:
+    """Raise ``ValueError`` for a code memory, which an exported table would leave out."""
+    if memory.is_on:
+        raise ValueError(
+            f"code_memory.num_rows={memory.num_rows}: layers add rows of a code memory to what "
+            "their table says, and an exported folder holds tables alone, so what it computes "
+            "would be another model; tables exist for code_memory.num_rows=0"
         )
 
 

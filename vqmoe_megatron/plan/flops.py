@@ -241,29 +241,44 @@ def layer_flops(layer: LayerShape) -> dict[str, Flops]:
 
 
 def memory_flops(shape: MemoryShape) -> Flops:
-    """A layer's code memory in a step on one rank: with values=experts every row of the rank goes
-    through its expert once per microbatch, and so does its gradient."""
+    """A layer's code memory in a step on one rank."""
     layer, memory = shape.layer, shape.memory
-    row = expert_forward_flops(layer)
-    rows = shape.rows_per_rank if memory.values == "experts" else 0
     gate = 2 * layer.num_local_tokens * layer.hidden_size if memory.gate == "token" else 0
     search = search_flops(shape.hidden_layer) if memory.codes == "hidden" else 0
-    forward = rows * row + gate + search
-    backward = rows * _backward_flops(layer, needs_input_gradient=True) + 2 * gate
-    return Flops(forward, backward).times(layer.num_microbatches)
+    each = made_row_flops(shape) + Flops(gate + search, 2 * gate)
+    return each.times(layer.num_microbatches)
+
+
+def made_row_flops(shape: MemoryShape) -> Flops:
+    """values=experts: every row of the rank goes through its expert once per microbatch, and so
+    does its gradient."""
+    if shape.memory.values != "experts":
+        return Flops()
+    forward = expert_forward_flops(shape.layer)
+    backward = _backward_flops(shape.layer, needs_input_gradient=True)
+    return Flops(forward, backward).times(shape.rows_per_rank)
 
 
 def stream_flops(shape: MemoryShape, vocab_size: int, place: ChunkPlace) -> Flops:
-    """Codes of tokens in a step on one rank of a chunk: all tokens' contexts against their codes,
-    and on the first chunk this rank's entries against theirs, and their contexts' projection."""
+    """Codes of tokens in a step on one rank of a chunk."""
+    of_step = vocabulary_flops(shape, vocab_size) if place.is_first else 0
+    return Flops(context_flops(shape) * shape.layer.num_microbatches + of_step)
+
+
+def context_flops(shape: MemoryShape) -> int:
+    """2 t Kc d: contexts of all tokens of a microbatch against their codes."""
+    return 2 * shape.num_tokens * shape.memory.num_context_codes * shape.memory.context_dim
+
+
+def vocabulary_flops(shape: MemoryShape, vocab_size: int) -> int:
+    """2 V (K + d) H / TP: once per step a rank's entries against their codes, and the projection in
+    which contexts are compared; 0 where codes stay."""
     memory = shape.memory
-    contexts = 2 * shape.num_tokens * memory.num_context_codes * memory.context_dim
-    total = contexts * shape.layer.num_microbatches
-    if place.is_first and shape.moves:
-        width = memory.num_codes + (memory.context_dim if memory.num_context_codes else 0)
-        entries = vocab_size // shape.layer.tensor_model_parallel_size
-        total += 2 * entries * shape.layer.hidden_size * width
-    return Flops(total)
+    if not shape.moves:
+        return 0
+    width = memory.num_codes + (memory.context_dim if memory.num_context_codes else 0)
+    entries = vocab_size // shape.layer.tensor_model_parallel_size
+    return 2 * entries * shape.layer.hidden_size * width
 
 
 def expert_forward_flops(layer: LayerShape) -> int:

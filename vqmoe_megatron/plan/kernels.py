@@ -23,7 +23,8 @@ FP32_BYTES = 4
 RECOMPUTE = "recompute"  # the part of forward passes that are repeated
 PARTS = (  # rows of a predicted step
     *("attention", "dense MLP", "expert GEMMs", "code rows", "router and gate", "dispatch"),
-    *("search", "combine", "straight-through", "codebook statistics", "output layer"),
+    *("search", "combine", "straight-through", "codebook statistics", "code memory"),
+    "output layer",
     *("element-wise", RECOMPUTE),
 )
 
