@@ -35,6 +35,6 @@ def test_tables_and_json_show_it_where_it_is() -> None:
     said = shown.file.getvalue()
     assert "1,536 of 3,072" in said
     assert "rows: those read travel (3,072 rows, at most 48" in said
-    assert "expt_tp_ep 18.00 KiB" in said
+    assert "expt_tp_ep 9.00 KiB" in said
     assert json.loads(json.dumps(plan_json(plan)))["code_memory"]["rows_per_rank"] == 1536
     assert "code_memory" not in plan_json(plan_run(recipe([EP2]), 2, "CPU"))
