@@ -17,10 +17,10 @@ from table_model import export_here, logits_here
 from typer.testing import CliRunner
 
 from vqmoe_megatron import registry
-from vqmoe_megatron.checkpoint.table_export import check_has_table
+from vqmoe_megatron.checkpoint.table_export import check_has_no_memory, check_has_table
 from vqmoe_megatron.checkpoint.table_folder import sha256
 from vqmoe_megatron.cli.export import export
-from vqmoe_megatron.config import VQConfig
+from vqmoe_megatron.config import CodeMemoryConfig, VQConfig
 
 pytestmark = pytest.mark.distributed
 
@@ -214,6 +214,12 @@ def test_every_mixed_input_is_refused_and_both_executions_are_not():
             check_has_table(VQConfig(expert_input=expert_input))
     for execution in ("auto", "tokens", "code_space"):
         check_has_table(VQConfig(execution=execution))
+
+
+def test_a_code_memory_is_refused_because_a_table_lacks_it():
+    check_has_no_memory(CodeMemoryConfig())
+    with pytest.raises(ValueError, match=r"code_memory\.num_rows=64: .* would be another model"):
+        check_has_no_memory(CodeMemoryConfig(num_rows=64))
 
 
 def test_one_of_several_ranks_is_refused(refused, discrete_run, tmp_path, monkeypatch):

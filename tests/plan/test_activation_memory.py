@@ -25,6 +25,7 @@ SIZES = [
 ]  # fmt: skip
 FULL = ["model.recompute_granularity=full", "model.recompute_num_layers=2"]
 ONE_EXPERT = ["model.num_moe_experts=1", "model.moe_router_topk=1"]
+MEMORY = ["code_memory.num_rows=512", "code_memory.num_codes=40", "code_memory.max_order=8"]
 CASES = {
     "dual": (1, {}, []),
     "continuous": (1, {}, ["vq.path=continuous"]),
@@ -75,6 +76,25 @@ CASES = {
         2,
         {"expert_tensor_parallel_size": 2},
         ["vq.path=continuous", *ONE_EXPERT],
+    ),
+    "memory": (1, {}, ["vq.path=continuous", *MEMORY, "code_memory.gate=token"]),
+    "memory that experts make, recomputed": (
+        1,
+        {},
+        [
+            *MEMORY,
+            "code_memory.values=experts",
+            "code_memory.layers=[1, 3]",
+            "model.gated_linear_unit=true",
+            "model.recompute_granularity=full",
+            "model.recompute_method=block",
+            "model.recompute_num_layers=1",
+        ],
+    ),
+    "ep2, memory on hidden states": (
+        2,
+        {"expert_model_parallel_size": 2},
+        ["vq.path=continuous", *MEMORY, "code_memory.codes=hidden"],
     ),
     "tp2 ep2": (2, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}, []),
     "etp2": (2, {"expert_tensor_parallel_size": 2}, ["model.gated_linear_unit=true"]),

@@ -209,6 +209,16 @@ CASES = {
         "vq.path=continuous", "model.recompute_granularity=full",
         "model.recompute_method=uniform", "model.recompute_num_layers=2",
     ],
+    "memory that experts make, by contexts": [
+        "code_memory.num_rows=16", "code_memory.num_codes=40", "code_memory.values=experts",
+        "code_memory.num_context_codes=10", "code_memory.gate=token",
+        "code_memory.freeze_after_steps=0",  # a microbatch is counted, without the step's end
+    ],
+    "memory by hidden states, recomputed": [
+        "code_memory.num_rows=16", "code_memory.num_codes=24", "code_memory.codes=hidden",
+        "code_memory.layers=[1, 3]", "model.recompute_granularity=selective",
+        "model.recompute_modules=[moe]", "vq.path=continuous",
+    ],
 }  # fmt: skip
 
 
@@ -220,6 +230,17 @@ def test_operations_are_those_of_the_model(ranks, name: str) -> None:
     config = recipe(overrides)
     planned = run_flops(config, check_layout(config, 1, "cpu")).all_ranks
     assert (planned.forward, planned.backward + planned.recompute) == (forward, backward)
+
+
+def test_the_vocabulary_is_searched_once_per_step() -> None:
+    memory = ["code_memory.num_rows=16", "code_memory.num_codes=40"]
+    for sizes, ranks in (([], 1), (["parallel.tensor_model_parallel_size=2"], 2)):
+        config = recipe([*memory, *sizes])
+        layout = check_layout(config, ranks, "cpu")
+        found = run_flops(config, layout).by_part["code_stream"]
+        assert found == 2 * 384 * 40 * 48  # V K H, of all ranks together
+    frozen = recipe([*memory, "code_memory.freeze_after_steps=0"])
+    assert run_flops(frozen, check_layout(frozen, 1, "cpu")).by_part["code_stream"] == 0
 
 
 def test_all_ranks_do_the_same_work_together_at_every_layout() -> None:

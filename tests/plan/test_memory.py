@@ -72,6 +72,10 @@ SHARDED_CASES = {
         "model.num_layers=4",
     ],
     "code tables": [*LARGE, "vq.num_codes=4096"],
+    "rows of a code memory": [*LARGE, "code_memory.num_rows=4096", "code_memory.exchange=table"],
+    "codes of a code memory": [
+        *SHORT, "model.vocab_size=16000", "code_memory.num_rows=64", "code_memory.num_codes=40",
+    ],
     "codebooks, ema": MANY_CODES,
     "codebooks, gradient": [*MANY_CODES, "vq.codebook_update=gradient"],
     "codebooks, reanchor": [*MANY_CODES, "vq.num_codes=1024", "vq.codebook_update=reanchor"],

@@ -101,6 +101,26 @@ CASES = {
             "vq.freeze_after_steps=5",
         ],
     ),
+    "pp2 tp2 ep2, memory on codes and contexts, gate, bf16": (
+        4,
+        {
+            "pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2,
+            "expert_model_parallel_size": 2,
+        },
+        [
+            "code_memory.num_rows=64", "code_memory.num_codes=40", "code_memory.gate=token",
+            "code_memory.num_context_codes=10", "code_memory.context_dim=6", DISTRIBUTED,
+            "model.bf16=true", "vq.path=continuous", "code_memory.layers=[2, 3]",
+        ],
+    ),
+    "etp2, memory on hidden states": (
+        2,
+        {"expert_tensor_parallel_size": 2},
+        [
+            "code_memory.num_rows=64", "code_memory.num_codes=20", "code_memory.codes=hidden",
+            "code_memory.max_order=2", "vq.codebook_update=gradient",
+        ],
+    ),
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ ZERO = ["optimizer.use_distributed_optimizer=true"]
 OVERLAP = [*ZERO, "optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
 MANY_LAYERS = ["model.num_layers=4"]
 ONE_EXPERT = ["model.num_moe_experts=1", "model.moe_router_topk=1"]
+MEMORY = ["code_memory.num_rows=64", "code_memory.num_codes=20"]
 CASES = {
     # name: (ranks, layout, overrides)
     "one rank": (1, {}, []),
@@ -90,6 +91,33 @@ CASES = {
         {"ep": 4},
         ["vq.path=discrete", "vq.quantizer=product", "vq.num_code_slices=2"],
     ),
+    "TP2 x PP2 x EP2, code memory with contexts, rows recomputed": (
+        4,
+        {"tp": 2, "pp": 2, "ep": 2},
+        [
+            *MEMORY,
+            "code_memory.exchange=rows",
+            "code_memory.num_context_codes=10",
+            "code_memory.layers=[1]",
+            "model.recompute_granularity=selective",
+            "model.recompute_modules=[moe]",
+        ],
+    ),
+    "TP2 x ETP2, code memory on hidden states, bf16": (
+        2,
+        {"tp": 2, "etp": 2},
+        [*MEMORY, "code_memory.codes=hidden", "code_memory.gate=token", "model.bf16=true"],
+    ),
+    "EP2, code memory of tables and experts on random codes": (
+        2,
+        {"ep": 2},
+        [
+            *MEMORY,
+            "code_memory.exchange=table",
+            "code_memory.values=experts",
+            "code_memory.codes=random",
+        ],
+    ),
 }
 
 
@@ -97,6 +125,8 @@ FAST = (
     "TP2 x PP2 x EP2, interleaved, all overlapped, recompute of experts",
     "EP4, discrete only, product codes",
     "TP2 x EP2, shared expert, recompute of experts",
+    "TP2 x PP2 x EP2, code memory with contexts, rows recomputed",
+    "TP2 x ETP2, code memory on hidden states, bf16",
 )
 
 

@@ -34,6 +34,15 @@ FOUR_LAYERS = "model.num_layers=4"
 OPTIONS = {
     "selective, attention": ("tp2 ep2", f"{SELECTIVE}[core_attn] {PRODUCT}"),
     "selective, all": ("pp2 vpp2", f"{SELECTIVE}[core_attn,moe] {FOUR_LAYERS} {LOW_DIM}"),
+    "code memory of rows and contexts": (
+        "tp2 pp2 ep2",
+        "code_memory.num_rows=64 code_memory.num_codes=20 code_memory.exchange=rows "
+        "code_memory.num_context_codes=10",
+    ),
+    "code memory on hidden states": (
+        "etp2",
+        "code_memory.num_rows=64 code_memory.num_codes=20 code_memory.codes=hidden",
+    ),
     "selective, dense layers": (
         "etp2",
         f"{SELECTIVE}[core_attn,mlp,moe] model.moe_layer_freq=2 model.add_bias_linear=false",

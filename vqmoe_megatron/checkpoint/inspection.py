@@ -40,7 +40,9 @@ VQ_FIELDS = ("num_codes", "num_code_slices", "quantizer", "code_map", "codebook_
 GROUP_OF_NAME = {
     "optimizer state": ("optimizer.",),
     "random state": ("random_state.",),
-    "codebooks: codes": (".codebook.codes",),
+    "codebooks: codes": (".codebook.codes", "code_stream.contexts.codes"),
+    "code memory: rows": (".code_memory.",),
+    "code memory: codes of tokens": ("code_stream.",),
     "codebooks: learned inputs": (".code_inputs.",),
     "codebooks: EMA sums": (".codebook.ema_sum",),
     "codebooks: usage": (".codebook.usage",),
@@ -53,6 +55,8 @@ GROUP_OF_NAME = {
 SHOWN_ORDER = (
     "dense layers",
     "experts",
+    "code memory: rows",
+    "code memory: codes of tokens",
     "codebooks: codes",
     "codebooks: learned inputs",
     "codebooks: EMA sums",
@@ -66,6 +70,7 @@ SHOWN_ORDER = (
 PARAMETER_GROUPS = (
     "dense layers",
     "experts",
+    "code memory: rows",
     "codebooks: codes",
     "codebooks: learned inputs",
     "embeddings and output",
@@ -102,6 +107,7 @@ class CheckpointContents:
     progress: dict[str, Any] | None  # as format_version
     model: dict[str, Any]
     vq: dict[str, Any]
+    code_memory: str  # in words
     layout: dict[str, Any]
     corpus: str
     tokenizer: dict[str, Any]
@@ -141,6 +147,7 @@ def inspect_checkpoint(path: Path) -> CheckpointContents:
         progress=common.get("progress"),
         model={name: getattr(config.model, name) for name in MODEL_FIELDS},
         vq={name: getattr(config.vq, name) for name in VQ_FIELDS},
+        code_memory=config.code_memory.in_words,
         layout=asdict(content.layout) | {"data_parallel_size": content.layout.data_parallel_size},
         corpus=str(corpus.get("corpus")),
         tokenizer=dict(corpus.get("tokenizer") or {}),

@@ -23,7 +23,13 @@ from vqmoe_megatron.checkpoint.table_folder import (
     write_index,
     write_table,
 )
-from vqmoe_megatron.config import ModelConfig, ParallelConfig, RunConfig, VQConfig
+from vqmoe_megatron.config import (
+    CodeMemoryConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    VQConfig,
+)
 from vqmoe_megatron.config.recipe import load_saved_recipe
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
@@ -73,12 +79,13 @@ def export_tables(checkpoint: Path, out: Path) -> Export:
 
     Raises:
         ValueError: when there is no usable checkpoint, it has no table, ``out`` is not new, or this
-            is one of several ranks.
+            is one of several ranks, or the model has a code memory.
     """
     contents = inspect_checkpoint(checkpoint)
     config = load_saved_recipe(Path(contents.folder) / CONFIG_FILE)
     check_has_table(config.vq)
     refuse_shared_expert(config.model)
+    check_has_no_memory(config.code_memory)
     check_new_folder(out)
     with _world_of_one(config) as layout, new_folder(out) as partial:
         return write_tables(contents, config, layout, partial, out)
@@ -118,6 +125,16 @@ def refuse_shared_expert(model: ModelConfig) -> None:
             f"model.moe_shared_expert_intermediate_size={size} has no table to export: every token "
             "has an output of its own from the shared expert, which a file of tables lacks; tables "
             "exist for layers without one"
+        )
+
+
+def check_has_no_memory(memory: CodeMemoryConfig) -> None:
+    """Raise ``ValueError`` for a code memory, which an exported table would leave out."""
+    if memory.is_on:
+        raise ValueError(
+            f"code_memory.num_rows={memory.num_rows}: layers add rows of a code memory to what "
+            "their table says, and an exported folder holds tables alone, so what it computes "
+            "would be another model; tables exist for code_memory.num_rows=0"
         )
 
 

@@ -109,6 +109,7 @@ def _summary(contents: CheckpointContents) -> Table:
             f"{vq['code_map']}, {vq['codebook_update']}), path {vq['path']}, "
             f"vocabulary {model['vocab_size']}",
         ),
+        ("code memory", contents.code_memory),
         ("written by", f"{sizes}, world size {layout['world_size']}"),
         ("corpus", f"{contents.corpus}, tokenizer {contents.tokenizer.get('kind', 'unknown')}"),
         ("recipe", f"sha256 {contents.recipe_sha256[:12]} of run_config.yaml"),

@@ -13,6 +13,7 @@ from vqmoe_megatron.plan.grid import code_owners, rank_grid, rank_groups
 from vqmoe_megatron.plan.kernels import Row
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.memory import EXCLUDED
+from vqmoe_megatron.plan.memory_report import code_memory_json
 from vqmoe_megatron.plan.run_plan import NOT_MEASURED, RunPlan
 from vqmoe_megatron.plan.search import SearchResult
 from vqmoe_megatron.simulate.simulated_step import SimulatedStep
@@ -49,6 +50,8 @@ def show_plan(plan: RunPlan, assumptions: Sequence[str], console: Console) -> No
     console.print(_rank_grid(plan.layout))
     for table in (_groups, _owners, _parameters, _memory, _flops, _wire, _step_time):
         console.print(table(plan))
+    if plan.config.code_memory.is_on:
+        console.print(_code_memory(plan))
     console.print("Not in the memory figures: " + "; ".join(EXCLUDED) + ".")
     console.print(_memory_verdict(plan))
     for sentence in (*assumptions, *plan.figures.wire.assumptions, NOT_MEASURED):
@@ -178,6 +181,7 @@ def _configuration(plan: RunPlan) -> Table:
         ("experts", plan.config.experts_in_words),
         ("codes", f"{vq.num_codes} x {vq.num_code_slices} ({vq.quantizer}), path {vq.path}"),
         ("execution", vq.execution_in_words),
+        ("code memory", plan.config.code_memory.in_words),
         (
             "batch",
             f"{train.global_batch_size} sequences = {plan.tokens_per_step:,} tokens, micro batch "
@@ -187,6 +191,27 @@ def _configuration(plan: RunPlan) -> Table:
         ("hardware", f"{plan.hardware.name} (assumed, not measured)"),
     )
     return _table("configuration", ("setting", "value"), rows)
+
+
+def _code_memory(plan: RunPlan) -> Table:
+    """Rows of one layer on a rank, and how they reach the tokens that read them."""
+    memory = code_memory_json(plan.config, plan.layout)
+    rows = [
+        ("rows of a rank", f"{memory['rows_per_rank']:,} of {memory['rows_per_layer']:,}"),
+        ("their bytes", bytes_text(memory["row_bytes_per_rank"])),
+        ("reads of a rank's microbatch", f"{memory['num_reads']:,}"),
+        ("distinct rows among them, at most", f"{memory['expected_distinct_rows']:,.0f}"),
+        ("exchange", memory["form"]),
+    ]
+    sent = {
+        "sent per microbatch, for all layers": memory["plan_bytes_by_axis"],
+        "sent per layer and microbatch": memory["layer_bytes_by_axis"],
+        "sent once per step, until codes are frozen": memory["codes_bytes_by_axis"],
+    }
+    for what, by_axis in sent.items():
+        said = ", ".join(f"{axis} {bytes_text(sent)}" for axis, sent in by_axis.items())
+        rows.append((what, said or "nothing"))
+    return _table("code memory of a layer", ("what", "value"), rows)
 
 
 def _rank_grid(layout: ParallelLayout) -> Table:

@@ -74,6 +74,17 @@ class CodeMemoryConfig:
         """A * M."""
         return self.num_addresses * self.num_rows
 
+    def groups_entries(self, vocab_size: int) -> bool:
+        """Whether a code stands for several vocabulary entries, brought together by embedding.
+
+        With a code for every entry nothing is left to learn: entries are their own codes.
+        """
+        return self.codes in ("embedding", "random") and self.num_codes < vocab_size
+
+    def moves(self, vocab_size: int) -> bool:
+        """Whether codes are found anew once per step, of tokens or contexts, until the freeze."""
+        return self.groups_entries(vocab_size) or self.num_context_codes > 0
+
     def carries(self, layer_number: int) -> bool:
         """Whether the layer of this number (from 1) has memory, if it has experts."""
         return self.is_on and (self.layers is None or layer_number in self.layers)

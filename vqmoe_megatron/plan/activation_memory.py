@@ -10,6 +10,7 @@ of code space on each of P expert-parallel ranks, E expert-tensor ranks.
     dense MLP   fc1 output and activation: 2 t D e, gated 5 t D e
     MoE         rows in experts and the code table (:func:`saved_bytes`), rows that came back, both
                 paths' outputs, router scores in fp32, ids; a shared expert as a dense MLP
+    memory      of a code memory: ``memory_activations``
     head        final norm, softmax of the logits in fp32 [t, V / TP]
 
 ``kernels``: ``local`` is Megatron's own modules, ``fused`` Transformer Engine's flash attention and
@@ -22,7 +23,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.plan import memory_activations
 from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.memory_shape import MemoryShape, carries_memory, num_memory_layers
 from vqmoe_megatron.plan.parameters import (
     ChunkPlace,
     dense_ffn_size,
@@ -108,10 +111,16 @@ class ActivationBytes:
     embedding: int  # of the first stage
     head: int  # of the last stage
     code_tables: int  # of one layer and contained in moe: code rows and table of code outputs
+    memory: int = 0  # of a layer that carries code memory
+    memory_plan: int = 0  # of a chunk, which rows its tokens read
 
-    def layer(self, is_moe: bool) -> int:
+    def layer(self, is_moe: bool, has_memory: bool = False) -> int:
         """One transformer layer, nothing recomputed."""
-        return self.attention + (self.moe if is_moe else self.dense_mlp)
+        return self.attention + self.mlp(is_moe, has_memory)
+
+    def mlp(self, is_moe: bool, has_memory: bool = False) -> int:
+        """What stands in the place of its MLP."""
+        return (self.moe if is_moe else self.dense_mlp) + (self.memory if has_memory else 0)
 
 
 def activation_bytes(config: RunConfig, layout: ParallelLayout, kernels: str) -> ActivationBytes:
@@ -138,6 +147,9 @@ def activation_bytes(config: RunConfig, layout: ParallelLayout, kernels: str) ->
     tokens = config.train.micro_batch_size * model.seq_length
     vocab = padded_vocab_size(model) // layout.tensor_model_parallel_size
     logits = tokens * vocab * SOFTMAX_BYTES + tokens * (ID_BYTES + 1)
+    memory = None
+    if config.code_memory.is_on:
+        memory = MemoryShape.from_config(config, layout)
     return ActivationBytes(
         layer_input=hidden_bytes,
         attention=2 * norm + 2 * dropout_bytes + scores + _projections(config, layout, layer),
@@ -147,14 +159,17 @@ def activation_bytes(config: RunConfig, layout: ParallelLayout, kernels: str) ->
         embedding=dropout_bytes,
         head=norm + logits,
         code_tables=code_tables,
+        memory=memory_activations.layer_bytes(memory) if memory else 0,
+        memory_plan=memory_activations.chunk_bytes(memory) if memory else 0,
     )
 
 
 def chunk_activation_bytes(config: RunConfig, place: ChunkPlace, kept: ActivationBytes) -> int:
     """Return what a chunk keeps of one microbatch between its passes, recompute considered."""
     model = config.model
-    layers = [kept.layer(is_moe_layer(model, number)) for number in place.layers]
+    layers = _layers(config, place, kept)
     ends = (kept.embedding if place.is_first else 0) + (kept.head if place.is_last else 0)
+    ends += kept.memory_plan
     if model.recompute_granularity == "full":
         unit = model.recompute_num_layers or 1
         of_unit = kept.layer_input + RANDOM_STATE_BYTES
@@ -162,18 +177,31 @@ def chunk_activation_bytes(config: RunConfig, place: ChunkPlace, kept: Activatio
             return ends + unit * of_unit + sum(layers[unit:])
         return ends + -(-len(layers) // unit) * of_unit
     if model.recompute_granularity == "selective":
-        dropped = recomputed_parts(config, kept)
         for index, number in enumerate(place.layers):
+            dropped = recomputed_parts(config, kept, carries_memory(config, number))
             names = {"core_attn", "moe" if is_moe_layer(model, number) else "mlp"}
             of_layer = [dropped[name] for name in names if name in dropped]
             layers[index] -= sum(of_layer) - len(of_layer) * RANDOM_STATE_BYTES
     return ends + sum(layers)
 
 
-def recomputed_parts(config: RunConfig, kept: ActivationBytes) -> dict[str, int]:
+def _layers(config: RunConfig, place: ChunkPlace, kept: ActivationBytes) -> list[int]:
+    return [
+        kept.layer(is_moe_layer(config.model, number), carries_memory(config, number))
+        for number in place.layers
+    ]
+
+
+def recomputed_parts(
+    config: RunConfig, kept: ActivationBytes, has_memory: bool = False
+) -> dict[str, int]:
     """Bytes of one layer that selective recompute drops, by module."""
     modules = config.model.recompute_modules
-    parts = {"core_attn": kept.core_scores, "mlp": kept.dense_mlp, "moe": kept.moe}
+    parts = {
+        "core_attn": kept.core_scores,
+        "mlp": kept.dense_mlp,
+        "moe": kept.mlp(True, has_memory),
+    }
     chosen = ["core_attn"] if modules is None else modules  # Megatron's default
     return {name: parts[name] for name in chosen if name in parts}
 
@@ -183,12 +211,13 @@ def recompute_peak_bytes(config: RunConfig, place: ChunkPlace, kept: ActivationB
     model = config.model
     if model.recompute_granularity == "full":
         unit = model.recompute_num_layers or 1
-        layers = [kept.layer(is_moe_layer(model, number)) for number in place.layers]
+        layers = _layers(config, place, kept)
         if model.recompute_method == "block":
             return max(layers[:unit], default=0)
         return max(sum(layers[i : i + unit]) for i in range(0, len(layers), unit))
     if model.recompute_granularity == "selective":
-        return max(recomputed_parts(config, kept).values(), default=0)
+        has_memory = num_memory_layers(config, [place]) > 0
+        return max(recomputed_parts(config, kept, has_memory).values(), default=0)
     return 0
 
 

@@ -13,17 +13,20 @@ bytes, and gathering or scattering the sequence moves (TP - 1) blocks.
                                                the predicted one, the sum of exponentials
 
 The MoE layer's own collectives are ``wire.layer_terms``; its router adds its counts of tokens per
-expert, which the balance loss needs whole. Recompute repeats the forward pass in front of the
-backward one; the balance loss is taken in that second forward pass only.
+expert, which the balance loss needs whole. Those of a code memory are in ``memory_wire``. Recompute
+repeats the forward pass in front of the backward one; the balance loss is taken in that second
+forward pass only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.plan import memory_wire
 from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.memory_shape import MemoryShape, RowReads, carries_memory
 from vqmoe_megatron.plan.parameters import ChunkPlace, is_moe_layer
 from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.wire import COUNT_BYTES, RowTraffic, Term, all_reduced, layer_terms
@@ -38,8 +41,9 @@ class MeanTraffic:
     """Rows that one rank moved, mean over its MoE layers and microbatches; bytes are linear in
     them, so the mean is as good as all of them."""
 
-    dispatched: RowTraffic  # in the forward pass
+    dispatched: RowTraffic | None  # in the forward pass; None: no rows travelled
     straight_through: RowTraffic | None = None  # gradient rows of code space
+    memory: RowReads | None = None  # rows of a code memory
 
 
 def chunk_terms(
@@ -54,9 +58,16 @@ def chunk_terms(
     """
     if place.is_first:
         yield from _embedding(config, layout)
-    of_kind: dict[tuple[bool, bool], list[Term]] = {}  # layers of one kind send the same
+    if config.code_memory.is_on:
+        shape = MemoryShape.from_config(config, layout)
+        yield from memory_wire.microbatch_terms(shape, traffic.memory if traffic else None)
+    of_kind: dict[tuple[bool, ...], list[Term]] = {}  # layers of one kind send the same
     for index, number in enumerate(place.layers):
-        kind = is_moe_layer(config.model, number), _is_repeated(config, index)
+        kind = (
+            is_moe_layer(config.model, number),
+            _is_repeated(config, index),
+            carries_memory(config, number),
+        )
         if kind not in of_kind:
             of_kind[kind] = list(_layer(config, layout, traffic, *kind))
         yield from of_kind[kind]
@@ -79,6 +90,7 @@ def _layer(
     traffic: MeanTraffic | None,
     is_moe: bool,
     is_repeated: bool,
+    has_memory: bool,
 ) -> Iterator[Term]:
     model = config.model
     modules: list[str] = []
@@ -86,7 +98,12 @@ def _layer(
         modules = model.recompute_modules or []
     yield from _linear(config, layout, "attention", is_repeated, COLUMN_PARALLEL, ROW_PARALLEL)
     if is_moe:
-        yield from _moe(config, layout, traffic, is_repeated or "moe" in modules)
+        is_repeated = is_repeated or "moe" in modules
+        yield from _moe(config, layout, traffic, is_repeated)
+        if has_memory:
+            shape = MemoryShape.from_config(config, layout)
+            reads = traffic.memory if traffic else None
+            yield from _again(memory_wire.layer_terms(shape, reads), is_repeated)
     else:
         is_repeated = is_repeated or "mlp" in modules
         yield from _linear(config, layout, "dense_mlp", is_repeated, COLUMN_PARALLEL, ROW_PARALLEL)
@@ -132,14 +149,19 @@ def _moe(
 ) -> Iterator[Term]:
     shape = LayerShape.from_config(config, layout)
     rows = (traffic.dispatched, traffic.straight_through) if traffic else (None, None)
-    for term in layer_terms(shape, *rows):
+    terms = (replace(term, part=f"moe {term.part}") for term in layer_terms(shape, *rows))
+    yield from _again(terms, is_repeated)
+    yield from _balance_loss(config, layout, is_repeated)
+
+
+def _again(terms: Iterable[Term], is_repeated: bool) -> Iterator[Term]:
+    """Terms that send something; forward ones once more where recompute repeats them."""
+    for term in terms:
         if not term.sent_bytes:
             continue
-        term = replace(term, part=f"moe {term.part}")
         yield term
         if is_repeated and not term.is_backward and not term.is_once_per_step:
             yield replace(term, is_backward=True)
-    yield from _balance_loss(config, layout, is_repeated)
 
 
 def _balance_loss(config: RunConfig, layout: ParallelLayout, is_repeated: bool) -> Iterator[Term]:

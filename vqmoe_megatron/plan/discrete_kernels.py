@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from vqmoe_megatron.plan.codebook_bytes import MAX_CANDIDATES, NUM_PROBES
 from vqmoe_megatron.plan.fill_kernels import fill_kernels
 from vqmoe_megatron.plan.flops import Flops
 from vqmoe_megatron.plan.hardware import FP32_FMA
@@ -24,7 +25,6 @@ from vqmoe_megatron.plan.kernels import (
 )
 from vqmoe_megatron.plan.search_kernels import num_space_elements, space_bytes_per_element
 from vqmoe_megatron.plan.shape import LayerShape
-from vqmoe_megatron.plan.state_memory import MAX_CANDIDATES, NUM_PROBES
 
 ID_BYTES = 8
 SORTED_SUM_LAUNCHES = 12  # of a segment sum: sort by id, bounds, sums in a fixed order

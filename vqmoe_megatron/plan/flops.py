@@ -8,6 +8,10 @@ D dense width, V padded vocabulary. Per layer, forward, of all tensor ranks toge
     dense MLP   2 t H (c1 + 1) D
     MoE         :func:`layer_flops`: experts, shared expert, search, router, gate, code rows
     head        2 t H V
+    memory      :func:`memory_flops`: rows that experts make, search of hidden states, gate; nothing
+                for rows that are learned: a token adds A of them, and adds are not counted
+    code stream search of contexts on every chunk, and on the first stage until codes are frozen the
+                search of the vocabulary, 2 V K H, once per step: :func:`stream_flops`
 
 A backward pass takes twice the forward pass, in the MoE layer what ``layer_flops`` says. Recompute
 repeats forward passes. In code space every data-parallel replica evaluates its own code rows.
@@ -37,6 +41,7 @@ from dataclasses import dataclass
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
 from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.memory_shape import MemoryShape, carries_memory
 from vqmoe_megatron.plan.parameters import (
     ChunkPlace,
     chunk_places,
@@ -161,6 +166,10 @@ def _chunk_flops(
     def of_step(forward: int, repeated: int = 0) -> Flops:
         return Flops(forward, 2 * forward, repeated).times(layer.num_microbatches)
 
+    memory = MemoryShape.from_config(config, layout) if config.code_memory.is_on else None
+    of_memory = memory_flops(memory) if memory else Flops()
+    if memory:
+        yield "code_stream", stream_flops(memory, padded_vocab_size(model), place)
     for index, number in enumerate(place.layers):
         again = repeated_modules(model, index)
         repeated = plain.core_attention if "core_attn" in again else 0
@@ -171,6 +180,9 @@ def _chunk_flops(
         if is_moe_layer(model, number):
             is_repeated = again & {"layer", "moe"}
             yield "moe", Flops(moe.forward, moe.backward, moe.recompute if is_repeated else 0)
+            if carries_memory(config, number):
+                once_more = of_memory.forward if is_repeated else 0
+                yield "code_memory", Flops(of_memory.forward, of_memory.backward, once_more)
         else:
             is_repeated = again & {"layer", "mlp"}
             yield "dense_mlp", of_step(plain.dense_mlp, plain.dense_mlp if is_repeated else 0)
@@ -232,6 +244,48 @@ def layer_flops(layer: LayerShape) -> dict[str, Flops]:
         "router": Flops(router, 2 * router),
         "gate": Flops(gate, 2 * gate),
     }
+
+
+def memory_flops(shape: MemoryShape) -> Flops:
+    """A layer's code memory in a step on one rank."""
+    layer, memory = shape.layer, shape.memory
+    gate = 2 * layer.num_local_tokens * layer.hidden_size if memory.gate == "token" else 0
+    search = search_flops(shape.hidden_layer) if memory.codes == "hidden" else 0
+    each = made_row_flops(shape) + Flops(gate + search, 2 * gate)
+    return each.times(layer.num_microbatches)
+
+
+def made_row_flops(shape: MemoryShape) -> Flops:
+    """values=experts: every row of the rank goes through its expert once per microbatch, and so
+    does its gradient."""
+    if shape.memory.values != "experts":
+        return Flops()
+    forward = expert_forward_flops(shape.layer)
+    backward = _backward_flops(shape.layer, needs_input_gradient=True)
+    return Flops(forward, backward).times(shape.rows_per_rank)
+
+
+def stream_flops(shape: MemoryShape, vocab_size: int, place: ChunkPlace) -> Flops:
+    """Codes of tokens in a step on one rank of a chunk."""
+    of_step = vocabulary_flops(shape, vocab_size) if place.is_first else 0
+    return Flops(context_flops(shape) * shape.layer.num_microbatches + of_step)
+
+
+def context_flops(shape: MemoryShape) -> int:
+    """2 t Kc d: contexts of all tokens of a microbatch against their codes."""
+    return 2 * shape.num_tokens * shape.memory.num_context_codes * shape.memory.context_dim
+
+
+def vocabulary_flops(shape: MemoryShape, vocab_size: int) -> int:
+    """2 V (K + d) H / TP: once per step a rank's entries against their codes, and the projection in
+    which contexts are compared; 0 where codes stay."""
+    memory = shape.memory
+    if not shape.moves:
+        return 0
+    width = memory.num_codes if shape.groups_entries else 0
+    width += memory.context_dim if memory.num_context_codes else 0
+    entries = vocab_size // shape.layer.tensor_model_parallel_size
+    return 2 * entries * shape.layer.hidden_size * width
 
 
 def expert_forward_flops(layer: LayerShape) -> int:

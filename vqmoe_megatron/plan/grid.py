@@ -130,6 +130,7 @@ def axis_strides(layout: ParallelLayout, axis: str) -> Strides:
         "embedding": ((per_stage * max(stages - 1, 1), min(2, stages)),),
         "world": ((1, layout.world_size),),
         "tp_pp": ((1, tensor * context), pipeline),
+        "expt_tp_ep": ((1, shards * experts),),
         "expt_tp_ep_pp": ((1, shards * experts), pipeline),
     }
     if axis not in axes:

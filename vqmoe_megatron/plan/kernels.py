@@ -24,7 +24,7 @@ RECOMPUTE = "recompute"  # the part of forward passes that are repeated
 PARTS = (  # rows of a predicted step
     *("attention", "dense MLP", "expert GEMMs", "shared expert", "code rows"),
     *("router and gate", "dispatch"),
-    *("search", "combine", "fill", "straight-through", "codebook statistics"),
+    *("search", "combine", "fill", "straight-through", "codebook statistics", "code memory"),
     *("output layer", "element-wise", RECOMPUTE),
 )
 

@@ -30,6 +30,8 @@ from vqmoe_megatron.plan.activation_memory import (
     saved_bytes,
 )
 from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.memory_activations import transient_bytes
+from vqmoe_megatron.plan.memory_shape import MemoryShape, num_memory_layers
 from vqmoe_megatron.plan.parameters import (
     chunk_places,
     is_moe_layer,
@@ -64,7 +66,7 @@ class StageMemory:
     activations: int  # of all microbatches in flight, without code tables
     code_tables: int  # code rows and tables of code outputs, of all microbatches in flight
     recomputed: int  # made anew at one time in the backward pass
-    dispatch_buffers: int  # rows on their way, of one layer at a time
+    dispatch_buffers: int  # rows on their way, of one layer at a time, those of a memory included
     workspace: int  # the largest weight gradient, or logits in bf16 beside their fp32 softmax
     head: int  # contained in activations: gone when the backward pass comes to a layer
     candidates: int  # tokens kept for dead codes while microbatches follow
@@ -139,7 +141,9 @@ def stage_memory(
         # Megatron's cross entropy turns fp32 logits into the softmax, which is kept, and that into
         # the gradient, in place; bf16 logits, and later their gradient, stand beside it.
         workspace = max(workspace, tokens * vocab * 2 if model.bf16 else 0)
-    has_experts = num_moe_layers(model, places) > 0
+    buffers = _dispatch_bytes(config, layout) if num_moe_layers(model, places) else 0
+    if num_memory_layers(config, places):
+        buffers += transient_bytes(MemoryShape.from_config(config, layout))
     candidates = 0
     num_before = num_microbatches - (layout.pipeline_model_parallel_size - pipeline_rank)
     if num_before > 0:
@@ -151,7 +155,7 @@ def stage_memory(
         activations=in_flight - tables_in_flight,
         code_tables=tables_in_flight,
         recomputed=max(recompute_peak_bytes(config, place, kept) for place in places),
-        dispatch_buffers=_dispatch_bytes(config, layout) if has_experts else 0,
+        dispatch_buffers=buffers,
         workspace=workspace,
         head=kept.head if places[-1].is_last else 0,
         candidates=candidates,

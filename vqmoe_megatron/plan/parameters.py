@@ -24,6 +24,9 @@ from them:
     path=filled       max(k, n) experts, n those that answer by code, router, codebook; with learned
                       rows k experts and n rows
 
+Of a code memory a token uses A of the A M rows of a layer; with ``code_memory.values=experts`` also
+the A experts that those are brought to; its gate and the codes of hidden states whole.
+
 Tied embeddings count once, and whole, because the output layer uses all of them.
 """
 
@@ -39,7 +42,8 @@ from vqmoe_megatron.plan.shape import LayerShape
 
 PARTS = (
     *("embeddings", "attention", "norms", "dense_mlp", "router", "experts"),
-    *("shared_experts", "codebooks", "learned_inputs", "fill_rows", "gates", "output_layer"),
+    *("shared_experts", "codebooks", "learned_inputs", "fill_rows", "gates", "memory_rows"),
+    "output_layer",
 )
 
 
@@ -148,7 +152,8 @@ def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iter
         yield from _attention(model, tensor_ranks, element, prefix)
         yield from _norm(model, element, f"{prefix}pre_mlp_layernorm")
         if is_moe_layer(model, number):
-            yield from _moe(config, layer, element, f"{prefix}mlp.")
+            has_memory = config.code_memory.carries(number + 1)
+            yield from _moe(config, layer, element, f"{prefix}mlp.", has_memory)
         else:
             yield from _dense_mlp(model, tensor_ranks, element, f"{prefix}mlp.")
     if place.is_last:
@@ -158,6 +163,10 @@ def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iter
             yield Parameter(
                 name, "output_layer", table, element, is_shared_embedding=is_tied_over_stages
             )
+    memory = config.code_memory
+    if place.is_first and memory.num_context_codes and memory.is_on:
+        codes = (1, memory.num_context_codes, memory.context_dim)
+        yield Parameter("code_stream.contexts.codes", "codebooks", codes, 4, is_trained=False)
 
 
 def _norm(model: ModelConfig, element: int, name: str) -> Iterator[Parameter]:
@@ -209,7 +218,9 @@ def _dense_mlp(
         yield from _linear(f"{prefix}{name}", "dense_mlp", of_shard, element, model.add_bias_linear)
 
 
-def _moe(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> Iterator[Parameter]:
+def _moe(
+    config: RunConfig, layer: LayerShape, element: int, prefix: str, has_memory: bool
+) -> Iterator[Parameter]:
     """Router [N, H], experts [N / EP, ...] cut over ETP, shared expert [c1 Fs / TP, H] and [H, Fs /
     TP], codes [C, K, w] in fp32."""
     model, vq, hidden = config.model, config.vq, layer.hidden_size
@@ -228,14 +239,24 @@ def _moe(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> Ite
         for name, tensor in (("linear_fc1", fc1), ("linear_fc2", (hidden, width))):
             name = f"{prefix}shared_experts.{name}"
             yield from _linear(name, "shared_experts", tensor, element, has_bias=False)
-    if vq.path == "continuous":
-        return
+    if vq.has_codes:
+        yield from _coded(config, layer, element, prefix)
+    if has_memory:
+        yield from _memory(config, layer, element, prefix)
+    if outputs := layer.num_gate_outputs:
+        yield from _linear(f"{prefix}gate.linear", "gates", (outputs, hidden), element, True)
+
+
+def _coded(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> Iterator[Parameter]:
+    """Codes [C, K, w] in fp32, learned inputs [C, K, H], learned rows of fill, norms."""
+    model, vq, hidden = config.model, config.vq, layer.hidden_size
     codes = (vq.num_code_slices, vq.num_codes)
     is_trained = vq.codebook_update in ("gradient", "reanchor") and not vq.freeze_codebook
     name = f"{prefix}assigner.codebook.codes"
     yield Parameter(name, "codebooks", (*codes, layer.code_width), 4, is_trained=is_trained)
     if vq.fill_values == "direct":
-        name, rows = f"{prefix}fill_rows.values", (experts, vq.num_codes, hidden)
+        rows = (layer.num_experts_per_rank, vq.num_codes, hidden)
+        name = f"{prefix}fill_rows.values"
         yield Parameter(name, "fill_rows", rows, element, is_expert=True)
     if vq.code_input == "learned":
         name = f"{prefix}code_inputs.vectors"
@@ -244,8 +265,22 @@ def _moe(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> Ite
         yield from _norm(model, element, f"{prefix}input_norm")
     if layer.num_norms and vq.norm == "separate":
         yield from _norm(model, element, f"{prefix}output_norm")
-    if outputs := layer.num_gate_outputs:
-        yield from _linear(f"{prefix}gate.linear", "gates", (outputs, hidden), element, True)
+
+
+def _memory(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> Iterator[Parameter]:
+    """Rows [N / EP, A M / N / ETP, H], gate [1, H] and 1, codes of hidden states [1, K, H]."""
+    memory, hidden = config.code_memory, layer.hidden_size
+    rows = memory.rows_per_layer // layer.num_moe_experts // layer.expert_tensor_parallel_size
+    own = (layer.num_experts_per_rank, rows, hidden)
+    yield Parameter(f"{prefix}code_memory.weight", "memory_rows", own, element, is_expert=True)
+    if memory.gate == "token":
+        yield from _linear(f"{prefix}memory_gate.linear", "gates", (1, hidden), element, True)
+    if memory.codes == "hidden":
+        vq = config.vq
+        is_trained = vq.codebook_update in ("gradient", "reanchor") and not vq.freeze_codebook
+        name = f"{prefix}memory_assigner.codebook.codes"
+        codes = (1, memory.num_codes, hidden)
+        yield Parameter(name, "codebooks", codes, 4, is_trained=is_trained)
 
 
 @dataclass(frozen=True)
@@ -304,11 +339,26 @@ def _active(config: RunConfig, total: dict[str, int]) -> dict[str, int]:
             active["fill_rows"] *= num_answers
         else:
             num_rows = max(num_rows, num_answers)
-    of_one = total["experts"] // model.num_moe_experts
-    active["experts"] = of_one * min(num_rows, model.num_moe_experts)
+    active["experts"] = _active_experts(config, total["experts"], num_rows)
     if "learned_inputs" in active:  # one of K per slice
         active["learned_inputs"] //= vq.num_codes
+    if "memory_rows" in active:  # one of M per address
+        active["memory_rows"] //= config.code_memory.num_rows
     return active
+
+
+def _active_experts(config: RunConfig, total: int, num_rows: int) -> int:
+    """Elements of the experts that ``num_rows`` rows meet in every layer, and with them the learned
+    inputs of a memory."""
+    model, memory = config.model, config.code_memory
+    numbers = [n for n in range(model.num_layers) if is_moe_layer(model, n)]
+    of_one = total // len(numbers) // model.num_moe_experts
+    num_experts = 0
+    for number in numbers:
+        reads = memory.values == "experts" and memory.carries(number + 1)
+        of_layer = num_rows + (memory.num_addresses if reads else 0)
+        num_experts += min(of_layer, model.num_moe_experts)
+    return of_one * num_experts
 
 
 def _by_part(config: RunConfig, layout: ParallelLayout, stage: int) -> dict[str, int]:

@@ -6,7 +6,7 @@ estimate from saved tensors; times come from assumed hardware. Communicates noth
 As one JSON object it is the contract of ``vqmoe plan --json``. Always there: ``world_size``,
 ``hardware``, ``rank_grid``, ``parameters``, ``memory_bytes``, ``flops_per_step``,
 ``wire_bytes_per_step``, ``step_time``, ``errors``, ``assumptions``, ``excluded``. With errors the
-figures are null and ``rank_grid`` is empty.
+figures are null and ``rank_grid`` is empty. With a code memory also ``code_memory``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from vqmoe_megatron.plan.hardware import Hardware, hardware_profile
 from vqmoe_megatron.plan.kernels import Row
 from vqmoe_megatron.plan.layout import ParallelLayout, layout_errors
 from vqmoe_megatron.plan.memory import EXCLUDED, StageMemory, stage_memory
+from vqmoe_megatron.plan.memory_report import code_memory_json
 from vqmoe_megatron.plan.parameters import ParameterCount, count_parameters, padded_vocab_size
 from vqmoe_megatron.plan.step_time import StepTime, step_time
 from vqmoe_megatron.plan.step_wire import step_wire
@@ -172,6 +173,8 @@ def plan_json(plan: RunPlan, assumptions: Sequence[str] = ()) -> dict[str, Any]:
         return described
     figures = plan.figures
     described["assumptions"] += figures.wire.assumptions
+    if plan.config.code_memory.is_on:
+        described["code_memory"] = code_memory_json(plan.config, figures.layout)
     return described | {
         "layout": layout_json(figures.layout),
         "rank_grid": [asdict(place) for place in rank_grid(figures.layout)],

@@ -6,7 +6,7 @@
     main        fp32 copies of bf16 parameters; of fp32 parameters none, they are the model's own
     moments     Adam's two, fp32, of this rank's elements
     statistics  usage, moving sums and step accumulators of the codebooks, the fixed projection of
-                low_dim, code maps, expert loads
+                low_dim, code maps, expert loads, codes of a code memory's vocabulary
 
 With the distributed optimizer main copies and moments are of the rank's shard. Adam's step counters
 (4 bytes per tensor, on the host) are left out.
@@ -25,7 +25,9 @@ from dataclasses import dataclass
 from math import lcm
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.plan.codebook_bytes import assigner_bytes
 from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.memory_state import memory_buffer_bytes
 from vqmoe_megatron.plan.parameters import Parameter, chunk_places, num_moe_layers, stage_parameters
 from vqmoe_megatron.plan.shape import LayerShape
 
@@ -34,11 +36,8 @@ BUCKET_ALIGNMENT = 128  # elements; of Megatron's _pad_end_of_bucket_if_needed
 MINIMUM_BUCKET = 40_000_000  # elements; of Megatron's DistributedDataParallel
 BUCKET_PER_RANK = 1_000_000
 GRADIENT_BYTES = 4  # grad_reduce_in_fp32
-NUM_PROBES = 256  # of vq/codebook.py: tokens kept to measure how many change their code
 NUM_THRESHOLD_SUMS = 4096 + 4  # of moe/routing_threshold.py: pairs by score, tokens by pairs
-MAX_CANDIDATES = 4096  # of moe/code_assigner.py: tokens per step that may replace dead codes
 MAIN_BYTES = MOMENT_BYTES = 4
-ID_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -191,12 +190,13 @@ def state_bytes(
         if buffer.bytes_per_element < MAIN_BYTES:
             main += MAIN_BYTES * owned
     places = chunk_places(config.model, layout, pipeline_rank)
+    statistics = num_moe_layers(config.model, places) * layer_statistics_bytes(config, layout)
     return StateBytes(
         weights=weights,
         gradients=gradients,
         main_parameters=main,
         moments=moments,
-        statistics=num_moe_layers(config.model, places) * layer_statistics_bytes(config, layout),
+        statistics=statistics + memory_buffer_bytes(config, layout, places),
         largest_weight=largest,
     )
 
@@ -204,23 +204,8 @@ def state_bytes(
 def layer_statistics_bytes(config: RunConfig, layout: ParallelLayout) -> int:
     """Buffers of one VQMoE layer after its first step, fp32 and int64 also in bf16 training; every
     rank of the layer keeps them all."""
-    layer, vq = LayerShape.from_config(config, layout), config.vq
+    layer = LayerShape.from_config(config, layout)
     num_bytes = (layer.num_moe_experts + 2) * 4  # load per expert, gate
-    if not vq.has_codes:
-        return num_bytes
-    if vq.threshold_routing:  # tau, the step's scores and tokens
+    if layer.vq.threshold_routing:  # tau, the step's scores and tokens
         num_bytes += (1 + NUM_THRESHOLD_SUMS) * 4
-    rows, width = layer.num_code_rows, layer.code_width
-    num_bytes += 3 * 4  # losses
-    num_bytes += 3 * rows * 4 + 1 + ID_BYTES  # usage, recent usage, step counts; initialised; steps
-    num_bytes += rows * ID_BYTES  # code map
-    if vq.codebook_update == "ema":
-        num_bytes += 2 * rows * width * 4  # moving sums, the step's sums
-    elif vq.freeze_after_steps is not None:
-        num_bytes += rows * width * 4 + 1  # trained codes as they have to stay; whether
-    if layer.vq.code_dim is not None:
-        num_bytes += layer.vq.code_dim * layer.hidden_size * 4  # projection
-    num_candidates = min(layer.vq.num_codes, MAX_CANDIDATES)
-    num_probes = min(NUM_PROBES, num_candidates)
-    slices = layer.vq.num_code_slices
-    return num_bytes + num_probes * slices * (width * 4 + ID_BYTES)
+    return num_bytes + assigner_bytes(layer) if layer.vq.has_codes else num_bytes

@@ -8,6 +8,8 @@ Adam is fused and makes none.
                 codes with them: 6 u (3 u without revival)
     gradient    replacements and codes: 2 u (nothing without revival)
     reanchor    similarities, draws and two logarithms of [C, K, M]: 16 C K M
+    vocabulary  codes of a code memory, on the first stage: the fp32 copy of a rank's V / TP
+                embeddings in bf16, those weighed, differences to their codes and their squares
     save        the distributed optimizer's state goes to every rank of a bucket, one of its three
                 tensors at a time: the bucket in fp32, beside this rank's shard of it
 """
@@ -15,12 +17,15 @@ Adam is fused and makes none.
 from __future__ import annotations
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.plan.codebook_bytes import MAX_CANDIDATES
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.plan.parameters import chunk_places, num_moe_layers
+from vqmoe_megatron.plan.memory_shape import MemoryShape
+from vqmoe_megatron.plan.parameters import chunk_places, num_moe_layers, padded_vocab_size
 from vqmoe_megatron.plan.shape import LayerShape
-from vqmoe_megatron.plan.state_memory import MAX_CANDIDATES, stage_buffers
+from vqmoe_megatron.plan.state_memory import stage_buffers
 
 FP32_BYTES = 4
+VOCABULARY_TENSORS = 3
 EMA_TENSORS, REVIVED_EMA_TENSORS, REVIVED_TENSORS, REANCHOR_TENSORS = 3, 6, 2, 4
 
 
@@ -80,9 +85,22 @@ def step_end_bytes(
     layout: ParallelLayout,
     pipeline_rank: int,
 ) -> int:
-    """What is made between the last backward pass and the next step, at once."""
-    candidates = candidate_bytes(config, layout, pipeline_rank)
-    return candidates + codebook_move_bytes(config, layout)
+    """Most that is made at once between the last backward pass and the next step."""
+    codebooks = candidate_bytes(config, layout, pipeline_rank)
+    codebooks += codebook_move_bytes(config, layout)
+    return max(codebooks, vocabulary_bytes(config, layout) if pipeline_rank == 0 else 0)
+
+
+def vocabulary_bytes(config: RunConfig, layout: ParallelLayout) -> int:
+    """Temporaries of one round of k-means over a rank's share of the vocabulary."""
+    memory = config.code_memory
+    if not (memory.is_on and (shape := MemoryShape.from_config(config, layout)).moves):
+        return 0
+    is_learned = shape.groups_entries and memory.codes == "embedding"
+    num_tensors = VOCABULARY_TENSORS if is_learned else 0
+    num_tensors += 1 if config.model.bf16 else 0
+    entries = padded_vocab_size(config.model) // layout.tensor_model_parallel_size
+    return num_tensors * entries * config.model.hidden_size * FP32_BYTES
 
 
 def save_bytes(config: RunConfig, layout: ParallelLayout, pipeline_rank: int) -> int:

@@ -15,8 +15,15 @@ from vqmoe_megatron.plan.flops import repeated_modules
 from vqmoe_megatron.plan.hardware import Hardware
 from vqmoe_megatron.plan.kernels import FORWARD, RECOMPUTE, STEP, Kernel
 from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.memory_kernels import memory_kernels, stream_kernels
+from vqmoe_megatron.plan.memory_shape import MemoryShape, carries_memory
 from vqmoe_megatron.plan.moe_kernels import moe_kernels
-from vqmoe_megatron.plan.parameters import chunk_places, is_moe_layer
+from vqmoe_megatron.plan.parameters import (
+    ChunkPlace,
+    chunk_places,
+    is_moe_layer,
+    padded_vocab_size,
+)
 from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.transformer_kernels import (
     CORE_ATTENTION,
@@ -38,6 +45,10 @@ class StageCounts:
     core_repeated: int = 0  # of the others, those whose core attention is
     moe_repeated: int = 0
     dense_repeated: int = 0
+    num_memory_layers: int = 0
+    memory_repeated: int = 0
+    num_streams: int = 0  # of codes, on chunks behind the first
+    num_sources: int = 0  # on the first chunk
     num_embeddings: int = 0
     num_heads: int = 0
 
@@ -53,8 +64,21 @@ class StepKernels:
         self._element_wise = list(layer_element_wise(config, layout, layer))
         self._dense = list(dense_mlp_kernels(config, layout))
         self._moe = list(moe_kernels(config.model, layer, hardware))
+        self._memory: list[Kernel] = []
+        self._stream: list[Kernel] = []
+        self._source: list[Kernel] = []
+        if config.code_memory.is_on:
+            self._add_memory(hardware.device)
         self._embedding = list(embedding_kernels(config, layer))
         self._head = list(output_layer_kernels(config, layout))
+
+    def _add_memory(self, device: str) -> None:
+        shape = MemoryShape.from_config(self.config, self.layout)
+        vocab = padded_vocab_size(self.config.model)
+        first, other = (ChunkPlace(range(0), is_first, False) for is_first in (True, False))
+        self._memory += memory_kernels(shape, device)
+        self._source += stream_kernels(shape, vocab, first)
+        self._stream += stream_kernels(shape, vocab, other)
 
     def counts(self, pipeline_rank: int) -> StageCounts:
         """Of one stage."""
@@ -63,6 +87,8 @@ class StepKernels:
         for place in chunk_places(model, self.layout, pipeline_rank):
             found["num_embeddings"] += place.is_first
             found["num_heads"] += place.is_last
+            found["num_sources"] += place.is_first
+            found["num_streams"] += not place.is_first
             for index, number in enumerate(place.layers):
                 again, is_moe = repeated_modules(model, index), is_moe_layer(model, number)
                 found["num_layers"] += 1
@@ -70,6 +96,9 @@ class StepKernels:
                 found["whole_repeated"] += "layer" in again
                 found["core_repeated"] += "core_attn" in again
                 found["moe_repeated"] += is_moe and bool(again & {"layer", "moe"})
+                if carries_memory(self.config, number):
+                    found["num_memory_layers"] += 1
+                    found["memory_repeated"] += bool(again & {"layer", "moe"})
                 found["dense_repeated"] += not is_moe and bool(again & {"layer", "mlp"})
         return StageCounts(**found)
 
@@ -81,6 +110,9 @@ class StepKernels:
             (self._element_wise, counts.num_layers, counts.whole_repeated),
             (self._moe, counts.num_moe_layers, counts.moe_repeated),
             (self._dense, num_dense, counts.dense_repeated),
+            (self._memory, counts.num_memory_layers, counts.memory_repeated),
+            (self._source, counts.num_sources, 0),
+            (self._stream, counts.num_streams, 0),
             (self._embedding, counts.num_embeddings, 0),
             (self._head, counts.num_heads, 0),
         ):

@@ -39,6 +39,7 @@ from vqmoe_megatron.plan.wire import Term
 # Parts of the wire that travel once per step, behind the last microbatch.
 ONCE_PER_STEP = (
     *("gradients", "shared gradients", "tied embeddings", "codebook statistics"),
+    "code memory codes",
     *("loss", "token count", "flags", "gradient norm", "parameters"),
 )
 

@@ -5,7 +5,8 @@ In the order of the step:
   2. activations and gradients between stages      ``_pipeline_terms``
   3. gradients over replicas, then over the tensor ranks and the two ends of the pipeline that
      share a parameter                             ``_gradient_terms``
-  4. one all-reduce of codebook statistics         ``_statistics_terms``
+  4. codes of a code memory's vocabulary, until they are frozen: ``memory_wire.stream_terms``; one
+     all-reduce of codebook statistics             ``_statistics_terms``
   5. loss sums, flags, the gradient norm           ``_control_terms``
   6. parameters of the distributed optimizer       ``_parameter_terms``
 
@@ -25,7 +26,10 @@ from vqmoe_megatron.plan.chunk_wire import (
     chunk_terms,
     sequence_block_bytes,
 )
+from vqmoe_megatron.plan.codebook_bytes import MAX_CANDIDATES
 from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.memory_shape import MemoryShape, num_memory_layers
+from vqmoe_megatron.plan.memory_wire import stream_terms
 from vqmoe_megatron.plan.parameters import (
     Parameter,
     chunk_places,
@@ -36,7 +40,6 @@ from vqmoe_megatron.plan.parameters import (
 from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.state_memory import (
     GRADIENT_BYTES,
-    MAX_CANDIDATES,
     NUM_THRESHOLD_SUMS,
     GradientBuffer,
     stage_buffers,
@@ -64,7 +67,8 @@ def step_wire(config: RunConfig, layout: ParallelLayout) -> StepWire:
     """
     stages = range(layout.pipeline_model_parallel_size)
     return StepWire(
-        tuple(stage_wire(config, layout, stage) for stage in stages), _assumptions(config)
+        tuple(stage_wire(config, layout, stage) for stage in stages),
+        _assumptions(config, layout),
     )
 
 
@@ -79,6 +83,7 @@ def stage_wire(
         _layer_terms(config, layout, pipeline_rank, traffic),
         _pipeline_terms(config, layout, pipeline_rank),
         _gradient_terms(config, layout, pipeline_rank),
+        _stream_terms(config, layout, pipeline_rank),
         _statistics_terms(config, layout, pipeline_rank),
         _control_terms(config, layout, pipeline_rank),
         _parameter_terms(config, layout, pipeline_rank),
@@ -86,7 +91,7 @@ def stage_wire(
     return StageWire(pipeline_rank, tuple(t for terms in parts for t in terms if t.sent_bytes))
 
 
-def _assumptions(config: RunConfig) -> tuple[str, ...]:
+def _assumptions(config: RunConfig, layout: ParallelLayout) -> tuple[str, ...]:
     sentences = [
         BALANCED,
         "a step of training only: no evaluation, no log line, no checkpoint",
@@ -97,6 +102,16 @@ def _assumptions(config: RunConfig) -> tuple[str, ...]:
             "without optimizer.overlap_param_gather every parameter is gathered twice: Megatron's "
             "dense and expert optimizers each gather all of them"
         )
+    if config.code_memory.is_on:
+        sentences.append(
+            "a microbatch reads distinct rows of the code memory as if reads were spread evenly, "
+            "which is the most; codes that repeat are fewer rows"
+        )
+        if MemoryShape.from_config(config, layout).moves:
+            sentences.append(
+                "a step before code_memory.freeze_after_steps="
+                f"{config.code_memory.freeze_after_steps}; later ones find no codes"
+            )
     return tuple(sentences)
 
 
@@ -164,17 +179,44 @@ def _statistics_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> 
     model, vq = config.model, config.vq
     shape = LayerShape.from_config(config, layout)
     num_layers = num_moe_layers(model, chunk_places(model, layout, stage))
-    elements = model.num_moe_experts + 2
+    elements = num_layers * (model.num_moe_experts + 2)
     if vq.threshold_routing:
-        elements += NUM_THRESHOLD_SUMS
+        elements += num_layers * NUM_THRESHOLD_SUMS
     if vq.has_codes:
-        width = vq.num_code_slices * shape.code_width
-        elements += 3 + shape.num_code_rows + min(vq.num_codes, MAX_CANDIDATES) * width
-        if vq.codebook_update == "ema":
-            elements += shape.num_code_rows * shape.code_width
+        elements += num_layers * _codebook_elements(shape)
+    if config.code_memory.is_on:
+        elements += _memory_elements(config, layout, stage)
     ranks = layout.tensor_model_parallel_size * layout.data_parallel_size
-    sent = all_reduced(FP32_BYTES * num_layers * elements, ranks)
+    sent = all_reduced(FP32_BYTES * elements, ranks)
     yield Term("codebook statistics", "all_reduce", "tp_dp", sent)
+
+
+def _codebook_elements(layer: LayerShape) -> int:
+    width = layer.vq.num_code_slices * layer.code_width
+    elements = 3 + layer.num_code_rows + min(layer.vq.num_codes, MAX_CANDIDATES) * width
+    if layer.vq.codebook_update == "ema":
+        elements += layer.num_code_rows * layer.code_width
+    return elements
+
+
+def _memory_elements(config: RunConfig, layout: ParallelLayout, stage: int) -> int:
+    """Of a code memory: codebooks of hidden states; on the first stage, until codes are frozen,
+    tokens seen [V] and of contexts usage [Kc], sums [Kc, d] and candidates [M, d]."""
+    memory, shape = config.code_memory, MemoryShape.from_config(config, layout)
+    if memory.codes == "hidden":
+        places = chunk_places(config.model, layout, stage)
+        return num_memory_layers(config, places) * _codebook_elements(shape.hidden_layer)
+    if stage or not shape.moves:
+        return 0
+    contexts = memory.num_context_codes
+    of_contexts = contexts + (contexts + shape.num_context_candidates) * memory.context_dim
+    return padded_vocab_size(config.model) + (of_contexts if contexts else 0)
+
+
+def _stream_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[Term]:
+    if config.code_memory.is_on and stage == 0:
+        shape, vocab = MemoryShape.from_config(config, layout), padded_vocab_size(config.model)
+        yield from stream_terms(shape, vocab, layout.pipeline_model_parallel_size)
 
 
 def _control_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[Term]:

@@ -8,6 +8,7 @@ span. Context parallelism is refused, so it is left out of the names:
     dp       replicas of the dense layers    expt_dp        replicas of the experts
     tp_dp    replicas of a codebook          world          all ranks
     tp_pp    one copy of the dense layers    expt_tp_ep_pp  one copy of the experts
+    expt_tp_ep  one copy of a layer's experts, whose ranks share the rows of a code memory
     embedding  first and last stage of a pipeline, with tied embeddings
 
 Bytes of a term, P ranks of a group; a group of one rank sends nothing:
@@ -45,7 +46,7 @@ Exact = int | Fraction  # an int where it is a whole number; never a rounded flo
 Key = TypeVar("Key", bound=Hashable)
 AXES = (
     *("tp", "ep", "expt_tp", "pp", "dp", "expt_dp", "tp_dp"),
-    *("embedding", "tp_pp", "expt_tp_ep_pp", "world"),
+    *("expt_tp_ep", "embedding", "tp_pp", "expt_tp_ep_pp", "world"),
 )
 COUNT_BYTES = 8  # row counts and tokens per expert are int64
 

@@ -77,6 +77,7 @@ def simulate_rank(
     from vqmoe_megatron.simulate.engines import SimulatedEngine
     from vqmoe_megatron.simulate.fake_collectives import SimulatedCollectives
     from vqmoe_megatron.simulate.fake_tensors import FakeValues
+    from vqmoe_megatron.simulate.row_planners import SimulatedPlanner, use_planner
     from vqmoe_megatron.tasks.pretrain import Pretrain
 
     counter = SimulatedCollectives(process_group_axes())
@@ -84,6 +85,7 @@ def simulate_rank(
         # Gloo groups beside fake ones would look for the other ranks.
         task = Pretrain(config, corpus=None)  # its loss; nothing is read
         parts = MegatronEngine.build(config, layout, task, SimulatedEngine, False, PLAIN)
+        use_planner(parts.model, SimulatedPlanner())
         for chunk in parts.model:
             chunk.train()
         counter.reset()

@@ -13,6 +13,7 @@ import torch
 
 from vqmoe_megatron.checkpoint.folder import iteration_of
 from vqmoe_megatron.checkpoint.saver import SaveFailed
+from vqmoe_megatron.plan.memory_shape import MemoryShape
 from vqmoe_megatron.plan.parameters import count_parameters
 from vqmoe_megatron.rundir.status import read_status, write_status
 from vqmoe_megatron.runtime.fused_parts import choose_parts
@@ -130,6 +131,10 @@ def _open_report(run: CheckedRun, trainer: Trainer) -> RunReport:
         )
         report.message(f"experts: {run.config.experts_in_words}")
         report.message(run.config.vq.execution_in_words)
+        if run.config.code_memory.is_on:
+            report.message(run.config.code_memory.in_words)
+            form = MemoryShape.from_config(run.config, run.layout).form_in_words
+            report.message(f"rows of the code memory: {form}")
         device, _ = choose_device(run.config.train.device)
         for text in choose_parts(run.config, device).fallbacks:
             report.message(text)

@@ -27,10 +27,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from vqmoe_megatron.config import CodeMemoryConfig, VQConfig
+from vqmoe_megatron.config import CodeMemoryConfig
+from vqmoe_megatron.config.memory_codebooks import context_quantizer
 from vqmoe_megatron.moe.foreign_loop import follow
 from vqmoe_megatron.moe.memory.microbatches import Microbatches
-from vqmoe_megatron.moe.memory.row_plan import RowPlaces, RowPlan, plan_rows, sharing_group
+from vqmoe_megatron.moe.memory.rank_shares import gathered, spread
+from vqmoe_megatron.moe.memory.row_plan import RowPlaces, RowPlan, RowPlanner, sharing_group
 from vqmoe_megatron.moe.step_owner import StepOwner
 from vqmoe_megatron.vq import vocabulary_codes
 from vqmoe_megatron.vq.codebook import Codebook, code_perplexity
@@ -52,13 +54,6 @@ class Tokens:
 
     starts: torch.Tensor  # bool [b, S], first tokens of documents
     plan: RowPlan | None  # of this rank's tokens; None where rows follow hidden states
-
-
-def context_quantizer(memory: CodeMemoryConfig) -> VQConfig:
-    """Settings of the codebook of contexts: moving averages, dead codes revived early."""
-    return VQConfig(
-        num_codes=memory.num_context_codes, ema_decay=0.95, dead_code_threshold=0.2, norm="none"
-    )
 
 
 class CodeStream(KeepsFloat32, StepOwner):
@@ -102,13 +97,14 @@ class CodeStream(KeepsFloat32, StepOwner):
             pg_collection.expt_tp.size(),
         )
         self.group = sharing_group(pg_collection)
+        self.planner = RowPlanner()  # others count plans, or make them without data
         self._weight: tuple[torch.Tensor, ...] = ()  # this rank's rows of the embedding
         self._first_entry = 0
         self._pending: dict[str, torch.Tensor] | None = None
         self._steps_taken = StepsTaken()
         # With a code for every entry nothing is left to learn: entries are their own codes.
         num_codes = min(memory.num_codes, vocab_size)
-        self.groups = memory.codes in ("embedding", "random") and num_codes < vocab_size
+        self.groups = memory.groups_entries(vocab_size)
         entries = torch.arange(vocab_size)
         generator = torch.Generator().manual_seed(seed * 1009 + 7)
         if memory.codes == "frozen_random":
@@ -116,7 +112,7 @@ class CodeStream(KeepsFloat32, StepOwner):
         codes = entries if memory.codes == "tokens" else entries % num_codes
         self.register_buffer("code_of_token", codes)
         self.register_buffer("num_steps", torch.tensor(0, dtype=torch.int64))
-        self.moves = self.groups or memory.num_context_codes > 0  # whether codes ever change
+        self.moves = memory.moves(vocab_size)
         self.is_source = self.moves and leader is None and _is_first_stage()
         width = memory.context_dim
         if memory.num_context_codes:
@@ -142,7 +138,7 @@ class CodeStream(KeepsFloat32, StepOwner):
             token_ids: int64 ``[b, S]``, whole sequences.
             starts: bool ``[b, S]``, first tokens of documents.
 
-        Communicates as :func:`plan_rows`; every rank of ``tp_ep`` must call it.
+        Communicates as :meth:`RowPlanner.plan`; every rank of ``tp_ep`` must call it.
         """
         if self.training and torch.is_grad_enabled():
             follow(self, self.config)
@@ -163,8 +159,8 @@ class CodeStream(KeepsFloat32, StepOwner):
             self._record(token_ids, contexts, context_codes)
 
     def plan(self, rows: torch.Tensor) -> RowPlan:
-        """Plan row ids ``[T, A]`` of this rank's tokens; communicates as :func:`plan_rows`."""
-        return plan_rows(rows, self.places, self.memory.exchange, self.group)
+        """Plan row ids ``[T, A]`` of this rank's tokens; communicates as the planner."""
+        return self.planner.plan(rows, self.places, self.memory.exchange, self.group)
 
     def _own(self, of_sequences: torch.Tensor) -> torch.Tensor:
         """``[b, S, ...]`` of whole sequences -> ``[T, ...]`` of this rank's, in the order of hidden
@@ -199,7 +195,7 @@ class CodeStream(KeepsFloat32, StepOwner):
             tp, group = self.pg_collection.tp, self.pg_collection.tp_dp_cp
             offered = None
             if self.contexts.step_candidates is None and group.rank() < tp.size():
-                offered = _spread(own.shape[0], self._num_own_candidates, own.device)
+                offered = spread(own.shape[0], self._num_own_candidates, own.device)
             ids = self._own(context_codes).unsqueeze(1)
             self.contexts.record(own, ids, offered)
 
@@ -270,9 +266,9 @@ class CodeStream(KeepsFloat32, StepOwner):
             # Nothing was counted before the first step's end.
             found = vocabulary_codes.assign(embeddings, codes)
             ids = torch.where(self.share.sum() > 0, found, ids)
-        state = {"codes": codes, "code_of_token": _gathered(ids, tp)}
+        state = {"codes": codes, "code_of_token": gathered(ids, tp)}
         if self.memory.num_context_codes:
-            state["context_table"] = _gathered(embeddings @ self.projection, tp)
+            state["context_table"] = gathered(embeddings @ self.projection, tp)
             state["context_codes"] = self.contexts.codes.data[0].clone()
         return state
 
@@ -283,7 +279,7 @@ class CodeStream(KeepsFloat32, StepOwner):
         # At first, when one step was counted, the most frequent entries become the codes.
         starts = self.num_steps <= 1
         errors = torch.where(starts, weights, found.errors)
-        errors = _gathered(errors, tp)
+        errors = gathered(errors, tp)
         sums = found.sums
         torch.distributed.all_reduce(sums, group=tp)
         weight_of_code = torch.where(starts, torch.zeros_like(sums[:, -1]), sums[:, -1])
@@ -385,17 +381,3 @@ class CodeStream(KeepsFloat32, StepOwner):
 
 def _is_first_stage() -> bool:
     return parallel_state.get_pipeline_model_parallel_rank() == 0
-
-
-def _spread(num_tokens: int, num_places: int, device: torch.device) -> torch.Tensor:
-    """Evenly spread positions int64 ``[num_places]``."""
-    return torch.arange(num_places, device=device) * num_tokens // num_places
-
-
-def _gathered(values: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
-    """Equal shares of all ranks, joined along the first axis."""
-    if group.size() == 1:
-        return values
-    whole = values.new_empty(group.size() * values.shape[0], *values.shape[1:])
-    torch.distributed.all_gather_into_tensor(whole, values.contiguous(), group=group)
-    return whole

@@ -6,13 +6,14 @@ S sequence length, B batch, T = S * B local tokens, H hidden size, A addresses p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.config import CodeMemoryConfig, VQConfig
+from vqmoe_megatron.config.memory_codebooks import hidden_quantizer
 from vqmoe_megatron.moe.code_assigner import CodeAssigner
 from vqmoe_megatron.moe.expert_engine import ExpertEngine, Work
 from vqmoe_megatron.moe.memory.code_stream import CodeStream
@@ -75,22 +76,6 @@ class HiddenCodes:
         if is_cut:
             rows = rows.chunk(tp.size(), dim=0)[tp.rank()]
         return rows.flatten(0, 1)
-
-
-def hidden_quantizer(vq: VQConfig, memory: CodeMemoryConfig) -> VQConfig:
-    """The codebook of ``code_memory.codes=hidden``: the layer's settings of how codes move."""
-    return replace(
-        vq,
-        path="discrete",
-        num_codes=memory.num_codes,
-        quantizer="euclidean",
-        code_dim=None,
-        num_code_slices=1,
-        code_map="mod",
-        execution="tokens",
-        table_per_step=False,
-        overlap_table=False,
-    )
 
 
 class MemoryPath(Path):

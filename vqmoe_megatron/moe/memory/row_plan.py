@@ -10,7 +10,7 @@ rows in the order of their owners.
 
 Two forms. Rows: each rank asks owners for its distinct rows; counts and ids travel once per
 microbatch, and the counts are read on the host. Table: every rank gathers all rows; nothing is
-planned, no shape depends on the data. :func:`gathers_table` says which sends less.
+planned, no shape depends on the data. ``plan/distinct_rows`` says which sends less.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+
+from vqmoe_megatron.plan.distinct_rows import gathers_table
 
 
 @dataclass(frozen=True)
@@ -54,22 +56,6 @@ class RowPlaces:
         return owner * self.rows_per_rank + expert % local_experts * block + number % block
 
 
-def expected_distinct(num_reads: int, num_rows: int) -> float:
-    """Distinct rows among reads that are spread evenly over ``num_rows``, the most there are."""
-    return num_rows * (1.0 - (1.0 - 1.0 / num_rows) ** num_reads)
-
-
-# Asking costs two small exchanges and a wait for the host; a table may be so much larger instead.
-TABLE_MAY_BE_LARGER = 1.25
-
-
-def gathers_table(exchange: str, num_reads: int, num_rows: int) -> bool:
-    """Whether all rows are gathered, by ``code_memory.exchange`` and, for auto, the bytes sent."""
-    if exchange == "auto":
-        return num_rows <= TABLE_MAY_BE_LARGER * expected_distinct(num_reads, num_rows)
-    return exchange == "table"
-
-
 @dataclass(frozen=True)
 class RowPlan:
     """How T tokens read their rows. ``ids`` point into what the exchange brings."""
@@ -86,33 +72,55 @@ class RowPlan:
         return sum(self.wanted_splits)
 
 
+class RowPlanner:
+    """Makes plans; others count what they take from the data, or do without data."""
+
+    def plan(
+        self,
+        rows: torch.Tensor,
+        places: RowPlaces,
+        exchange: str,
+        group: torch.distributed.ProcessGroup,
+    ) -> RowPlan:
+        """Plan the reads of row ids int64 ``[T, A]``.
+
+        Communicates over ``group`` (``tp_ep``) in the form of rows: one all-to-all of W counts and
+        one of ids, with one host synchronisation; every rank must call it. Otherwise not at all.
+        """
+        slots = places.slots(rows)
+        num_ranks = places.num_ranks
+        if num_ranks == 1:
+            return RowPlan(slots, is_table=False)
+        if gathers_table(exchange, slots.numel(), places.num_rows):
+            return RowPlan(slots, is_table=True)
+        distinct, ids = self.distinct(slots, places)
+        owners = distinct // places.rows_per_rank
+        counts = torch.zeros(num_ranks, dtype=torch.int64, device=rows.device)
+        counts = counts.index_add_(0, owners, torch.ones_like(owners))
+        received = torch.empty_like(counts)
+        torch.distributed.all_to_all_single(received, counts, group=group)
+        wanted_splits, asked_splits = self.read(torch.stack([counts, received]))
+        asked = distinct.new_empty(sum(asked_splits))
+        torch.distributed.all_to_all_single(
+            asked, distinct % places.rows_per_rank, asked_splits, wanted_splits, group=group
+        )
+        return RowPlan(ids, False, asked, tuple(asked_splits), tuple(wanted_splits))
+
+    def distinct(self, slots: torch.Tensor, places: RowPlaces) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots int64 ``[T, A]`` -> distinct ones in rising order ``[U]``, and which of them each
+        read means ``[T, A]``."""
+        return torch.unique(slots, return_inverse=True)
+
+    def read(self, counts: torch.Tensor) -> list[list[int]]:
+        """int64 ``[2, W]``, rows wanted of and asked by every rank: the host synchronisation."""
+        return counts.tolist()
+
+
 def plan_rows(
     rows: torch.Tensor, places: RowPlaces, exchange: str, group: torch.distributed.ProcessGroup
 ) -> RowPlan:
-    """Plan the reads of row ids int64 ``[T, A]``.
-
-    Communicates over ``group`` (``tp_ep``) in the form of rows: one all-to-all of W counts and one
-    of ids, with one host synchronisation; every rank must call it. Otherwise not at all.
-    """
-    slots = places.slots(rows)
-    num_ranks = places.num_ranks
-    if num_ranks == 1:
-        return RowPlan(slots, is_table=False)
-    if gathers_table(exchange, slots.numel(), places.num_rows):
-        return RowPlan(slots, is_table=True)
-    distinct, ids = torch.unique(slots, return_inverse=True)
-    owners = distinct // places.rows_per_rank
-    counts = torch.zeros(num_ranks, dtype=torch.int64, device=rows.device)
-    counts = counts.index_add_(0, owners, torch.ones_like(owners))
-    received = torch.empty_like(counts)
-    torch.distributed.all_to_all_single(received, counts, group=group)
-    both = torch.stack([counts, received]).tolist()  # host synchronisation
-    wanted_splits, asked_splits = both
-    asked = distinct.new_empty(sum(asked_splits))
-    torch.distributed.all_to_all_single(
-        asked, distinct % places.rows_per_rank, asked_splits, wanted_splits, group=group
-    )
-    return RowPlan(ids, False, asked, tuple(asked_splits), tuple(wanted_splits))
+    """:meth:`RowPlanner.plan` of what the data reads."""
+    return RowPlanner().plan(rows, places, exchange, group)
 
 
 def sharing_group(pg_collection: ProcessGroupCollection) -> torch.distributed.ProcessGroup:

@@ -1,0 +1,31 @@
+"""Settings of the two codebooks that a code memory may have besides the vocabulary's codes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vqmoe_megatron.config.code_memory import CodeMemoryConfig
+from vqmoe_megatron.config.vq import VQConfig
+
+
+def hidden_quantizer(vq: VQConfig, memory: CodeMemoryConfig) -> VQConfig:
+    """The codebook of ``code_memory.codes=hidden``: the layer's settings of how codes move."""
+    return replace(
+        vq,
+        path="discrete",
+        num_codes=memory.num_codes,
+        quantizer="euclidean",
+        code_dim=None,
+        num_code_slices=1,
+        code_map="mod",
+        execution="tokens",
+        table_per_step=False,
+        overlap_table=False,
+    )
+
+
+def context_quantizer(memory: CodeMemoryConfig) -> VQConfig:
+    """The codebook of contexts: moving averages, dead codes revived early."""
+    return VQConfig(
+        num_codes=memory.num_context_codes, ema_decay=0.95, dead_code_threshold=0.2, norm="none"
+    )
