@@ -88,9 +88,9 @@ MUTANTS = (
     ),
     Mutant(
         "revival: candidates of one TP shard only",
-        "moe/code_assigner.py",
-        "return group.rank() < self.pg_collection.tp.size()",
-        "return group.rank() < 1",
+        "moe/candidates.py",
+        "return pg_collection.tp_dp_cp.rank() < pg_collection.tp.size()",
+        "return pg_collection.tp_dp_cp.rank() < 1",
         "tests/moe/test_codebook_sync.py",
     ),
     Mutant(
@@ -124,8 +124,8 @@ MUTANTS = (
     ),
     Mutant(
         "purity: places of candidates are made on the host",
-        "moe/code_assigner.py",
-        "slots = torch.arange(first, end, device=self.codebook.codes.device)",
+        "moe/candidates.py",
+        "slots = torch.arange(first, end, device=device)",
         "slots = torch.arange(first, end)",
         "tests/runtime/test_device_purity.py",
     ),

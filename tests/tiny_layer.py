@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from vqmoe_megatron.config import VQConfig
+from vqmoe_megatron.vq.codebook import Codebook
 
 HIDDEN = 16
 FFN = 48  # a quarter of it is still a grouped GEMM's 16 bytes of fp32, at ETP 4
 NUM_EXPERTS = 4
+OF_EXPERTS = ("experts.", "code_memory.")  # names of tensors that are cut as experts are
 ACTIVATIONS = {
     "gelu": torch.nn.functional.gelu,
     "relu": torch.nn.functional.relu,
@@ -113,12 +115,15 @@ def expert_place() -> tuple[int, int]:
 
 
 def expert_slice(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's cut of an experts' tensor [N, ...] of the name weight1, ... In a rank only."""
+    """This rank's cut of a tensor [N, ...] of experts, of the name experts.weight1, ..., or of the
+    rows that they own. In a rank only."""
     from megatron.core import parallel_state
 
     expert_rank, shard = expert_place()
     tensor = tensor.chunk(parallel_state.get_expert_model_parallel_world_size())[expert_rank]
     num_shards = parallel_state.get_expert_tensor_parallel_world_size()
+    if name.startswith("code_memory."):
+        return tensor.chunk(num_shards, dim=1)[shard]  # rows of each expert
     if name.endswith("bias2"):
         return tensor  # a replica on every shard's rank
     if name.endswith("weight2"):
@@ -133,7 +138,9 @@ def join_experts(name: str, cuts: dict[tuple[int, int], torch.Tensor]) -> torch.
     num_shards = 1 + max(shard for _, shard in cuts)
     for expert_rank in range(1 + max(rank for rank, _ in cuts)):
         shards = [cuts[expert_rank, shard] for shard in range(num_shards)]
-        if name.endswith("bias2"):
+        if name.startswith("code_memory."):
+            whole.append(torch.cat(shards, dim=1))
+        elif name.endswith("bias2"):
             for shard in shards[1:]:
                 assert torch.equal(shard, shards[0]), f"replicas of {name} differ"
             whole.append(shards[0])
@@ -149,20 +156,26 @@ def build_layer(  # noqa: ANN201
     vq: VQConfig,
     parameters: dict[str, torch.Tensor] | None = None,
     new_graph: Any = None,
+    new_memory: Any = None,
     **changes: Any,
 ):
-    """A VQMoELayer with grouped experts, holding ``parameters`` when given. In a rank only."""
+    """A VQMoELayer with grouped experts, holding ``parameters`` when given. In a rank only.
+
+    ``new_memory`` makes its code memory from the configuration.
+    """
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from vqmoe_megatron.moe import GroupedExperts, VQMoELayer
 
+    config = transformer_config(**changes)
     layer = VQMoELayer(
-        transformer_config(**changes),
+        config,
         MoESubmodules(experts=ModuleSpec(module=GroupedExperts)),
         layer_number=1,
         vq=vq,
         new_graph=new_graph,
+        memory=None if new_memory is None else new_memory(config),
     )
     if parameters is not None:
         layer.to(next(iter(parameters.values())).dtype)
@@ -183,10 +196,10 @@ def copy_parameters(layer: torch.nn.Module, parameters: dict[str, torch.Tensor])
         raise ValueError(f"the layer has {sorted(own)}, the test {sorted(expected)}")
     for name, parameter in own.items():
         value = parameters[name]
-        parameter.copy_(expert_slice(name, value) if name.startswith("experts.") else value)
-    for path in layer.paths:
-        if path.is_discrete:
-            path.assigner.codebook.needs_data_init = False  # the codes are given
+        parameter.copy_(expert_slice(name, value) if name.startswith(OF_EXPERTS) else value)
+    for module in layer.modules():
+        if isinstance(module, Codebook):
+            module.needs_data_init = False  # the codes are given
     if projection is not None:
         layer.assigner.codebook.projection.copy_(projection)
     if code_map is not None:

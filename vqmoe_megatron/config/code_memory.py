@@ -89,8 +89,8 @@ class CodeMemoryConfig:
             raise ValueError(
                 "code_memory.num_rows % (num_moe_experts * expert_tensor_parallel_size) != 0: "
                 f"{self.num_rows} % ({num_experts} * {num_shards}) = "
-                f"{self.num_rows % (num_experts * num_shards)}; every rank holds equally many rows "
-                "of every address: use a multiple"
+                f"{self.num_rows % (num_experts * num_shards)}; ranks hold equally many rows, so "
+                "use a multiple"
             )
         if self.values == "experts" and num_shards > 1:
             raise ValueError(

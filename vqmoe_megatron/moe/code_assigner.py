@@ -21,6 +21,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.moe.backward_hook import run_in_backward
+from vqmoe_megatron.moe.candidates import (
+    candidate_places,
+    candidate_table,
+    offers_candidates,
+)
 from vqmoe_megatron.moe.codebook_data_init import initialize_codebook
 from vqmoe_megatron.moe.step_statistics import KeepsStatistics
 from vqmoe_megatron.vq.code_map import CodeMap
@@ -115,47 +120,27 @@ class CodeAssigner(KeepsStatistics):
     def _record(self, assignment: Assignment, losses: torch.Tensor) -> None:
         self.step_losses += losses.to(self.step_losses.dtype)
         positions = None
-        if self._offers_candidates and self.step_candidate_slots is None:
-            self.step_candidate_slots, positions = self._candidate_places(assignment.codes.shape[0])
+        if offers_candidates(self.pg_collection) and self.step_candidate_slots is None:
+            self.step_candidate_slots, positions = candidate_places(
+                self.num_candidates,
+                assignment.codes.shape[0],
+                self.pg_collection.tp,
+                self.codebook.codes.device,
+            )
         self.codebook.record(assignment.prepared, assignment.codes, positions)
-
-    @property
-    def _offers_candidates(self) -> bool:
-        """Whether this rank's tokens may replace dead codes: those of the first data-parallel rank,
-        whose first microbatch holds the same samples at every data-parallel size."""
-        group = self.pg_collection.tp_dp_cp
-        return group.rank() < self.pg_collection.tp.size()
 
     @property
     def num_candidates(self) -> int:
         """M, tokens offered per step to replace dead codes."""
         return min(self.vq.num_codes, MAX_CANDIDATES)
 
-    def _candidate_places(self, num_local_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots of the candidate table that this rank fills, and its token positions, int64 each.
-
-        Candidate j is the token at position j * T_full // M of the full sequence order, so the
-        table does not depend on how the sequence is sharded over TP. Shard r of TP holds the
-        positions from r T_full / TP on, so the j from r M / TP, rounded up, on.
-        """
-        rank, num_shards = self.pg_collection.tp.rank(), self.pg_collection.tp.size()
-        num_candidates = self.num_candidates
-        first, end = (-(-shard * num_candidates // num_shards) for shard in (rank, rank + 1))
-        slots = torch.arange(first, end, device=self.codebook.codes.device)
-        positions = slots * (num_local_tokens * num_shards) // num_candidates
-        return slots, positions - rank * num_local_tokens
-
     def candidate_table(self) -> torch.Tensor:
         """fp32 ``[M, C, D]``, filled in this rank's slots; the sum over ranks is the table."""
-        codebook, slots = self.codebook, self.step_candidate_slots
-        if codebook.step_candidates is not None and slots.numel() == self.num_candidates:
-            return codebook.step_candidates
-        table = codebook.step_count.new_zeros(
-            self.num_candidates, codebook.num_slices, codebook.width
+        codebook = self.codebook
+        shape = self.num_candidates, codebook.num_slices, codebook.width
+        return candidate_table(
+            codebook.step_candidates, self.step_candidate_slots, codebook.step_count, *shape
         )
-        if codebook.step_candidates is not None:
-            table[slots] = codebook.step_candidates
-        return table
 
     def local_parts(self) -> list[torch.Tensor]:
         """This rank's fp32 sums of the step, in the order in which :meth:`apply_parts` takes them.

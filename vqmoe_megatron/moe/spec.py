@@ -194,8 +194,8 @@ def settings_from_environment() -> tuple[VQConfig | None, int]:
     if recipe.code_memory.is_on:
         raise ValueError(
             f"{path}: vqmoe_layer_spec builds layers alone, and code memory needs the model's "
-            "token ids; set code_memory.num_rows=0, or build the model with get_vqmoe_block_spec(config, "
-            "vq, memory=...) and attach_code_stream"
+            "token ids; set code_memory.num_rows=0, or build the model with "
+            "get_vqmoe_block_spec(config, vq, memory=...) and attach_code_stream"
         )
     return recipe.vq, recipe.train.seed
 

@@ -86,7 +86,7 @@ def vqmoe_oracle(
 
     No communication.
     """
-    experts = _Experts(parameters, activation, gated)
+    experts = OracleExperts(parameters, activation, gated)
     norms = _Norms(parameters, vq, normalization, norm_eps)
     prepared = [_prepare(token, parameters, vq) for token in x]
     pools = _Pools(prepared, parameters, vq, replicas or [0] * len(prepared))
@@ -129,7 +129,7 @@ def vqmoe_oracle(
     )
 
 
-class _Experts:
+class OracleExperts:
     """f_e: the N expert MLPs, one call per row."""
 
     def __init__(
@@ -243,7 +243,7 @@ def _owner(
 def _continuous(
     token: torch.Tensor,
     parameters: Mapping[str, torch.Tensor],
-    experts: _Experts,
+    experts: OracleExperts,
     topk: int,
     pre_softmax: bool,
 ) -> torch.Tensor:
@@ -334,7 +334,7 @@ def _discrete(
     inputs: list[torch.Tensor],
     owners: list[int],
     vq: VQConfig,
-    experts: _Experts,
+    experts: OracleExperts,
     norms: _Norms,
 ) -> torch.Tensor:
     """One token [H] (prepared and lifted), its C expert inputs [H] -> [H]."""

@@ -28,9 +28,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.config import CodeMemoryConfig, VQConfig
+from vqmoe_megatron.moe.candidates import (
+    candidate_places,
+    candidate_table,
+    offers_candidates,
+)
+from vqmoe_megatron.moe.code_assigner import MAX_CANDIDATES
 from vqmoe_megatron.moe.foreign_loop import follow
 from vqmoe_megatron.moe.memory.microbatches import Microbatches
 from vqmoe_megatron.moe.memory.row_plan import RowPlaces, RowPlan, plan_rows, sharing_group
+from vqmoe_megatron.moe.memory.vocabulary_round import Entries, gathered, moved_codes
 from vqmoe_megatron.moe.step_owner import StepOwner
 from vqmoe_megatron.vq import vocabulary_codes
 from vqmoe_megatron.vq.codebook import Codebook, code_perplexity
@@ -107,6 +114,7 @@ class CodeStream(KeepsFloat32, StepOwner):
         self._weight: tuple[torch.Tensor, ...] = ()  # this rank's rows of the embedding
         self._first_entry = 0
         self._pending: dict[str, torch.Tensor] | None = None
+        self._candidate_slots: torch.Tensor | None = None  # those that this rank fills
         self._steps_taken = StepsTaken()
         num_codes = min(memory.num_codes, vocab_size)
         if memory.codes in ("embedding", "random") and memory.num_codes > vocab_size:
@@ -201,17 +209,16 @@ class CodeStream(KeepsFloat32, StepOwner):
             return
         self.step_tokens += count_ids(self._own(token_ids), self.step_tokens.numel())
         if contexts is not None and context_codes is not None:
-            own = self._own(contexts)
-            tp, group = self.pg_collection.tp, self.pg_collection.tp_dp_cp
-            offered = None
-            if self.contexts.step_candidates is None and group.rank() < tp.size():
-                offered = _spread(own.shape[0], self._num_own_candidates, own.device)
-            ids = self._own(context_codes).unsqueeze(1)
-            self.contexts.record(own, ids, offered)
+            own, positions = self._own(contexts), None
+            if offers_candidates(self.pg_collection) and self._candidate_slots is None:
+                self._candidate_slots, positions = candidate_places(
+                    self._num_candidates, own.shape[0], self.pg_collection.tp, own.device
+                )
+            self.contexts.record(own, self._own(context_codes).unsqueeze(1), positions)
 
     @property
-    def _num_own_candidates(self) -> int:
-        return -(-self.memory.num_context_codes // self.pg_collection.tp.size())
+    def _num_candidates(self) -> int:
+        return min(self.memory.num_context_codes, MAX_CANDIDATES)
 
     # 2. once per step
     @property
@@ -235,9 +242,9 @@ class CodeStream(KeepsFloat32, StepOwner):
     def gather(self) -> None:
         """Find the codes of the next step, of this step's embeddings; kept until it is applied.
 
-        Communicates over ``tp`` (all-gathers of ``[V]``, one all-reduce of ``[K, 2 H + 1]``) on the
-        first pipeline stage, and one broadcast per table over the pipeline group; after the freeze
-        not at all.
+        Communicates over ``tp`` (all-gathers of ``[V]``, all-reduces of ``[K, H + 1]`` and
+        ``[K, H]``) on the first pipeline stage, and one broadcast per table over the pipeline
+        group; after the freeze not at all.
         """
         if not self.moves or self.is_frozen:
             return
@@ -270,31 +277,16 @@ class CodeStream(KeepsFloat32, StepOwner):
         own = slice(self._first_entry, self._first_entry + embeddings.shape[0])
         codes, tp = self.codes, self.pg_collection.tp
         if self.memory.codes == "embedding":
-            codes = self._moved_codes(embeddings, own)
+            mine = Entries(embeddings, self.share[own], self.code_of_token[own], own.start)
+            codes = moved_codes(mine, codes, self.num_steps <= 1, tp)
         ids = vocabulary_codes.assign(embeddings, codes)
         if self.memory.codes == "embedding":  # nothing was counted before the first step's end
             ids = torch.where(self.share.sum() > 0, ids, self.code_of_token[own])
-        state = {"codes": codes, "code_of_token": _gathered(ids, tp)}
+        state = {"codes": codes, "code_of_token": gathered(ids, tp)}
         if self.memory.num_context_codes:
-            state["context_table"] = _gathered(embeddings @ self.projection, tp)
+            state["context_table"] = gathered(embeddings @ self.projection, tp)
             state["context_codes"] = self.contexts.codes.data[0].clone()
         return state
-
-    def _moved_codes(self, embeddings: torch.Tensor, own: slice) -> torch.Tensor:
-        tp = self.pg_collection.tp
-        weights = self.share[own]
-        found = vocabulary_codes.assess(embeddings, weights, self.code_of_token[own], self.codes)
-        # At first, when one step was counted, the most frequent entries become the codes.
-        starts = self.num_steps <= 1
-        errors = torch.where(starts, weights, found.errors)
-        errors = _gathered(errors, tp)
-        sums = found.sums
-        torch.distributed.all_reduce(sums, group=tp)
-        weight_of_code = torch.where(starts, torch.zeros_like(sums[:, -1]), sums[:, -1])
-        chosen = vocabulary_codes.replacements(weight_of_code, errors)
-        vectors = vocabulary_codes.own_vectors(embeddings, chosen, own.start)
-        torch.distributed.all_reduce(vectors, group=tp)
-        return vocabulary_codes.moved_codes(self.codes, sums, chosen, vectors)
 
     def local_parts(self) -> list[torch.Tensor]:
         """Tokens seen ``[V]``, and of contexts what a codebook keeps; nothing once frozen."""
@@ -302,16 +294,12 @@ class CodeStream(KeepsFloat32, StepOwner):
             return []
         parts = [self.step_tokens]
         if self.memory.num_context_codes:
-            parts += [self.contexts.step_count, self.contexts.step_total, self._candidates()]
+            contexts, shape = self.contexts, (self._num_candidates, 1, self.memory.context_dim)
+            offered = candidate_table(
+                contexts.step_candidates, self._candidate_slots, contexts.step_total, *shape
+            )
+            parts += [contexts.step_count, contexts.step_total, offered]
         return parts
-
-    def _candidates(self) -> torch.Tensor:
-        """fp32 ``[M, 1, d]``, filled where this rank's contexts stand."""
-        tp, num = self.pg_collection.tp, self._num_own_candidates
-        table = self.contexts.step_total.new_zeros(num * tp.size(), 1, self.memory.context_dim)
-        if self.contexts.step_candidates is not None:
-            table[tp.rank() * num : (tp.rank() + 1) * num] = self.contexts.step_candidates
-        return table
 
     def scalars_of(self, parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
         """What tokens seen say of their codes, on the first stage."""
@@ -369,6 +357,7 @@ class CodeStream(KeepsFloat32, StepOwner):
         self._pending = None
         self.microbatches.clear()
         self.step_tokens.zero_()
+        self._candidate_slots = None
         if self.is_source and self.memory.num_context_codes:
             self.contexts.clear_step()
 
@@ -389,17 +378,3 @@ class CodeStream(KeepsFloat32, StepOwner):
 
 def _is_first_stage() -> bool:
     return parallel_state.get_pipeline_model_parallel_rank() == 0
-
-
-def _spread(num_tokens: int, num_places: int, device: torch.device) -> torch.Tensor:
-    """Evenly spread positions int64 ``[num_places]``."""
-    return torch.arange(num_places, device=device) * num_tokens // num_places
-
-
-def _gathered(values: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
-    """Equal shares of all ranks, joined along the first axis."""
-    if group.size() == 1:
-        return values
-    whole = values.new_empty(group.size() * values.shape[0], *values.shape[1:])
-    torch.distributed.all_gather_into_tensor(whole, values.contiguous(), group=group)
-    return whole
