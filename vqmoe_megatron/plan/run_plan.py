@@ -123,7 +123,7 @@ def plan_run(config: RunConfig, world_size: int, hardware: Hardware | str | None
         ValueError: for an unknown vocabulary size or unknown hardware. A layout that cannot run is
             no exception: it is in ``errors``.
     """
-    padded_vocab_size(config.model)
+    config.code_memory.check_vocabulary(padded_vocab_size(config.model))
     if not isinstance(hardware, Hardware):
         hardware = hardware_profile(hardware or default_hardware(config))
     errors = tuple(layout_errors(config, world_size, hardware.device))

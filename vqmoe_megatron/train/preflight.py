@@ -24,6 +24,7 @@ from vqmoe_megatron.data.corpus import Corpus, check_tokenizer, load_corpus
 from vqmoe_megatron.data.sample_order import check_cache_dir, order_name
 from vqmoe_megatron.metrics.table import metric_table
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
+from vqmoe_megatron.plan.parameters import padded_vocab_size
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 from vqmoe_megatron.rundir.run_directory import RunDirectory
 from vqmoe_megatron.runtime.fused_parts import choose_parts
@@ -63,6 +64,7 @@ def check_run(
     if config.model.vocab_size is None:
         model = dataclasses.replace(config.model, vocab_size=corpus.vocab_size)
         config = dataclasses.replace(config, model=model)
+    config.code_memory.check_vocabulary(padded_vocab_size(config.model))
     _check_enough_text(config, corpus)
     run_dir = RunDirectory(Path(config.train.output_dir))
     run_dir.create()

@@ -53,9 +53,10 @@ class Piece:
     @property
     def kind(self) -> str:
         """One of ``KINDS``."""
-        if ".codebook." in self.key or ".code_map." in self.key:
+        if any(part in self.key for part in (".codebook.", ".code_map.", "code_stream.")):
             return "codebook"
-        return "expert" if ".experts." in self.key else "parameter"
+        of_experts = ".experts." in self.key or ".code_memory." in self.key
+        return "expert" if of_experts else "parameter"
 
     @property
     def name(self) -> str:

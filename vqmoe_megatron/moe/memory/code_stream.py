@@ -28,6 +28,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.config import CodeMemoryConfig, VQConfig
+from vqmoe_megatron.config.code_memory import OF_EMBEDDINGS
 from vqmoe_megatron.moe.candidates import (
     candidate_places,
     candidate_table,
@@ -117,12 +118,7 @@ class CodeStream(KeepsFloat32, StepOwner):
         self._candidate_slots: torch.Tensor | None = None  # those that this rank fills
         self._steps_taken = StepsTaken()
         num_codes = min(memory.num_codes, vocab_size)
-        if memory.codes in ("embedding", "random") and memory.num_codes > vocab_size:
-            raise ValueError(
-                f"code_memory.num_codes <= vocabulary fails: {memory.num_codes} > {vocab_size}; "
-                f"codes of the embedding group its entries: use at most {vocab_size}, or "
-                "code_memory.codes=tokens"
-            )
+        memory.check_vocabulary(vocab_size)
         entries = torch.arange(vocab_size)
         generator = torch.Generator().manual_seed(seed * 1009 + 7)
         if memory.codes == "frozen_random":
@@ -130,7 +126,7 @@ class CodeStream(KeepsFloat32, StepOwner):
         codes = entries if memory.codes == "tokens" else entries % num_codes
         self.register_buffer("code_of_token", codes)
         self.register_buffer("num_steps", torch.tensor(0, dtype=torch.int64))
-        self.moves = memory.codes in ("embedding", "random")  # whether codes ever change
+        self.moves = memory.codes in OF_EMBEDDINGS  # whether codes ever change
         self.is_source = self.moves and leader is None and _is_first_stage()
         width = memory.context_dim
         if memory.num_context_codes:
