@@ -101,3 +101,60 @@ def test_evaluated_passes_in_between_change_nothing(ranks) -> None:  # noqa: ANN
     (ours,) = pool.run(gradients_of, uniform, ["e5", "e6", "f0", "f1", "e7", "b0", "b1"])
     for name, expected in plain["gradients"].items():
         torch.testing.assert_close(ours["gradients"][name], expected, rtol=1e-11, atol=1e-12)
+
+
+def rows_read(overrides: list[str], kind: str) -> dict:
+    """The planned slots of one microbatch, by how its documents were told; or what was refused."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    config, model = build_gpt(overrides)
+    tokens, positions = batch_of(config, 0)
+    length = config.model.seq_length
+    call = {"input_ids": tokens, "position_ids": positions, "attention_mask": None}
+    if kind == "packed":
+        call["position_ids"] = torch.arange(1, length + 1).expand(2, length)  # none is zero
+        borders = torch.tensor([0, 5, length, 2 * length], dtype=torch.int32)
+        call["packed_seq_params"] = PackedSeqParams(cu_seqlens_q=borders, cu_seqlens_kv=borders)
+    if kind == "unbroken":
+        call["position_ids"] = torch.arange(length).expand(2, length)
+    if kind == "no positions":
+        call["position_ids"] = None
+    if kind == "no tokens":
+        call["input_ids"] = None
+    if kind == "cached":
+        call["inference_context"] = object()
+    if kind == "no stream":
+        model._forward_pre_hooks.clear()
+    if kind in ("packed", "unbroken", "positions"):
+        hook = next(iter(model._forward_pre_hooks.values()))
+        hook(model, (), call)
+        return {"slots": model.code_stream.microbatches.current.plan.ids, "told": ""}
+    try:
+        model(**call)
+    except ValueError as error:
+        return {"told": str(error)}
+    return {"told": ""}
+
+
+def test_documents_are_told_by_positions_or_packed_lengths(ranks) -> None:  # noqa: ANN001
+    pool = ranks(1)
+    slots = {
+        kind: pool.run(rows_read, [], kind)[0]["slots"]
+        for kind in ("positions", "packed", "unbroken")
+    }
+    assert torch.equal(slots["positions"], slots["packed"])
+    assert not torch.equal(slots["positions"], slots["unbroken"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no positions", "needs input_ids and position_ids"),
+        ("no tokens", "needs input_ids and position_ids"),
+        ("cached", "without a cache"),
+        ("no stream", "attach_code_stream"),
+    ],
+)
+def test_refused(kind: str, message: str, ranks) -> None:  # noqa: ANN001
+    (found,) = ranks(1).run(rows_read, [], kind)
+    assert message in found["told"]
