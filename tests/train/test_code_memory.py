@@ -89,6 +89,19 @@ def test_variants_agree_between_one_rank_and_two(name, ranks, stdlib_corpus, tmp
         assert two[0]["codebooks"] == two[1]["codebooks"]
 
 
+@pytest.mark.parametrize("path", ["dual", "discrete"])
+def test_a_stage_without_memory_and_a_model_with_one_expert(path, ranks, stdlib_corpus, tmp_path):
+    """Layer 2, which is dense, is alone on its stage: only the stream is there."""
+    every = [*TINY, *SIX, "model.moe_layer_freq=2", f"vq.path={path}"]
+    every += ["model.num_moe_experts=1", "model.moe_router_topk=1", "code_memory.layers=[1]"]
+    (one,) = run_on(ranks(1), stdlib_corpus, tmp_path / "one", every, {})
+    two = run_on(ranks(2), stdlib_corpus, tmp_path / "two", every, {PP: 2})
+    assert len(one["records"]) == 6
+    for ours, theirs in zip(two[0]["records"], one["records"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+    assert two[0]["streams"] == two[1]["streams"]
+
+
 def test_a_run_that_was_stopped_goes_on_bit_by_bit(ranks, small_corpus, tmp_path):
     """Before and after the freeze."""
     every = [*TINY, *MEMORY, "train.train_iters=6", "optimizer.lr_warmup_iters=1"]

@@ -10,6 +10,8 @@ from __future__ import annotations
 OF_EVERY_STEP = {
     "vqmoe_megatron.moe.dispatch:dispatch": "split sizes of rows that travel between ranks follow "
     "from the tokens, and the collectives take them as numbers; none at EP = ETP = 1",
+    "vqmoe_megatron.moe.memory.row_plan:plan_rows": "how many rows of a code memory ranks ask each "
+    "other for, once per microbatch for all layers; none as a table, none at EP = ETP = 1",
     "vqmoe_megatron.engines.megatron.step:__call__": "the loop goes on by what all ranks saw: a "
     "loss or gradient that is not finite, a request to stop or to save",
     "megatron.core.distributed.finalize_model_grads:finalize_model_grads": "with "

@@ -100,14 +100,17 @@ def plan_rows(
         return RowPlan(slots, is_table=False)
     if gathers_table(exchange, slots.numel(), places.num_rows):
         return RowPlan(slots, is_table=True)
-    distinct, ids = torch.unique(slots, return_inverse=True)
-    owners = distinct // places.rows_per_rank
+    ordered, order = slots.flatten().sort()
+    is_new = torch.cat([torch.ones_like(ordered[:1]), (ordered[1:] != ordered[:-1]).long()])
+    numbers = is_new.cumsum(dim=0) - 1  # torch.unique would wait for the host once more
+    ids = torch.empty_like(numbers).scatter_(0, order, numbers).view_as(slots)
     counts = torch.zeros(num_ranks, dtype=torch.int64, device=rows.device)
-    counts = counts.index_add_(0, owners, torch.ones_like(owners))
+    counts = counts.index_add_(0, ordered // places.rows_per_rank, is_new)
     received = torch.empty_like(counts)
     torch.distributed.all_to_all_single(received, counts, group=group)
     both = torch.stack([counts, received]).tolist()  # host synchronisation
     wanted_splits, asked_splits = both
+    distinct = ordered.new_empty(sum(wanted_splits)).scatter_(0, numbers, ordered)
     asked = distinct.new_empty(sum(asked_splits))
     torch.distributed.all_to_all_single(
         asked, distinct % places.rows_per_rank, asked_splits, wanted_splits, group=group

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vqmoe_megatron.moe.code_assigner import CodeAssigner
+from vqmoe_megatron.moe.candidates import candidate_places
 
 
 def places(
@@ -16,12 +16,8 @@ def places(
 ) -> list[list[int]]:
     """[slots, positions] of one rank."""
     group = SimpleNamespace(rank=lambda: rank, size=lambda: num_ranks)
-    assigner = SimpleNamespace(
-        pg_collection=SimpleNamespace(tp=group),
-        num_candidates=num_candidates,
-        codebook=SimpleNamespace(codes=torch.zeros(1)),
-    )
-    return [part.tolist() for part in CodeAssigner._candidate_places(assigner, num_local_tokens)]
+    found = candidate_places(num_candidates, num_local_tokens, group, torch.device("cpu"))
+    return [part.tolist() for part in found]
 
 
 @pytest.mark.parametrize(("num_candidates", "num_ranks"), product((1, 3, 8, 13, 96), (1, 2, 3, 4)))
