@@ -1,4 +1,4 @@
-"""One digest per codebook, to compare replicas, runs and steps bit by bit."""
+"""Digests of codebooks and streams of codes, to compare replicas, runs and steps bit by bit."""
 
 from __future__ import annotations
 
@@ -23,3 +23,24 @@ def codebook_hashes(model) -> dict[str, str]:
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
         hashes[str(layer.layer_number)] = digest.hexdigest()
     return hashes
+
+
+def stream_hashes(model) -> dict[str, str]:
+    """sha256 of every table of the model's stream of codes that all its chunks have, by name; {}
+    without a code memory.
+
+    Raises:
+        ValueError: where chunks differ.
+    """
+    from vqmoe_megatron.moe.memory.code_stream import CodeStream
+
+    streams = [m for chunk in model for m in chunk.modules() if isinstance(m, CodeStream)]
+    found: dict[str, str] = {}
+    for stream in streams:
+        for name in ("code_of_token", "context_table", "context_codes", "num_steps"):
+            if hasattr(stream, name):
+                tensor = getattr(stream, name).cpu().contiguous()
+                digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+                if found.setdefault(name, digest) != digest:
+                    raise ValueError(f"chunks have different {name}")
+    return found

@@ -88,7 +88,7 @@ MUTANTS = (
     ),
     Mutant(
         "revival: candidates of one TP shard only",
-        "moe/code_assigner.py",
+        "moe/candidates.py",
         "if num_offered <= 0 or (",
         "if num_offered <= 0 or shard or (",
         "tests/moe/test_codebook_sync.py",
@@ -99,6 +99,35 @@ MUTANTS = (
         "torch.arange(num_rows, dtype=torch.int64) % num_experts",
         "torch.arange(num_rows, dtype=torch.int64) * num_experts // num_rows",
         "tests/vq/test_code_map.py",
+    ),
+    # Code memory
+    Mutant(
+        "code memory: a row's owner is off by one",
+        "moe/memory/row_plan.py",
+        "expert, number = rows % self.num_experts, rows // self.num_experts",
+        "expert, number = (rows + 1) % self.num_experts, rows // self.num_experts",
+        "tests/moe/memory/test_row_plan.py",
+    ),
+    Mutant(
+        "code memory: the start of a document is dropped",
+        "vq/row_addresses.py",
+        "torch.where(starts, places, torch.zeros_like(places))",
+        "torch.where(starts & False, places, torch.zeros_like(places))",
+        "tests/vq/test_row_addresses.py",
+    ),
+    Mutant(
+        "code memory: a recomputed layer reads the latest microbatch's rows",
+        "moe/memory/microbatches.py",
+        "return self._differentiated if is_in_backward() else self._latest",
+        "return self._latest",
+        "tests/moe/memory/test_attach.py",
+    ),
+    Mutant(
+        "code memory: a code without entries joins another's",
+        "vq/vocabulary_codes.py",
+        "torch.where(is_apart, weights * squared, torch.zeros_like(squared))",
+        "weights * squared",
+        "tests/vq/test_vocabulary_codes.py",
     ),
     # The step's statistics
     Mutant(
@@ -124,8 +153,8 @@ MUTANTS = (
     ),
     Mutant(
         "purity: places of candidates are made on the host",
-        "moe/code_assigner.py",
-        "slots = torch.arange(first, end, device=self.codebook.codes.device)",
+        "moe/candidates.py",
+        "slots = torch.arange(first, end, device=device)",
         "slots = torch.arange(first, end)",
         "tests/runtime/test_device_purity.py",
     ),

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from codebook_hashes import codebook_hashes
+from codebook_hashes import codebook_hashes, stream_hashes
 
 ROOT = Path(__file__).resolve().parents[1]
 PARITY = ROOT / "recipes" / "parity.yaml"
@@ -86,6 +86,7 @@ def train_here(recipe: str, overrides: list[str]) -> dict:
         "messages": report.messages,
         "passed_over": trainer.progress.passed_over_samples,
         "codebooks": codebook_hashes(trainer.model),
+        "streams": stream_hashes(trainer.model),
         "finite_codebooks": all(
             bool(torch.isfinite(tensor).all())
             for chunk in trainer.model

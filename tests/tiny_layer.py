@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 from vqmoe_megatron.config import VQConfig
+from vqmoe_megatron.vq.codebook import Codebook
 
 HIDDEN = 16
 SHARED_FFN = 24  # of a shared expert
 FFN = 48  # a quarter of it is still a grouped GEMM's 16 bytes of fp32, at ETP 4
 NUM_EXPERTS = 4
-CUT = ("experts.", "fill_rows.")  # by expert, and so over expert-parallel ranks
+# by expert, and so over expert-parallel ranks
+CUT = ("experts.", "fill_rows.", "code_memory.")
 REPLICAS = ("bias2", "fill_rows.values")  # on the ranks of an expert-tensor group
 ACTIVATIONS = {
     "gelu": torch.nn.functional.gelu,
@@ -125,12 +127,15 @@ def expert_place() -> tuple[int, int]:
 
 
 def expert_slice(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's cut of an experts' tensor [N, ...] of the name weight1, ... In a rank only."""
+    """This rank's cut of a tensor [N, ...] of experts, of the name experts.weight1, ..., or of the
+    rows that they own. In a rank only."""
     from megatron.core import parallel_state
 
     expert_rank, shard = expert_place()
     tensor = tensor.chunk(parallel_state.get_expert_model_parallel_world_size())[expert_rank]
     num_shards = parallel_state.get_expert_tensor_parallel_world_size()
+    if name.startswith("code_memory."):
+        return tensor.chunk(num_shards, dim=1)[shard]  # rows of each expert
     if name.endswith(REPLICAS):
         return tensor  # a replica on every shard's rank
     if name.endswith("weight2"):
@@ -145,7 +150,9 @@ def join_experts(name: str, cuts: dict[tuple[int, int], torch.Tensor]) -> torch.
     num_shards = 1 + max(shard for _, shard in cuts)
     for expert_rank in range(1 + max(rank for rank, _ in cuts)):
         shards = [cuts[expert_rank, shard] for shard in range(num_shards)]
-        if name.endswith(REPLICAS):
+        if name.startswith("code_memory."):
+            whole.append(torch.cat(shards, dim=1))
+        elif name.endswith(REPLICAS):
             for shard in shards[1:]:
                 assert torch.equal(shard, shards[0]), f"replicas of {name} differ"
             whole.append(shards[0])
@@ -181,9 +188,13 @@ def build_layer(  # noqa: ANN201
     vq: VQConfig,
     parameters: dict[str, torch.Tensor] | None = None,
     new_graph: Any = None,
+    new_memory: Any = None,
     **changes: Any,
 ):
-    """A VQMoELayer with grouped experts, holding ``parameters`` when given. In a rank only."""
+    """A VQMoELayer with grouped experts, holding ``parameters`` when given. In a rank only.
+
+    ``new_memory`` makes its code memory from the configuration.
+    """
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.mlp import MLPSubmodules
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
@@ -193,10 +204,11 @@ def build_layer(  # noqa: ANN201
     from vqmoe_megatron.moe import GroupedExperts, VQMoELayer
     from vqmoe_megatron.moe.routers.topk import BalancedRouter
 
+    config = transformer_config(**changes)
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     routers = {"router": BalancedRouter} if vq.path == "filled" else {}
     layer = VQMoELayer(
-        transformer_config(**changes),
+        config,
         MoESubmodules(
             experts=ModuleSpec(module=GroupedExperts),
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears),
@@ -205,6 +217,7 @@ def build_layer(  # noqa: ANN201
         layer_number=1,
         vq=vq,
         new_graph=new_graph,
+        memory=None if new_memory is None else new_memory(config),
     )
     if parameters is not None:
         layer.to(next(iter(parameters.values())).dtype)
@@ -230,9 +243,9 @@ def copy_parameters(layer: torch.nn.Module, parameters: dict[str, torch.Tensor])
         elif name.startswith("shared_experts."):
             value = shared_slice(name, value)
         parameter.copy_(value)
-    for path in layer.paths:
-        if hasattr(path, "assigner"):
-            path.assigner.codebook.needs_data_init = False  # the codes are given
+    for module in layer.modules():
+        if isinstance(module, Codebook):
+            module.needs_data_init = False  # the codes are given
     if projection is not None:
         layer.assigner.codebook.projection.copy_(projection)
     if code_map is not None:

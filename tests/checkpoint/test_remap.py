@@ -218,3 +218,44 @@ def test_a_refused_recipe_is_refused_before_anything_is_loaded(source, start):
     folder, _ = source(*START)
     with pytest.raises(RanksFailed, match="nothing to remap"):
         start(folder, START)
+
+
+MEMORY = ["code_memory.num_rows=48", "code_memory.num_codes=100", "code_memory.num_context_codes=6"]
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "num_ranks", "layout"),
+    [(16, 1, {}), (4, 2, EP2), (8, 2, ETP2)],
+    ids=["16-experts", "4-experts-ep2", "8-experts-etp2"],
+)
+def test_rows_of_a_code_memory_keep_their_numbers(num_experts, num_ranks, layout, source, start):
+    """Row r of a layer is row r div N of expert r mod N, before and after."""
+    folder, _ = source(*START, *MEMORY)
+    every = [*START, *MEMORY, "vq.num_codes=17"]  # something is remapped in any case
+    (old,) = start(folder, every)
+    results = start(folder, [*every, f"model.num_moe_experts={num_experts}"], num_ranks, layout)
+    for layer in (0, 1):
+        (stored,) = (
+            tensor
+            for place, tensor in old["loaded"].items()
+            if "code_memory.weight" in place and f"[{layer}, 0" in place
+        )
+        assert stored.unique().numel() > stored.numel() // 4  # they were trained
+        num_rows, compared = 48 * 5, 0
+        assert stored.shape[:2] == (8, num_rows // 8)
+        for result in results:
+            for place, tensor in result["loaded"].items():
+                if "code_memory.weight" not in place or f"[{layer}, " not in place:
+                    continue
+                _, expert, first, _ = map(int, place.split("[")[1].rstrip("]").split(","))
+                for e, j in itertools.product(range(tensor.shape[0]), range(tensor.shape[1])):
+                    row = (first + j) * num_experts + expert + e
+                    assert tensor[e, j].equal(stored[row % 8, row // 8])
+                    compared += 1
+        assert compared == num_rows
+    said = "\n".join(results[0]["said"])
+    assert ("goes to its new owner" in said) == (num_experts != 8)
+    for name, table in old["loaded"].items():
+        if name.startswith("code_stream."):
+            assert results[0]["loaded"][name].equal(table), name
+    assert all(math.isfinite(loss) for result in results for loss in result["losses"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from vqmoe_megatron.checkpoint.remap_rules import check_remap
-from vqmoe_megatron.config import ModelConfig, RunConfig, VQConfig
+from vqmoe_megatron.config import CodeMemoryConfig, ModelConfig, RunConfig, VQConfig
 
 
 def config(num_experts=8, num_codes=16, model=None, **vq) -> RunConfig:
@@ -176,3 +177,42 @@ def test_one_expert_has_no_router_to_copy_from():
             told(config(1, path=path), config(4, path=path))
     assert "experts 1 -> 4" in told(config(1, path="discrete"), config(4, path="discrete"))
     assert "the first 1 are kept, 7 are dropped" in told(config(8), config(1))
+
+
+MEMORY = CodeMemoryConfig(num_rows=64, num_context_codes=4)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"num_rows": 128},
+        {"num_rows": 0},
+        {"codes": "random", "num_context_codes": 0},
+        {"num_codes": 128},
+        {"max_order": 2},
+        {"num_context_codes": 8},
+        {"context_decay": 0.5},
+        {"context_dim": 16},
+        {"layers": [1]},
+        {"values": "experts"},
+        {"gate": "token"},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_code_memory_must_be_the_checkpoints(changed):
+    stored = replace(config(8), code_memory=MEMORY)
+    wanted = replace(config(16), code_memory=replace(MEMORY, **changed))
+    with pytest.raises(ValueError, match=rf"code_memory\.{next(iter(changed))}: checkpoint"):
+        check_remap(stored, wanted)
+
+
+def test_what_shapes_no_memory_may_differ():
+    stored = replace(config(8), code_memory=MEMORY)
+    wanted = replace(config(16), code_memory=replace(MEMORY, exchange="table", lr_mult=5.0))
+    text = told(stored, wanted)
+    assert "every row stays what it is" in text and "code_memory.lr_mult 1.0 -> 5.0" in text
+    assert "code_memory.exchange" not in text
+    of_experts = replace(MEMORY, values="experts")
+    both = (replace(config(n), code_memory=of_experts) for n in (8, 16))
+    assert "tokens read other values" in told(*both)
+    assert "code memory" not in told(config(8), config(16))

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
 from vqmoe_megatron.config.recipe import (
@@ -295,3 +296,12 @@ def test_a_saved_recipe_that_was_emptied_or_cut_is_no_recipe_of_defaults(tmp_pat
         saved.write_text(content)
         with pytest.raises(ValueError, match=f"emptied or cut: it lacks {missing}"):
             load_saved_recipe(saved)
+
+
+def test_a_recipe_that_was_saved_before_there_was_a_code_memory(tmp_path: Path) -> None:
+    saved = tmp_path / "run_config.yaml"
+    save_recipe(RunConfig(), saved)
+    sections = OmegaConf.load(saved)
+    del sections["code_memory"]
+    OmegaConf.save(sections, saved)
+    assert load_saved_recipe(saved) == RunConfig()

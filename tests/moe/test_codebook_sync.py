@@ -354,6 +354,7 @@ def of_several_groups() -> list[float]:
             sums=None,
             num_recorded_microbatches=1,
             replica_group=group,
+            gather=lambda: None,
             local_parts=lambda dtype=dtype: [torch.ones(2, dtype=dtype)],
         )
         for group, dtype in (

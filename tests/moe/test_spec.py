@@ -50,6 +50,14 @@ def test_layers_take_their_settings_from_the_environment(ranks, tmp_path: Path) 
 
 
 @pytest.mark.distributed
+def test_a_code_memory_needs_more_than_a_layer(ranks, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("code_memory: {num_rows: 64}\n")
+    ((text,),) = ranks(1).run(layer_from_environment, str(recipe), {})
+    assert "code_memory.num_rows=0" in text and "attach_code_stream" in text
+
+
+@pytest.mark.distributed
 def test_a_missing_settings_file_is_named(ranks) -> None:
     ((text,),) = ranks(1).run(layer_from_environment, "no/such/recipe.yaml", {})
     assert "no/such/recipe.yaml" in text

@@ -89,7 +89,7 @@ class Fp32ShapesEngine(ShapesEngine):
 
 
 def watch(config: RunConfig, world_size: int, rank: int, planted: str) -> DevicePurity | PeakBytes:
-    """Take two steps, or one, and watch the last; or, behind them, what a save makes on the
+    """Take one step to three and watch the last; or, behind them, what a save makes on the
     device."""
     is_first = planted == FIRST_STEP
     start = replace(config.train, layout_independent_init=False)
@@ -109,7 +109,9 @@ def watch(config: RunConfig, world_size: int, rank: int, planted: str) -> Device
         for chunk in parts.model:
             chunk.train()
         iterators = [_pinned_batches(config) for _ in parts.model]
-        if not is_first:
+        # Contexts start from the first step's data, and their codebook's first step is the second.
+        num_before = 2 if config.code_memory.num_context_codes else 1
+        for _ in range(0 if is_first else num_before):
             assert not parts.step(iterators, 0, False).skipped
         if planted == SAVE:
             state = TrainingState(parts.model, parts.optimizer, parts.scheduler)

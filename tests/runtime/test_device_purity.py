@@ -74,6 +74,7 @@ def overrides_of(case: tuple[str, ...]) -> list[str]:
 
 FULL = "model.recompute_granularity=full model.recompute_num_layers=1 model.recompute_method="
 OVERLAP = f"{DISTRIBUTED} optimizer.overlap_grad_reduce=true optimizer.overlap_param_gather=true"
+MEMORY = "code_memory.num_rows=64 code_memory.num_codes=32 code_memory.num_context_codes=8"
 # layout, overrides, what is planted or which step is watched
 OTHER_CASES = {
     "continuous": ("ep2", f"vq.path=continuous {BF16}", ""),
@@ -109,6 +110,13 @@ OTHER_CASES = {
     "per-token loss, no clipping": (
         "tp2", f"{BF16} model.calculate_per_token_loss=true optimizer.clip_grad=0", "",
     ),
+    "code memory, rows": ("ep2", f"{MEMORY} code_memory.exchange=rows {BF16} {DISTRIBUTED}", ""),
+    "code memory, table": ("tp2 ep2", f"{MEMORY} code_memory.exchange=table {BF16}", ""),
+    "code memory, one owner": ("", f"{MEMORY} code_memory.gate=token {BF16} {FULL}uniform", ""),
+    "code memory, made by experts": (
+        "ep2", f"{MEMORY} code_memory.values=experts code_memory.exchange=table {BF16}", "",
+    ),
+    "code memory, hidden": ("", f"code_memory.num_rows=64 code_memory.codes=hidden {BF16}", ""),
     "first step, balanced": ("", f"{BF16} vq.init=kmeans vq.code_map=balanced", FIRST_STEP),
     "first step, clustered": ("", f"{BF16} vq.init=data vq.code_map=clustered", FIRST_STEP),
 }  # fmt: skip

@@ -17,7 +17,9 @@ SLOTS = torch.zeros(10, 3, dtype=torch.int64)  # all reads of one row
 
 
 def test_balanced_reads_are_spread_over_owners() -> None:
-    distinct, ids = BalancedPlanner().distinct(SLOTS, PLACES)
+    reads = BalancedPlanner().sort(SLOTS, PLACES)
+    distinct, ids = reads.slots, reads.ids
+    assert reads.is_new.tolist() == [1] * distinct.numel()
     per_owner = balanced_rows_per_owner(30, 96, 4)
     assert torch.bincount(distinct // PLACES.rows_per_rank).tolist() == [per_owner] * 4
     assert torch.equal(distinct, distinct.unique())
@@ -27,7 +29,7 @@ def test_balanced_reads_are_spread_over_owners() -> None:
 
 def test_a_simulated_plan_needs_no_values() -> None:
     planner = SimulatedPlanner()
-    distinct, _ = planner.distinct(SLOTS, PLACES)
+    distinct = planner.sort(SLOTS, PLACES).slots
     wanted, asked = planner.read(torch.zeros(2, 4, dtype=torch.int64))
     assert wanted == asked == [distinct.numel() // 4] * 4
 
@@ -35,9 +37,9 @@ def test_a_simulated_plan_needs_no_values() -> None:
 def test_a_counted_plan_is_that_of_the_data() -> None:
     told: list[tuple[list[int], list[int]]] = []
     planner = CountedPlanner(lambda *rows: told.append(rows))
-    distinct, ids = planner.distinct(SLOTS + 5, PLACES)
-    assert distinct.tolist() == [5]
-    assert not ids.any()
+    reads = planner.sort(SLOTS + 5, PLACES)
+    assert reads.slots[reads.is_new.bool()].tolist() == [5]
+    assert not reads.ids.any()
     counts = torch.tensor([[1, 0, 0, 0], [2, 0, 1, 0]])
     assert planner.read(counts) == counts.tolist()
     assert told == [tuple(counts.tolist())]

@@ -29,6 +29,14 @@ CODEBOOK = [
     )
 ]
 EXPERTS = [f"decoder.layers.0.mlp.experts.experts.linear_fc1.weight [0, {e}, 0, 0]" for e in (0, 4)]
+MEMORY = [
+    "code_memory.num_rows=64",
+    "code_memory.num_codes=100",
+    "code_memory.num_context_codes=4",
+]
+STREAM = ["code_stream.code_of_token [0]", "code_stream.context_table [0, 0]"]
+OWN_STREAM = ["code_stream.codes [0, 0]", "code_stream.contexts.codes [0, 0, 0]"]
+ROWS = [f"decoder.layers.0.mlp.code_memory.weight [0, {e}, 0, 0]" for e in (0, 4)]
 # layout, overrides, how many ranks hold what
 HEALTHY = {
     "tp2": (2, {TP: 2}, [], {2: [NORM, *CODEBOOK, EXPERTS[0]], 1: [EMBEDDING]}),
@@ -40,6 +48,8 @@ HEALTHY = {
         ["model.untie_embeddings_and_output_weights=false"],
         {1: [NORM, *CODEBOOK], 2: [EMBEDDING]},
     ),
+    "memory-pp2": (2, {PP: 2}, MEMORY, {2: STREAM, 1: [*OWN_STREAM, ROWS[0]]}),
+    "memory-ep2-dp2": (4, {EP: 2}, MEMORY, {4: [*STREAM, *OWN_STREAM], 2: ROWS}),
     "overlap": (2, {}, OVERLAP, {2: [NORM, *CODEBOOK, EMBEDDING, EXPERTS[0]]}),
 }
 

@@ -7,7 +7,9 @@ K codes per slice, N experts. Only weights and codebooks are taken over.
 2. Another size on the axis of codes or experts: new index i takes old index i mod the old size.
    Where this rank's indices do not wrap around, only they are read; else the whole axis is read
    into a temporary and the indices are picked.
-3. The code map is the new model's own (expert = row mod N). With other codes, usage is scaled to
+3. Rows of a code memory stay what they are: row j N + e is row j of expert e, stored [N, R / N, H].
+   All are read into a temporary, and this rank's are picked.
+4. The code map is the new model's own (expert = row mod N). With other codes, usage is scaled to
    sum to one per slice, and the EMA's sums follow it.
 """
 
@@ -36,6 +38,8 @@ from vqmoe_megatron.vq.codebook import Codebook
 CODE_MAP = "code_map.expert_of_row"
 CODE_PARTS = (".codebook.", ".code_inputs.")  # of the names of tensors with an axis of codes
 EXPERT_PARTS = (".router.", ".experts.")  # and of experts
+MEMORY_ROWS = ".code_memory.weight"
+OF_OTHER_CODES = ("memory_assigner", "code_stream")  # codebooks whose number of codes is kept
 
 Place = tuple[Any, ...]  # keys from the root of a nested state dict to a leaf
 
@@ -77,8 +81,9 @@ def load_remapped(
             state = reader.take(loaded[f"model{number}"], (f"model{number}",))
             chunk.module.load_state_dict(state)
             if stored_config.vq.num_codes != config.vq.num_codes:
-                for module in chunk.modules():
-                    if isinstance(module, Codebook):
+                for name, module in chunk.named_modules():
+                    is_others = any(part in name for part in OF_OTHER_CODES)
+                    if isinstance(module, Codebook) and not is_others:
                         _rescale_usage(module)
     report(f"remapped {folder}: {num_whole} tensors as they are, {num_remapped} by index")
     for sentence in sentences:
@@ -98,6 +103,8 @@ class _RemappingReader:
         self.expert_sizes = (stored.model.num_moe_experts, wanted.model.num_moe_experts)
         # Of remapped tensors: global axis -> int64 stored indices, and the local shape.
         self.picks: dict[Place, tuple[dict[int, torch.Tensor], tuple[int, ...]]] = {}
+        # Of rows of a code memory: global row numbers, as this rank's tensor is laid out.
+        self.rows: dict[Place, torch.Tensor] = {}
         self.merges: dict[Place, Callable[[Any], torch.Tensor]] = {}
         self.is_remapped: dict[str, bool] = {}  # by global name
         self.problems: list[str] = []
@@ -132,6 +139,10 @@ class _RemappingReader:
             for axis, chosen in indices.items():
                 loaded = loaded.index_select(axis, chosen.to(loaded.device))
             loaded = loaded.reshape(local_shape)
+        if place in self.rows:
+            by_number = loaded.squeeze(0) if loaded.dim() == 4 else loaded  # [N, R / N, H]
+            by_number = by_number.transpose(0, 1).flatten(0, 1)  # [R, H]
+            loaded = by_number[self.rows[place].to(loaded.device)]
         return self.merges[place](loaded) if place in self.merges else loaded
 
     def agree(self) -> tuple[int, int]:
@@ -161,6 +172,8 @@ class _RemappingReader:
         self.is_remapped[part.key] = stored_shape != wanted_shape
         if stored_shape == wanted_shape:
             return part
+        if part.key.endswith(MEMORY_ROWS):
+            return self._ask_rows(part, place)
         # The local axes behind the prepended ones (layers), which are written out here: Megatron
         # reads a cut that fits no grid of equal cuts only without prepended axes.
         num_prepended = part.prepend_axis_num
@@ -187,13 +200,33 @@ class _RemappingReader:
             prepend_axis_num=0,
         )
 
+    def _ask_rows(self, part: ShardedTensor, place: Place) -> ShardedTensor:
+        """All rows of this rank's layer; which of them are its own is noted."""
+        stored_shape, num_prepended = self.stored_shapes[part.key], part.prepend_axis_num
+        first_expert, first_row = part.global_offset[num_prepended : num_prepended + 2]
+        num_experts, block, _ = part.local_shape
+        experts = torch.arange(first_expert, first_expert + num_experts).unsqueeze(1)
+        numbers = torch.arange(first_row, first_row + block).unsqueeze(0)
+        self.rows[place] = numbers * part.global_shape[num_prepended] + experts
+        return replace(
+            part,
+            data=None,
+            local_shape=(*[1] * num_prepended, *stored_shape[num_prepended:]),
+            global_shape=stored_shape,
+            global_offset=(*part.global_offset[:num_prepended], 0, 0, 0),
+            axis_fragmentations=None,
+            prepend_axis_num=0,
+        )
+
     def _problem(
         self, name: str, stored: tuple[int, ...] | None, wanted: tuple[int, ...]
     ) -> str | None:
         if stored is None:
             return f"{name}: not in the checkpoint"
         sizes = None
-        if any(part in name for part in CODE_PARTS):
+        if name.endswith(MEMORY_ROWS) and len(stored) == len(wanted):
+            stored, wanted = _rows_joined(stored), _rows_joined(wanted)
+        elif any(part in name for part in CODE_PARTS):
             sizes = self.code_sizes
         elif any(part in name for part in EXPERT_PARTS):
             sizes = self.expert_sizes
@@ -206,6 +239,12 @@ class _RemappingReader:
             f"{name}: checkpoint {list(stored)}, this model {list(wanted)}; only axes of codes and "
             "experts may differ"
         )
+
+
+def _rows_joined(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[..., N, R / N, H] -> [..., R, H]."""
+    *layers, num_experts, rows_of_expert, width = shape
+    return *layers, num_experts * rows_of_expert, width
 
 
 def _rescale_usage(codebook: Codebook) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from vqmoe_megatron.config import ModelConfig, RunConfig
+from vqmoe_megatron.config import CodeMemoryConfig, ModelConfig, RunConfig
 from vqmoe_megatron.config.vq import VQConfig
 
 REMAPPED = ("model.num_moe_experts", "vq.num_codes")
@@ -40,6 +40,16 @@ SHAPING_SETTINGS = (
     "vq.codebook_update",
     "vq.code_input",
     "vq.code_dim",
+    "code_memory.num_rows",
+    "code_memory.codes",
+    "code_memory.num_codes",
+    "code_memory.max_order",
+    "code_memory.num_context_codes",
+    "code_memory.context_decay",
+    "code_memory.context_dim",
+    "code_memory.layers",
+    "code_memory.values",
+    "code_memory.gate",
 )
 # They decide only how tensors start or how a step is computed; what is taken over has started.
 WITHOUT_EFFECT = (
@@ -49,7 +59,9 @@ WITHOUT_EFFECT = (
     "vq.execution",
     "vq.table_per_step",
     "vq.overlap_table",
+    "code_memory.exchange",
 )
+SECTIONS = (("model", ModelConfig), ("vq", VQConfig), ("code_memory", CodeMemoryConfig))
 RECOMPUTE_PREFIX = "model.recompute_"
 
 
@@ -98,6 +110,7 @@ def check_remap(stored: RunConfig, wanted: RunConfig) -> list[str]:
     sentences = [
         *_expert_sentences(sizes, wanted.vq),
         *(_code_sentences(sizes, wanted.vq) if wanted.vq.path != "continuous" else ()),
+        *_memory_sentences(sizes, wanted.code_memory),
     ]
     others = [
         f"{name} {theirs[name]!r} -> {value!r}"
@@ -118,7 +131,7 @@ def check_remap(stored: RunConfig, wanted: RunConfig) -> list[str]:
 def _settings(config: RunConfig) -> dict[str, object]:
     return {
         f"{section}.{spec.name}": getattr(getattr(config, section), spec.name)
-        for section, kind in (("model", ModelConfig), ("vq", VQConfig))
+        for section, kind in SECTIONS
         for spec in fields(kind)
     }
 
@@ -135,7 +148,7 @@ def _problems(theirs: dict[str, object], ours: dict[str, object]) -> Iterator[st
         if theirs[name] != ours[name]:
             yield (
                 f"{name}: checkpoint {theirs[name]!r}, recipe {ours[name]!r}; it decides the "
-                "model's tensors, set it back"
+                "model's tensors or what they mean, set it back"
             )
     old_experts, new_experts = theirs["model.num_moe_experts"], ours["model.num_moe_experts"]
     if ours["vq.path"] != "discrete" and old_experts == 1 != new_experts:
@@ -218,6 +231,17 @@ def _code_sentences(sizes: _Sizes, vq: VQConfig) -> Iterator[str]:
         yield (
             "vq.dead_code_threshold=0: no dead code is re-seeded, so the copies may never get "
             "tokens; set it above 0"
+        )
+
+
+def _memory_sentences(sizes: _Sizes, memory: CodeMemoryConfig) -> Iterator[str]:
+    if not memory.is_on or sizes.old_experts == sizes.new_experts:
+        return
+    yield "code memory: every row stays what it is and goes to its new owner, expert row mod N"
+    if memory.values == "experts":
+        yield (
+            "code_memory.values=experts: rows are inputs of their owners, and most have another "
+            "owner now, so tokens read other values"
         )
 
 

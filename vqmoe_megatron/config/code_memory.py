@@ -16,6 +16,8 @@ LEGAL_MEMORY_VALUES: dict[str, tuple[str, ...]] = {
     "gate": ("none", "token"),
     "exchange": ("auto", "rows", "table"),
 }
+OF_EMBEDDINGS = ("embedding", "random")  # codes that follow the embedding until they are frozen
+STEPS_TO_FIRST_CODES = 2  # the first step's end only counts tokens
 CONTEXT_ADDRESSES = 2  # the context's code alone, and paired with the token's
 
 
@@ -51,6 +53,14 @@ class CodeMemoryConfig:
                 f"code_memory.num_context_codes={self.num_context_codes} with code_memory.codes="
                 f"{self.codes}: contexts are means of embeddings; use codes=embedding, or 0"
             )
+        limit = self.freeze_after_steps
+        if limit is not None and 0 < limit < STEPS_TO_FIRST_CODES and self.codes in OF_EMBEDDINGS:
+            raise ValueError(
+                f"code_memory.freeze_after_steps={limit} with code_memory.codes={self.codes}: "
+                f"codes are found at the end of step {STEPS_TO_FIRST_CODES}, of counted tokens; "
+                f"use at least {STEPS_TO_FIRST_CODES}, null for codes that never freeze, or 0 for "
+                "the number of an entry mod num_codes"
+            )
         if self.layers is not None and (
             not self.layers or sorted(set(self.layers)) != self.layers or self.layers[0] < 1
         ):
@@ -79,7 +89,7 @@ class CodeMemoryConfig:
 
         With a code for every entry nothing is left to learn: entries are their own codes.
         """
-        return self.codes in ("embedding", "random") and self.num_codes < vocab_size
+        return self.codes in OF_EMBEDDINGS and self.num_codes < vocab_size
 
     def moves(self, vocab_size: int) -> bool:
         """Whether codes are found anew once per step, of tokens or contexts, until the freeze."""
@@ -89,7 +99,9 @@ class CodeMemoryConfig:
         """Whether the layer of this number (from 1) has memory, if it has experts."""
         return self.is_on and (self.layers is None or layer_number in self.layers)
 
-    def check_model(self, num_layers: int, num_experts: int, num_shards: int = 1) -> None:
+    def check_model(
+        self, num_layers: int, num_experts: int, num_shards: int = 1, moe_layer_freq: int = 1
+    ) -> None:
         """Raise ``ValueError`` for what the model's sizes rule out.
 
         ``num_shards`` is expert_tensor_parallel_size: an expert's rows are cut over its ranks.
@@ -100,8 +112,8 @@ class CodeMemoryConfig:
             raise ValueError(
                 "code_memory.num_rows % (num_moe_experts * expert_tensor_parallel_size) != 0: "
                 f"{self.num_rows} % ({num_experts} * {num_shards}) = "
-                f"{self.num_rows % (num_experts * num_shards)}; every rank holds equally many rows "
-                "of every address: use a multiple"
+                f"{self.num_rows % (num_experts * num_shards)}; ranks hold equally many rows, so "
+                "use a multiple"
             )
         if self.values == "experts" and num_shards > 1:
             raise ValueError(
@@ -112,6 +124,13 @@ class CodeMemoryConfig:
         if self.layers is not None and self.layers[-1] > num_layers:
             raise ValueError(
                 f"code_memory.layers={self.layers}: the model has num_layers={num_layers}"
+            )
+        dense = [number for number in self.layers or () if (number - 1) % moe_layer_freq]
+        if dense:
+            raise ValueError(
+                f"code_memory.layers={self.layers}: with moe_layer_freq={moe_layer_freq} layers "
+                f"{dense} have no experts, which would own their rows; layer 1 and then every "
+                "moe_layer_freq-th have"
             )
 
     @property

@@ -9,7 +9,8 @@ from vqmoe_megatron.config.vq import VQConfig
 
 
 def hidden_quantizer(vq: VQConfig, memory: CodeMemoryConfig) -> VQConfig:
-    """The codebook of ``code_memory.codes=hidden``: the layer's settings of how codes move."""
+    """The codebook of ``code_memory.codes=hidden``: the layer's settings of how codes move, and the
+    memory's of how long."""
     return replace(
         vq,
         path="discrete",
@@ -21,6 +22,11 @@ def hidden_quantizer(vq: VQConfig, memory: CodeMemoryConfig) -> VQConfig:
         execution="tokens",
         table_per_step=False,
         overlap_table=False,
+        freeze_codebook=False,
+        freeze_after_steps=memory.freeze_after_steps,
+        num_fill_experts=None,  # of path=filled
+        fill_values=VQConfig.fill_values,
+        threshold_routing=False,
     )
 
 

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.moe.backward_hook import run_in_backward
+from vqmoe_megatron.moe.candidates import Candidates
 from vqmoe_megatron.moe.codebook_data_init import initialize_codebook
 from vqmoe_megatron.moe.frozen_codes import hold_frozen_codes
 from vqmoe_megatron.moe.step_statistics import KeepsStatistics
@@ -28,8 +29,6 @@ from vqmoe_megatron.vq.code_map import CodeMap
 from vqmoe_megatron.vq.codebook import build_codebook
 from vqmoe_megatron.vq.codebook_update import StepStatistics
 from vqmoe_megatron.vq.losses import quantization_losses
-
-MAX_CANDIDATES = 4096  # tokens per step and layer kept to replace dead codes
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,7 @@ class CodeAssigner(KeepsStatistics):
         self.codebook = build_codebook(vq, config.hidden_size, seed)
         self.code_map = CodeMap(vq.num_code_slices, vq.num_codes, config.num_moe_experts)
         self.register_buffer("step_losses", torch.zeros(3), persistent=False)
-        self.step_candidate_slots: torch.Tensor | None = None
-        self.step_microbatches = 0  # recorded by this rank
+        self.candidates = Candidates(vq.num_codes, pg_collection, config.variable_seq_lengths)
         for parameter in self.codebook.parameters():
             # Replicated over TP while every TP rank sees its own sequence shard.
             parameter.sequence_parallel = config.sequence_parallel
@@ -124,59 +122,14 @@ class CodeAssigner(KeepsStatistics):
 
     def _record(self, assignment: Assignment, losses: torch.Tensor) -> None:
         self.step_losses += losses.to(self.step_losses.dtype)
-        positions = None
-        places = self._candidate_places(assignment.codes.shape[0], self.step_microbatches)
-        if places is not None:
-            slots, positions = places
-            before = self.step_candidate_slots
-            self.step_candidate_slots = slots if before is None else torch.cat([before, slots])
+        positions = self.candidates.offer(assignment.codes.shape[0], self.codebook.codes.device)
         self.codebook.record(assignment.prepared, assignment.codes, positions)
-        self.step_microbatches += 1
-
-    @property
-    def num_candidates(self) -> int:
-        """M, tokens offered per step to replace dead codes."""
-        return min(self.vq.num_codes, MAX_CANDIDATES)
-
-    def _candidate_places(
-        self, num_local_tokens: int, number: int
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Slots of the candidate table that this rank fills from its ``number``-th microbatch of
-        the step, and its token positions, int64 each; None where it fills none.
-
-        The table is filled by the microbatches of the global batch, T_full tokens each, in their
-        order, which is that of data-parallel ranks within that of microbatches: the same samples at
-        every data-parallel size. Microbatch g fills the slots from g T_full on, n of them, as many
-        as are left; its slot j is the token at position j * T_full // n of the full sequence order,
-        so the table does not depend on how the sequence is sharded over TP. Shard r of TP holds the
-        positions from r T_full / TP on, so the j from r n / TP, rounded up, on. Most often the
-        first microbatch fills all slots. Where lengths vary it is the only one, since two
-        microbatches must not fill the same slot.
-        """
-        shard, num_shards = self.pg_collection.tp.rank(), self.pg_collection.tp.size()
-        replicas = self.pg_collection.tp_dp_cp
-        microbatch = number * (replicas.size() // num_shards) + replicas.rank() // num_shards
-        num_tokens = num_local_tokens * num_shards
-        num_offered = min(num_tokens, self.num_candidates - microbatch * num_tokens)
-        if num_offered <= 0 or (microbatch > 0 and self.config.variable_seq_lengths):
-            return None
-        first, end = (-(-place * num_offered // num_shards) for place in (shard, shard + 1))
-        slots = torch.arange(first, end, device=self.codebook.codes.device)
-        positions = slots * num_tokens // num_offered - shard * num_local_tokens
-        return slots + microbatch * num_tokens, positions
 
     def candidate_table(self) -> torch.Tensor:
-        """fp32 ``[M, C, D]``, filled in this rank's slots; the sum over ranks is the table, with
-        zeros where the step had too few tokens."""
-        codebook, slots = self.codebook, self.step_candidate_slots
-        if codebook.step_candidates is not None and slots.numel() == self.num_candidates:
-            return codebook.step_candidates
-        table = codebook.step_count.new_zeros(
-            self.num_candidates, codebook.num_slices, codebook.width
-        )
-        if codebook.step_candidates is not None:
-            table[slots] = codebook.step_candidates
-        return table
+        """fp32 ``[M, C, D]``, filled in this rank's slots; the sum over ranks is the table."""
+        codebook = self.codebook
+        like = codebook.step_count.new_empty(codebook.num_slices, codebook.width)
+        return self.candidates.table(codebook.step_candidates, like)
 
     def local_parts(self) -> list[torch.Tensor]:
         """This rank's fp32 sums of the step, in the order in which :meth:`apply_parts` takes them.
@@ -204,13 +157,14 @@ class CodeAssigner(KeepsStatistics):
     def scalars_of(self, parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Code usage and VQ losses of the sums over replicas, fp32 scalars. Moves nothing."""
         losses, usage = next(parts), next(parts)
+        for _ in range(2 if self.codebook.keeps_sums else 1):  # others' parts follow
+            next(parts)
         return self.codebook.usage_scalars(usage) | _loss_scalars(losses)
 
     def clear_step(self) -> None:
         """Forget the step's losses, candidates and what the codebook recorded."""
         self.step_losses.zero_()
-        self.step_candidate_slots = None
-        self.step_microbatches = 0
+        self.candidates.clear()
         self.codebook.clear_step()
 
 

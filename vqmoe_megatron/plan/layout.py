@@ -249,7 +249,10 @@ def _expert_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
         yield str(error)
     try:
         config.code_memory.check_model(
-            model.num_layers, model.num_moe_experts, layout.expert_tensor_parallel_size
+            model.num_layers,
+            model.num_moe_experts,
+            layout.expert_tensor_parallel_size,
+            model.moe_layer_freq,
         )
     except ValueError as error:
         yield str(error)

@@ -14,6 +14,7 @@ from fractions import Fraction
 
 from vqmoe_megatron.config import CodeMemoryConfig, RunConfig
 from vqmoe_megatron.config.memory_codebooks import context_quantizer, hidden_quantizer
+from vqmoe_megatron.plan.codebook_bytes import MAX_CANDIDATES
 from vqmoe_megatron.plan.distinct_rows import (
     TABLE_MAY_BE_LARGER,
     balanced_rows_per_owner,
@@ -124,9 +125,8 @@ class MemoryShape:
 
     @property
     def num_context_candidates(self) -> int:
-        """Contexts that are offered per step to replace dead codes, an equal share of TP ranks."""
-        ranks = self.layer.tensor_model_parallel_size
-        return -(-self.memory.num_context_codes // ranks) * ranks
+        """Contexts that are offered per step to replace dead codes."""
+        return min(self.memory.num_context_codes, MAX_CANDIDATES)
 
     @property
     def context_layer(self) -> LayerShape:

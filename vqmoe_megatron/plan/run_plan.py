@@ -24,7 +24,7 @@ from vqmoe_megatron.plan.kernels import Row
 from vqmoe_megatron.plan.layout import ParallelLayout, layout_errors
 from vqmoe_megatron.plan.memory import EXCLUDED, StageMemory, stage_memory
 from vqmoe_megatron.plan.memory_report import code_memory_json
-from vqmoe_megatron.plan.parameters import ParameterCount, count_parameters, padded_vocab_size
+from vqmoe_megatron.plan.parameters import ParameterCount, count_parameters
 from vqmoe_megatron.plan.step_time import StepTime, step_time
 from vqmoe_megatron.plan.step_wire import step_wire
 from vqmoe_megatron.plan.wire import Exact, StepWire, Term
@@ -124,7 +124,6 @@ def plan_run(config: RunConfig, world_size: int, hardware: Hardware | str | None
         ValueError: for an unknown vocabulary size or unknown hardware. A layout that cannot run is
             no exception: it is in ``errors``.
     """
-    padded_vocab_size(config.model)
     if not isinstance(hardware, Hardware):
         hardware = hardware_profile(hardware or default_hardware(config))
     errors = tuple(layout_errors(config, world_size, hardware.device))

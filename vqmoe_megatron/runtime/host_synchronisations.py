@@ -12,6 +12,8 @@ OF_EVERY_STEP = {
     "from the tokens, and the collectives take them as numbers; none at EP = ETP = 1",
     "vqmoe_megatron.moe.expert_engine:read_num_rows": "threshold routing gives a token any number "
     "of experts, so the rows that travel are as many as the data say",
+    "vqmoe_megatron.moe.memory.row_plan:read": "how many rows of a code memory ranks ask each "
+    "other for, once per microbatch for all layers; none as a table, none at EP = ETP = 1",
     "vqmoe_megatron.engines.megatron.step:__call__": "the loop goes on by what all ranks saw: a "
     "loss or gradient that is not finite, a request to stop or to save",
     "megatron.core.distributed.finalize_model_grads:finalize_model_grads": "with "

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from vqmoe_megatron.moe.memory.code_stream import CodeStream
-from vqmoe_megatron.moe.memory.row_plan import RowPlaces, RowPlanner
+from vqmoe_megatron.moe.memory.row_plan import RowPlaces, RowPlanner, SortedReads
 from vqmoe_megatron.plan.distinct_rows import balanced_rows_per_owner
 
 RecordReads = Callable[[list[int], list[int]], None]  # rows wanted of, and asked by, every rank
@@ -21,13 +21,13 @@ RecordReads = Callable[[list[int], list[int]], None]  # rows wanted of, and aske
 class BalancedPlanner(RowPlanner):
     """Every rank reads equally many rows of every owner, as many as a plan expects."""
 
-    def distinct(self, slots: torch.Tensor, places: RowPlaces) -> tuple[torch.Tensor, torch.Tensor]:
+    def sort(self, slots: torch.Tensor, places: RowPlaces) -> SortedReads:
         """The first rows of every owner, by the number of reads alone."""
         per_owner = balanced_rows_per_owner(slots.numel(), places.num_rows, places.num_ranks)
         number = torch.arange(places.num_ranks * per_owner, device=slots.device)
         distinct = number // per_owner * places.rows_per_rank + number % per_owner
         reads = torch.arange(slots.numel(), device=slots.device) % distinct.numel()
-        return distinct, reads.view_as(slots)
+        return SortedReads(distinct, torch.ones_like(distinct), reads.view_as(slots))
 
 
 class CountedPlanner(RowPlanner):
@@ -53,11 +53,11 @@ class SimulatedPlanner(BalancedPlanner):
     def __init__(self) -> None:
         self._num_wanted = 0
 
-    def distinct(self, slots: torch.Tensor, places: RowPlaces) -> tuple[torch.Tensor, torch.Tensor]:
+    def sort(self, slots: torch.Tensor, places: RowPlaces) -> SortedReads:
         """As balanced."""
-        distinct, ids = super().distinct(slots, places)
-        self._num_wanted = distinct.numel()
-        return distinct, ids
+        reads = super().sort(slots, places)
+        self._num_wanted = reads.slots.numel()
+        return reads
 
     def read(self, counts: torch.Tensor) -> list[list[int]]:
         """An equal share of every owner, and the same asked by every rank."""

@@ -53,10 +53,11 @@ class Piece:
     @property
     def kind(self) -> str:
         """One of ``KINDS``."""
-        if any(part in self.key for part in (".codebook.", ".code_map.", ".threshold.")):
+        codebooks = (".codebook.", ".code_map.", ".threshold.", "code_stream.")
+        if any(part in self.key for part in codebooks):
             return "codebook"
-        is_expert = ".experts." in self.key or ".fill_rows." in self.key
-        return "expert" if is_expert else "parameter"
+        of_experts = (".experts.", ".fill_rows.", ".code_memory.")
+        return "expert" if any(part in self.key for part in of_experts) else "parameter"
 
     @property
     def name(self) -> str:

@@ -96,7 +96,7 @@ def vqmoe_oracle(
 
     No communication.
     """
-    experts = _Experts(parameters, activation, gated)
+    experts = OracleExperts(parameters, activation, gated)
     norms = _Norms(parameters, vq, normalization, norm_eps)
     prepared = [_prepare(token, parameters, vq) for token in x]
     pools = _Pools(prepared, parameters, vq, replicas or [0] * len(prepared))
@@ -160,7 +160,7 @@ def vqmoe_oracle(
     )
 
 
-class _Experts:
+class OracleExperts:
     """f_e: the N expert MLPs, one call per row."""
 
     def __init__(
@@ -292,7 +292,7 @@ def _logits(token: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torc
 def _continuous(
     token: torch.Tensor,
     parameters: Mapping[str, torch.Tensor],
-    experts: _Experts,
+    experts: OracleExperts,
     topk: int,
     pre_softmax: bool,
 ) -> torch.Tensor:
@@ -383,7 +383,7 @@ def _discrete(
     inputs: list[torch.Tensor],
     owners: list[int],
     vq: VQConfig,
-    experts: _Experts,
+    experts: OracleExperts,
     norms: _Norms,
 ) -> torch.Tensor:
     """One token [H] (prepared and lifted), its C expert inputs [H] -> [H]."""

@@ -2,8 +2,9 @@
 
 b sequences, S tokens each, M rows per address, A addresses. Address ``o`` (1-based order) of token
 t is a hash of ``k_t, ..., k_{t-o+1}`` in ``[0, M)``; what lies before the document counts as a code
-of its own. Row ids are ``address * A + index``, so that rows of every address are spread alike over
-experts, expert = row mod N, and over what else cuts rows in equal blocks.
+of its own. The A rows of one address are neighbours, ``address * A + turn``, and which of them an
+order reads turns with the address: so every order's rows are spread over all experts (row mod N),
+and over what cuts rows in equal blocks, also where A and N have a common divisor.
 """
 
 from __future__ import annotations
@@ -78,4 +79,7 @@ def row_ids(
         addresses.append(context_codes % num_rows)
         addresses.append(hashed([context_codes, codes], num_rows, 0))
     num_addresses = len(addresses)
-    return torch.stack([a * num_addresses + i for i, a in enumerate(addresses)], dim=-1)
+    return torch.stack(
+        [a * num_addresses + (mix(a) + i) % num_addresses for i, a in enumerate(addresses)],
+        dim=-1,
+    )

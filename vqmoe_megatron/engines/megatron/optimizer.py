@@ -92,10 +92,13 @@ def build_optimizer(
 
 
 def _of_memory_rows(config: RunConfig) -> ParamGroupOverride:
-    """Rows of a code memory: without decay, since most are seldom read; at a rate of their own."""
+    """Rows of a code memory: without decay, since most are seldom read; at a rate of their own.
+
+    By the factor a resumed run tells their group from that of the experts' biases, which have none.
+    """
     section, factor = config.optimizer, config.code_memory.lr_mult
     return ParamGroupOverride(
-        wd_mult=0.0, max_lr=section.lr * factor, min_lr=section.min_lr * factor
+        wd_mult=CODE_DECAY, max_lr=section.lr * factor, min_lr=section.min_lr * factor
     )
 
 

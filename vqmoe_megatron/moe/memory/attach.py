@@ -13,12 +13,17 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from vqmoe_megatron.moe.memory.code_stream import CodeStream
 
+CACHES = ("inference_context", "inference_params")  # a call with one sees only the newest tokens
+
 
 def attach_code_stream(model: torch.nn.Module, stream: CodeStream) -> None:
     """Make ``stream`` a part of ``model``, Megatron's GPTModel or one chunk of it.
 
     Documents start where ``position_ids`` are zero, and where ``packed_seq_params`` say so: rows
     are never read across. Call it before the model is wrapped. No communication.
+
+    The model then raises ``ValueError`` for a call without token or position ids, and for one with
+    a cache of keys and values, which sees only the newest tokens.
     """
     model.code_stream = stream
     embedding = getattr(model, "embedding", None)
@@ -35,6 +40,11 @@ def _begin_microbatch(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dic
         raise ValueError(
             "a model with code memory needs input_ids and position_ids on every pipeline stage: "
             "rows are found by token ids before the first layer runs"
+        )
+    if any(given.get(name) is not None for name in CACHES):
+        raise ValueError(
+            "a model with code memory reads rows by earlier tokens of the same call; evaluate "
+            "whole sequences, without a cache of keys and values (inference_context)"
         )
     starts = position_ids == 0
     packed = given.get("packed_seq_params")

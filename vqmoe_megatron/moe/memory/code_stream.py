@@ -29,10 +29,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.config import CodeMemoryConfig
 from vqmoe_megatron.config.memory_codebooks import context_quantizer
+from vqmoe_megatron.moe.candidates import Candidates
 from vqmoe_megatron.moe.foreign_loop import follow
 from vqmoe_megatron.moe.memory.microbatches import Microbatches
-from vqmoe_megatron.moe.memory.rank_shares import gathered, spread
+from vqmoe_megatron.moe.memory.rank_shares import gathered
 from vqmoe_megatron.moe.memory.row_plan import RowPlaces, RowPlan, RowPlanner, sharing_group
+from vqmoe_megatron.moe.memory.vocabulary_round import Entries, moved_codes
 from vqmoe_megatron.moe.step_owner import StepOwner
 from vqmoe_megatron.vq import vocabulary_codes
 from vqmoe_megatron.vq.codebook import Codebook, code_perplexity
@@ -101,6 +103,9 @@ class CodeStream(KeepsFloat32, StepOwner):
         self._weight: tuple[torch.Tensor, ...] = ()  # this rank's rows of the embedding
         self._first_entry = 0
         self._pending: dict[str, torch.Tensor] | None = None
+        self.candidates = Candidates(
+            memory.num_context_codes, pg_collection, config.variable_seq_lengths
+        )
         self._steps_taken = StepsTaken()
         # With a code for every entry nothing is left to learn: entries are their own codes.
         num_codes = min(memory.num_codes, vocab_size)
@@ -192,16 +197,8 @@ class CodeStream(KeepsFloat32, StepOwner):
         self.step_tokens += count_ids(self._own(token_ids), self.step_tokens.numel())
         if contexts is not None and context_codes is not None:
             own = self._own(contexts)
-            tp, group = self.pg_collection.tp, self.pg_collection.tp_dp_cp
-            offered = None
-            if self.contexts.step_candidates is None and group.rank() < tp.size():
-                offered = spread(own.shape[0], self._num_own_candidates, own.device)
-            ids = self._own(context_codes).unsqueeze(1)
-            self.contexts.record(own, ids, offered)
-
-    @property
-    def _num_own_candidates(self) -> int:
-        return -(-self.memory.num_context_codes // self.pg_collection.tp.size())
+            positions = self.candidates.offer(own.shape[0], own.device)
+            self.contexts.record(own, self._own(context_codes).unsqueeze(1), positions)
 
     # 2. once per step
     @property
@@ -225,9 +222,9 @@ class CodeStream(KeepsFloat32, StepOwner):
     def gather(self) -> None:
         """Find the codes of the next step, of this step's embeddings; kept until it is applied.
 
-        Communicates over ``tp`` (all-gathers of ``[V]``, one all-reduce of ``[K, 2 H + 1]``) on the
-        first pipeline stage, and one broadcast per table over the pipeline group; after the freeze
-        not at all.
+        Communicates over ``tp`` (all-gathers of ``[V]``, all-reduces of ``[K, H + 1]`` and
+        ``[K, H]``) on the first pipeline stage, and one broadcast per table over the pipeline
+        group; after the freeze not at all.
         """
         if not self.moves or self.is_frozen:
             return
@@ -262,7 +259,8 @@ class CodeStream(KeepsFloat32, StepOwner):
         if self.groups and self.memory.codes == "random":
             ids = vocabulary_codes.assign(embeddings, codes)
         elif self.groups:
-            codes = self._moved_codes(embeddings, own)
+            mine = Entries(embeddings, self.share[own], ids, own.start)
+            codes = moved_codes(mine, codes, self.num_steps <= 1, tp)
             # Nothing was counted before the first step's end.
             found = vocabulary_codes.assign(embeddings, codes)
             ids = torch.where(self.share.sum() > 0, found, ids)
@@ -272,38 +270,17 @@ class CodeStream(KeepsFloat32, StepOwner):
             state["context_codes"] = self.contexts.codes.data[0].clone()
         return state
 
-    def _moved_codes(self, embeddings: torch.Tensor, own: slice) -> torch.Tensor:
-        tp = self.pg_collection.tp
-        weights = self.share[own]
-        found = vocabulary_codes.assess(embeddings, weights, self.code_of_token[own], self.codes)
-        # At first, when one step was counted, the most frequent entries become the codes.
-        starts = self.num_steps <= 1
-        errors = torch.where(starts, weights, found.errors)
-        errors = gathered(errors, tp)
-        sums = found.sums
-        torch.distributed.all_reduce(sums, group=tp)
-        weight_of_code = torch.where(starts, torch.zeros_like(sums[:, -1]), sums[:, -1])
-        chosen = vocabulary_codes.replacements(weight_of_code, errors)
-        vectors = vocabulary_codes.own_vectors(embeddings, chosen, own.start)
-        torch.distributed.all_reduce(vectors, group=tp)
-        return vocabulary_codes.moved_codes(self.codes, sums, chosen, vectors)
-
     def local_parts(self) -> list[torch.Tensor]:
         """Tokens seen ``[V]``, and of contexts what a codebook keeps; nothing once frozen."""
         if not self.is_source or self.is_frozen:
             return []
         parts = [self.step_tokens]
         if self.memory.num_context_codes:
-            parts += [self.contexts.step_count, self.contexts.step_total, self._candidates()]
+            contexts = self.contexts
+            like = contexts.step_total.new_empty(1, self.memory.context_dim)
+            offered = self.candidates.table(contexts.step_candidates, like)
+            parts += [contexts.step_count, contexts.step_total, offered]
         return parts
-
-    def _candidates(self) -> torch.Tensor:
-        """fp32 ``[M, 1, d]``, filled where this rank's contexts stand."""
-        tp, num = self.pg_collection.tp, self._num_own_candidates
-        table = self.contexts.step_total.new_zeros(num * tp.size(), 1, self.memory.context_dim)
-        if self.contexts.step_candidates is not None:
-            table[tp.rank() * num : (tp.rank() + 1) * num] = self.contexts.step_candidates
-        return table
 
     def scalars_of(self, parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
         """What tokens seen say of their codes, on the first stage."""
@@ -361,6 +338,7 @@ class CodeStream(KeepsFloat32, StepOwner):
         self._pending = None
         self.microbatches.clear()
         self.step_tokens.zero_()
+        self.candidates.clear()
         if self.is_source and self.memory.num_context_codes:
             self.contexts.clear_step()
 

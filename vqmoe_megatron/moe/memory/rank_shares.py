@@ -1,13 +1,8 @@
-"""Equal shares of ranks: joined, and of a rank's tokens."""
+"""Equal shares of ranks, joined."""
 
 from __future__ import annotations
 
 import torch
-
-
-def spread(num_tokens: int, num_places: int, device: torch.device) -> torch.Tensor:
-    """Evenly spread positions int64 ``[num_places]``."""
-    return torch.arange(num_places, device=device) * num_tokens // num_places
 
 
 def gathered(values: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:

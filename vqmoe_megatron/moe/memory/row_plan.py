@@ -72,6 +72,15 @@ class RowPlan:
         return sum(self.wanted_splits)
 
 
+@dataclass(frozen=True)
+class SortedReads:
+    """What T tokens read, in the order of owners."""
+
+    slots: torch.Tensor  # int64 [T * A], rising
+    is_new: torch.Tensor  # int64 [T * A], 1 where a slot is the first of its kind, else 0
+    ids: torch.Tensor  # int64 [T, A]: which distinct slot each read means
+
+
 class RowPlanner:
     """Makes plans; others count what they take from the data, or do without data."""
 
@@ -93,23 +102,27 @@ class RowPlanner:
             return RowPlan(slots, is_table=False)
         if gathers_table(exchange, slots.numel(), places.num_rows):
             return RowPlan(slots, is_table=True)
-        distinct, ids = self.distinct(slots, places)
-        owners = distinct // places.rows_per_rank
+        reads = self.sort(slots, places)
         counts = torch.zeros(num_ranks, dtype=torch.int64, device=rows.device)
-        counts = counts.index_add_(0, owners, torch.ones_like(owners))
+        counts = counts.index_add_(0, reads.slots // places.rows_per_rank, reads.is_new)
         received = torch.empty_like(counts)
         torch.distributed.all_to_all_single(received, counts, group=group)
         wanted_splits, asked_splits = self.read(torch.stack([counts, received]))
+        distinct = reads.slots.new_empty(sum(wanted_splits))
+        distinct = distinct.scatter_(0, reads.is_new.cumsum(dim=0) - 1, reads.slots)
         asked = distinct.new_empty(sum(asked_splits))
         torch.distributed.all_to_all_single(
             asked, distinct % places.rows_per_rank, asked_splits, wanted_splits, group=group
         )
-        return RowPlan(ids, False, asked, tuple(asked_splits), tuple(wanted_splits))
+        return RowPlan(reads.ids, False, asked, tuple(asked_splits), tuple(wanted_splits))
 
-    def distinct(self, slots: torch.Tensor, places: RowPlaces) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots int64 ``[T, A]`` -> distinct ones in rising order ``[U]``, and which of them each
-        read means ``[T, A]``."""
-        return torch.unique(slots, return_inverse=True)
+    def sort(self, slots: torch.Tensor, places: RowPlaces) -> SortedReads:
+        """Sort the slots int64 ``[T, A]``; torch.unique would wait for the host once more."""
+        ordered, order = slots.flatten().sort()
+        is_new = torch.cat([torch.ones_like(ordered[:1]), (ordered[1:] != ordered[:-1]).long()])
+        numbers = is_new.cumsum(dim=0) - 1
+        ids = torch.empty_like(numbers).scatter_(0, order, numbers).view_as(slots)
+        return SortedReads(ordered, is_new, ids)
 
     def read(self, counts: torch.Tensor) -> list[list[int]]:
         """int64 ``[2, W]``, rows wanted of and asked by every rank: the host synchronisation."""
