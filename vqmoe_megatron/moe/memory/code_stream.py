@@ -34,6 +34,7 @@ from vqmoe_megatron.moe.foreign_loop import follow
 from vqmoe_megatron.moe.memory.microbatches import Microbatches
 from vqmoe_megatron.moe.memory.rank_shares import gathered
 from vqmoe_megatron.moe.memory.row_plan import RowPlaces, RowPlan, RowPlanner, sharing_group
+from vqmoe_megatron.moe.memory.row_usage import RowUsage
 from vqmoe_megatron.moe.memory.vocabulary_round import Entries, moved_codes
 from vqmoe_megatron.moe.step_owner import StepOwner
 from vqmoe_megatron.vq import vocabulary_codes
@@ -47,6 +48,7 @@ from vqmoe_megatron.vq.search import nearest_code
 from vqmoe_megatron.vq.segment_sum import count_ids
 
 SHARE_DECAY = 0.99  # of how often each vocabulary entry is seen
+USED_TABLES = ("code_of_token", "context_table", "context_codes")  # by every stage
 MODEL_LEVEL = 0  # the layer number under which the stream's metrics are shown
 
 
@@ -118,7 +120,11 @@ class CodeStream(KeepsFloat32, StepOwner):
         self.register_buffer("code_of_token", codes)
         self.register_buffer("num_steps", torch.tensor(0, dtype=torch.int64))
         self.moves = memory.moves(vocab_size)
-        self.is_source = self.moves and leader is None and _is_first_stage()
+        is_first = leader is None and _is_first_stage()
+        self.is_source = self.moves and is_first
+        # Every stage plans the same rows; the first counts them. With codes=hidden layers do.
+        counts = is_first and memory.codes != "hidden"
+        self.row_usage = RowUsage(memory.num_addresses, memory.num_rows, None) if counts else None
         width = memory.context_dim
         if memory.num_context_codes:
             shape = memory.num_context_codes, width
@@ -145,7 +151,8 @@ class CodeStream(KeepsFloat32, StepOwner):
 
         Communicates as :meth:`RowPlanner.plan`; every rank of ``tp_ep`` must call it.
         """
-        if self.training and torch.is_grad_enabled():
+        is_trained = self.training and torch.is_grad_enabled()
+        if is_trained:
             follow(self, self.config)
             self.recorded()
         if self.memory.codes == "hidden":
@@ -158,9 +165,12 @@ class CodeStream(KeepsFloat32, StepOwner):
             flat = nearest_code(contexts.flatten(0, 1), self.context_codes)
             context_codes = flat.view_as(codes)
         rows = row_ids(codes, starts, self.memory.num_rows, self.memory.max_order, context_codes)
-        plan = self.plan(self._own(rows))
+        rows = self._own(rows)
+        plan = self.plan(rows)
         self.microbatches.begin(Tokens(starts, plan))
-        if self.training and torch.is_grad_enabled() and self.moves and not self.is_frozen:
+        if is_trained and self.row_usage is not None:
+            self.row_usage.record(rows, plan)
+        if is_trained and self.moves and not self.is_frozen:
             self._record(token_ids, contexts, context_codes)
 
     def plan(self, rows: torch.Tensor) -> RowPlan:
@@ -242,14 +252,11 @@ class CodeStream(KeepsFloat32, StepOwner):
         self._pending = state
 
     def _used(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        names = ("code_of_token", "context_table", "context_codes")
-        return {name: state[name] for name in names if name in state}
+        return {name: state[name] for name in USED_TABLES if name in state}
 
     def _empty_state(self) -> dict[str, torch.Tensor]:
-        names = ("code_of_token", "context_table", "context_codes")
-        return {
-            name: torch.empty_like(getattr(self, name)) for name in names if hasattr(self, name)
-        }
+        used = [name for name in USED_TABLES if hasattr(self, name)]
+        return {name: torch.empty_like(getattr(self, name)) for name in used}
 
     def _next_state(self) -> dict[str, torch.Tensor]:
         """One round of k-means on this rank's entries, and what contexts are compared in."""
@@ -271,10 +278,12 @@ class CodeStream(KeepsFloat32, StepOwner):
         return state
 
     def local_parts(self) -> list[torch.Tensor]:
-        """Tokens seen ``[V]``, and of contexts what a codebook keeps; nothing once frozen."""
+        """Reads of rows; and until codes are frozen tokens seen ``[V]``, and of contexts what a
+        codebook keeps."""
+        parts = [] if self.row_usage is None else self.row_usage.local_parts()
         if not self.is_source or self.is_frozen:
-            return []
-        parts = [self.step_tokens]
+            return parts
+        parts.append(self.step_tokens)
         if self.memory.num_context_codes:
             contexts = self.contexts
             like = contexts.step_total.new_empty(1, self.memory.context_dim)
@@ -283,10 +292,11 @@ class CodeStream(KeepsFloat32, StepOwner):
         return parts
 
     def scalars_of(self, parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What tokens seen say of their codes, on the first stage."""
+        """What reads say of rows, and tokens seen of their codes, on the first stage."""
+        scalars = {} if self.row_usage is None else self.row_usage.scalars_of(parts)
         if not self.is_source or self.is_frozen:
-            return {}
-        return self._scalars(next(parts))
+            return scalars
+        return scalars | self._scalars(next(parts))
 
     def _scalars(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         of_codes = torch.zeros(self.codes.shape[0], device=tokens.device)
@@ -299,10 +309,10 @@ class CodeStream(KeepsFloat32, StepOwner):
 
     def apply_parts(self, reduced: Iterator[torch.Tensor]) -> tuple[dict, ...]:
         """Take the step's shares and the codes that :meth:`gather` found."""
-        scalars: dict[str, torch.Tensor] = {}
+        scalars = {} if self.row_usage is None else self.row_usage.apply_parts(reduced)
         if self.moves and not self.is_frozen:
             if self.is_source:
-                scalars = self._apply_shares(reduced)
+                scalars |= self._apply_shares(reduced)
             if self._pending is not None:
                 if self.is_source:
                     changed = self._pending["code_of_token"] != self.code_of_token
@@ -332,6 +342,10 @@ class CodeStream(KeepsFloat32, StepOwner):
                 self.contexts.apply_step(StepStatistics(count, total, candidates))
         return scalars
 
+    def row_reads(self) -> torch.Tensor | None:
+        """Of all layers alike, on the first stage."""
+        return None if self.row_usage is None else self.row_usage.by_address()
+
     def clear_step(self) -> None:
         """Forget the step's counts, and the codes that were to follow. No communication."""
         super().clear_step()
@@ -339,6 +353,8 @@ class CodeStream(KeepsFloat32, StepOwner):
         self.microbatches.clear()
         self.step_tokens.zero_()
         self.candidates.clear()
+        if self.row_usage is not None:
+            self.row_usage.clear_step()
         if self.is_source and self.memory.num_context_codes:
             self.contexts.clear_step()
 
