@@ -124,13 +124,17 @@ class MemoryPath(Path):
         with self.side.fork():
             self._ahead = tokens.plan, self._fetch(tokens.plan)
 
-    def _fetch(self, plan: RowPlan) -> torch.Tensor:
+    def own_rows(self) -> torch.Tensor:
+        """What this rank's rows hold, ``[S, H]`` by slot; no communication."""
         own = self.values()
         if self.settings.values == "experts":
             num_experts, block = self.values.places.local_shape
             counts = torch.full((num_experts,), block, dtype=torch.int64, device=own.device)
             own = self.engine.evaluate(own, counts, block)
-        return fetch_rows(own, plan, self.stream.group)
+        return own
+
+    def _fetch(self, plan: RowPlan) -> torch.Tensor:
+        return fetch_rows(self.own_rows(), plan, self.stream.group)
 
     def _rows(self, plan: RowPlan) -> torch.Tensor:
         ahead, self._ahead = self._ahead, None
