@@ -10,7 +10,8 @@ import torch
 from vqmoe_megatron.checkpoint.layer_table import exported
 from vqmoe_megatron.config import CodeMemoryConfig
 from vqmoe_megatron.moe.layer import VQMoELayer
-from vqmoe_megatron.moe.memory.code_stream import USED_TABLES, CodeStream
+from vqmoe_megatron.moe.memory.code_search import USED_TABLES
+from vqmoe_megatron.moe.memory.code_stream import CodeStream
 from vqmoe_megatron.moe.memory.path import MemoryPath
 from vqmoe_megatron.vq.memory_tables import MemorySettings
 

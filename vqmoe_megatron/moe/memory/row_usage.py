@@ -1,7 +1,8 @@
 """How often each row of a code memory is read, counted in training.
 
 A addresses per token, M rows per address, R = A M rows, T local tokens of a microbatch, U distinct
-rows among those that they read. Row ``m A + a`` is row m of address a.
+rows among those that they read. Row r is row r // A of the address that reads it
+(``vq/row_addresses``); reads are kept address by address.
 
 Reads of a microbatch are added where its rows are planned, on the device; once per step they are
 summed over the replicas with everything else that the step's end sums, frozen codes or not. That is
@@ -34,7 +35,7 @@ class RowUsage(KeepsStatistics):
 
     def __init__(self, num_addresses: int, num_rows: int, device: torch.device | None) -> None:
         super().__init__()
-        self.num_addresses = num_addresses
+        self.num_addresses, self.num_rows = num_addresses, num_rows
         total = num_addresses * num_rows
         for name, size in (
             ("step_reads", total),
@@ -46,12 +47,13 @@ class RowUsage(KeepsStatistics):
 
     @torch.no_grad()
     def record(self, rows: torch.Tensor, plan: RowPlan) -> None:
-        """Count the reads int64 ``[T, A]`` of one trained microbatch, whose plan is ``plan``.
+        """Count the row ids int64 ``[T, A]`` that a trained microbatch reads by ``plan``.
 
         U is counted where the plan knows it on the host, in the form of rows. No communication, no
         host synchronisation.
         """
-        ids = rows.flatten()
+        address = torch.arange(self.num_addresses, device=rows.device)
+        ids = (rows // self.num_addresses + address * self.num_rows).flatten()
         self.step_reads.index_add_(0, ids, self.step_reads.new_ones(()).expand_as(ids))
         if plan.asked is not None:
             self.step_distinct[0] += float(plan.num_wanted)
@@ -84,7 +86,7 @@ class RowUsage(KeepsStatistics):
 
     def by_address(self) -> torch.Tensor:
         """The step's reads fp32 ``[A, M]``, a copy."""
-        return self.step_reads.view(-1, self.num_addresses).t().clone()
+        return self.step_reads.view(self.num_addresses, self.num_rows).clone()
 
     def clear_step(self) -> None:
         """Forget the step's reads."""
