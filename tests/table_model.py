@@ -28,8 +28,9 @@ def export_here(checkpoint: str, out: str) -> dict:
 
 
 def logits_here(recipe: str, overrides: list[str], tables: str) -> dict:
-    """Return fp32 logits [SEQUENCES, S, V] of real text: ``model``, ``tables``, and ``wrong`` with
-    the rows of every table in another order."""
+    """Return fp32 logits [SEQUENCES, S, V] of real text: ``model``, ``tables``, ``wrong`` with the
+    rows of every table in another order, and before that, ``wrong memory`` with those of the code
+    memory."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -39,6 +40,7 @@ def logits_here(recipe: str, overrides: list[str], tables: str) -> dict:
     from vqmoe_megatron.train.preflight import check_run
     from vqmoe_megatron.train.stop_requests import StopRequests
     from vqmoe_megatron.train.trainer import Trainer
+    from vqmoe_megatron.vq.memory_tables import load_code_memory
     from vqmoe_megatron.vq.table_layer import TableLayer, load_table_layer
 
     class InPlace(torch.nn.Module):
@@ -51,10 +53,15 @@ def logits_here(recipe: str, overrides: list[str], tables: str) -> dict:
             layer.paths, layer.gate = layer.paths[:1], OnePath()
 
         def forward(self, hidden_states, *_args, **_kwargs):
+            read = None
+            if memory is not None:
+                number, x = self.table.settings.layer_number, hidden_states.transpose(0, 1)
+                read = memory.adds(number, x, tokens, positions == 0)
+                read = None if read is None else read.transpose(0, 1)
             if self.continuous is None:
-                return self.table(hidden_states), None
+                return self.table(hidden_states, read), None
             y_continuous = self.continuous(hidden_states)[0]
-            return self.table.combine(hidden_states, y_continuous), None
+            return self.table.combine(hidden_states, y_continuous, read), None
 
     config = load_recipe(Path(recipe), overrides)
     trainer = Trainer(check_run(config, 1, "cpu"), StopRequests({}))
@@ -63,7 +70,9 @@ def logits_here(recipe: str, overrides: list[str], tables: str) -> dict:
     text = IndexedDataset(str(Path(config.data.path) / "valid"))
     tokens = torch.cat([torch.as_tensor(text[i], dtype=torch.int64) for i in range(len(text))])
     tokens = tokens[: SEQUENCES * seq_length].view(SEQUENCES, seq_length)
-    positions = torch.arange(seq_length).expand_as(tokens)
+    # A document ends in the middle of every sequence.
+    positions = torch.arange(seq_length).remainder(seq_length // 2 + 1).expand_as(tokens)
+    memory = load_code_memory(tables) if config.code_memory.is_on else None
 
     def logits() -> torch.Tensor:
         with torch.no_grad():
@@ -76,6 +85,12 @@ def logits_here(recipe: str, overrides: list[str], tables: str) -> dict:
         table = load_table_layer(Path(tables) / f"layer_{number:04d}.safetensors")
         block.mlp = InPlace(table, block.mlp)
     found["tables"] = logits()
+    if memory is not None:
+        for layer in memory.layers.values():
+            layer.rows.copy_(layer.rows.roll(1, dims=0))
+        found["wrong memory"] = logits()
+        for layer in memory.layers.values():
+            layer.rows.copy_(layer.rows.roll(-1, dims=0))
     for table in [m for m in model.modules() if isinstance(m, TableLayer)]:
         table.rows.copy_(table.rows.roll(1, dims=0))
     found["wrong"] = logits()

@@ -73,6 +73,7 @@ THIRD_PARTY_EXTRA = {
     "runtime/table_console.py": {"rich"},
     # reads safetensors; nothing else
     "vq/table_layer.py": {"safetensors"},
+    "vq/memory_tables.py": {"safetensors"},
 }
 FOREIGN_NAMES = {"utils", "dist", "types", "logging"}
 

@@ -11,6 +11,7 @@ from vqmoe_megatron.analysis.plots import (
     draw_combine_weights,
     draw_expert_load,
     draw_loss,
+    draw_row_reads,
     draw_run_plots,
     read_routing,
 )
@@ -36,6 +37,11 @@ def write_run(run_dir, with_vq=True):
         usage = np.zeros((NUM_LAYERS, NUM_SLICES, NUM_CODES), dtype=np.int64)
         usage[:, :, :4] = 5  # four codes used equally: perplexity 4
         arrays |= {"code_usage": usage, "combine_discrete_weight": np.full(NUM_LAYERS, 0.2)}
+        arrays |= {
+            "row_reads": np.array([[[5, 0, 9, 1], [1, 1, 1, 0]]]),
+            "row_reads_of": np.array([0]),
+            "row_addresses": np.array(["order 1", "order 2"]),
+        }
     np.savez(run_dir / "routing.npz", **arrays)
 
 
@@ -48,7 +54,7 @@ def png_size(path):
 def test_every_plot_of_a_vq_run_is_written(tmp_path):
     write_run(tmp_path)
     written = draw_run_plots(tmp_path)
-    names = ["loss", "expert_load", "code_usage", "combine_weights"]
+    names = ["loss", "expert_load", "code_usage", "combine_weights", "row_reads"]
     assert written == [tmp_path / "plots" / f"{name}.png" for name in names]
     for path in written:
         width, height = png_size(path)
@@ -60,8 +66,9 @@ def test_plots_without_their_input_are_skipped_with_a_reason(tmp_path, capsys):
     assert [path.stem for path in draw_run_plots(tmp_path)] == ["loss", "expert_load"]
     said = capsys.readouterr().out
     assert "code_usage skipped" in said and "combine_weights skipped" in said
+    assert "row_reads skipped: no row_reads in routing.npz (a run without code memory)" in said
     assert draw_run_plots(tmp_path / "nothing") == []
-    assert capsys.readouterr().out.count("skipped:") == 4
+    assert capsys.readouterr().out.count("skipped:") == 5
 
 
 def test_the_loss_plot_shows_the_records(tmp_path):
@@ -105,6 +112,22 @@ def test_the_combine_weights_are_one_curve_per_layer(tmp_path):
     assert labels == ["2: 0.100", "4: 0.200", "6: 0.300"]
 
 
+def test_the_row_curves_are_sorted_reads_of_each_address(tmp_path):
+    write_run(tmp_path)
+    routing = read_routing(tmp_path / "routing.npz")
+    axis = draw_row_reads(routing).axes[0]
+    assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
+    first, second = [line for line in axis.get_lines() if len(line.get_ydata())]
+    assert first.get_ydata()[:3].tolist() == [9, 5, 1] and np.isnan(first.get_ydata()[3])
+    assert list(first.get_xdata()) == [1, 2, 3, 4]
+    assert second.get_ydata()[:3].tolist() == [1, 1, 1]
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["order 1: 75.0%", "order 2: 75.0%"]
+    assert draw_row_reads(routing | {"row_reads": np.zeros((1, 2, 4))}).startswith("no row was")
+    two = routing | {"row_reads": np.concatenate([routing["row_reads"]] * 2)}
+    assert sum(bool(len(line.get_ydata())) for line in draw_row_reads(two).axes[0].get_lines()) == 4
+
+
 def test_many_layers_get_a_colour_bar_instead_of_a_legend():
     names = [f"vq/layer_{number:02d}/combine_discrete_weight" for number in range(1, 31)]
     figure = draw_combine_weights([{"iteration": 1} | dict.fromkeys(names, 0.5)])
@@ -117,6 +140,8 @@ def test_many_layers_get_a_colour_bar_instead_of_a_legend():
         {"expert_load": np.zeros(4)},
         {"code_usage": np.zeros((3, 8))},
         {"combine_discrete_weight": np.zeros(2)},
+        {"row_reads": np.ones((3, 2, 4)), "row_reads_of": np.array([0])},
+        {"row_reads": np.ones((1, 2, 4))},
     ],
 )
 def test_wrong_shapes_are_named(tmp_path, wrong):

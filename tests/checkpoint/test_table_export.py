@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from fast_tier import only
 from safetensors import safe_open
 from small_run import PARITY, ROOT, TINY, run_on
 from table_model import export_here, logits_here
 from typer.testing import CliRunner
 
 from vqmoe_megatron import registry
-from vqmoe_megatron.checkpoint.table_export import check_has_no_memory, check_has_table
+from vqmoe_megatron.checkpoint.table_export import check_has_table
 from vqmoe_megatron.checkpoint.table_folder import sha256
 from vqmoe_megatron.cli.export import export
-from vqmoe_megatron.config import CodeMemoryConfig, VQConfig
+from vqmoe_megatron.config import VQConfig
 
 pytestmark = pytest.mark.distributed
 
@@ -89,6 +90,51 @@ def test_bf16_tables_give_the_same_rounding(ranks, small_corpus, tmp_path):
     found = with_tables(ranks(1), small_corpus, tmp_path / "run", BF16, tmp_path / "tables")
     assert torch.equal(found["tables"], found["model"])
     assert relative_error(found["wrong"], found["model"]) > 1e-2
+
+
+MEMORY = ["code_memory.num_rows=64", "code_memory.num_codes=40", "code_memory.lr_mult=5"]
+MEMORIES = {
+    "contexts and gate, two slices, written at EP 2": (
+        2,
+        [
+            *DISCRETE, *MEMORY, "code_memory.num_context_codes=6", "code_memory.context_dim=8",
+            "code_memory.gate=token", "code_memory.layers=[2]",
+        ],
+    ),
+    "hidden states, dual": (
+        1, [*STEPS, *MEMORY, "code_memory.codes=hidden", "code_memory.max_order=2"],
+    ),
+    "rows that experts make, bf16": (
+        1, [*BF16, *MEMORY, "code_memory.values=experts", "code_memory.codes=tokens"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", only(MEMORIES, *list(MEMORIES)[:2]))
+def test_tables_and_memory_give_the_logits_of_the_checkpoint(name, ranks, small_corpus, tmp_path):
+    num_ranks, overrides = MEMORIES[name]
+    run_dir, out = tmp_path / "run", tmp_path / "tables"
+    run_on(ranks(num_ranks), small_corpus, run_dir, overrides, EP2 if num_ranks == 2 else {})
+    ranks(1).run(export_here, str(run_dir), str(out))
+    found = with_tables(ranks(1), small_corpus, run_dir, overrides, out)
+    # A gate's product is rounded by how tokens lie: batch first here, sequence first in the layer.
+    if "vq.path=discrete" in overrides and "code_memory.gate=token" not in overrides:
+        assert torch.equal(found["tables"], found["model"])
+    assert relative_error(found["tables"], found["model"]) < 1e-5
+    for wrong in ("wrong", "wrong memory"):
+        assert relative_error(found[wrong], found["model"]) > 1e-3
+    numbers = [2] if "code_memory.layers=[2]" in overrides else [1, 2]
+    index = json.loads((out / "tables.json").read_text())
+    assert index["code_memory_file"]["name"] == "code_memory.safetensors"
+    of_layers = [layer["code_memory_file"] for layer in index["layers"]]
+    names = [file["name"] for file in of_layers if file]
+    assert names == [f"memory_{number:04d}.safetensors" for number in numbers]
+    written = sorted(path.name for path in out.glob("*.safetensors"))
+    tables = ["layer_0001.safetensors", "layer_0002.safetensors"]
+    assert written == ["code_memory.safetensors", *tables, *names]
+    assert index["total_bytes"] == sum((out / name).stat().st_size for name in written)
+    for file in [index["code_memory_file"], *filter(None, of_layers)]:
+        assert file["sha256"] == sha256(out / file["name"])
 
 
 def test_the_index_describes_the_files(exported, discrete_run):
@@ -214,12 +260,6 @@ def test_every_mixed_input_is_refused_and_both_executions_are_not():
             check_has_table(VQConfig(expert_input=expert_input))
     for execution in ("auto", "tokens", "code_space"):
         check_has_table(VQConfig(execution=execution))
-
-
-def test_a_code_memory_is_refused_because_a_table_lacks_it():
-    check_has_no_memory(CodeMemoryConfig())
-    with pytest.raises(ValueError, match=r"code_memory\.num_rows=64: .* would be another model"):
-        check_has_no_memory(CodeMemoryConfig(num_rows=64))
 
 
 def test_one_of_several_ranks_is_refused(refused, discrete_run, tmp_path, monkeypatch):

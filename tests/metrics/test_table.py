@@ -130,4 +130,10 @@ def test_megatrons_log_lists_what_is_known_before_the_codebook_moves():
         "tokens_without_exact_expert": "moe/tokens_without_exact_expert",
         "tokens_with_one_exact_expert": "moe/tokens_with_one_exact_expert",
         "tokens_with_several_exact_experts": "moe/tokens_with_several_exact_experts",
+        "stream_perplexity": "code_memory/stream_perplexity",
+        "stream_codes_in_use": "code_memory/stream_codes_in_use",
+        "context_perplexity": "code_memory/context_perplexity",
+        "distinct_rows": "code_memory/distinct_rows",
+        "rows_in_use": "code_memory/rows_in_use",
+        "top_percent_reads": "code_memory/top_percent_reads",
     }

@@ -94,6 +94,9 @@ def three_paths(settings: dict, kind: str) -> dict:
         SharedExpert.is_weighed = True
         third, _ = alone(x)
         alone.paths, SharedExpert.is_weighed = paths, is_weighed
+    parts = iter([p.clone() for p in three.local_parts()])
+    three.scalars_of(parts)
+    assert not list(parts)  # every path takes its own, so that the next one finds its
     scalars, load, usage = three.apply_parts(iter([p.clone() for p in three.local_parts()]))
     return {
         "output": output.detach(),

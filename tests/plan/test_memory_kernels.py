@@ -34,11 +34,23 @@ def test_reads_are_gathered_once_per_address() -> None:
 def test_the_vocabulary_is_searched_on_the_first_chunk_until_the_freeze() -> None:
     assert "search of the vocabulary" in names()
     assert names(place=OTHER) == {"addresses"}
-    assert names("code_memory.freeze_after_steps=0") == {"addresses"}
+    frozen = {"addresses", "reads by row", "rows in use"}
+    assert names("code_memory.freeze_after_steps=0") == frozen
     (search,) = (
         k for k in stream_kernels(shape_of(), 384, FIRST) if k.name == "search of the vocabulary"
     )
     assert (search.phase, search.operations) == (STEP, 2 * 384 * 40 * 48)
+
+
+def test_reads_are_counted_by_the_first_chunk_or_by_layers_with_codes_of_their_own() -> None:
+    kernels = {kernel.name: kernel for kernel in stream_kernels(shape_of(), 384, FIRST)}
+    assert kernels["reads by row"].read_bytes == 16 * 3 * (8 + 2 * 4)
+    assert kernels["rows in use"].phase == STEP
+    assert kernels["rows in use"].written_bytes == 3 * 3 * 1024 * 4
+    of_layer = {kernel.name for kernel in memory_kernels(shape_of(), "cpu")}
+    assert "reads by row" not in of_layer
+    hidden = memory_kernels(shape_of("code_memory.codes=hidden"), "cpu")
+    assert {"reads by row", "rows in use"} <= {kernel.name for kernel in hidden}
 
 
 def test_distinct_rows_are_sorted_where_they_travel() -> None:

@@ -85,6 +85,24 @@ def test_codes_that_stay_send_nothing(frozen: str) -> None:
     assert sent(stream_terms(shape_of(*TP2, frozen), VOCAB, num_stages=3)) == []
 
 
+def statistics_bytes(*overrides: str) -> list[int]:
+    """Of an all-reduce over two replicas, which sends what it reduces; by stage."""
+    two = ["parallel.pipeline_model_parallel_size=2", "model.num_layers=2", *overrides]
+    config = recipe(two)
+    stages = step_wire(config, check_layout(config, 4, "cpu")).stages
+    return [
+        sum(t.sent_bytes for t in stage.terms if t.part == "codebook statistics")
+        for stage in stages
+    ]
+
+
+def test_reads_by_row_are_reduced_with_the_statistics_also_once_codes_are_frozen() -> None:
+    plain, of_rows = statistics_bytes(), (3 * 1024 + 2) * 4
+    for frozen in ("code_memory.freeze_after_steps=0", "code_memory.codes=tokens"):
+        assert statistics_bytes(*ROWS, frozen) == [plain[0] + of_rows, plain[1]]
+    assert statistics_bytes(*ROWS) == [plain[0] + of_rows + VOCAB * 4, plain[1]]
+
+
 def test_the_plan_says_that_its_rows_are_the_most() -> None:
     config = recipe([*ROWS, *EP2])
     said = " ".join(step_wire(config, check_layout(config, 2, "cpu")).assumptions)

@@ -65,7 +65,9 @@ def test_the_curve_is_that_of_one_rank(name, ranks, one_rank, stdlib_corpus, tmp
             for metric in {"loss", "grad_norm", "val/loss"} & set(theirs):
                 assert ours[metric] == pytest.approx(theirs[metric], rel=1e-6), metric
             of_stream = {metric for metric in theirs if metric.startswith("code_memory/")}
-            assert of_stream == {m for m in ours if m.startswith("code_memory/")}
+            others = {m for m in ours if m.startswith("code_memory/")} - of_stream
+            assert of_stream < set(ours)
+            assert all(m.endswith("/distinct_rows") for m in others)  # one rank does not know
             for metric in of_stream:
                 assert ours[metric] == pytest.approx(theirs[metric], rel=1e-5), metric
         assert result["streams"] == results[0]["streams"]

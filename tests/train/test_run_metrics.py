@@ -25,6 +25,7 @@ def layer(number: int, perplexity: float, revived: float) -> LayerStatistics:
         },
         expert_load=torch.tensor([1.0, 3.0]),
         code_usage=torch.tensor([[1.0, 2.0, 1.0]]),
+        row_reads=torch.tensor([[1.0, 0.0], [0.0, 1.0]]) if number == 3 else None,
     )
 
 
@@ -35,6 +36,8 @@ def test_window_sums_loads_and_revivals_and_keeps_the_latest_scalars() -> None:
     window.add([])  # a skipped step
     assert torch.equal(window.layers[1]["expert_load"], torch.tensor([2.0, 6.0]))
     assert torch.equal(window.layers[3]["code_usage"], torch.tensor([[2.0, 4.0, 2.0]]))
+    assert torch.equal(window.layers[3]["row_reads"], torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
+    assert "row_reads" not in window.layers[1]
     assert float(window.layers[1]["revived_codes"]) == 3.0
     assert float(window.layers[1]["code_perplexity"]) == 3.0
 
@@ -78,6 +81,19 @@ def test_routing_file(tmp_path: Path, has_codes: bool) -> None:
         assert arrays["layer_numbers"].tolist() == [2]
         assert arrays["expert_load"].tolist() == [[1.0, 3.0]]
         assert ("code_usage" in arrays) == has_codes
+
+
+def test_reads_of_rows_are_in_the_routing_file_with_their_layers_and_addresses(
+    tmp_path: Path,
+) -> None:
+    load = {"expert_load": np.array([1.0, 3.0]), "combine_discrete_weight": np.float64(0.25)}
+    reads = {"row_reads": np.array([[1.0, 2.0], [3.0, 0.0]])}
+    write_routing(tmp_path / "routing.npz", {0: reads, 1: load, 2: load}, ("order 1", "context"))
+    with np.load(tmp_path / "routing.npz", allow_pickle=False) as arrays:
+        assert arrays["layer_numbers"].tolist() == [1, 2]
+        assert arrays["row_reads"].tolist() == [reads["row_reads"].tolist()]
+        assert arrays["row_reads_of"].tolist() == [0]
+        assert arrays["row_addresses"].tolist() == ["order 1", "context"]
 
 
 def test_no_layers_write_no_file(tmp_path: Path) -> None:

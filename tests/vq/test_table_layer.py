@@ -168,8 +168,36 @@ def test_a_file_is_read_without_megatron(tmp_path):
     assert done.stdout.splitlines() == ["megatron is closed", "[[[2.0, 2.0], [0.0, 0.0]]]"]
 
 
+def test_the_memory_of_a_layer_is_added_and_never_forgotten():
+    x = torch.tensor([[9.0, 1.0], [-9.0, 1.0]])
+    memory = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    plain, layer = (
+        build(one_slice(), replace(ONE_SLICE, code_memory=memory)) for memory in ("none", "added")
+    )
+    assert torch.equal(layer(x, memory), plain(x) + memory)
+    tensors, settings = dual()
+    both = build(tensors, replace(settings, code_memory="added"))
+    alone = build(tensors, settings)
+    assert torch.equal(both.combine(x, x, memory), alone.combine(x, x) + memory)
+    for call in (lambda: layer(x), lambda: both.combine(x, x)):
+        with pytest.raises(ValueError, match="adds rows of a code memory: pass memory="):
+            call()
+    with pytest.raises(ValueError, match="has no code memory"):
+        plain(x, memory)
+    with pytest.raises(ValueError, match=r"output \[2, 2\] and memory \[1, 2\] differ"):
+        layer(x, memory[:1])
+
+
+def test_a_file_of_the_format_before_has_no_memory(tmp_path):
+    metadata = ONE_SLICE.as_metadata() | {"format_version": "1"}
+    del metadata["code_memory"]
+    save_file(one_slice(), tmp_path / "x.safetensors", metadata)
+    assert load_table_layer(tmp_path / "x.safetensors").settings == ONE_SLICE
+
+
 BROKEN = {
-    "version": (one_slice(), {"format_version": "2"}, "table format 2, this release reads 1"),
+    "version": (one_slice(), {"format_version": "3"}, "table format 3, this release reads 2"),
+    "memory illegal": (one_slice(), {"code_memory": "some"}, "code_memory='some'"),
     "foreign": (one_slice(), {"format_version": None}, "table format None"),
     "setting missing": (one_slice(), {"combine": None}, "lack combine"),
     "setting illegal": (one_slice(), {"quantizer": "fsq"}, "quantizer='fsq'"),

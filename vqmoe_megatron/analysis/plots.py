@@ -1,9 +1,11 @@
 """The plots of one run, drawn from ``metrics.jsonl`` and ``routing.npz`` into ``<run_dir>/plots``.
 
 Shapes in ``routing.npz`` (counts over the last logged interval): L routed layers, N experts,
-C code slices, K codes.
+C code slices, K codes; of a code memory A addresses, M rows each, read alike by all layers (Lr = 1,
+as layer 0) or by each of Lr layers with codes of its own.
     expert_load [L, N] tokens per expert        code_usage [L, C, K] tokens per code
     combine_discrete_weight [L] in [0, 1]       layer_numbers [L] Megatron's, 1-based
+    row_reads [Lr, A, M] reads per row          row_reads_of [Lr] layers, row_addresses [A] names
 
 Colours are safe for colour-blind readers: Okabe and Ito's set for up to 7 layers, the ``cividis``
 map by depth for more, ``PuOr`` for the heat map. A plot whose input is missing is skipped with a
@@ -32,6 +34,15 @@ ROUTING_DIMENSIONS = {
     "code_usage": 3,
     "combine_discrete_weight": 1,
     "layer_numbers": 1,
+    "row_reads": 3,
+    "row_reads_of": 1,
+    "row_addresses": 1,
+}
+# What the first axis of an array counts, where it is not ``layer_numbers``.
+COUNTED_BY = {
+    "row_reads": "row_reads_of",
+    "row_reads_of": "row_reads_of",
+    "row_addresses": "row_addresses",
 }
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 OKABE_ITO = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -56,6 +67,7 @@ def draw_run_plots(run_dir: str | Path) -> list[Path]:
         lambda: draw_expert_load(routing),
         lambda: draw_code_usage(routing),
         lambda: draw_combine_weights(records),
+        lambda: draw_row_reads(routing),
     ]
     written = []
     for path, draw in zip(map(run_dir.joinpath, PLOT_FILES), drawings, strict=True):
@@ -74,13 +86,13 @@ def read_routing(path: str | Path) -> dict[str, np.ndarray]:
     """Read ``routing.npz``; ``ValueError`` when an array has the wrong rank or number of layers."""
     with np.load(path, allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in ROUTING_DIMENSIONS if name in archive}
-    num_layers = len(arrays["layer_numbers"]) if "layer_numbers" in arrays else -1
     for name, array in arrays.items():
-        if array.ndim != ROUTING_DIMENSIONS[name] or len(array) != num_layers:
+        counted_by = COUNTED_BY.get(name, "layer_numbers")
+        size = len(arrays[counted_by]) if counted_by in arrays else -1
+        if array.ndim != ROUTING_DIMENSIONS[name] or len(array) != size:
             raise ValueError(
                 f"{path}: {name} has shape {list(array.shape)}; expected "
-                f"{ROUTING_DIMENSIONS[name]} dimensions, the first being the {num_layers} layers "
-                "of layer_numbers"
+                f"{ROUTING_DIMENSIONS[name]} dimensions, the first being the {size} of {counted_by}"
             )
     return arrays
 
@@ -204,6 +216,47 @@ def draw_combine_weights(records: Records) -> Figure | str:
     axis.set_ylim(bottom=0)
     _style(axis)
     _name_layers(figure, axis, np.array(numbers), "layer: last weight")
+    return figure
+
+
+def draw_row_reads(routing: Routing) -> Figure | str:
+    """Draw how often the rows of each address were read, most read first, both axes logarithmic.
+
+    A straight line is a power law, as of words; a line that ends early leaves rows unread. With
+    codes of hidden states each address has a line for every layer.
+    """
+    if "row_reads" not in routing or not routing["row_reads"].size:
+        return f"no row_reads in {ROUTING_FILE} (a run without code memory)"
+    reads = routing["row_reads"].astype(np.float64)
+    if not reads.sum():
+        return "no row was read in the last interval"
+    num_layers, num_addresses, num_rows = reads.shape
+    if len(routing.get("row_addresses", ())) != num_addresses:
+        return f"row_addresses of {ROUTING_FILE} do not name the {num_addresses} of row_reads"
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axis: Axes = figure.subplots()
+    rank = np.arange(1, num_rows + 1)
+    for number, name in enumerate(routing["row_addresses"]):
+        colour = _layer_colour(number, num_addresses)
+        for of_layer in reads[:, number]:
+            ordered = np.sort(of_layer)[::-1]
+            axis.plot(rank, np.where(ordered > 0, ordered, np.nan), color=colour, linewidth=1.4)
+        used = float((reads[:, number] > 0).mean())
+        axis.plot([], [], color=colour, label=f"{name}: {used:.1%}")
+    layers = "the model" if num_layers == 1 else f"{num_layers} layers"
+    axis.set_title(f"reads of {num_rows:,} rows per address, {layers}", fontsize=11)
+    axis.set(xlabel="row, most read first", ylabel="reads", xscale="log", yscale="log")
+    axis.set_xlim(0.9, num_rows * 1.1)
+    axis.grid(True, color="0.9", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines["right"].set_visible(False)
+    axis.legend(
+        title="address: rows read",
+        frameon=False,
+        fontsize=9,
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),
+    )
     return figure
 
 

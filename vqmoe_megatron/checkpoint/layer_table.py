@@ -62,10 +62,12 @@ def layer_table(layer: VQMoELayer, iteration: int) -> tuple[dict[str, torch.Tens
         layer_number=layer.layer_number,
         iteration=iteration,
         computed_in=str(dtype).removeprefix("torch."),
+        code_memory="added" if layer.memory is not None else "none",
     )
-    return {name: _exported(tensor) for name, tensor in tensors.items()}, settings
+    return {name: exported(tensor) for name, tensor in tensors.items()}, settings
 
 
-def _exported(tensor: torch.Tensor) -> torch.Tensor:
+def exported(tensor: torch.Tensor) -> torch.Tensor:
+    """As files hold it: on the CPU, in fp32 (fp64 for fp64)."""
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return tensor.detach().to("cpu", dtype).contiguous()

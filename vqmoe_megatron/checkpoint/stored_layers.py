@@ -15,16 +15,22 @@ from pathlib import Path
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.checkpoint.content import readable
 from vqmoe_megatron.checkpoint.state import FORMAT_VERSION
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.engines.megatron.model import build_transformer_config
 from vqmoe_megatron.moe.layer import VQMoELayer
+from vqmoe_megatron.moe.memory.code_stream import CodeStream
+from vqmoe_megatron.moe.memory.path import LayerMemory
 from vqmoe_megatron.moe.spec import get_vqmoe_layer_spec
 from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.parameters import padded_vocab_size
 
+STREAM_PREFIX = "code_stream."
 CODES = re.compile(r"^(decoder\.layers\.(?:(\d+)\.)?mlp\.)assigner\.codebook\.codes$")
 
 
@@ -73,22 +79,55 @@ def stored_layers(
     places = layer_places(names, config.model.num_layers)
     if not places:
         raise ValueError(f"{folder} holds no layer with codes (decoder.layers.*.assigner.codebook)")
-    # Trained in fp8 or not, weights are stored in bf16 or fp32.
-    transformer = build_transformer_config(
-        replace(config, model=replace(config.model, fp8=None)), layout
-    )
-    transformer.perform_initialization = False  # every value is loaded
+    transformer = _transformer_config(config, layout)
+    stream = _new_stream(config, transformer)
+    memory = stream and LayerMemory(config.code_memory, stream, config.train.seed)
     # However it was trained: with one expert input per code both executions are the same function.
     vq = replace(config.vq, execution="code_space", table_per_step=False, overlap_table=False)
     spec = get_vqmoe_layer_spec(transformer, vq, config.train.seed).submodules.mlp
     for number, place in places.items():
-        layer = build_module(spec, config=transformer, layer_number=number)
+        carried = memory if config.code_memory.carries(number) else None
+        layer = build_module(spec, config=transformer, layer_number=number, memory=carried)
         _load(layer, folder, place, set(names))
         layer.eval()
         yield layer
 
 
-def _load(layer: VQMoELayer, folder: Path, place: LayerPlace, stored: set[str]) -> None:
+def stored_stream(
+    folder: Path, config: RunConfig, layout: ParallelLayout, names: list[str]
+) -> CodeStream | None:
+    """Build and load the model's stream of codes; None without a code memory.
+
+    Args and what it communicates as :func:`stored_layers`.
+
+    Raises:
+        ValueError: for tensors that are not there, or a vocabulary of unknown size.
+    """
+    stream = _new_stream(config, _transformer_config(config, layout))
+    if stream is not None:
+        _load(stream, folder, LayerPlace(STREAM_PREFIX, ()), set(names))
+    return stream
+
+
+def _new_stream(config: RunConfig, transformer: TransformerConfig) -> CodeStream | None:
+    if not config.code_memory.is_on:
+        return None
+    vocab_size, groups = padded_vocab_size(config.model), get_default_pg_collection()
+    return CodeStream(transformer, config.code_memory, vocab_size, groups, config.train.seed)
+
+
+def _transformer_config(config: RunConfig, layout: ParallelLayout) -> TransformerConfig:
+    """Of one rank, on which every value is loaded."""
+    # Trained in fp8 or not, weights are stored in bf16 or fp32.
+    unquantized = replace(config, model=replace(config.model, fp8=None))
+    transformer = build_transformer_config(unquantized, layout)
+    transformer.perform_initialization = False
+    return transformer
+
+
+def _load(
+    layer: VQMoELayer | CodeStream, folder: Path, place: LayerPlace, stored: set[str]
+) -> None:
     wanted = layer.sharded_state_dict(place.prefix, place.offsets)
     lacking = sorted({part.key for part in wanted.values()} - stored)
     if lacking:

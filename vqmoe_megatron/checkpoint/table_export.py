@@ -2,7 +2,8 @@
 
 1. The checkpoint is found and judged by its files alone: complete, ours, and with a table to write.
 2. This process becomes a world of one rank.
-3. Layer by layer: load, evaluate every code row once, write.
+3. Layer by layer: load, evaluate every code row once, write; with a code memory also its rows, and
+   once for the model the codes of tokens.
 4. The folder gets its index and its name.
 
 Megatron is imported in 2 and later, after the CPU has been made fit for it.
@@ -22,14 +23,9 @@ from vqmoe_megatron.checkpoint.table_folder import (
     TableFile,
     write_index,
     write_table,
+    write_tensors,
 )
-from vqmoe_megatron.config import (
-    CodeMemoryConfig,
-    ModelConfig,
-    ParallelConfig,
-    RunConfig,
-    VQConfig,
-)
+from vqmoe_megatron.config import ModelConfig, ParallelConfig, RunConfig, VQConfig
 from vqmoe_megatron.config.recipe import load_saved_recipe
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
@@ -43,6 +39,7 @@ from vqmoe_megatron.runtime.world import (
     leave_world,
 )
 from vqmoe_megatron.vq.codebook import Codebook
+from vqmoe_megatron.vq.memory_tables import CODES_FILE
 from vqmoe_megatron.vq.table_layer import TABLE_FORMAT_VERSION
 
 
@@ -55,6 +52,8 @@ class ExportedLayer:
     num_rows: int  # C * K
     expert_bytes: int  # of the layer's expert parameters, in the dtype they have
     replaced_expert_bytes: int  # of them, what inference with the table does without
+    memory: TableFile | None  # rows of its code memory
+    num_memory_rows: int  # in it
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,13 @@ class Export:
     iteration: int
     path: str  # discrete or dual
     layers: list[ExportedLayer]
+    codes: TableFile | None  # by which a code memory finds rows; None without one
+
+    @property
+    def files(self) -> list[TableFile]:
+        """All of them."""
+        of_layers = [file for layer in self.layers for file in (layer.file, layer.memory) if file]
+        return [*of_layers, self.codes] if self.codes else of_layers
 
 
 def export_tables(checkpoint: Path, out: Path) -> Export:
@@ -79,13 +85,12 @@ def export_tables(checkpoint: Path, out: Path) -> Export:
 
     Raises:
         ValueError: when there is no usable checkpoint, it has no table, ``out`` is not new, or this
-            is one of several ranks, or the model has a code memory.
+            is one of several ranks.
     """
     contents = inspect_checkpoint(checkpoint)
     config = load_saved_recipe(Path(contents.folder) / CONFIG_FILE)
     check_has_table(config.vq)
     refuse_shared_expert(config.model)
-    check_has_no_memory(config.code_memory)
     check_new_folder(out)
     with _world_of_one(config) as layout, new_folder(out) as partial:
         return write_tables(contents, config, layout, partial, out)
@@ -128,16 +133,6 @@ def refuse_shared_expert(model: ModelConfig) -> None:
         )
 
 
-def check_has_no_memory(memory: CodeMemoryConfig) -> None:
-    """Raise ``ValueError`` for a code memory, which an exported table would leave out."""
-    if memory.is_on:
-        raise ValueError(
-            f"code_memory.num_rows={memory.num_rows}: layers add rows of a code memory to what "
-            "their table says, and an exported folder holds tables alone, so what it computes "
-            "would be another model; tables exist for code_memory.num_rows=0"
-        )
-
-
 def write_tables(
     contents: CheckpointContents,
     config: RunConfig,
@@ -147,11 +142,20 @@ def write_tables(
 ) -> Export:
     """Write all layers' files and the index into ``partial``, in a world of one rank."""
     from vqmoe_megatron.checkpoint.layer_table import layer_table
-    from vqmoe_megatron.checkpoint.stored_layers import stored_layers
+    from vqmoe_megatron.checkpoint.memory_table import memory_codes, memory_rows
+    from vqmoe_megatron.checkpoint.stored_layers import stored_layers, stored_stream
 
-    layers, settings = [], None
-    names = [tensor.name for tensor in contents.tensors]
-    for layer in stored_layers(Path(contents.folder), config, layout, names):
+    layers, settings, codes = [], None, None
+    folder, names = Path(contents.folder), [tensor.name for tensor in contents.tensors]
+    if (stream := stored_stream(folder, config, layout, names)) is not None:
+        tensors, of_codes = memory_codes(stream, contents.iteration)
+        codes = write_tensors(partial / CODES_FILE, tensors, of_codes.as_metadata())
+    for layer in stored_layers(folder, config, layout, names):
+        memory, rows = None, {}
+        if (of_memory := memory_rows(layer, contents.iteration)) is not None:
+            rows, of_rows = of_memory
+            path = partial / f"memory_{layer.layer_number:04d}.safetensors"
+            memory = write_tensors(path, rows, of_rows.as_metadata())
         tensors, settings = layer_table(layer, contents.iteration)
         file = write_table(partial, layer.layer_number, tensors, settings.as_metadata())
         expert_bytes = sum(p.numel() * p.element_size() for p in layer.experts.parameters())
@@ -163,9 +167,11 @@ def write_tables(
                 num_rows=tensors["table"].shape[0],
                 expert_bytes=expert_bytes,
                 replaced_expert_bytes=expert_bytes if is_replaced else 0,
+                memory=memory,
+                num_memory_rows=rows["rows"].shape[0] if memory else 0,
             )
         )
-    export = Export(out, contents.folder, contents.iteration, settings.path, layers)
+    export = Export(out, contents.folder, contents.iteration, settings.path, layers, codes)
     write_index(partial, _index(export, contents, config))
     return export
 
@@ -181,7 +187,9 @@ def _index(export: Export, contents: CheckpointContents, config: RunConfig) -> d
         },
         "model": contents.model,
         "vq": asdict(config.vq),
-        "total_bytes": sum(layer.file.num_bytes for layer in export.layers),
+        "code_memory": asdict(config.code_memory),
+        "code_memory_file": None if export.codes is None else asdict(export.codes),
+        "total_bytes": sum(file.num_bytes for file in export.files),
         "replaced_expert_bytes": sum(layer.replaced_expert_bytes for layer in export.layers),
         "layers": [
             {"layer": layer.layer, "file": layer.file.name, "sha256": layer.file.sha256}
@@ -189,6 +197,7 @@ def _index(export: Export, contents: CheckpointContents, config: RunConfig) -> d
             | {"expert_bytes": layer.expert_bytes}
             | {"replaced_expert_bytes": layer.replaced_expert_bytes}
             | {"tensors": {name: asdict(part) for name, part in layer.file.tensors.items()}}
+            | {"code_memory_file": None if layer.memory is None else asdict(layer.memory)}
             for layer in export.layers
         ],
     }

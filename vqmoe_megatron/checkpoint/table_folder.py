@@ -1,6 +1,7 @@
 """The folder that ``vqmoe export --tables`` writes: complete, or not there.
 
 - ``layer_0001.safetensors``, ...: one file per layer, numbered from 1 over the whole model
+- ``code_memory.safetensors`` and ``memory_0001.safetensors``, ...: of models with a code memory
 - ``tables.json``: the index, with sizes and checksums
 
 Written into ``NAME.<random>.incomplete`` beside it and renamed (own_outputs.new_folder).
@@ -52,7 +53,13 @@ def write_table(
     Raises:
         ValueError: when it cannot be written, for instance on a full disk.
     """
-    path = folder / f"layer_{layer_number:04d}.safetensors"
+    return write_tensors(folder / f"layer_{layer_number:04d}.safetensors", tensors, metadata)
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
+) -> TableFile:
+    """Write CPU tensors into a new file and describe it; ``ValueError`` as :func:`write_table`."""
     with said_as_refusal(path, SafetensorError):
         save_file(tensors, path, metadata)
         return TableFile(

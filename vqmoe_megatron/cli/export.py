@@ -33,7 +33,8 @@ def export(
 
     Needs vq.expert_input=code and vq.path=discrete or dual. One process;
     reads one layer at a time. In Python, load_table_layer of
-    vqmoe_megatron.vq.table_layer reads a file back, without Megatron.
+    vqmoe_megatron.vq.table_layer reads a file back, without Megatron, and
+    load_code_memory of vqmoe_megatron.vq.memory_tables a code memory.
 
     Example: vqmoe export runs/quickstart --tables exports/quickstart
     """
@@ -54,8 +55,13 @@ def print_export(written: Export, stream: TextIO) -> None:
         sizes = (layer.num_rows, layer.file.num_bytes, layer.expert_bytes)
         row = (layer.layer, *sizes, layer.replaced_expert_bytes)
         table.add_row(layer.file.name, *(f"{value:,}" for value in row))
+        if layer.memory is not None:
+            sizes = (layer.layer, layer.num_memory_rows, layer.memory.num_bytes)
+            table.add_row(layer.memory.name, *(f"{value:,}" for value in sizes))
+    if written.codes is not None:
+        table.add_row(written.codes.name, "", "", f"{written.codes.num_bytes:,}")
     console.print(table)
-    total_bytes = sum(layer.file.num_bytes for layer in written.layers)
+    total_bytes = sum(file.num_bytes for file in written.files)
     replaced_bytes = sum(layer.replaced_expert_bytes for layer in written.layers)
     in_place_of = f" in place of {replaced_bytes:,} bytes of experts" if replaced_bytes else ""
     console.print(

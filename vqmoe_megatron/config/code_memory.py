@@ -80,6 +80,12 @@ class CodeMemoryConfig:
         return self.max_order + (CONTEXT_ADDRESSES if self.num_context_codes else 0)
 
     @property
+    def address_names(self) -> tuple[str, ...]:
+        """Of the A addresses, in their order; by the number of successive codes."""
+        orders = tuple(f"order {order}" for order in range(1, self.max_order + 1))
+        return orders + (("context", "context and code") if self.num_context_codes else ())
+
+    @property
     def rows_per_layer(self) -> int:
         """A * M."""
         return self.num_addresses * self.num_rows

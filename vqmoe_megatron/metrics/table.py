@@ -81,6 +81,15 @@ OUR_METRICS: tuple[Metric, ...] = (
         "share of vocabulary entries whose code the step changed", "1", needs_update=True),
     LayerMetric("code_memory/stream_frozen",
         "1 once codes stay as they are (code_memory.freeze_after_steps)", "1", needs_update=True),
+    LayerMetric("code_memory/distinct_rows",
+        "distinct rows that a rank's microbatch reads, mean over the step's microbatches and "
+        "ranks; known where rows travel (code_memory.exchange); one for the model, shown as layer "
+        "0, with code_memory.codes=hidden of each layer", "rows"),
+    LayerMetric("code_memory/rows_in_use",
+        "share of rows that were read at least once since the process began", "1",
+        console_format=".3f"),
+    LayerMetric("code_memory/top_percent_reads",
+        "share of all reads since the process began that fell on the 1 % most read rows", "1"),
     LayerMetric("vq/codes_in_use",
         "codes that had at least a tenth of uniform usage lately (moving average of vq.ema_decay, "
         "since the process began, not reset by revival, going on in frozen codebooks)", "codes",

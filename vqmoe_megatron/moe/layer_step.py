@@ -70,6 +70,11 @@ class LayerStep(StepOwner):
             usages += usage
         return scalars, load.clone(), next(iter(usages), None)
 
+    def row_reads(self) -> torch.Tensor | None:
+        """Of the path that counts them, a memory by codes of hidden states."""
+        found = (path.row_reads() for path in self.paths)
+        return next((reads for reads in found if reads is not None), None)
+
     def clear_step(self) -> None:
         """Forget the step: loads, and what the paths kept and recorded."""
         super().clear_step()

@@ -91,6 +91,10 @@ class Path(ABC):
         codes."""
         return {}, []
 
+    def row_reads(self) -> torch.Tensor | None:
+        """As :meth:`StepOwner.row_reads`."""
+        return None
+
     def clear_step(self) -> None:
         """Forget the step."""
 

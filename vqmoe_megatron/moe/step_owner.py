@@ -29,6 +29,7 @@ class LayerStatistics:
     scalars: dict[str, torch.Tensor]  # fp32 scalars by metric name, without prefix
     expert_load: torch.Tensor | None  # fp32 [N] rows per expert; None for a bare VQRouter
     code_usage: torch.Tensor | None  # fp32 [C, K] tokens per code; None without a codebook
+    row_reads: torch.Tensor | None = None  # fp32 [A, M] of a code memory, by address and row
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,11 @@ class StepOwner(KeepsStatistics):
     def apply_parts(self, reduced: Iterator[torch.Tensor]) -> tuple[dict, ...]:
         """Move by the reduced sums; return scalars, expert load and code usage, as copies."""
 
+    def row_reads(self) -> torch.Tensor | None:
+        """Reads of a code memory's rows fp32 ``[A, M]`` that the step's reduced sums hold, a copy;
+        None where none are counted."""
+        return None
+
     def _load_from_state_dict(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
         super()._load_from_state_dict(*args, **kwargs)
         self.clear_step()  # of the weights that were
@@ -101,9 +107,10 @@ class StepOwner(KeepsStatistics):
     def apply_sums(self) -> LayerStatistics:
         """Take the step that ``sums`` describe, and clear it. No communication."""
         scalars, load, usage = self.apply_parts(iter(self.sums.parts))
+        reads = self.row_reads()
         self.clear_step()
         self.has_ended_a_step = True
-        return LayerStatistics(self.layer_number, scalars, load, usage)
+        return LayerStatistics(self.layer_number, scalars, load, usage, reads)
 
 
 def step_owners(model: list[torch.nn.Module]) -> list[StepOwner]:

@@ -34,6 +34,9 @@ HASH_LAUNCHES = 20  # per address
 PLAN_LAUNCHES = 30
 VOCABULARY_PASSES = (8, 5)  # over [V / TP, H] besides the search: weighed, summed, differences
 VOCABULARY_LAUNCHES = 60
+COUNT_LAUNCHES = 4  # of a microbatch's reads
+USAGE_PASSES = (6, 3)  # over [R] in fp32, once per step: summed, the most read ones found, copied
+USAGE_LAUNCHES = 20
 
 
 def memory_kernels(shape: MemoryShape, device: str) -> Iterator[Kernel]:
@@ -59,6 +62,7 @@ def memory_kernels(shape: MemoryShape, device: str) -> Iterator[Kernel]:
     if shape.memory.codes == "hidden":
         yield from search_kernels(shape.hidden_layer, device)
         yield from _plan(shape)
+        yield from _usage(shape, BACKWARD)
 
 
 def _gate(shape: MemoryShape) -> Iterator[Kernel]:
@@ -89,6 +93,8 @@ def stream_kernels(shape: MemoryShape, vocab_size: int, place: ChunkPlace) -> It
     if memory.codes == "hidden":
         return
     yield from _plan(shape)
+    if place.is_first:
+        yield from _usage(shape, FORWARD)
     if memory.num_context_codes:
         vectors = shape.num_tokens * memory.context_dim * FP32_BYTES
         codes = memory.num_context_codes * memory.context_dim * FP32_BYTES
@@ -110,6 +116,18 @@ def stream_kernels(shape: MemoryShape, vocab_size: int, place: ChunkPlace) -> It
     yield moved(
         PART, "means of the vocabulary", STEP, reads * table, writes * table, VOCABULARY_LAUNCHES
     )
+
+
+def _usage(shape: MemoryShape, phase: str) -> Iterator[Kernel]:
+    """Reads by row (``moe/memory/row_usage.py``): of a microbatch, and at the end of the step."""
+    counted = shape.num_reads * FP32_BYTES
+    yield moved(
+        PART, "reads by row", phase,
+        shape.num_reads * ID_BYTES + 2 * counted, counted, COUNT_LAUNCHES,
+    )  # fmt: skip
+    reads, writes = USAGE_PASSES
+    table = shape.memory.rows_per_layer * FP32_BYTES
+    yield moved(PART, "rows in use", STEP, reads * table, writes * table, USAGE_LAUNCHES)
 
 
 def _plan(shape: MemoryShape) -> Iterator[Kernel]:

@@ -124,6 +124,11 @@ class MemoryShape:
         return self.memory.groups_entries(self.vocab_size)
 
     @property
+    def num_usage_sums(self) -> int:
+        """Of ``moe/memory/row_usage.py``: reads of every row, distinct rows, and plans."""
+        return self.memory.rows_per_layer + 2
+
+    @property
     def num_context_candidates(self) -> int:
         """Contexts that are offered per step to replace dead codes."""
         return min(self.memory.num_context_codes, MAX_CANDIDATES)

@@ -4,6 +4,9 @@ V vocabulary (padded), K codes, d width of contexts, H hidden size. A stream on 
 codes of the vocabulary int64 [V], a step's tokens fp32 [V], the count of steps; with contexts
 their vectors [V, d] and codes; the first chunk of the first stage besides the codes [K, H], how
 often each entry is seen [V], the contexts' codebook and its projection [H, d].
+
+Reads by row, of the step and since the process began, with two sums of distinct rows: on the first
+chunk of the first stage, with codes of hidden states in every layer that carries memory.
 """
 
 from __future__ import annotations
@@ -30,8 +33,13 @@ def memory_buffer_bytes(config: RunConfig, layout: ParallelLayout, places: list[
     shape = MemoryShape.from_config(config, layout)
     total = sum(_stream_bytes(config, shape, place) for place in places)
     if memory.codes == "hidden":
-        total += num_memory_layers(config, places) * assigner_bytes(shape.hidden_layer)
+        of_layer = assigner_bytes(shape.hidden_layer) + _usage_bytes(shape)
+        total += num_memory_layers(config, places) * of_layer
     return total
+
+
+def _usage_bytes(shape: MemoryShape) -> int:
+    return (shape.num_usage_sums + shape.memory.rows_per_layer) * FP32_BYTES
 
 
 def _stream_bytes(config: RunConfig, shape: MemoryShape, place: ChunkPlace) -> int:
@@ -40,6 +48,8 @@ def _stream_bytes(config: RunConfig, shape: MemoryShape, place: ChunkPlace) -> i
     total = vocab * (ID_BYTES + FP32_BYTES) + ID_BYTES
     if num_contexts:
         total += (vocab + num_contexts) * width * FP32_BYTES
+    if place.is_first and memory.codes != "hidden":
+        total += _usage_bytes(shape)
     if not (memory.moves(vocab) and place.is_first):
         return total
     hidden = config.model.hidden_size

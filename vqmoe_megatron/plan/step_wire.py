@@ -200,17 +200,22 @@ def _codebook_elements(layer: LayerShape) -> int:
 
 
 def _memory_elements(config: RunConfig, layout: ParallelLayout, stage: int) -> int:
-    """Of a code memory: codebooks of hidden states; on the first stage, until codes are frozen,
-    tokens seen [V] and of contexts usage [Kc], sums [Kc, d] and candidates [M, d]."""
+    """Of a code memory: reads by row, and two sums of distinct rows; codebooks of hidden states; on
+    the first stage, until codes are frozen, tokens seen [V] and of contexts usage [Kc], sums
+    [Kc, d] and candidates [M, d]."""
     memory, shape = config.code_memory, MemoryShape.from_config(config, layout)
     if memory.codes == "hidden":
         places = chunk_places(config.model, layout, stage)
-        return num_memory_layers(config, places) * _codebook_elements(shape.hidden_layer)
-    if stage or not shape.moves:
+        of_layer = shape.num_usage_sums + _codebook_elements(shape.hidden_layer)
+        return num_memory_layers(config, places) * of_layer
+    if stage:
         return 0
+    if not shape.moves:
+        return shape.num_usage_sums
     contexts = memory.num_context_codes
     of_contexts = contexts + (contexts + shape.num_context_candidates) * memory.context_dim
-    return padded_vocab_size(config.model) + (of_contexts if contexts else 0)
+    tokens = padded_vocab_size(config.model)
+    return shape.num_usage_sums + tokens + (of_contexts if contexts else 0)
 
 
 def _stream_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[Term]:

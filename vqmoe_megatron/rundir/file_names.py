@@ -8,9 +8,10 @@ LOCK_FILE = ".lock"  # held by rank 0 of a run for its life
 METRICS_FILE = "metrics.jsonl"
 SYSTEM_METRICS_FILE = "system_metrics.jsonl"  # the machine's load, of the same form
 BAD_BATCHES_FILE = "bad_batches.jsonl"  # one line for every step that was not finite
-ROUTING_FILE = "routing.npz"  # expert load and code usage of the last logged steps
+ROUTING_FILE = "routing.npz"  # expert load, code usage, row reads of the last logged steps
 PLOT_FILES = tuple(
-    f"plots/{name}.png" for name in ("loss", "expert_load", "code_usage", "combine_weights")
+    f"plots/{name}.png"
+    for name in ("loss", "expert_load", "code_usage", "combine_weights", "row_reads")
 )
 MLFLOW_FILE = "mlflow.json"
 CHECKPOINTS_DIR = "checkpoints"

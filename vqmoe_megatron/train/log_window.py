@@ -78,7 +78,8 @@ class LogWindow:
         layers = gather_layers(self._layers)
         if torch.distributed.get_rank() == 0:
             try:
-                write_routing(self.run.run_dir.routing, layers)
+                addresses = config.code_memory.address_names
+                write_routing(self.run.run_dir.routing, layers, addresses)
             except OSError as error:  # it is for plots only
                 print(f"routing.npz could not be written: {error}; training goes on", flush=True)
         return {

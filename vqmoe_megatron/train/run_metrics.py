@@ -6,6 +6,7 @@ L MoE layers over all pipeline stages, N experts, C code slices, K codes per sli
 from __future__ import annotations
 
 import resource
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from vqmoe_megatron.runtime.versions import clear_moe_log, moe_log_values
 class LayerWindow:
     """Layer statistics since the last log, by 1-based layer number and then by name.
 
-    Loads, usages and scalars that the metric table sums over steps are summed; other scalars are
-    the latest step's.
+    Loads, usages, reads and scalars that the metric table sums over steps are summed; other scalars
+    are the latest step's.
     """
 
     layers: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class LayerWindow:
         for layer in layers:
             known = self.layers.setdefault(layer.layer_number, {})
             sums = {"expert_load": layer.expert_load, "code_usage": layer.code_usage}
+            sums["row_reads"] = layer.row_reads
             for name, value in layer.scalars.items():
                 if layer_metric(name).over_steps == "sum":
                     sums[name] = value
@@ -125,8 +127,14 @@ def peak_rss_bytes() -> float:
     return float(peak)
 
 
-def write_routing(path: Path, layers: dict[int, dict[str, float | np.ndarray]]) -> None:
-    """Write ``routing.npz`` for the plots; layers without a codebook carry no code usage."""
+def write_routing(
+    path: Path, layers: dict[int, dict[str, float | np.ndarray]], addresses: Sequence[str] = ()
+) -> None:
+    """Write ``routing.npz`` for the plots; layers without a codebook carry no code usage.
+
+    ``addresses`` names those of a code memory, whose reads are the model's, as layer 0, or of its
+    layers.
+    """
     routed = {n: e for n, e in layers.items() if "expert_load" in e}
     if not routed:
         return
@@ -139,4 +147,8 @@ def write_routing(path: Path, layers: dict[int, dict[str, float | np.ndarray]]) 
     }
     if all("code_usage" in e for e in routed.values()):
         arrays["code_usage"] = np.stack([e["code_usage"] for e in routed.values()])
+    if reads := {n: e["row_reads"] for n, e in layers.items() if "row_reads" in e}:
+        arrays["row_reads"] = np.stack(list(reads.values()))
+        arrays["row_reads_of"] = np.array(list(reads))
+        arrays["row_addresses"] = np.array(addresses)
     np.savez(path, **arrays)

@@ -29,6 +29,7 @@ import torch
 
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.vq.fill_oracle import filled_output
+from vqmoe_megatron.vq.search_oracle import code_vectors, lifted, nearest, prepare
 
 ROUTER_SOFTMAX_DTYPE = torch.float32  # Megatron takes it in fp32 whatever the dtype of the logits
 
@@ -98,19 +99,19 @@ def vqmoe_oracle(
     """
     experts = OracleExperts(parameters, activation, gated)
     norms = _Norms(parameters, vq, normalization, norm_eps)
-    prepared = [_prepare(token, parameters, vq) for token in x]
+    prepared = [prepare(token, parameters, vq) for token in x]
     pools = _Pools(prepared, parameters, vq, replicas or [0] * len(prepared))
     outputs, quantized, all_codes, all_experts, chosen = [], [], [], [], []
     for t, (token, ready) in enumerate(zip(x, prepared, strict=True)):
         y_continuous = y_discrete = None
         if vq.path == "filled":
-            codes, vectors = _nearest(ready, _code_vectors(parameters, vq))
+            codes, vectors = nearest(ready, code_vectors(parameters, vq))
             rows = parameters.get("fill_rows.values")
             y, experts_of_token = filled_output(
                 token,
                 _logits(token, parameters),
                 experts,
-                _lifted(vectors[0].detach(), parameters),
+                lifted(vectors[0].detach(), parameters),
                 float((ready - vectors[0]).detach().square().mean().sqrt()),
                 None if rows is None else rows[:, codes[0]],
                 vq,
@@ -125,7 +126,7 @@ def vqmoe_oracle(
         if vq.path != "discrete":
             y_continuous = _continuous(token, parameters, experts, topk, pre_softmax)
         if vq.path != "continuous":
-            codes, vectors = _nearest(ready, _code_vectors(parameters, vq))
+            codes, vectors = nearest(ready, code_vectors(parameters, vq))
             owners = [_owner(c, k, parameters, vq, num_experts) for c, k in enumerate(codes)]
             is_raw = vq.expert_input == "token" or vq.quantizer == "low_dim"
             source = token if is_raw else ready
@@ -134,9 +135,9 @@ def vqmoe_oracle(
                 passing = [pools.passing(t, c) for c in range(len(codes))]
                 inputs = _code_inputs(vectors, rows, passing, parameters, vq)
             else:
-                lifted = _lifted(torch.cat(vectors).detach(), parameters)
-                inputs = [_mixed_input(source, lifted, vq)] * len(codes)
-            y_discrete = _discrete(_lifted(ready, parameters), inputs, owners, vq, experts, norms)
+                code = lifted(torch.cat(vectors).detach(), parameters)
+                inputs = [_mixed_input(source, code, vq)] * len(codes)
+            y_discrete = _discrete(lifted(ready, parameters), inputs, owners, vq, experts, norms)
             quantized.append(torch.cat(vectors))
             all_codes.append(codes)
             all_experts.append(owners)
@@ -234,42 +235,6 @@ class _Norms:
         return v if bias is None else v + bias
 
 
-def _prepare(
-    token: torch.Tensor, parameters: Mapping[str, torch.Tensor], vq: VQConfig
-) -> torch.Tensor:
-    """The token [H] in the space where distances are taken: of length sqrt(H) for cosine codes,
-    projected to [D] for low_dim."""
-    if vq.quantizer == "low_dim":
-        return parameters["assigner.codebook.projection"] @ token
-    return _scaled(token) if vq.quantizer == "cosine" else token
-
-
-def _lifted(v: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A vector of that space as a hidden vector [H]."""
-    projection = parameters.get("assigner.codebook.projection")
-    return v if projection is None else projection.t() @ v
-
-
-def _code_vectors(parameters: Mapping[str, torch.Tensor], vq: VQConfig) -> torch.Tensor:
-    """[C, K, D]; cosine codes are compared and used at the length of the tokens."""
-    codes = parameters["assigner.codebook.codes"]
-    return _scaled(codes) if vq.quantizer == "cosine" else codes
-
-
-def _scaled(v: torch.Tensor) -> torch.Tensor:
-    length = v.square().sum(dim=-1, keepdim=True).sqrt().clamp(min=1e-12)
-    return v / length * v.shape[-1] ** 0.5
-
-
-def _nearest(token: torch.Tensor, vectors: torch.Tensor) -> tuple[list[int], list[torch.Tensor]]:
-    """token [H], vectors [C, K, D] -> its C codes and their C vectors [D]."""
-    codes = []
-    for part, candidates in zip(token.detach().chunk(len(vectors)), vectors.detach(), strict=True):
-        distances = (part - candidates).square().sum(dim=1).tolist()
-        codes.append(distances.index(min(distances)))
-    return codes, [vectors[c, k] for c, k in enumerate(codes)]
-
-
 def _owner(
     code_slice: int,
     code: int,
@@ -328,7 +293,7 @@ class _Pools:
         if not vq.has_discrete_path or self.mode != "group":
             return
         for t, ready in enumerate(prepared):
-            codes, _ = _nearest(ready, _code_vectors(parameters, vq))
+            codes, _ = nearest(ready, code_vectors(parameters, vq))
             self.cell_of.append([(replicas[t], c, k) for c, k in enumerate(codes)])
             for cell in self.cell_of[t]:
                 self.members.setdefault(cell, []).append(t)
@@ -355,8 +320,7 @@ def _code_inputs(
     if vq.code_input == "learned":
         learned = parameters["code_inputs.vectors"].flatten(0, 1)
         return [
-            learned[row] + _lifted(zero, parameters)
-            for row, zero in zip(rows, passing, strict=True)
+            learned[row] + lifted(zero, parameters) for row, zero in zip(rows, passing, strict=True)
         ]
     v = torch.cat(vectors).detach()  # the task never moves the codebook
     width = v.numel() // len(rows)
@@ -364,7 +328,7 @@ def _code_inputs(
     for c, zero in enumerate(passing):
         place = torch.zeros_like(v)
         place[c * width : (c + 1) * width] = 1.0
-        inputs.append(_lifted((v + zero) * place, parameters))
+        inputs.append(lifted((v + zero) * place, parameters))
     return inputs
 
 

@@ -18,6 +18,7 @@ and safetensors, neither Megatron nor ranks. File contents:
 2. The nearest codes [T, C] are the rows to read.
 3. A token's rows are summed and scaled by 1 / sqrt(C), then normed.
 4. For path=dual the gate weighs the result against the continuous path's output.
+5. Where the layer has a code memory, what that adds (``memory_tables``) is added.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ from vqmoe_megatron import registry
 from vqmoe_megatron.vq.combine import gather_scale_add
 from vqmoe_megatron.vq.search import nearest_code
 
-TABLE_FORMAT_VERSION = 1
+TABLE_FORMAT_VERSION = 2
+WITHOUT_MEMORY = "1"  # the format before, whose files know no code memory
 LEGAL_SETTINGS = {
     "path": ("discrete", "dual"),
     "combine": ("none", "softmax", "sigmoid"),
     "normalization": ("none", "LayerNorm", "RMSNorm"),
     "output_norm": ("none", "in_table", "after_sum"),
+    "code_memory": ("none", "added"),
 }
 OPTIONAL_TENSORS = (
     "output_norm.weight",
@@ -62,6 +65,7 @@ class TableSettings:
     layer_number: int  # from 1, over the whole model
     iteration: int  # of the checkpoint
     computed_in: str  # dtype of the experts that filled the table
+    code_memory: str = "none"  # added: the layer adds rows of a code memory (vq/memory_tables.py)
     format_version: int = TABLE_FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -85,6 +89,9 @@ class TableSettings:
             ValueError: for another format version, or a setting that is missing or illegal.
         """
         version = metadata.get("format_version")
+        if version == WITHOUT_MEMORY:
+            metadata = {"code_memory": "none", **metadata}
+            version = metadata["format_version"] = str(TABLE_FORMAT_VERSION)
         if version != str(TABLE_FORMAT_VERSION):
             raise ValueError(
                 f"table format {version}, this release reads {TABLE_FORMAT_VERSION}; export the "
@@ -139,18 +146,21 @@ class TableLayer(torch.nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
         """Evaluate the layer on ``[..., H]``: the same shape and dtype. No communication.
 
+        ``memory`` is what the layer's code memory adds, of that shape.
+
         Raises:
-            ValueError: for path=dual, of which the table is one half; else as :meth:`discrete`.
+            ValueError: for path=dual, of which the table is one half; without the memory of a layer
+                that has one, or with one of a layer that has none; else as :meth:`discrete`.
         """
         if self.settings.path == "dual":
             raise ValueError(
                 "this table is the discrete half of a layer with path=dual: call "
                 "combine(x, y_continuous), or discrete(x) for the half alone"
             )
-        return self.discrete(x)
+        return self._with_memory(self.discrete(x), memory)
 
     def discrete(self, x: torch.Tensor) -> torch.Tensor:
         """Return the discrete path's output for ``[..., H]``: the same shape and dtype.
@@ -162,19 +172,23 @@ class TableLayer(torch.nn.Module):
         y = gather_scale_add(self.rows, self._row_ids(tokens), dtype=x.dtype)
         return self._output_norm(y).view(x.shape)
 
-    def combine(self, x: torch.Tensor, y_continuous: torch.Tensor) -> torch.Tensor:
+    def combine(
+        self, x: torch.Tensor, y_continuous: torch.Tensor, memory: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Weigh the continuous path's output against the discrete one's by the gate.
 
         Args:
             x: ``[..., H]``, what both paths were given.
             y_continuous: of the same shape.
+            memory: what the layer's code memory adds, of the same shape.
 
         Returns:
-            ``[..., H]`` in the dtype of ``x``: softmax p_c y_c + p_d y_d, or sigmoid y_c + s y_d.
+            ``[..., H]`` in the dtype of ``x``: softmax p_c y_c + p_d y_d, or sigmoid y_c + s y_d,
+            and the memory.
 
         Raises:
-            ValueError: for path=discrete, which has no gate; for shapes that do not fit; or where a
-                gradient is wanted.
+            ValueError: for path=discrete, which has no gate; for shapes that do not fit; where a
+                gradient is wanted; for the memory as :meth:`forward`.
         """
         if self.settings.path != "dual":
             raise ValueError("a layer with path=discrete has no combine gate: call it with x alone")
@@ -189,12 +203,27 @@ class TableLayer(torch.nn.Module):
             y = gather_scale_add(
                 self.rows, ids, 1.0, y_continuous, p_continuous, p_discrete, x.dtype
             )
-            return y.view(x.shape)
+            return self._with_memory(y.view(x.shape), memory)
         first = y_continuous
         if p_continuous is not None:
             first = p_continuous.unsqueeze(1) * y_continuous
         y = first + p_discrete.unsqueeze(1) * self.discrete(tokens)
-        return y.to(x.dtype).view(x.shape)
+        return self._with_memory(y.to(x.dtype).view(x.shape), memory)
+
+    def _with_memory(self, y: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
+        has_memory = self.settings.code_memory == "added"
+        if has_memory != (memory is not None):
+            raise ValueError(
+                "this layer adds rows of a code memory: pass memory=, which load_code_memory of "
+                "vqmoe_megatron.vq.memory_tables gives"
+                if has_memory
+                else "this layer has no code memory: leave memory= out"
+            )
+        if memory is None:
+            return y
+        if memory.shape != y.shape:
+            raise ValueError(f"output {list(y.shape)} and memory {list(memory.shape)} differ")
+        return y + memory
 
     def _tokens(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., H]`` -> ``[T, H]`` without gradient."""

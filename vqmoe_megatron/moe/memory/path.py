@@ -14,11 +14,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.config import CodeMemoryConfig, VQConfig
 from vqmoe_megatron.config.memory_codebooks import hidden_quantizer
-from vqmoe_megatron.moe.code_assigner import CodeAssigner
+from vqmoe_megatron.moe.backward_hook import run_in_backward
+from vqmoe_megatron.moe.code_assigner import Assignment, CodeAssigner
 from vqmoe_megatron.moe.expert_engine import ExpertEngine, Work
 from vqmoe_megatron.moe.memory.code_stream import CodeStream
 from vqmoe_megatron.moe.memory.row_exchange import fetch_rows, read_rows
 from vqmoe_megatron.moe.memory.row_plan import RowPlan
+from vqmoe_megatron.moe.memory.row_usage import RowUsage
 from vqmoe_megatron.moe.memory.values import RowValues
 from vqmoe_megatron.moe.norms import mark_sequence_parallel
 from vqmoe_megatron.moe.part import DensePart
@@ -57,9 +59,14 @@ class HiddenCodes:
     """Codes of this layer's hidden states: a codebook of its own, without experts behind it."""
 
     def __init__(
-        self, assigner: CodeAssigner, settings: CodeMemoryConfig, config: TransformerConfig
+        self,
+        assigner: CodeAssigner,
+        usage: RowUsage,
+        settings: CodeMemoryConfig,
+        config: TransformerConfig,
     ) -> None:
-        self.assigner, self.settings, self.config = assigner, settings, config
+        self.assigner, self.usage = assigner, usage
+        self.settings, self.config = settings, config
 
     def row_ids(self, codes: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         """Codes ``[T]`` of this rank's tokens -> rows ``[T, A]``; communicates them over TP."""
@@ -76,6 +83,15 @@ class HiddenCodes:
         if is_cut:
             rows = rows.chunk(tp.size(), dim=0)[tp.rank()]
         return rows.flatten(0, 1)
+
+    def attach(
+        self, output: torch.Tensor, assignment: Assignment, rows: torch.Tensor, plan: RowPlan
+    ) -> torch.Tensor:
+        """``output`` with the codebook's losses; its backward pass counts the rows ``[T, A]``."""
+        output = self.assigner.attach(output, assignment)
+        if not (self.assigner.training and torch.is_grad_enabled()):
+            return output
+        return run_in_backward(output, lambda: self.usage.record(rows, plan))
 
 
 class MemoryPath(Path):
@@ -108,13 +124,17 @@ class MemoryPath(Path):
         with self.side.fork():
             self._ahead = tokens.plan, self._fetch(tokens.plan)
 
-    def _fetch(self, plan: RowPlan) -> torch.Tensor:
+    def own_rows(self) -> torch.Tensor:
+        """What this rank's rows hold, ``[S, H]`` by slot; no communication."""
         own = self.values()
         if self.settings.values == "experts":
             num_experts, block = self.values.places.local_shape
             counts = torch.full((num_experts,), block, dtype=torch.int64, device=own.device)
             own = self.engine.evaluate(own, counts, block)
-        return fetch_rows(own, plan, self.stream.group)
+        return own
+
+    def _fetch(self, plan: RowPlan) -> torch.Tensor:
+        return fetch_rows(self.own_rows(), plan, self.stream.group)
 
     def _rows(self, plan: RowPlan) -> torch.Tensor:
         ahead, self._ahead = self._ahead, None
@@ -141,12 +161,13 @@ class MemoryPath(Path):
         if self.hidden is None:
             return Request(Work(), lambda _: self._part(x, tokens.plan), no_experts)
         assignment = self.hidden.assigner(x)
-        plan = self.stream.plan(self.hidden.row_ids(assignment.codes[:, 0], tokens.starts))
+        rows = self.hidden.row_ids(assignment.codes[:, 0], tokens.starts)
+        plan = self.stream.plan(rows)
         return Request(
             Work(),
             lambda _: self._part(x, plan),
             no_experts,
-            lambda output: self.hidden.assigner.attach(output, assignment),
+            lambda output: self.hidden.attach(output, assignment, rows, plan),
         )
 
     def _part(self, x: torch.Tensor, plan: RowPlan) -> DensePart:
@@ -160,12 +181,16 @@ class MemoryPath(Path):
             self.hidden.assigner.set_layer_number(model_layer_number)
 
     def local_parts(self) -> list[torch.Tensor]:
-        """The assigner's, for codes of hidden states."""
-        return [] if self.hidden is None else self.hidden.assigner.local_parts()
+        """The assigner's and the reads, for codes of hidden states."""
+        if self.hidden is None:
+            return []
+        return [*self.hidden.assigner.local_parts(), *self.hidden.usage.local_parts()]
 
     def scalars_of(self, parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """As of a codebook."""
-        return {} if self.hidden is None else self.hidden.assigner.scalars_of(parts)
+        """As of a codebook, and of the rows read."""
+        if self.hidden is None:
+            return {}
+        return self.hidden.assigner.scalars_of(parts) | self.hidden.usage.scalars_of(parts)
 
     def apply_parts(
         self, reduced: Iterator[torch.Tensor]
@@ -174,13 +199,18 @@ class MemoryPath(Path):
         if self.hidden is None:
             return {}, []
         scalars, usage = self.hidden.assigner.apply_parts(reduced)
-        return scalars, [usage]
+        return scalars | self.hidden.usage.apply_parts(reduced), [usage]
+
+    def row_reads(self) -> torch.Tensor | None:
+        """Of this layer, for codes of hidden states; else the model's stream counts them."""
+        return None if self.hidden is None else self.hidden.usage.by_address()
 
     def clear_step(self) -> None:
-        """Forget rows that nobody read, and what the assigner recorded."""
+        """Forget rows that nobody read, and what was recorded."""
         self._ahead = None
         if self.hidden is not None:
             self.hidden.assigner.clear_step()
+            self.hidden.usage.clear_step()
 
 
 def build_memory_path(
@@ -192,8 +222,8 @@ def build_memory_path(
     engine: ExpertEngine,
     side: SideStream,
 ) -> MemoryPath:
-    """Give ``layer`` the modules ``code_memory``, ``memory_gate``, ``memory_assigner``; return its
-    path. No communication."""
+    """Give ``layer`` the modules ``code_memory``, ``memory_gate``, ``memory_assigner`` and
+    ``row_usage``; return its path. No communication."""
     settings = memory.settings
     is_input = settings.values == "experts"
     layer.code_memory = RowValues(
@@ -206,5 +236,7 @@ def build_memory_path(
     if settings.codes == "hidden":
         quantizer = hidden_quantizer(vq, settings)
         layer.memory_assigner = CodeAssigner(config, quantizer, pg_collection, memory.seed + 1)
-        hidden = HiddenCodes(layer.memory_assigner, settings, config)
+        device = torch.cuda.current_device()
+        layer.row_usage = RowUsage(settings.num_addresses, settings.num_rows, device)
+        hidden = HiddenCodes(layer.memory_assigner, layer.row_usage, settings, config)
     return MemoryPath(settings, memory.stream, layer.code_memory, gate, hidden, engine, side)
