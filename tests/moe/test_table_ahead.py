@@ -24,7 +24,7 @@ def test_a_table_ahead_trains_like_a_table_in_turn(ranks, name: str) -> None:  #
 
 
 def gathered_before_the_layer() -> dict[str, list[int]]:
-    """In a rank: all-gathers of :meth:`start_tables` and of the pass behind it, by situation."""
+    """In a rank: all-gathers of :meth:`start_ahead` and of the pass behind it, by situation."""
     vq = VQConfig(**BASE, path="discrete", straight_through="none", overlap_table=True)
     layer = build_layer(vq, draw_parameters(vq))
     x = torch.randn(3, 2, HIDDEN, dtype=torch.float64)
@@ -39,7 +39,7 @@ def gathered_before_the_layer() -> dict[str, list[int]]:
         with torch.set_grad_enabled(grad):
             with logged_collectives() as before:
                 if starts:
-                    layer.start_tables()
+                    layer.start_ahead()
             with logged_collectives() as inside:
                 layer(x)
         counts[name] = [

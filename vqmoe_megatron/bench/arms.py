@@ -95,7 +95,7 @@ class Arm:
         for _ in range(self.spec.num_microbatches):
             enter_pass(False)
             if isinstance(self.module, VQMoELayer):
-                self.module.start_tables()
+                self.module.start_ahead()
             output, loss = self.module(x)
             enter_pass(True)
             roots = [output] if loss is None else [output, loss]

@@ -78,7 +78,7 @@ def _layer(arm: Arm | None, inputs: CaseInputs, grad: torch.Tensor) -> Action:
 
     def run() -> None:
         if arm is not None:
-            arm.module.start_tables()
+            arm.module.start_ahead()
         # [T, 1, H] -> [sequences, heads, tokens, width]
         heads = leaf.view(num_tokens // sequence, sequence, hidden // head, head).transpose(1, 2)
         mixed = torch.nn.functional.scaled_dot_product_attention(
