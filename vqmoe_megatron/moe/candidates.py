@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-MAX_CANDIDATES = 4096  # tokens per step and codebook
+from vqmoe_megatron.plan.codebook_bytes import MAX_CANDIDATES
 
 
 class Candidates:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vqmoe_megatron.plan.shape import LayerShape
 
 NUM_PROBES = 256  # of vq/codebook.py: tokens kept to measure how many change their code
-MAX_CANDIDATES = 4096  # of moe/code_assigner.py: tokens per step that may replace dead codes
+MAX_CANDIDATES = 4096  # tokens per step and codebook that may replace dead codes
 ID_BYTES = 8
 
 

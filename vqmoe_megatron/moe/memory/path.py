@@ -154,8 +154,8 @@ class MemoryPath(Path):
         if tokens is None:
             raise ValueError(
                 "a layer with code memory was evaluated, but nobody told the model's stream of "
-                "codes which tokens these are; attach it with "
-                "vqmoe_megatron.moe.attach_code_stream(model), as vqmoe pretrain does"
+                "codes which tokens these are; attach the stream that the layer was built with: "
+                "vqmoe_megatron.moe.attach_code_stream(model, stream), as vqmoe pretrain does"
             )
         no_experts = torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
         if self.hidden is None:
