@@ -112,6 +112,8 @@ class MegatronLM:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+        from vqmoe_megatron.engines.megatron.fused_adam import fuse_adams
+
         section, train = self.recipe.optimizer, self.recipe.train
         optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -130,6 +132,9 @@ class MegatronLM:
             ),
             self.model,
         )
+        # Megatron-LM brings a fused Adam or none; ours rounds as `vqmoe pretrain` does, so that
+        # codes can be compared bit by bit.
+        fuse_adams(optimizer, "cpu")
         scheduler = OptimizerParamScheduler(
             optimizer,
             init_lr=0.0,

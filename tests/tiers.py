@@ -17,7 +17,7 @@ import pytest
 LAYOUTS = "tests/train/test_layouts.py::test_the_curve_is_that_of_one_rank"
 EQUALITY = "tests/moe/test_layer_equality.py::test_sharded_experts"
 AXES = {
-    "TP": [f"{LAYOUTS}[tp2]", f"{EQUALITY}[tp2-gated-silu-code-space]"],
+    "TP": [f"{LAYOUTS}[tp2]", f"{EQUALITY}[tp2-one-code-one-expert-code-space]"],
     "PP, VPP": [f"{LAYOUTS}[pp2-vpp2]"],
     "EP": [f"{LAYOUTS}[token-dispatch-ep2]"],
     "ETP": [f"{LAYOUTS}[tp2-ep2-etp2]"],

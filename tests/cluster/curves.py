@@ -6,14 +6,19 @@ from pathlib import Path
 
 from slurm_job import NUM_ITERS, Job
 
-# What a clock or the machine says is never the same. The change rate compares with the step before,
-# which the first step of an attempt has not seen.
-MEASURED = ("second", "_ms", "bytes", "overhead", "assignment_change_rate")
+from vqmoe_megatron.metrics.table import SINCE_START_METRICS
+
+# What a clock or the machine says is never the same.
+MEASURED = ("second", "_ms", "bytes", "overhead")
 
 
 def computed(row: dict) -> dict:
     """The part of a metrics row that is arithmetic."""
-    return {name: value for name, value in row.items() if not any(m in name for m in MEASURED)}
+    return {
+        name: value
+        for name, value in row.items()
+        if not any(m in name for m in MEASURED) and not name.endswith(SINCE_START_METRICS)
+    }
 
 
 def assert_same_curve(job: Job, reference: Job) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from killed_run import KilledRun
 
 from vqmoe_megatron.checkpoint.folder import CORPUS_COPY, LAYOUT_FILE, find_checkpoint
+from vqmoe_megatron.metrics.table import SINCE_START_METRICS
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 from vqmoe_megatron.rundir.status import read_status
 
@@ -20,8 +21,6 @@ UNEQUAL_METRICS = {
     "overhead_share",
     "memory/peak_rss_bytes",
 }
-# Of two steps in one process: the first one after a resume has no step before it.
-STEP_TO_STEP_METRIC = "assignment_change_rate"
 
 
 @dataclass
@@ -102,7 +101,7 @@ def curve_problems(killed: list[dict], whole: list[dict]) -> list[str]:
         differing = [
             f"{name} {ours.get(name)!r} != {theirs.get(name)!r}"
             for name in sorted({*ours, *theirs} - UNEQUAL_METRICS)
-            if ours.get(name) != theirs.get(name) and not name.endswith(STEP_TO_STEP_METRIC)
+            if ours.get(name) != theirs.get(name) and not name.endswith(SINCE_START_METRICS)
         ]
         if differing:
             problems.append(f"iteration {ours['iteration']:.0f}: {', '.join(differing[:4])}")

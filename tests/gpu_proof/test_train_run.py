@@ -17,6 +17,7 @@ def test_losses_and_layers_are_results_times_and_memory_are_not() -> None:
         "vq/layer_01/dead_codes": 0,
         "vq/layer_01/assignment_change_rate": 0.5,
         "vq/assignment_change_rate": 0.5,
+        "vq/layer_01/codes_in_use": 7,
         "step_time_ms": 10.0,
         "timestamp_ms": 1,
         "memory/peak_rss_bytes": 5,

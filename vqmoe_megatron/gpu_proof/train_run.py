@@ -7,7 +7,6 @@ the card's peak by its data sheet; on a CPU there is none.
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ from vqmoe_megatron.gpu_proof.attempt import attempt
 from vqmoe_megatron.gpu_proof.part import Job
 from vqmoe_megatron.gpu_proof.step_profile import profile_steps
 from vqmoe_megatron.gpu_proof.vqmoe_command import prepare_corpus, run_vqmoe
+from vqmoe_megatron.metrics.table import SINCE_START_METRICS
 from vqmoe_megatron.plan.run_plan import plan_run
 from vqmoe_megatron.study.report.planned import machine_profile
 from vqmoe_megatron.track.metrics_log import read_metrics
@@ -52,9 +52,9 @@ ARMS = {
     "VQMoE, captured": ["train.cuda_graphs=true", "optimizer.overlap_param_gather=false"],
 }
 CAPTURE_IS_OFF = "train.cuda_graphs is off"
-# A step's time and memory are not its result; the change rate is not known right after a start.
+# A step's time and memory are not its result.
 NOT_RESULTS = ("timestamp_ms", "tokens_per_second", "step_time_ms", "overhead_share")
-NOT_RESULT = re.compile(r"memory/|system/|vq/.*assignment_change_rate")
+NOT_RESULTS_OF = ("memory/", "system/")
 
 
 def run(job: Job) -> None:
@@ -172,5 +172,7 @@ def _results(record: dict[str, float]) -> dict[str, float]:
     return {
         name: value
         for name, value in record.items()
-        if name not in NOT_RESULTS and not NOT_RESULT.match(name)
+        if name not in NOT_RESULTS
+        and not name.startswith(NOT_RESULTS_OF)
+        and not name.endswith(SINCE_START_METRICS)
     }

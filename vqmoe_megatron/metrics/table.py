@@ -129,6 +129,12 @@ OUR_METRICS: tuple[Metric, ...] = (
 )
 # fmt: on
 
+# The last part of the names of those that say what a process has seen since it began: of a run that
+# was stopped and resumed they differ for a while from those of a run left alone.
+SINCE_START_METRICS = (
+    "/assignment_change_rate", "/codes_in_use", "/rows_in_use", "/top_percent_reads",
+)  # fmt: skip
+
 
 def metric_table() -> dict[str, Metric]:
     """Every row by name: ours, then those of installed packages.

@@ -62,14 +62,16 @@ class Candidates:
         positions = slots * num_tokens // num_offered - shard * num_local_tokens
         return slots + microbatch * num_tokens, positions
 
-    def table(self, found: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        """``[M, C, D]`` of dtype and device of ``like [C, D]``, filled in this rank's slots with
-        what was ``found`` for them (None: nothing); the sum over ranks is the table, with zeros
-        where the step had too few tokens."""
+    def table(
+        self, found: torch.Tensor | None, token_shape: tuple[int, int], like: torch.Tensor
+    ) -> torch.Tensor:
+        """``[M, C, D]`` for tokens of ``token_shape`` (C, D), in dtype and on the device of
+        ``like``, filled in this rank's slots with what was ``found`` for them (None: nothing); the
+        sum over ranks is the table, with zeros where the step had too few tokens."""
         slots = self._slots
         if found is not None and slots is not None and slots.numel() == self.num_slots:
             return found
-        table = like.new_zeros(self.num_slots, *like.shape)
+        table = like.new_zeros(self.num_slots, *token_shape)
         if found is not None:
             table[slots] = found
         return table

@@ -128,8 +128,8 @@ class CodeAssigner(KeepsStatistics):
     def candidate_table(self) -> torch.Tensor:
         """fp32 ``[M, C, D]``, filled in this rank's slots; the sum over ranks is the table."""
         codebook = self.codebook
-        like = codebook.step_count.new_empty(codebook.num_slices, codebook.width)
-        return self.candidates.table(codebook.step_candidates, like)
+        shape = (codebook.num_slices, codebook.width)
+        return self.candidates.table(codebook.step_candidates, shape, codebook.step_count)
 
     def local_parts(self) -> list[torch.Tensor]:
         """This rank's fp32 sums of the step, in the order in which :meth:`apply_parts` takes them.

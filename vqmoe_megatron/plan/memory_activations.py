@@ -6,7 +6,8 @@ T local tokens, A addresses per token, H hidden size, e bytes per element, c1 F 
     per layer         nothing of the rows: the gradient of a sum of rows needs their ids alone;
                       with a gate what it weighs [T, H], with values=experts what experts keep of
                       this rank's rows, with codes=hidden the layer's own ids
-    within a pass     rows that were fetched, in fp32, twice: scaled forward, summed backward
+    within a pass     rows that were fetched, in fp32, twice: as they came and scaled forward, or
+                      summed and sent home backward; of a table all rows, and this rank's of them
 """
 
 from __future__ import annotations
@@ -45,4 +46,6 @@ def layer_bytes(shape: MemoryShape) -> int:
 
 def transient_bytes(shape: MemoryShape) -> int:
     """Made within one layer's pass."""
-    return 2 * shape.num_fetched * shape.layer.hidden_size * FP32_BYTES
+    num_rows = shape.num_fetched
+    num_rows += shape.rows_per_rank if shape.is_table else shape.num_fetched
+    return num_rows * shape.layer.hidden_size * FP32_BYTES

@@ -9,7 +9,7 @@ Adam is fused and makes none.
     gradient    replacements and codes: 2 u (nothing without revival)
     reanchor    similarities, draws and two logarithms of [C, K, M]: 16 C K M
     vocabulary  codes of a code memory, on the first stage: the fp32 copy of a rank's V / TP
-                embeddings in bf16, those weighed, differences to their codes and their squares
+                embeddings in bf16; beside their weights, and weighed, ``[V / TP, H + 1]`` each
     save        the distributed optimizer's state goes to every rank of a bucket, one of its three
                 tensors at a time: the bucket in fp32, beside this rank's shard of it
 """
@@ -25,7 +25,7 @@ from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.state_memory import stage_buffers
 
 FP32_BYTES = 4
-VOCABULARY_TENSORS = 3
+VOCABULARY_TENSORS = 2
 EMA_TENSORS, REVIVED_EMA_TENSORS, REVIVED_TENSORS, REANCHOR_TENSORS = 3, 6, 2, 4
 
 
@@ -97,10 +97,11 @@ def vocabulary_bytes(config: RunConfig, layout: ParallelLayout) -> int:
     if not (memory.is_on and (shape := MemoryShape.from_config(config, layout)).moves):
         return 0
     is_learned = shape.groups_entries and memory.codes == "embedding"
-    num_tensors = VOCABULARY_TENSORS if is_learned else 0
-    num_tensors += 1 if config.model.bf16 else 0
+    width = config.model.hidden_size
+    per_entry = VOCABULARY_TENSORS * (width + 1) if is_learned else 0
+    per_entry += width if config.model.bf16 else 0
     entries = padded_vocab_size(config.model) // layout.tensor_model_parallel_size
-    return num_tensors * entries * config.model.hidden_size * FP32_BYTES
+    return entries * per_entry * FP32_BYTES
 
 
 def save_bytes(config: RunConfig, layout: ParallelLayout, pipeline_rank: int) -> int:

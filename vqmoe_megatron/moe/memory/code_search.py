@@ -192,8 +192,8 @@ class CodeSearch(KeepsFloat32, StepOwner):
         parts = [self.step_tokens]
         if self.memory.num_context_codes:
             contexts = self.contexts
-            like = contexts.step_total.new_empty(1, self.memory.context_dim)
-            offered = self.candidates.table(contexts.step_candidates, like)
+            shape = (1, self.memory.context_dim)
+            offered = self.candidates.table(contexts.step_candidates, shape, contexts.step_total)
             parts += [contexts.step_count, contexts.step_total, offered]
         return parts
 
