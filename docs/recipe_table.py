@@ -36,19 +36,20 @@ said by `vqmoe plan`, which prints more for any recipe and any number of ranks:
     vqmoe plan recipes/scale/small_64.yaml --world-size 8
 
 Parameters are those of the model; "active" are used by one token, its codebooks whole, because
-every code is compared. Memory is the planned peak of the fullest rank, in GB of 10^9 bytes, without
-what the plan excludes: the Python process, CUDA's context, fragmentation. Step times are predicted,
-not measured, for the named device (`vqmoe_megatron/plan/hardware.py` has every assumption): every
-kernel at the roof of its unit; small products, a slow host, stragglers and uneven experts come on
-top. The opening lines of a recipe say how to prepare its corpus, how to start it, and the overrides
-of its baseline, a plain sparse mixture of experts.
+every code is compared, of a code memory the rows that it reads. Memory is the planned peak of the
+fullest rank, in GB of 10^9 bytes, without what the plan excludes: the Python process, CUDA's
+context, fragmentation. Step times are predicted, not measured, for the named device
+(`vqmoe_megatron/plan/hardware.py` has every assumption): every kernel at the roof of its unit;
+small products, a slow host, stragglers and uneven experts come on top. The opening lines of a
+recipe say how to prepare its corpus, how to start it, and the overrides of its baseline, a plain
+sparse mixture of experts, and of the paper's layer.
 
 Studies (`recipes/studies/`) are grids over one recipe, for `vqmoe study`.
 """
 HEADER = """\
-| recipe | what for | parameters | active | experts, codes | ranks | layout | memory per rank | \
-predicted step |
-|---|---|---|---|---|---|---|---|---|
+| recipe | what for | parameters | active | experts | codes, rows | ranks | layout | \
+memory per rank | predicted step |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -103,13 +104,24 @@ def row(path: Path) -> str:
         " ".join(what.replace("\n# ", " ").split()),
         count(plan.parameters.total),
         count(plan.parameters.active),
-        f"{config.model.num_moe_experts}, {config.vq.num_code_slices * config.vq.num_codes}",
+        str(config.model.num_moe_experts),
+        codes_and_rows(config),
         str(plan.world_size),
         " ".join(f"{axis}{size}" for axis, size in axes.items() if size > 1) or "one rank",
         f"{plan.memory_bytes / 1e9:.2f} GB",
         f"{duration(plan.step_time.total_seconds)} on {plan.hardware.name}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def codes_and_rows(config: RunConfig) -> str:
+    """Return what a layer has beside its router: codes of its own, rows of a code memory."""
+    vq, memory = config.vq, config.code_memory
+    found = [f"{vq.num_code_slices * vq.num_codes:,} codes"] if vq.has_codes else []
+    if memory.is_on:
+        layers = memory.layers or range(1, config.model.num_layers + 1)
+        found.append(f"{memory.num_addresses} x {memory.num_rows:,} rows in {len(layers)} layers")
+    return ", ".join(found) or "none"
 
 
 def count(elements: int) -> str:

@@ -31,6 +31,14 @@ each_recipe = pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 each_later = pytest.mark.parametrize("path", LATER, ids=[path.stem for path in LATER])
 
 
+SMOE, PAPER = "SMoE baseline", "The paper's layer"
+
+
+def is_of_paper(path: Path) -> bool:
+    """Whether a recipe is one of the paper's own, and so has no code memory."""
+    return path.parent.name == "paper_base"
+
+
 def opening(path: Path) -> str:
     lines = path.read_text("utf-8").splitlines()
     return "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
@@ -54,14 +62,15 @@ def test_a_recipe_opens_with_a_command_and_keeps_its_lines_short(path: Path) -> 
     start += r"slurm/pretrain\.sbatch \\\n#    )"
     assert re.search(rf"{start} {re.escape(name)}", text)
     lines = path.read_text("utf-8").splitlines()
-    too_long = [line for line in lines if len(line) > MAX_LINE and "baseline" not in line]
+    overrides = tuple(f"# {key}: " for key in (SMOE, PAPER))
+    too_long = [x for x in lines if len(x) > MAX_LINE and not x.startswith(overrides)]
     assert too_long == [] or path.stem == "parity"
 
 
 @each_later
 def test_it_states_source_ranks_parameters_and_baseline(path: Path) -> None:
     assert re.search(r"^# Sources?: ", opening(path), re.MULTILINE)
-    for key in ("ranks", "parameters", "SMoE baseline"):
+    for key in ("ranks", "parameters", SMOE, *([] if is_of_paper(path) else [PAPER])):
         assert table.stated(path, key), f"{path.name} lacks the line '# {key}: ...'"
     config = load_recipe(path, [])
     assert config.train.output_dir.startswith("runs/") and path.stem in config.train.output_dir
@@ -70,13 +79,18 @@ def test_it_states_source_ranks_parameters_and_baseline(path: Path) -> None:
 @each_later
 def test_the_layout_fits_with_and_without_the_baseline(path: Path) -> None:
     ranks = int(table.stated(path, "ranks"))
-    overrides = shlex.split(table.stated(path, "SMoE baseline"))
-    recipe, baseline = load_recipe(path, []), load_recipe(path, overrides)
-    for config in (recipe, baseline):
+    recipe = load_recipe(path, [])
+    baseline = load_recipe(path, shlex.split(table.stated(path, SMOE)))
+    of_paper = load_recipe(path, shlex.split(table.stated(path, PAPER) or ""))
+    for config in (recipe, baseline, of_paper):
         check_layout(config, ranks, "cuda")
-    assert baseline.vq.path == "continuous" and recipe.vq.path == "dual"
-    assert baseline.train.output_dir != recipe.train.output_dir  # no run goes on in the other's
-    rows = recipe.model.moe_router_topk + recipe.vq.num_code_slices
+    assert baseline.vq.path == "continuous" and of_paper.vq.path == "dual"
+    assert not baseline.code_memory.is_on and not of_paper.code_memory.is_on
+    directories = {each.train.output_dir for each in (recipe, baseline, of_paper)}
+    assert len(directories) == (2 if is_of_paper(path) else 3)  # no run goes on in another's
+    assert recipe.code_memory.is_on != is_of_paper(path)
+    rows = recipe.model.moe_router_topk
+    rows += recipe.vq.num_code_slices if recipe.vq.path == "dual" else 0
     assert baseline.model.moe_router_topk == rows  # as many expert rows per token
 
 

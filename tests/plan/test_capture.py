@@ -9,7 +9,10 @@ from vqmoe_megatron.plan.capture import capture_obstacles, overlap_obstacles, st
 from vqmoe_megatron.plan.layout import check_layout
 
 RECIPE = "recipes/quickstart.yaml"
-FITS = ["parallel.expert_model_parallel_size=1", "model.vocab_size=300", "model.bf16=true"]
+FITS = [
+    "vq.path=dual", "code_memory.num_rows=0", "parallel.expert_model_parallel_size=1",
+    "model.vocab_size=300", "model.bf16=true",
+]  # fmt: skip
 GATHERED = [
     "optimizer.overlap_grad_reduce=true",
     "optimizer.overlap_param_gather=true",

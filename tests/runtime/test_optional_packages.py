@@ -35,6 +35,7 @@ sys.meta_path[:] = [
 RUN = HIDE + "from vqmoe_megatron.cli import main\nmain()\n"
 SMALL = [
     "model.num_layers=2",
+    "code_memory.layers=[1]",
     "model.hidden_size=32",
     "model.num_attention_heads=4",
     "model.seq_length=16",

@@ -32,34 +32,35 @@ BRIEF = [
 # recipe: (ranks, layout, overrides, whether the loss is followed for six steps)
 EP2 = (2, {EP: 2})
 STAGES = {PP: 2, VPP: 2}
-TWO_LAYERS, FOUR_LAYERS = "model.num_layers=2", "model.num_layers=4"
-WORDS = ["model.kv_channels=16", "data.eval_stride_tokens=16", TWO_LAYERS]
+TWO_LAYERS = ["model.num_layers=2", "code_memory.layers=[1]", "code_memory.num_rows=256"]
+FOUR_LAYERS = ["model.num_layers=4", "code_memory.num_rows=256"]
+WORDS = ["model.kv_channels=16", "data.eval_stride_tokens=16", "model.num_layers=2"]
 LOW_DIM = ["vq.num_codes=512", "vq.code_dim=8"]
-BASELINE = "vq.path=continuous vq.code_input=codebook model.moe_router_topk=2".split()
+OF_PAPER = "code_memory.num_rows=0 vq.path=dual vq.code_input=learned".split()
 CUTS = {
-    "quickstart.yaml": (*EP2, [TWO_LAYERS], False),
-    "parity.yaml": (1, {}, [TWO_LAYERS], False),
+    "quickstart.yaml": (*EP2, TWO_LAYERS, False),
+    "parity.yaml": (1, {}, ["model.num_layers=2"], False),
     "paper_base/enwik8.yaml": (1, {}, WORDS, False),
     "paper_base/text8.yaml": (1, {}, WORDS, False),
     "paper_base/wikitext103.yaml": (1, {}, WORDS[:2], True),
     "paper_base/lm1b.yaml": (1, {}, WORDS, False),
-    "scale/tiny_64.yaml": (*EP2, [TWO_LAYERS], False),
-    "scale/tiny_128.yaml": (*EP2, [TWO_LAYERS], False),
-    "scale/tiny_256.yaml": (*EP2, [TWO_LAYERS], False),
-    "scale/small_64.yaml": (*EP2, [TWO_LAYERS], False),
-    "scale/small_128.yaml": (*EP2, [TWO_LAYERS], True),
-    "scale/small_256.yaml": (*EP2, [TWO_LAYERS], False),
-    "scale/billion_64.yaml": (*EP2, [TWO_LAYERS, "vq.num_codes=128"], True),
-    "scale/billion_128.yaml": (*EP2, [TWO_LAYERS], False),
-    "scale/billion_256.yaml": (*EP2, [TWO_LAYERS], False),
+    "scale/tiny_64.yaml": (*EP2, TWO_LAYERS, False),
+    "scale/tiny_128.yaml": (*EP2, TWO_LAYERS, False),
+    "scale/tiny_256.yaml": (*EP2, TWO_LAYERS, False),
+    "scale/small_64.yaml": (*EP2, TWO_LAYERS, False),
+    "scale/small_128.yaml": (*EP2, TWO_LAYERS, True),
+    "scale/small_256.yaml": (*EP2, TWO_LAYERS, False),
+    "scale/billion_64.yaml": (*EP2, TWO_LAYERS, True),
+    "scale/billion_128.yaml": (*EP2, TWO_LAYERS, False),
+    "scale/billion_256.yaml": (*EP2, TWO_LAYERS, False),
     "scale/multi_billion_64.yaml": (
         4,
         {TP: 2, **STAGES, EP: 2},
-        [FOUR_LAYERS, "vq.num_codes=128", "vq.code_dim=8"],
+        [*FOUR_LAYERS, *LOW_DIM],
         True,
     ),
-    "scale/multi_billion_128.yaml": (2, {TP: 2, PP: 1, EP: 2}, [TWO_LAYERS, *LOW_DIM], False),
-    "scale/multi_billion_256.yaml": (2, {TP: 1, **STAGES, EP: 1}, [FOUR_LAYERS, *LOW_DIM], False),
+    "scale/multi_billion_128.yaml": (2, {TP: 2, PP: 1, EP: 2}, [*TWO_LAYERS, *LOW_DIM], False),
+    "scale/multi_billion_256.yaml": (2, {TP: 1, **STAGES, EP: 1}, [*FOUR_LAYERS, *LOW_DIM], False),
 }
 
 
@@ -100,9 +101,9 @@ def test_what_a_recipe_switches_on_trains(name, ranks, stdlib_corpus, tmp_path):
 
 
 @pytest.mark.full
-def test_the_baseline_of_a_large_recipe_trains(ranks, stdlib_corpus, tmp_path):
+def test_the_papers_layer_of_a_large_recipe_trains(ranks, stdlib_corpus, tmp_path):
     num_ranks, layout, overrides, _ = CUTS["scale/multi_billion_128.yaml"]
-    overrides = [*overrides, *BASELINE]
+    overrides = [*overrides, *OF_PAPER]
     _losses(
         "scale/multi_billion_128.yaml", ranks(num_ranks), layout, overrides, 2, stdlib_corpus,
         tmp_path / "run",

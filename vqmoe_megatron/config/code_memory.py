@@ -129,7 +129,8 @@ class CodeMemoryConfig:
             )
         if self.layers is not None and self.layers[-1] > num_layers:
             raise ValueError(
-                f"code_memory.layers={self.layers}: the model has num_layers={num_layers}"
+                f"code_memory.layers={self.layers}: the model has num_layers={num_layers}; name "
+                "layers up to that, or null for all that have experts"
             )
         dense = [number for number in self.layers or () if (number - 1) % moe_layer_freq]
         if dense:

@@ -27,6 +27,7 @@ RECIPE = PACKAGE.parent / "recipes" / "scale" / "billion_64.yaml"
 COMMON = [
     "parallel.expert_model_parallel_size=1",
     "model.vocab_size=256",
+    "code_memory.layers=[1]",  # of two
     "train.eval_iters=0",
     "train.log_interval=1",
     "optimizer.lr_warmup_iters=2",
@@ -45,12 +46,17 @@ TINY = [
 NUM_STEPS, NUM_TINY_STEPS = 30, 6
 NUM_RESUMED_STEPS, NUM_TINY_RESUMED_STEPS = 12, 4  # half of them before the stop
 WARM_UP_SHARE = 1 / 3  # of the steps, left out of the median
+BOTH_PATHS = ["vq.path=dual", "code_memory.num_rows=0"]
 ARMS = {
-    "VQMoE, both paths": [],
-    "SMoE top-1": ["vq.path=continuous"],
+    "VQMoE, code memory": [],
+    "VQMoE, both paths": BOTH_PATHS,
+    "SMoE top-1": ["code_memory.num_rows=0"],
     # Megatron's DDP is around it here, as it is nowhere else in the proof.
-    "VQMoE, captured": ["train.cuda_graphs=true", "optimizer.overlap_param_gather=false"],
-}
+    "VQMoE, captured": [
+        *BOTH_PATHS, "train.cuda_graphs=true", "optimizer.overlap_param_gather=false",
+    ],
+}  # fmt: skip
+RESUMED = ["vq.path=dual"]  # with the memory: every kind of state
 CAPTURE_IS_OFF = "train.cuda_graphs is off"
 # A step's time and memory are not its result.
 NOT_RESULTS = ("timestamp_ms", "tokens_per_second", "step_time_ms", "overhead_share")
@@ -146,7 +152,7 @@ def _check_resume(job: Job, corpus: Path) -> None:
     for name, stops in (("straight", ((),)), ("resumed", ((f"train.exit_interval={half}",), ()))):
         for stop in stops:
             words = _overrides(
-                job, corpus, name, SHALLOW, num_steps, "train.deterministic=true", *stop
+                job, corpus, name, SHALLOW, num_steps, *RESUMED, "train.deterministic=true", *stop
             )
             job.say(f"{name} run{' to the stop' if stop else ''}")
             run_vqmoe(job, "pretrain", str(RECIPE), *words)
