@@ -10,6 +10,7 @@ import pytest
 from vqmoe_megatron.config.recipe import load_recipe
 from vqmoe_megatron.plan.flops import layer_flops
 from vqmoe_megatron.plan.layout import unsharded
+from vqmoe_megatron.plan.parameters import count_parameters
 from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.study.planned_run import StudyPlanner
 from vqmoe_megatron.study.study_file import read_study_file
@@ -104,23 +105,33 @@ def test_the_laptop_study_is_legal_and_compares_equals(monkeypatch) -> None:
     root = Path(__file__).resolve().parents[2]
     monkeypatch.chdir(root)
     runs = planned(Path("recipes/studies/stdlib_experts.yaml"))
-    assert len(runs) == 6 * 2 * 2 and {run.num_ranks for run in runs.values()} == {1}
+    assert len(runs) == 3 * 4 * 5 and {run.num_ranks for run in runs.values()} == {1}
     assert len({run.num_tokens for run in runs.values()}) == 1
-    largest = runs["experts128-vq-seed1"].config
+    largest = runs["seed1-experts128-vq_dual"].config
     assert largest.vq.num_codes == 512 and largest.vq.in_code_space
+    assert not largest.code_memory.is_on
+    shipped = load_recipe(root / "recipes" / "quickstart.yaml", [])
+    assert runs["seed1-experts4-default"].config.code_memory == shipped.code_memory
 
 
 def test_the_control_arms_have_the_operations_that_they_say(monkeypatch) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     runs = planned(Path("recipes/studies/control_arms.yaml"))
-    assert len(runs) == 4 * 2
+    assert len(runs) == 15 * 3
     layers = {
         name: layer_flops(LayerShape.from_config(runs[f"{name}-seed1"].config, unsharded()))
-        for name in ("top2", "shared", "dense")
+        for name in ("smoe_top1", "smoe_top2", "shared", "dense", "default")
     }
     mlps = {name: f["dispatched"].model + f["shared_expert"].model for name, f in layers.items()}
-    assert mlps["top2"] == mlps["shared"] == mlps["dense"] > 0
+    assert mlps["smoe_top2"] == mlps["shared"] == 2 * mlps["dense"] > 0
+    assert mlps["smoe_top1"] == mlps["default"] == mlps["dense"]
     assert runs["dense-seed1"].config.experts_in_words.startswith("1 of width 256 for every token")
+    totals = {}
+    for name in ("default", "smoe_28"):
+        config = runs[f"{name}-seed1"].config
+        config = replace(config, model=replace(config.model, vocab_size=256))
+        totals[name] = count_parameters(config, unsharded()).total
+    assert totals["smoe_28"] == pytest.approx(totals["default"], rel=0.01)
 
 
 def test_a_study_over_experts_may_begin_with_one(write_study) -> None:

@@ -83,7 +83,7 @@ def test_64_experts_train_on_two_ranks(ranks, stdlib_corpus, tmp_path):
         assert (result["state"], result["error"]) == ("completed", "")
         losses = [record["loss"] for record in result["records"]]
         assert len(losses) == 8 and result["finite_codebooks"]
-        assert losses[0] == pytest.approx(5.55, abs=0.1)  # ln 256, nothing learned yet
+        assert losses[0] == pytest.approx(5.55, abs=0.15)  # ln 256, nothing learned yet
         assert losses[-1] < losses[0] - 1.0
 
 
