@@ -21,7 +21,9 @@ from vqmoe_megatron import registry
 from vqmoe_megatron.checkpoint.table_export import check_has_table
 from vqmoe_megatron.checkpoint.table_folder import sha256
 from vqmoe_megatron.cli.export import export
-from vqmoe_megatron.config import VQConfig
+from vqmoe_megatron.config import CodeMemoryConfig, VQConfig
+from vqmoe_megatron.vq.memory_tables import load_code_memory
+from vqmoe_megatron.vq.row_addresses import row_ids
 
 pytestmark = pytest.mark.distributed
 
@@ -135,6 +137,28 @@ def test_tables_and_memory_give_the_logits_of_the_checkpoint(name, ranks, small_
     assert index["total_bytes"] == sum((out / name).stat().st_size for name in written)
     for file in [index["code_memory_file"], *filter(None, of_layers)]:
         assert file["sha256"] == sha256(out / file["name"])
+
+
+def test_beside_a_continuous_path_the_memory_is_all(ranks, small_corpus, tmp_path):
+    """Rows as they are trained, found as the model finds them."""
+    memory = [*MEMORY, "code_memory.codes=tokens", "code_memory.layers=[2]"]
+    run_dir, out = tmp_path / "run", tmp_path / "tables"
+    run_on(ranks(1), small_corpus, run_dir, [*STEPS, *memory, "vq.path=continuous"], {})
+    ranks(1).run(export_here, str(run_dir), str(out))
+    names = ["code_memory.safetensors", "memory_0002.safetensors", "tables.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    (layer,) = json.loads((out / "tables.json").read_text())["layers"]
+    assert (layer["layer"], layer["file"], layer["num_rows"]) == (2, None, 0)
+    found = load_code_memory(out)
+    assert list(found.layers) == [2] and found.layers[2].rows.abs().max() > 0
+    tokens = torch.arange(12).view(1, 12)
+    starts = torch.zeros(1, 12, dtype=torch.bool)
+    rows = found.codes.row_ids(tokens, starts)
+    assert torch.equal(rows, row_ids(tokens, starts, num_rows=64, max_order=3))
+    x = torch.zeros(1, 12, found.layers[2].rows.shape[1])
+    read = found.layers[2].rows[rows].sum(dim=2)
+    torch.testing.assert_close(found.adds(2, x, tokens, starts), read)
+    assert found.adds(1, x, tokens, starts) is None
 
 
 def test_the_index_describes_the_files(exported, discrete_run):
@@ -251,15 +275,15 @@ def test_a_layer_without_a_table_is_refused(change, says, refused, copy, tmp_pat
 
 def test_a_filled_layer_is_no_function_of_the_code():
     with pytest.raises(ValueError, match="path=filled has no table to export: a token's output"):
-        check_has_table(VQConfig(path="filled"))
+        check_has_table(VQConfig(path="filled"), CodeMemoryConfig(num_rows=8))
 
 
 def test_every_mixed_input_is_refused_and_both_executions_are_not():
     for expert_input in ("blend", "blend_convex", "token"):
         with pytest.raises(ValueError, match=f"expert_input={expert_input}"):
-            check_has_table(VQConfig(expert_input=expert_input))
+            check_has_table(VQConfig(expert_input=expert_input), CodeMemoryConfig())
     for execution in ("auto", "tokens", "code_space"):
-        check_has_table(VQConfig(execution=execution))
+        check_has_table(VQConfig(execution=execution), CodeMemoryConfig())
 
 
 def test_one_of_several_ranks_is_refused(refused, discrete_run, tmp_path, monkeypatch):
@@ -277,4 +301,4 @@ def test_a_quantizer_with_a_search_of_its_own_is_refused(monkeypatch):
 
     monkeypatch.setattr(registry, "load", lambda kind, name: Farthest)
     with pytest.raises(ValueError, match="has a search of its own"):
-        check_has_table(VQConfig())
+        check_has_table(VQConfig(), CodeMemoryConfig())

@@ -205,6 +205,8 @@ def draw_combine_weights(records: Records) -> Figure | str:
     numbers = sorted(names)
     if not numbers:
         return "metrics.jsonl holds no vq/layer_XX/combine_discrete_weight"
+    if not any(record.get(name) for record in records for name in names.values()):
+        return "every weight is 0 (a run without discrete path)"
     figure = Figure(figsize=(9, 4), layout="constrained")
     axis: Axes = figure.subplots()
     for row, number in enumerate(numbers):

@@ -31,7 +31,9 @@ from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.parameters import padded_vocab_size
 
 STREAM_PREFIX = "code_stream."
-CODES = re.compile(r"^(decoder\.layers\.(?:(\d+)\.)?mlp\.)assigner\.codebook\.codes$")
+EXPORTED = re.compile(
+    r"^(decoder\.layers\.(?:(\d+)\.)?mlp\.)(?:assigner\.codebook\.codes|code_memory\.weight)$"
+)
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,10 @@ class LayerPlace:
 
 
 def layer_places(names: list[str], num_layers: int) -> dict[int, LayerPlace]:
-    """Return layer number (from 1) -> place, of the layers with codes among stored ``names``."""
+    """Return layer number (from 1) -> place, of the layers with codes or memory among stored
+    ``names``."""
     places: dict[int, LayerPlace] = {}
-    for found in filter(None, map(CODES.match, names)):
+    for found in filter(None, map(EXPORTED.match, names)):
         prefix, index = found.groups()
         if index is not None:
             places[int(index) + 1] = LayerPlace(prefix, ())
@@ -58,11 +61,11 @@ def layer_places(names: list[str], num_layers: int) -> dict[int, LayerPlace]:
 def stored_layers(
     folder: Path, config: RunConfig, layout: ParallelLayout, names: list[str]
 ) -> Iterator[VQMoELayer]:
-    """Build and load the VQMoE layers with codes, by number, in evaluation and in code space.
+    """Build and load layers with codes or memory, by number, in evaluation and in code space.
 
     Args:
         folder: a complete ``iter_`` folder, written at any layout.
-        config: the recipe in it; its discrete path has expert_input=code.
+        config: the recipe in it; a discrete path has expert_input=code.
         layout: of one rank, whose process groups stand.
         names: of the stored tensors.
 
@@ -78,12 +81,17 @@ def stored_layers(
         )
     places = layer_places(names, config.model.num_layers)
     if not places:
-        raise ValueError(f"{folder} holds no layer with codes (decoder.layers.*.assigner.codebook)")
+        raise ValueError(
+            f"{folder} holds no layer with codes (decoder.layers.*.assigner.codebook) or code "
+            "memory (decoder.layers.*.code_memory)"
+        )
     transformer = _transformer_config(config, layout)
     stream = _new_stream(config, transformer)
     memory = stream and LayerMemory(config.code_memory, stream, config.train.seed)
     # However it was trained: with one expert input per code both executions are the same function.
-    vq = replace(config.vq, execution="code_space", table_per_step=False, overlap_table=False)
+    vq = config.vq
+    if vq.path != "continuous":
+        vq = replace(vq, execution="code_space", table_per_step=False, overlap_table=False)
     spec = get_vqmoe_layer_spec(transformer, vq, config.train.seed).submodules.mlp
     for number, place in places.items():
         carried = memory if config.code_memory.carries(number) else None

@@ -1,9 +1,10 @@
 """From a checkpoint to a folder of tables, in one process.
 
-1. The checkpoint is found and judged by its files alone: complete, ours, and with a table to write.
+1. The checkpoint is found and judged by its files alone: complete, ours, and with a table to write
+   or a code memory.
 2. This process becomes a world of one rank.
-3. Layer by layer: load, evaluate every code row once, write; with a code memory also its rows, and
-   once for the model the codes of tokens.
+3. Layer by layer: load, evaluate every code row once, write; of a code memory the rows of layers
+   that carry it, and once for the model the codes of tokens. With path=continuous that is all.
 4. The folder gets its index and its name.
 
 Megatron is imported in 2 and later, after the CPU has been made fit for it.
@@ -25,7 +26,13 @@ from vqmoe_megatron.checkpoint.table_folder import (
     write_table,
     write_tensors,
 )
-from vqmoe_megatron.config import ModelConfig, ParallelConfig, RunConfig, VQConfig
+from vqmoe_megatron.config import (
+    CodeMemoryConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    VQConfig,
+)
 from vqmoe_megatron.config.recipe import load_saved_recipe
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
@@ -48,8 +55,8 @@ class ExportedLayer:
     """One layer of the index."""
 
     layer: int  # from 1, over the whole model
-    file: TableFile
-    num_rows: int  # C * K
+    file: TableFile | None  # of its discrete path; None without one
+    num_rows: int  # C * K in it
     expert_bytes: int  # of the layer's expert parameters, in the dtype they have
     replaced_expert_bytes: int  # of them, what inference with the table does without
     memory: TableFile | None  # rows of its code memory
@@ -63,15 +70,15 @@ class Export:
     out: Path
     checkpoint: str
     iteration: int
-    path: str  # discrete or dual
+    path: str  # discrete, dual, or continuous beside a code memory
     layers: list[ExportedLayer]
     codes: TableFile | None  # by which a code memory finds rows; None without one
 
     @property
     def files(self) -> list[TableFile]:
         """All of them."""
-        of_layers = [file for layer in self.layers for file in (layer.file, layer.memory) if file]
-        return [*of_layers, self.codes] if self.codes else of_layers
+        of_layers = [part for layer in self.layers for part in (layer.file, layer.memory)]
+        return [file for file in (*of_layers, self.codes) if file is not None]
 
 
 def export_tables(checkpoint: Path, out: Path) -> Export:
@@ -89,19 +96,22 @@ def export_tables(checkpoint: Path, out: Path) -> Export:
     """
     contents = inspect_checkpoint(checkpoint)
     config = load_saved_recipe(Path(contents.folder) / CONFIG_FILE)
-    check_has_table(config.vq)
+    check_has_table(config.vq, config.code_memory)
     refuse_shared_expert(config.model)
     check_new_folder(out)
     with _world_of_one(config) as layout, new_folder(out) as partial:
         return write_tables(contents, config, layout, partial, out)
 
 
-def check_has_table(vq: VQConfig) -> None:
-    """Raise ``ValueError`` for a layer whose discrete path is no function of the codes."""
+def check_has_table(vq: VQConfig, memory: CodeMemoryConfig) -> None:
+    """Raise ``ValueError`` for a layer whose discrete path is no function of the codes, and for one
+    that has neither such a path nor a code memory."""
     if vq.path == "continuous":
+        if memory.is_on:
+            return
         raise ValueError(
             "vq.path=continuous has no discrete path, so there is no table to export; tables exist "
-            "for path=discrete and path=dual"
+            "for path=discrete and path=dual, and of a code memory"
         )
     if vq.path == "filled":
         raise ValueError(
@@ -145,7 +155,7 @@ def write_tables(
     from vqmoe_megatron.checkpoint.memory_table import memory_codes, memory_rows
     from vqmoe_megatron.checkpoint.stored_layers import stored_layers, stored_stream
 
-    layers, settings, codes = [], None, None
+    layers, codes = [], None
     folder, names = Path(contents.folder), [tensor.name for tensor in contents.tensors]
     if (stream := stored_stream(folder, config, layout, names)) is not None:
         tensors, of_codes = memory_codes(stream, contents.iteration)
@@ -156,22 +166,25 @@ def write_tables(
             rows, of_rows = of_memory
             path = partial / f"memory_{layer.layer_number:04d}.safetensors"
             memory = write_tensors(path, rows, of_rows.as_metadata())
-        tensors, settings = layer_table(layer, contents.iteration)
-        file = write_table(partial, layer.layer_number, tensors, settings.as_metadata())
+        file, num_rows = None, 0
+        if config.vq.path != "continuous":
+            tensors, settings = layer_table(layer, contents.iteration)
+            file = write_table(partial, layer.layer_number, tensors, settings.as_metadata())
+            num_rows = tensors["table"].shape[0]
         expert_bytes = sum(p.numel() * p.element_size() for p in layer.experts.parameters())
-        is_replaced = settings.path == "discrete"
+        is_replaced = config.vq.path == "discrete"
         layers.append(
             ExportedLayer(
                 layer=layer.layer_number,
                 file=file,
-                num_rows=tensors["table"].shape[0],
+                num_rows=num_rows,
                 expert_bytes=expert_bytes,
                 replaced_expert_bytes=expert_bytes if is_replaced else 0,
                 memory=memory,
                 num_memory_rows=rows["rows"].shape[0] if memory else 0,
             )
         )
-    export = Export(out, contents.folder, contents.iteration, settings.path, layers, codes)
+    export = Export(out, contents.folder, contents.iteration, config.vq.path, layers, codes)
     write_index(partial, _index(export, contents, config))
     return export
 
@@ -192,14 +205,22 @@ def _index(export: Export, contents: CheckpointContents, config: RunConfig) -> d
         "total_bytes": sum(file.num_bytes for file in export.files),
         "replaced_expert_bytes": sum(layer.replaced_expert_bytes for layer in export.layers),
         "layers": [
-            {"layer": layer.layer, "file": layer.file.name, "sha256": layer.file.sha256}
-            | {"num_bytes": layer.file.num_bytes, "num_rows": layer.num_rows}
-            | {"expert_bytes": layer.expert_bytes}
+            {"layer": layer.layer}
+            | _of_table(layer.file)
+            | {"num_rows": layer.num_rows, "expert_bytes": layer.expert_bytes}
             | {"replaced_expert_bytes": layer.replaced_expert_bytes}
-            | {"tensors": {name: asdict(part) for name, part in layer.file.tensors.items()}}
             | {"code_memory_file": None if layer.memory is None else asdict(layer.memory)}
             for layer in export.layers
         ],
+    }
+
+
+def _of_table(file: TableFile | None) -> dict[str, Any]:
+    if file is None:
+        return {"file": None, "sha256": None, "num_bytes": 0, "tensors": {}}
+    tensors = {name: asdict(part) for name, part in file.tensors.items()}
+    return {"file": file.name, "sha256": file.sha256, "num_bytes": file.num_bytes} | {
+        "tensors": tensors
     }
 
 

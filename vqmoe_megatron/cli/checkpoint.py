@@ -104,10 +104,7 @@ def _summary(contents: CheckpointContents) -> Table:
             "model",
             f"{model['num_layers']} layers, hidden {model['hidden_size']}, "
             f"{model['num_moe_experts']} experts (top {model['moe_router_topk']}), "
-            f"{vq['num_codes']} codes x {vq['num_code_slices']} "
-            f"slice{'s' if vq['num_code_slices'] != 1 else ''} ({vq['quantizer']}, "
-            f"{vq['code_map']}, {vq['codebook_update']}), path {vq['path']}, "
-            f"vocabulary {model['vocab_size']}",
+            f"{_codes_in_words(vq)}, path {vq['path']}, vocabulary {model['vocab_size']}",
         ),
         ("code memory", contents.code_memory),
         ("written by", f"{sizes}, world size {layout['world_size']}"),
@@ -120,6 +117,14 @@ def _summary(contents: CheckpointContents) -> Table:
     ):
         table.add_row(*map(str, row))
     return table
+
+
+def _codes_in_words(vq: dict[str, Any]) -> str:
+    if vq["path"] == "continuous":
+        return "layers without codes"
+    slices = f"{vq['num_code_slices']} slice{'s' if vq['num_code_slices'] != 1 else ''}"
+    kinds = f"{vq['quantizer']}, {vq['code_map']}, {vq['codebook_update']}"
+    return f"{vq['num_codes']} codes x {slices} ({kinds})"
 
 
 def _progress(contents: CheckpointContents) -> str:

@@ -29,12 +29,13 @@ def export(
         Path, typer.Option(metavar="OUT_DIR", help="new directory for the layers' tables")
     ],
 ) -> None:
-    """Write each VQMoE layer's discrete path as a table, for inference.
+    """Write each VQMoE layer's discrete path as a table, and a code memory.
 
-    Needs vq.expert_input=code and vq.path=discrete or dual. One process;
-    reads one layer at a time. In Python, load_table_layer of
-    vqmoe_megatron.vq.table_layer reads a file back, without Megatron, and
-    load_code_memory of vqmoe_megatron.vq.memory_tables a code memory.
+    A table needs vq.expert_input=code and vq.path=discrete or dual; beside
+    path=continuous the memory is all. One process; one layer at a time.
+    In Python, load_table_layer of vqmoe_megatron.vq.table_layer reads a file
+    back, without Megatron, and load_code_memory of
+    vqmoe_megatron.vq.memory_tables a code memory.
 
     Example: vqmoe export runs/quickstart --tables exports/quickstart
     """
@@ -52,9 +53,10 @@ def print_export(written: Export, stream: TextIO) -> None:
     for name in ("layer", "rows", "bytes", "expert bytes", "of them replaced"):
         table.add_column(name, justify="right")
     for layer in written.layers:
-        sizes = (layer.num_rows, layer.file.num_bytes, layer.expert_bytes)
-        row = (layer.layer, *sizes, layer.replaced_expert_bytes)
-        table.add_row(layer.file.name, *(f"{value:,}" for value in row))
+        if layer.file is not None:
+            sizes = (layer.num_rows, layer.file.num_bytes, layer.expert_bytes)
+            row = (layer.layer, *sizes, layer.replaced_expert_bytes)
+            table.add_row(layer.file.name, *(f"{value:,}" for value in row))
         if layer.memory is not None:
             sizes = (layer.layer, layer.num_memory_rows, layer.memory.num_bytes)
             table.add_row(layer.memory.name, *(f"{value:,}" for value in sizes))
@@ -65,7 +67,7 @@ def print_export(written: Export, stream: TextIO) -> None:
     replaced_bytes = sum(layer.replaced_expert_bytes for layer in written.layers)
     in_place_of = f" in place of {replaced_bytes:,} bytes of experts" if replaced_bytes else ""
     console.print(
-        f"{written.out}: {len(written.layers)} tables of {written.checkpoint} (iteration "
+        f"{written.out}: {len(written.files)} files of {written.checkpoint} (iteration "
         f"{written.iteration:,}), {total_bytes:,} bytes{in_place_of}",
         soft_wrap=True,
     )

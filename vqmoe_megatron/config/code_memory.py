@@ -26,8 +26,9 @@ class CodeMemoryConfig:
     """Code memory beside a layer's other paths: y = y_experts + sum over addresses V[row].
 
     ``codes`` says what a token's code is: of its embedding (one codebook of the model, over the
-    vocabulary), of the layer's hidden state, or, as controls, the token id itself, the nearest of
-    random vectors, a random number of the token id.
+    vocabulary), of the layer's hidden state, the token id itself, the nearest of random vectors, or
+    a random number of the token id. Ids did best wherever they were compared
+    (docs/experiments.md), so shipped recipes say ``tokens``.
     """
 
     num_rows: int = 0  # M, of each address in each layer that carries memory; 0: no code memory
