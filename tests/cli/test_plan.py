@@ -108,7 +108,7 @@ def test_what_is_legal_is_planned_in_seconds(vqmoe, settings: list[str], code: i
     started = time.process_time()
     found, _, error = vqmoe(VOCABULARY, *settings)
     assert found == code and bool(error) == bool(code)
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 10  # 4 on a machine at rest
 
 
 @pytest.mark.parametrize("as_json", [False, True])

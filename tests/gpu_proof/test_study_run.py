@@ -39,8 +39,8 @@ def test_the_study_file_plans_three_arms_under_every_seed(tmp_path: Path, is_tin
     assert len(runs) == 9
     assert {run.config.model.num_moe_experts for run in runs} == {64}
     assert len({run.num_tokens for run in runs}) == 1
-    arms = {(run.config.vq.path, run.config.model.moe_router_topk) for run in runs}
-    assert arms == {("continuous", 1), ("continuous", 2), ("dual", 1)}
+    arms = {(run.config.code_memory.is_on, run.config.model.moe_router_topk) for run in runs}
+    assert arms == {(False, 1), (False, 2), (True, 1)}
 
 
 def told(tmp_path: Path, losses: dict[tuple[str, int], float]) -> Job:

@@ -72,7 +72,9 @@ def test_an_fp32_recipe_runs_on_the_fp32_unit(hardware: str) -> None:
 
 
 def billion() -> RunPlan:
-    return plan_run(load_recipe(BILLION, []), 16, "H100")
+    """With the paper's layer, which searches."""
+    of_paper = ["code_memory.num_rows=0", "vq.path=dual"]
+    return plan_run(load_recipe(BILLION, of_paper), 16, "H100")
 
 
 def test_a_bf16_recipe_s_search_and_router_are_not_all_on_the_tensor_cores() -> None:

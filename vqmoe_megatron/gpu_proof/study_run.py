@@ -26,9 +26,9 @@ from vqmoe_megatron.study.report.series import FINAL_LOSS, has_loss
 
 RECIPE = PACKAGE.parent / "recipes" / "scale" / "tiny_64.yaml"
 ARMS = {
-    "smoe_top1": "[vq.path=continuous]",
-    "smoe_top2": "[vq.path=continuous, model.moe_router_topk=2]",
-    "vqmoe": "[vq.path=dual]",
+    "smoe_top1": "[code_memory.num_rows=0]",
+    "smoe_top2": "[code_memory.num_rows=0, model.moe_router_topk=2]",
+    "vqmoe": "[]",
 }
 OURS = "vqmoe"
 COMMON = [
@@ -46,9 +46,10 @@ FULL = [  # on tiny_64: four times as wide, and a batch four times as large
     "train.log_interval=10",
 ]  # fmt: skip
 TINY = [
-    "model.num_layers=1", "model.hidden_size=32", "model.num_attention_heads=2",
-    "model.moe_ffn_hidden_size=16", "model.seq_length=32", "train.global_batch_size=4",
-    "train.micro_batch_size=4", "train.eval_iters=1", "train.log_interval=1",
+    "model.num_layers=1", "code_memory.layers=[1]", "model.hidden_size=32",
+    "model.num_attention_heads=2", "model.moe_ffn_hidden_size=16", "model.seq_length=32",
+    "train.global_batch_size=4", "train.micro_batch_size=4", "train.eval_iters=1",
+    "train.log_interval=1",
 ]  # fmt: skip
 SEEDS, TINY_SEEDS = (1, 2, 3), (1, 2)
 NUM_JOBS, NUM_TINY_JOBS = 3, 2  # small models leave a GPU idle most of the time
