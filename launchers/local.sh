@@ -13,7 +13,7 @@ environment
   PYTHON   interpreter to use (default: .venv/bin/python of this repository, else python3)
 
 example
-  launchers/local.sh recipes/quickstart.yaml 2 train.train_iters=20 vq.num_codes=128
+  launchers/local.sh recipes/quickstart.yaml 2 train.train_iters=20 code_memory.max_order=5
 
 exit codes: 0 done, 75 saved and wants to be continued, 2 usage or configuration, 1 crash
 HELP

@@ -86,7 +86,7 @@ def shallow(path: Path) -> list[str]:
     chunks = parallel.pipeline_model_parallel_size
     chunks *= parallel.virtual_pipeline_model_parallel_size or 1
     vocabulary = [] if config.model.vocab_size else [BYTES]
-    return ["plan", str(path), f"model.num_layers={max(2, chunks)}", *vocabulary]
+    return ["plan", str(path), f"model.num_layers={max(4, chunks)}", *vocabulary]
 
 
 def small(sizes: str, overrides: str) -> list[str]:
