@@ -28,6 +28,11 @@ def test_every_name_and_its_layer_variant_is_legal():
     assert lookup_metric("vq/layer_03/dead_codes") is metric_table()["vq/dead_codes"]
 
 
+def test_what_a_process_has_seen_is_in_the_table():
+    for ending in table.SINCE_START_METRICS:
+        assert [name for name in table.metric_table() if name.endswith(ending)]
+
+
 def test_every_row_is_filled_in():
     for row in OUR_METRICS:
         assert row.description and row.unit and row.reduction, row.name
