@@ -38,7 +38,8 @@ READ = [
     "train.log_interval=1",
 ]
 COSTLESS = ("model.rotary_base", "train.seed", "checkpoint.keep_last")
-ALIVE = {"model.init_method_std": 0.02, "optimizer.lr": 1e-3, "model.seq_length": 8}
+DRAWN = {"model.init_method_std": 0.02, "model.embedding_init_method_std": 0.02}
+ALIVE = DRAWN | {"optimizer.lr": 1e-3, "model.seq_length": 8}
 
 
 def lowest() -> dict[str, float]:
@@ -65,8 +66,7 @@ def is_list(key: str) -> bool:
 
 
 # The highest weights and rate of learning are legal and diverge, which the trainer says.
-STEADY = highest() | {
-    "model.init_method_std": 0.02,
+STEADY = highest() | DRAWN | {
     "optimizer.lr": 1e-3,
     "optimizer.min_lr": 0,
     "train.exit_interval": 2,

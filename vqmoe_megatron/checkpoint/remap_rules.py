@@ -54,6 +54,7 @@ SHAPING_SETTINGS = (
 # They decide only how tensors start or how a step is computed; what is taken over has started.
 WITHOUT_EFFECT = (
     "model.init_method_std",
+    "model.embedding_init_method_std",
     "vq.combine_bias",
     "vq.init",
     "vq.execution",

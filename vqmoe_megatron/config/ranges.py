@@ -74,6 +74,7 @@ LEGAL_RANGES: dict[str, Range] = {
     "model.hidden_dropout": SHARE_BELOW_ONE,
     "model.attention_dropout": SHARE_BELOW_ONE,
     "model.init_method_std": RATE,
+    "model.embedding_init_method_std": RATE,
     "model.rotary_base": Range(1, 10**12),
     "model.recompute_num_layers": LAYERS,
     "model.seq_length": ROWS,

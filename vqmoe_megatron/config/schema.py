@@ -63,6 +63,7 @@ class ModelConfig:
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     init_method_std: float = 0.02
+    embedding_init_method_std: float | None = None  # None: init_method_std
     bf16: bool = False
     fp8: str | None = None  # hybrid | e4m3: Transformer Engine's linear layers, experts included
     fp8_recipe: str = "tensorwise"  # tensorwise | blockwise | mxfp8: those that keep no history

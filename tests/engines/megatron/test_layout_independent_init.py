@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from small_run import PARITY, initial_parameters, layout_overrides
 
@@ -61,3 +63,32 @@ def test_another_seed_is_another_start(ranks):
         assert (first[name] != second[name]).float().mean() > 0.99
     std = first["embedding.word_embeddings.weight"].std()
     assert 0.018 < std < 0.022  # model.init_method_std
+
+
+def test_layers_that_differ_start_as_layers_that_are_alike(ranks):
+    """A memory in some layers puts each layer's number into the names, and changes no draw."""
+    alike = gathered(ranks(1).run(initial_parameters, str(PARITY), []))
+    overrides = ["code_memory.num_rows=64", "code_memory.layers=[1]"]
+    numbered = gathered(ranks(1).run(initial_parameters, str(PARITY), overrides))
+    found = 0
+    for name, tensor in numbered.items():
+        layer = re.search(r"\.layers\.(\d+)\.", name)
+        if ".code_memory." in name or name.startswith("code_stream."):
+            continue
+        if layer is None:
+            assert name in alike, name
+            assert alike[name].equal(tensor), name
+            continue
+        found += 1
+        assert alike[name.replace(f".{layer[1]}.", ".", 1)][int(layer[1])].equal(tensor), name
+    assert found > 20
+
+
+def test_an_embedding_may_start_at_a_scale_of_its_own(ranks):
+    usual, louder = (
+        gathered(ranks(1).run(initial_parameters, str(PARITY), overrides))
+        for overrides in ([], ["model.embedding_init_method_std=0.5"])
+    )
+    name = "embedding.word_embeddings.weight"
+    assert 0.45 < louder[name].std() < 0.55
+    assert all(usual[key].equal(louder[key]) for key in usual if key != name)

@@ -9,19 +9,26 @@ generator, and a rank draws only the matrices it holds a part of.
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer import TransformerConfig
 
 # Weights that Megatron initialises with its output_layer_init_method.
 OUTPUT_WEIGHTS = ("linear_proj.weight", "linear_fc2.weight")
+# Weights that it initialises with its embedding_init_method.
+EMBEDDING_WEIGHTS = ("embedding.word_embeddings.weight", "embedding.position_embeddings.weight")
 # Megatron draws this vector too, from the stream of its stage.
 DRAWN_VECTORS = ("router.bias",)
 # A codebook draws from (seed, layer number) by itself and is then initialised from data; rows of a
 # memory start at zero, or draw likewise.
 OWN_INITIALISATION = (".codebook.", ".code_memory.")
+# Where layers hold different tensors, the layer's number stands in the name, else in the position.
+NUMBERED_LAYER = re.compile(r"(?<=\.layers\.)(\d+)\.")
 
 
 def redraw_parameters(model: torch.nn.Module, seed: int) -> None:
@@ -35,7 +42,6 @@ def redraw_parameters(model: torch.nn.Module, seed: int) -> None:
 
     No communication.
     """
-    config = model.config
     storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
     for part in _sharded_tensors(model.sharded_state_dict()):
         # Stacked biases of grouped experts have two axes, but each expert's share is a vector.
@@ -44,12 +50,16 @@ def redraw_parameters(model: torch.nn.Module, seed: int) -> None:
         if not is_drawn or any(name in part.key for name in OWN_INITIALISATION):
             continue
         if part.data.untyped_storage().data_ptr() in storages:
-            is_output = part.key.endswith(OUTPUT_WEIGHTS)
-            _redraw(
-                part,
-                config.output_layer_init_method if is_output else config.init_method,
-                seed,
-            )
+            _redraw(part, _draw_of(part.key, model.config), seed)
+
+
+def _draw_of(key: str, config: TransformerConfig) -> Callable[[torch.Tensor], Any]:
+    """Megatron's initialisation of the weight of that name."""
+    if key.endswith(OUTPUT_WEIGHTS):
+        return config.output_layer_init_method
+    if key.endswith(EMBEDDING_WEIGHTS):
+        return config.embedding_init_method
+    return config.init_method
 
 
 def _sharded_tensors(state: Any) -> list[ShardedTensor]:
@@ -69,7 +79,7 @@ def _sharded_tensors(state: Any) -> list[ShardedTensor]:
 
 
 @torch.no_grad()
-def _redraw(part: ShardedTensor, draw: Any, seed: int) -> None:
+def _redraw(part: ShardedTensor, draw: Callable[[torch.Tensor], Any], seed: int) -> None:
     """Fill each matrix (or the vector) of ``part`` with this rank's cut of the global draw."""
     local = part.data
     num_drawn = min(2, local.dim())  # axes of one draw: a matrix, or a vector
@@ -80,12 +90,13 @@ def _redraw(part: ShardedTensor, draw: Any, seed: int) -> None:
     )
     num_prepended = len(part.global_offset) - local.dim()
     prepended = part.global_offset[:num_prepended]
+    name, numbers = NUMBERED_LAYER.sub("", part.key), NUMBERED_LAYER.findall(part.key)
     stack_offset = part.global_offset[num_prepended:-num_drawn]
     for index in product(*(range(size) for size in local.shape[:-num_drawn])):
-        place = (*prepended, *(o + i for o, i in zip(stack_offset, index, strict=True)))
+        place = (*map(int, numbers), *prepended, *(o + i for o, i in zip(stack_offset, index, strict=True)))
         drawn = torch.empty(shape, dtype=torch.float32)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed_of(seed, part.key, place))
+            torch.manual_seed(_seed_of(seed, name, place))
             draw(drawn)
         local[index].copy_(drawn[cut])
 

@@ -99,7 +99,7 @@ class CodeSearch(KeepsFloat32, StepOwner):
             self.register_buffer("context_codes", torch.zeros(shape))
         if self.is_source:
             drawn = torch.randn(num_codes, config.hidden_size, generator=generator)
-            self.register_buffer("codes", drawn * config.init_method_std)
+            self.register_buffer("codes", drawn * config.embedding_init_method_std)
             self.register_buffer("share", torch.zeros(vocab_size))
             if memory.num_context_codes:
                 self.contexts = Codebook(context_quantizer(memory), width, seed * 1009 + 11)
