@@ -54,6 +54,17 @@ EXPERTS_64 = [
     "train.global_batch_size=16",
     "optimizer.lr=3e-3",
 ]
+# What quickstart trains, of parity's depth: rows of a code memory beside the rows of top-1 experts.
+MEMORY = [
+    "vq.path=continuous",
+    "model.hidden_size=128",
+    "model.num_moe_experts=16",
+    "model.moe_router_topk=1",
+    "model.seq_length=256",
+    "code_memory.num_rows=4096",
+    "code_memory.codes=tokens",
+    "code_memory.layers=[1,3]",
+]
 # name: ranks, parallel sizes, overrides, steps of training
 LAYOUTS: dict[str, tuple[int, dict[str, int], list[str], int]] = {
     "one rank": (1, {}, [], 3),
@@ -68,6 +79,18 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], list[str], int]] = {
     "TP2 x EP2": (4, {TP: 2, EP: 2}, [], 3),
     "TP2 x PP2 x EP2, bf16": (4, {TP: 2, PP: 2, EP: 2}, [*OVERLAP, "model.bf16=true"], 3),
     "EP8, 64 experts": (8, {EP: 8}, EXPERTS_64, 30),
+} | {
+    f"EP4, code memory, {num_samples * 256:,} tokens a rank": (
+        4,
+        {EP: 4},
+        [
+            *MEMORY,
+            f"train.micro_batch_size={num_samples}",
+            f"train.global_batch_size={4 * num_samples}",
+        ],
+        3,
+    )
+    for num_samples in (2, 8, 32)
 }
 BIG = [
     "model.vocab_size=128000",
@@ -196,6 +219,7 @@ def measured_row(name: str, corpus: Path, vocab_size: int) -> dict[str, Any]:
         "trained_steps": num_steps,
         "steps_whose_bytes_differ_from_the_formulas": sum(len(r["unequal_steps"]) for r in counted),
         "routed_bytes": str(max(Fraction(b) for r in counted for b in r["sent_bytes_of_steps"])),
+        "routed_by_rank": [rank["last_step"] for rank in counted],
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "matches": simulated.matches
@@ -234,6 +258,17 @@ def simulated_row(name: str) -> dict[str, Any]:
 
 def _total(table: list[list[Any]]) -> Fraction:
     return sum((Fraction(sent) for *_, sent in table), Fraction(0))
+
+
+def memory_share(row: dict[str, Any]) -> Fraction | None:
+    """Bytes of the memory's rows over those of the experts' rows, there and back, all ranks' last
+    step; None without a memory."""
+    rows = [line for rank in row.get("routed_by_rank", []) for line in rank]
+    sent = {
+        axis: _total([line for line in rows if line[:2] == ["all_to_all", axis]])
+        for axis in ("expt_tp_ep", "ep")
+    }
+    return sent["expt_tp_ep"] / sent["ep"] if all(sent.values()) else None
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -286,6 +321,14 @@ def markdown(found: dict[str, Any]) -> str:
             f"| {row['name']} | {row['num_ranks']} | {amounts} | {equal} | "
             f"{_shown(row['routed_bytes'])} | {loss} |"
         )
+    shares = {row["name"]: memory_share(row) for row in measured}
+    lines += [
+        "",
+        "Memory in two of the four layers: bytes of its rows over those of top-1 dispatch in all",
+        "four, counted in the last step: "
+        + "; ".join(f"{name}: {float(s):.3f}" for name, s in shares.items() if s is not None)
+        + ".",
+    ]
     lines += [
         "",
         "Worlds that are simulated only: bf16, sequence length 4,096, fake tensors, one rank of",

@@ -40,6 +40,7 @@ def count(recipe: str, overrides: list[str], corpus_path: str, num_steps: int) -
         "balanced": as_rows(balanced.counted),
         "trained_steps": len(steps),
         "unequal_steps": unequal,
+        "last_step": as_rows(steps[-1].counted),
         "losses": [step.loss for step in steps],
         "sent_bytes_of_steps": [str(sum(sent(s.counted).values())) for s in steps],
     }
