@@ -92,6 +92,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], list[str], int]] = {
     )
     for num_samples in (2, 8, 32)
 }
+# Of so many tokens a table is chosen, of which there is a bound: what would the rows read take?
+LAYOUTS["EP4, code memory, 8,192 tokens a rank, exchange=rows"] = (
+    4,
+    {EP: 4},
+    [*LAYOUTS["EP4, code memory, 8,192 tokens a rank"][2], "code_memory.exchange=rows"],
+    3,
+)
 BIG = [
     "model.vocab_size=128000",
     "model.bf16=true",
@@ -264,11 +271,12 @@ def memory_share(row: dict[str, Any]) -> Fraction | None:
     """Bytes of the memory's rows over those of the experts' rows, there and back, all ranks' last
     step; None without a memory."""
     rows = [line for rank in row.get("routed_by_rank", []) for line in rank]
-    sent = {
-        axis: _total([line for line in rows if line[:2] == ["all_to_all", axis]])
+    collectives = "all_to_all", "all_gather", "reduce_scatter"
+    memory, experts = (
+        _total([line for line in rows if line[0] in collectives and line[1] == axis])
         for axis in ("expt_tp_ep", "ep")
-    }
-    return sent["expt_tp_ep"] / sent["ep"] if all(sent.values()) else None
+    )
+    return memory / experts if memory and experts else None
 
 
 def _line(row: dict[str, Any]) -> str:
