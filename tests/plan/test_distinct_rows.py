@@ -33,6 +33,8 @@ def test_many_rows_are_exact() -> None:
 
 def test_a_table_is_gathered_where_most_rows_are_read() -> None:
     assert gathers_table("auto", 10_000, 64)
+    assert gathers_table("auto", 13 * 12_288, 12_288)
+    assert not gathers_table("auto", 12 * 12_288, 12_288)
     assert not gathers_table("auto", 64, 10_000)
     assert gathers_table("table", 64, 10_000)
     assert not gathers_table("rows", 10_000, 64)

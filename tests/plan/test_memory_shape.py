@@ -30,7 +30,18 @@ def test_rows_are_shared_by_the_experts_ranks() -> None:
     ("overrides", "is_table", "num_fetched", "words"),
     [
         (["code_memory.num_rows=1024"], False, 48, "rows: those read travel (3,072 rows, at most"),
-        (["code_memory.num_rows=8"], True, 24, "table: all rows are gathered (24 rows, at most"),
+        (
+            [
+                "code_memory.num_rows=8",
+                "code_memory.max_order=1",
+                "train.global_batch_size=16",
+                "train.micro_batch_size=8",
+            ],
+            True,
+            8,
+            "table: all rows are gathered (8 rows, at most 8 of them read by a rank's microbatch, "
+            "of text about 7: 8 <= 1.25 x 7)",
+        ),
         (
             ["code_memory.num_rows=1024", "code_memory.exchange=table"],
             True,

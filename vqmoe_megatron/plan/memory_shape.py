@@ -18,6 +18,7 @@ from vqmoe_megatron.plan.codebook_bytes import MAX_CANDIDATES
 from vqmoe_megatron.plan.distinct_rows import (
     TABLE_MAY_BE_LARGER,
     balanced_rows_per_owner,
+    distinct_of_text,
     expected_distinct,
     gathers_table,
 )
@@ -105,8 +106,12 @@ class MemoryShape:
         form = "table: all rows are gathered" if self.is_table else "rows: those read travel"
         if self.memory.exchange != "auto":
             return f"{form} (code_memory.exchange={self.memory.exchange}; {counts})"
+        of_text = distinct_of_text(self.num_reads, total)
         sign = "<=" if self.is_table else ">"
-        return f"{form} ({counts}: {total:,} {sign} {TABLE_MAY_BE_LARGER} x {distinct:,.0f})"
+        return (
+            f"{form} ({counts}, of text about {of_text:,.0f}: {total:,} {sign} "
+            f"{TABLE_MAY_BE_LARGER} x {of_text:,.0f})"
+        )
 
     @property
     def hidden_layer(self) -> LayerShape:

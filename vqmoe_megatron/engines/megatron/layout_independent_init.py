@@ -90,10 +90,11 @@ def _redraw(part: ShardedTensor, draw: Callable[[torch.Tensor], Any], seed: int)
     )
     num_prepended = len(part.global_offset) - local.dim()
     prepended = part.global_offset[:num_prepended]
-    name, numbers = NUMBERED_LAYER.sub("", part.key), NUMBERED_LAYER.findall(part.key)
+    name, layer = NUMBERED_LAYER.sub("", part.key), map(int, NUMBERED_LAYER.findall(part.key))
+    outer = *layer, *prepended
     stack_offset = part.global_offset[num_prepended:-num_drawn]
     for index in product(*(range(size) for size in local.shape[:-num_drawn])):
-        place = (*map(int, numbers), *prepended, *(o + i for o, i in zip(stack_offset, index, strict=True)))
+        place = (*outer, *(o + i for o, i in zip(stack_offset, index, strict=True)))
         drawn = torch.empty(shape, dtype=torch.float32)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed_of(seed, name, place))
