@@ -33,6 +33,7 @@ READ = [
     "vq.expert_input=blend",
     "model.position_embedding_type=learned_absolute",
     "model.add_bias_linear=false",  # of the shared expert
+    "code_memory.codes=embedding",
     "model.recompute_granularity=full",
     "model.recompute_method=block",
     "train.log_interval=1",
@@ -66,11 +67,15 @@ def is_list(key: str) -> bool:
 
 
 # The highest weights and rate of learning are legal and diverge, which the trainer says.
-STEADY = highest() | DRAWN | {
-    "optimizer.lr": 1e-3,
-    "optimizer.min_lr": 0,
-    "train.exit_interval": 2,
-}
+STEADY = (
+    highest()
+    | DRAWN
+    | {
+        "optimizer.lr": 1e-3,
+        "optimizer.min_lr": 0,
+        "train.exit_interval": 2,
+    }
+)
 
 
 @pytest.mark.parametrize(
