@@ -31,7 +31,7 @@ NUM_SEQUENCES = 8
 NUM_MICROBATCHES = 2
 VOCABULARY = 24
 VQ = {"path": "continuous", "codebook_update": "gradient", "init": "uniform"}
-MEMORY = {"num_rows": 16, "num_codes": 10, "max_order": 3, "context_dim": 5}
+MEMORY = {"num_rows": 16, "codes": "embedding", "num_codes": 10, "max_order": 3, "context_dim": 5}
 
 
 def vq_of(case: dict) -> VQConfig:

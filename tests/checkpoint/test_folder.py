@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -15,7 +15,7 @@ from vqmoe_megatron.checkpoint.folder import (
     stored_tokenizer,
     written_at,
 )
-from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.config import CodeMemoryConfig, RunConfig
 from vqmoe_megatron.config.recipe import load_recipe, save_recipe
 from vqmoe_megatron.plan.layout import ParallelLayout
 
@@ -124,6 +124,28 @@ def test_what_does_not_change_the_mathematics_may_change(tmp_path):
     check_resumable(folder, load_recipe(recipe, ["vq.table_per_step=true"]))
     with pytest.raises(ValueError, match="vq.straight_through"):
         check_resumable(folder, load_recipe(recipe, [*free, "vq.straight_through=none"]))
+
+
+OLDER = CodeMemoryConfig(codes="embedding", lr_mult=1.0)  # the defaults of an older release
+
+
+def test_a_checkpoint_of_older_defaults_does_not_go_on_with_the_new_ones(tmp_path):
+    """What a checkpoint says of its memory is compared, not taken for what is meant now."""
+    stored = RunConfig(code_memory=replace(OLDER, num_rows=64))
+    folder = write_checkpoint(tmp_path, 100, stored)
+    with pytest.raises(ValueError, match="cannot be resumed") as refused:
+        check_resumable(folder, RunConfig(code_memory=CodeMemoryConfig(num_rows=64)))
+    for named in ("codes: checkpoint 'embedding', recipe 'tokens'", "lr_mult: checkpoint 1.0, rec"):
+        assert f"code_memory.{named}" in str(refused.value)
+    how = {"exchange": "table", "freeze_after_steps": 500}
+    check_resumable(folder, RunConfig(code_memory=replace(stored.code_memory, **how)))
+
+
+def test_settings_of_a_memory_that_is_off_decide_nothing(tmp_path):
+    folder = write_checkpoint(tmp_path, 100, RunConfig(code_memory=OLDER))
+    check_resumable(folder, RunConfig())
+    with pytest.raises(ValueError, match="code_memory.num_rows: checkpoint 0, recipe 64"):
+        check_resumable(folder, RunConfig(code_memory=CodeMemoryConfig(num_rows=64)))
 
 
 def test_a_checkpoint_knows_the_layout_that_wrote_it(tmp_path):

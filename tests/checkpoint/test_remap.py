@@ -220,7 +220,12 @@ def test_a_refused_recipe_is_refused_before_anything_is_loaded(source, start):
         start(folder, START)
 
 
-MEMORY = ["code_memory.num_rows=48", "code_memory.num_codes=100", "code_memory.num_context_codes=6"]
+MEMORY = [
+    "code_memory.num_rows=48",
+    "code_memory.codes=embedding",
+    "code_memory.num_codes=100",
+    "code_memory.num_context_codes=6",
+]
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_one_expert_has_no_router_to_copy_from():
     assert "the first 1 are kept, 7 are dropped" in told(config(8), config(1))
 
 
-MEMORY = CodeMemoryConfig(num_rows=64, num_context_codes=4)
+MEMORY = CodeMemoryConfig(num_rows=64, codes="embedding", num_context_codes=4, lr_mult=1.0)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +204,11 @@ def test_a_code_memory_must_be_the_checkpoints(changed):
     wanted = replace(config(16), code_memory=replace(MEMORY, **changed))
     with pytest.raises(ValueError, match=rf"code_memory\.{next(iter(changed))}: checkpoint"):
         check_remap(stored, wanted)
+
+
+def test_settings_of_a_memory_that_is_off_decide_nothing():
+    stored = replace(config(8), code_memory=replace(MEMORY, num_rows=0))
+    assert told(stored, config(16)) == told(config(8), config(16))
 
 
 def test_what_shapes_no_memory_may_differ():

@@ -94,7 +94,11 @@ def test_bf16_tables_give_the_same_rounding(ranks, small_corpus, tmp_path):
     assert relative_error(found["wrong"], found["model"]) > 1e-2
 
 
-MEMORY = ["code_memory.num_rows=64", "code_memory.num_codes=40", "code_memory.lr_mult=5"]
+TOKENS = ["code_memory.num_rows=64", "code_memory.codes=tokens"]
+MEMORY = [
+    "code_memory.num_rows=64", "code_memory.codes=embedding", "code_memory.num_codes=40",
+    "code_memory.lr_mult=5",
+]  # fmt: skip
 MEMORIES = {
     "contexts and gate, two slices, written at EP 2": (
         2,
@@ -107,7 +111,7 @@ MEMORIES = {
         1, [*STEPS, *MEMORY, "code_memory.codes=hidden", "code_memory.max_order=2"],
     ),
     "rows that experts make, bf16": (
-        1, [*BF16, *MEMORY, "code_memory.values=experts", "code_memory.codes=tokens"],
+        1, [*BF16, *TOKENS, "code_memory.values=experts"],
     ),
 }  # fmt: skip
 
@@ -141,7 +145,7 @@ def test_tables_and_memory_give_the_logits_of_the_checkpoint(name, ranks, small_
 
 def test_beside_a_continuous_path_the_memory_is_all(ranks, small_corpus, tmp_path):
     """Rows as they are trained, found as the model finds them."""
-    memory = [*MEMORY, "code_memory.codes=tokens", "code_memory.layers=[2]"]
+    memory = [*TOKENS, "code_memory.layers=[2]"]
     run_dir, out = tmp_path / "run", tmp_path / "tables"
     run_on(ranks(1), small_corpus, run_dir, [*STEPS, *memory, "vq.path=continuous"], {})
     ranks(1).run(export_here, str(run_dir), str(out))

@@ -25,12 +25,13 @@ PARITY = Path(__file__).resolve().parents[2] / "recipes" / "parity.yaml"  # 4 la
         ({"max_order": 9}, "code_memory.max_order"),
         ({"context_decay": 1.0}, "code_memory.context_decay"),
         ({"lr_mult": 0.0}, "code_memory.lr_mult"),
-        ({"freeze_after_steps": 1}, "use at least 2"),
+        ({"codes": "embedding", "freeze_after_steps": 1}, "use at least 2"),
+        ({"num_codes": 64}, "code_memory.num_codes=64 with code_memory.codes=tokens"),
         ({"layers": []}, "rising order"),
         ({"layers": [2, 1]}, "rising order"),
         ({"layers": [1, 1]}, "rising order"),
         ({"num_context_codes": 4, "codes": "hidden"}, "contexts are means of embeddings"),
-        ({"num_context_codes": 4, "codes": "tokens"}, "contexts are means of embeddings"),
+        ({"num_context_codes": 4}, "code_memory.codes=tokens: contexts are means of embeddings"),
     ],
 )
 def test_refused(settings: dict, message: str) -> None:
@@ -86,18 +87,33 @@ def test_with_a_code_for_every_entry_nothing_is_grouped(codes: str) -> None:
     memory = CodeMemoryConfig(num_rows=64, num_codes=256, codes=codes)
     assert memory.groups_entries(257) and memory.moves(257)
     assert not memory.groups_entries(256) and not memory.moves(256)
-    contexts = CodeMemoryConfig(num_rows=64, num_codes=256, num_context_codes=4)
+    contexts = CodeMemoryConfig(num_rows=64, codes="embedding", num_codes=256, num_context_codes=4)
     assert not contexts.groups_entries(256) and contexts.moves(256)
 
 
 @pytest.mark.parametrize("codes", ["tokens", "frozen_random", "hidden"])
 def test_other_codes_do_not_group_the_vocabulary(codes: str) -> None:
-    assert not CodeMemoryConfig(num_rows=64, num_codes=2, codes=codes).moves(256)
+    memory = CodeMemoryConfig(num_rows=64, codes=codes)
+    assert memory.num_codes == 256 and not memory.moves(1000)
 
 
 def test_addresses_and_layers() -> None:
-    memory = CodeMemoryConfig(num_rows=64, num_context_codes=8, layers=[1, 3])
+    memory = CodeMemoryConfig(num_rows=64, codes="embedding", num_context_codes=8, layers=[1, 3])
     assert (memory.num_addresses, memory.rows_per_layer) == (5, 320)
     assert [number for number in range(1, 5) if memory.carries(number)] == [1, 3]
     assert "5 addresses x 64 rows in layers [1, 3]" in memory.in_words
     assert CodeMemoryConfig().in_words == "no code memory (code_memory.num_rows=0)"
+
+
+def test_defaults_are_what_won_and_what_recipes_say() -> None:
+    shipped = load_recipe(PARITY.with_name("quickstart.yaml"), []).code_memory
+    assert shipped == CodeMemoryConfig(num_rows=4096, layers=[1, 3])
+    assert (shipped.codes, shipped.lr_mult) == ("tokens", 5.0)
+    assert not CodeMemoryConfig().is_on
+
+
+def test_settings_of_a_memory_that_is_off_have_no_effect() -> None:
+    off = CodeMemoryConfig(codes="embedding", num_codes=64, lr_mult=1.0, layers=[1])
+    assert off.in_effect == CodeMemoryConfig()
+    on = CodeMemoryConfig(num_rows=8, codes="embedding", num_codes=64)
+    assert on.in_effect is on

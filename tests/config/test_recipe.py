@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from vqmoe_megatron.config import ModelConfig, RunConfig
+from vqmoe_megatron.config import CodeMemoryConfig, ModelConfig, RunConfig
 from vqmoe_megatron.config.recipe import (
     flatten_config,
     load_recipe,
@@ -305,3 +305,11 @@ def test_a_recipe_that_was_saved_before_there_was_a_code_memory(tmp_path: Path) 
     del sections["code_memory"]
     OmegaConf.save(sections, saved)
     assert load_saved_recipe(saved) == RunConfig()
+
+
+def test_a_saved_code_memory_is_what_it_was_and_not_today_s_default(tmp_path: Path) -> None:
+    older = CodeMemoryConfig(num_rows=64, codes="embedding", num_codes=32, lr_mult=1.0)
+    saved = tmp_path / "run_config.yaml"
+    save_recipe(RunConfig(code_memory=older), saved)
+    assert set(OmegaConf.load(saved).code_memory) == {spec.name for spec in fields(older)}
+    assert load_saved_recipe(saved).code_memory == older

@@ -25,7 +25,10 @@ SIZES = [
 ]  # fmt: skip
 FULL = ["model.recompute_granularity=full", "model.recompute_num_layers=2"]
 ONE_EXPERT = ["model.num_moe_experts=1", "model.moe_router_topk=1"]
-MEMORY = ["code_memory.num_rows=512", "code_memory.num_codes=40", "code_memory.max_order=8"]
+MEMORY = [
+    "code_memory.num_rows=512", "code_memory.codes=embedding", "code_memory.num_codes=40",
+    "code_memory.max_order=8",
+]  # fmt: skip
 CASES = {
     "dual": (1, {}, []),
     "continuous": (1, {}, ["vq.path=continuous"]),

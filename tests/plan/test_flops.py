@@ -211,7 +211,8 @@ CASES = {
     ],
     "memory that experts make, by contexts": [
         "code_memory.num_rows=16", "code_memory.num_codes=40", "code_memory.values=experts",
-        "code_memory.num_context_codes=10", "code_memory.gate=token",
+        "code_memory.codes=embedding", "code_memory.num_context_codes=10",
+        "code_memory.gate=token",
         "code_memory.freeze_after_steps=0",  # a microbatch is counted, without the step's end
     ],
     "memory by hidden states, recomputed": [
@@ -233,7 +234,7 @@ def test_operations_are_those_of_the_model(ranks, name: str) -> None:
 
 
 def test_the_vocabulary_is_searched_once_per_step() -> None:
-    memory = ["code_memory.num_rows=16", "code_memory.num_codes=40"]
+    memory = ["code_memory.num_rows=16", "code_memory.codes=embedding", "code_memory.num_codes=40"]
     for sizes, ranks in (([], 1), (["parallel.tensor_model_parallel_size=2"], 2)):
         config = recipe([*memory, *sizes])
         layout = check_layout(config, ranks, "cpu")

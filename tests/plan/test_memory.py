@@ -74,7 +74,8 @@ SHARDED_CASES = {
     "code tables": [*LARGE, "vq.num_codes=4096"],
     "rows of a code memory": [*LARGE, "code_memory.num_rows=4096", "code_memory.exchange=table"],
     "codes of a code memory": [
-        *SHORT, "model.vocab_size=16000", "code_memory.num_rows=64", "code_memory.num_codes=40",
+        *SHORT, "model.vocab_size=16000", "code_memory.num_rows=64", "code_memory.codes=embedding",
+        "code_memory.num_codes=40",
     ],
     "codebooks, ema": MANY_CODES,
     "codebooks, gradient": [*MANY_CODES, "vq.codebook_update=gradient"],

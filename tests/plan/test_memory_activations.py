@@ -12,7 +12,8 @@ EP2 = "parallel.expert_model_parallel_size=2"
 
 
 def shape_of(*overrides: str, ranks: int = 1) -> MemoryShape:
-    config = recipe(["code_memory.num_rows=1024", "code_memory.num_codes=40", *overrides])
+    codes = ["code_memory.codes=embedding", "code_memory.num_codes=40"]
+    config = recipe(["code_memory.num_rows=1024", *codes, *overrides])
     return MemoryShape.from_config(config, check_layout(config, ranks, "cpu"))
 
 

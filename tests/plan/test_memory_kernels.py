@@ -10,7 +10,11 @@ from vqmoe_megatron.plan.memory_kernels import memory_kernels, stream_kernels
 from vqmoe_megatron.plan.memory_shape import MemoryShape
 from vqmoe_megatron.plan.parameters import ChunkPlace
 
-MEMORY = ["code_memory.num_rows=1024", "code_memory.num_codes=40"]
+MEMORY = [
+    "code_memory.num_rows=1024",
+    "code_memory.codes=embedding",
+    "code_memory.num_codes=40",
+]
 FIRST, OTHER = (ChunkPlace(range(0), is_first, False) for is_first in (True, False))
 
 

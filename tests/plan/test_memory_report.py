@@ -14,7 +14,11 @@ from vqmoe_megatron.plan.memory_report import code_memory_json
 from vqmoe_megatron.plan.run_plan import plan_json, plan_run
 
 EP2 = "parallel.expert_model_parallel_size=2"
-MEMORY = ["code_memory.num_rows=1024", "code_memory.num_codes=40"]
+MEMORY = [
+    "code_memory.num_rows=1024",
+    "code_memory.codes=embedding",
+    "code_memory.num_codes=40",
+]
 
 
 def test_figures_of_a_rank() -> None:

@@ -16,7 +16,15 @@ from vqmoe_megatron.plan.wire import Term
 HIDDEN, VOCAB = 48, 384
 EP2 = ["parallel.expert_model_parallel_size=2"]
 TP2 = ["parallel.tensor_model_parallel_size=2"]
-ROWS = ["code_memory.num_rows=1024", "code_memory.num_codes=40"]
+ROWS = [
+    "code_memory.num_rows=1024",
+    "code_memory.codes=embedding",
+    "code_memory.num_codes=40",
+]
+STAYING = {
+    "frozen": ["code_memory.freeze_after_steps=0"],
+    "tokens": ["code_memory.codes=tokens", "code_memory.num_codes=256"],
+}
 
 
 def shape_of(*overrides: str, ranks: int = 2) -> MemoryShape:
@@ -80,9 +88,9 @@ def test_codes_of_the_vocabulary_are_found_once_per_step() -> None:
     ]
 
 
-@pytest.mark.parametrize("frozen", ["code_memory.freeze_after_steps=0", "code_memory.codes=tokens"])
-def test_codes_that_stay_send_nothing(frozen: str) -> None:
-    assert sent(stream_terms(shape_of(*TP2, frozen), VOCAB, num_stages=3)) == []
+@pytest.mark.parametrize("name", STAYING)
+def test_codes_that_stay_send_nothing(name: str) -> None:
+    assert sent(stream_terms(shape_of(*TP2, *STAYING[name]), VOCAB, num_stages=3)) == []
 
 
 def statistics_bytes(*overrides: str) -> list[int]:
@@ -98,8 +106,8 @@ def statistics_bytes(*overrides: str) -> list[int]:
 
 def test_reads_by_row_are_reduced_with_the_statistics_also_once_codes_are_frozen() -> None:
     plain, of_rows = statistics_bytes(), (3 * 1024 + 2) * 4
-    for frozen in ("code_memory.freeze_after_steps=0", "code_memory.codes=tokens"):
-        assert statistics_bytes(*ROWS, frozen) == [plain[0] + of_rows, plain[1]]
+    for overrides in STAYING.values():
+        assert statistics_bytes(*ROWS, *overrides) == [plain[0] + of_rows, plain[1]]
     assert statistics_bytes(*ROWS) == [plain[0] + of_rows + VOCAB * 4, plain[1]]
 
 

@@ -110,7 +110,8 @@ CASES = {
         [
             "code_memory.num_rows=64", "code_memory.num_codes=40", "code_memory.gate=token",
             "code_memory.num_context_codes=10", "code_memory.context_dim=6", DISTRIBUTED,
-            "model.bf16=true", "vq.path=continuous", "code_memory.layers=[2, 3]",
+            "code_memory.codes=embedding", "model.bf16=true", "vq.path=continuous",
+            "code_memory.layers=[2, 3]",
         ],
     ),
     "etp2, memory on hidden states": (

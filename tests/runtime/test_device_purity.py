@@ -74,7 +74,8 @@ def overrides_of(case: tuple[str, ...]) -> list[str]:
 
 FULL = "model.recompute_granularity=full model.recompute_num_layers=1 model.recompute_method="
 OVERLAP = f"{DISTRIBUTED} optimizer.overlap_grad_reduce=true optimizer.overlap_param_gather=true"
-MEMORY = "code_memory.num_rows=64 code_memory.num_codes=32 code_memory.num_context_codes=8"
+MEMORY = "code_memory.num_rows=64 code_memory.codes=embedding code_memory.num_codes=32"
+MEMORY += " code_memory.num_context_codes=8"
 # layout, overrides, what is planted or which step is watched
 OTHER_CASES = {
     "continuous": ("ep2", f"vq.path=continuous {BF16}", ""),

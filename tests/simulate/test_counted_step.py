@@ -12,7 +12,7 @@ ZERO = ["optimizer.use_distributed_optimizer=true"]
 OVERLAP = [*ZERO, "optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
 MANY_LAYERS = ["model.num_layers=4"]
 ONE_EXPERT = ["model.num_moe_experts=1", "model.moe_router_topk=1"]
-MEMORY = ["code_memory.num_rows=64", "code_memory.num_codes=20"]
+MEMORY = ["code_memory.num_rows=64", "code_memory.codes=embedding", "code_memory.num_codes=20"]
 CASES = {
     # name: (ranks, layout, overrides)
     "one rank": (1, {}, []),

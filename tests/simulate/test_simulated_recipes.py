@@ -37,7 +37,7 @@ OPTIONS = {
     "code memory of rows and contexts": (
         "tp2 pp2 ep2",
         "code_memory.num_rows=64 code_memory.num_codes=20 code_memory.exchange=rows "
-        "code_memory.num_context_codes=10",
+        "code_memory.codes=embedding code_memory.num_context_codes=10",
     ),
     "code memory on hidden states": (
         "etp2",

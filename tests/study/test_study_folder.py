@@ -211,6 +211,15 @@ def test_where_a_run_reports_to_may_change(write_study) -> None:
     load_study(write_study(more=more)).check_started()
 
 
+def test_settings_of_a_memory_that_is_off_are_no_change_of_a_started_run(write_study) -> None:
+    """A run of an older release stored other defaults of them."""
+    study = load_study(write_study(more=["code_memory.codes=embedding", "code_memory.lr_mult=1.0"]))
+    pretend_started(study, 0)
+    load_study(write_study()).check_started()
+    with pytest.raises(ValueError, match="code_memory.num_rows: was 0, is now 64"):
+        load_study(write_study(more=["code_memory.num_rows=64"])).check_started()
+
+
 def test_an_index_past_the_study_is_refused(write_study) -> None:
     with pytest.raises(ValueError, match="--index 4 is not in study .* 4 runs, indices 0 to 3"):
         load_study_run(write_study(), 4)

@@ -26,6 +26,7 @@ OVERLAP = [
 # More codes than bytes in use, contexts, gradient accumulation; codes are frozen after 3 steps.
 MEMORY = [
     "code_memory.num_rows=64",
+    "code_memory.codes=embedding",
     "code_memory.num_codes=128",
     "code_memory.num_context_codes=12",
     "code_memory.context_dim=8",

@@ -33,6 +33,7 @@ READ = [
     "vq.expert_input=blend",
     "model.position_embedding_type=learned_absolute",
     "model.add_bias_linear=false",  # of the shared expert
+    "code_memory.codes=embedding",
     "model.recompute_granularity=full",
     "model.recompute_method=block",
     "train.log_interval=1",

@@ -31,6 +31,7 @@ CODEBOOK = [
 EXPERTS = [f"decoder.layers.0.mlp.experts.experts.linear_fc1.weight [0, {e}, 0, 0]" for e in (0, 4)]
 MEMORY = [
     "code_memory.num_rows=64",
+    "code_memory.codes=embedding",
     "code_memory.num_codes=100",
     "code_memory.num_context_codes=4",
 ]

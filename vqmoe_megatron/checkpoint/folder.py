@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ FREE_SETTINGS = (
     "vq.table_per_step",
     "vq.overlap_table",
     "vq.freeze_after_steps",  # what: but a frozen codebook is re-opened, or frozen now, this way
+    "code_memory.exchange",
+    "code_memory.freeze_after_steps",  # as vq's
 )
 FREE_PREFIXES = ("model.recompute_",)
 # What checkpoint.remap can change.
@@ -236,9 +238,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _fixed_settings(config: RunConfig) -> dict[str, object]:
+    config = replace(config, code_memory=config.code_memory.in_effect)
     settings = {
         f"{section}.{spec.name}": getattr(getattr(config, section), spec.name)
-        for section in ("model", "vq", "optimizer")
+        for section in ("model", "vq", "code_memory", "optimizer")
         for spec in fields(getattr(config, section))
     }
     settings |= {f"train.{name}": getattr(config.train, name) for name in FIXED_TRAIN_SETTINGS}

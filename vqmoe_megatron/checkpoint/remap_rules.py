@@ -8,7 +8,7 @@ Settings only: no torch, no ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from vqmoe_megatron.config import CodeMemoryConfig, ModelConfig, RunConfig
 from vqmoe_megatron.config.vq import VQConfig
@@ -130,6 +130,7 @@ def check_remap(stored: RunConfig, wanted: RunConfig) -> list[str]:
 
 
 def _settings(config: RunConfig) -> dict[str, object]:
+    config = replace(config, code_memory=config.code_memory.in_effect)
     return {
         f"{section}.{spec.name}": getattr(getattr(config, section), spec.name)
         for section, kind in SECTIONS

@@ -19,10 +19,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -181,8 +181,10 @@ def check_started_runs(file: StudyFile, runs: Iterable[PlannedRun]) -> None:
 
 def changed_settings(stored: RunConfig, planned: RunConfig) -> list[str]:
     """Return ``key: was A, is now B`` for every setting that decides what is trained."""
-    before: Mapping[str, Any] = flatten_config(stored)
-    after: Mapping[str, Any] = flatten_config(planned)
+    before, after = (
+        flatten_config(replace(config, code_memory=config.code_memory.in_effect))
+        for config in (stored, planned)
+    )
     return [
         f"{key}: was {before[key]}, is now {value}"
         for key, value in after.items()

@@ -68,7 +68,11 @@ def test_another_seed_is_another_start(ranks):
 def test_layers_that_differ_start_as_layers_that_are_alike(ranks):
     """A memory in some layers puts each layer's number into the names, and changes no draw."""
     alike = gathered(ranks(1).run(initial_parameters, str(PARITY), []))
-    overrides = ["code_memory.num_rows=64", "code_memory.layers=[1]"]
+    overrides = [
+        "code_memory.num_rows=64",
+        "code_memory.codes=embedding",
+        "code_memory.layers=[1]",
+    ]
     numbered = gathered(ranks(1).run(initial_parameters, str(PARITY), overrides))
     found = 0
     for name, tensor in numbered.items():

@@ -10,7 +10,12 @@ from real_model import _unwrapped, recipe
 pytestmark = pytest.mark.distributed
 
 EP, TP = "parallel.expert_model_parallel_size", "parallel.tensor_model_parallel_size"
-MEMORY = ["code_memory.num_rows=32", "code_memory.num_codes=40", "vq.init=uniform"]
+MEMORY = [
+    "code_memory.num_rows=32",
+    "code_memory.codes=embedding",
+    "code_memory.num_codes=40",
+    "vq.init=uniform",
+]
 RECOMPUTE = {
     "none": [],
     "moe": ["model.recompute_granularity=selective", "model.recompute_modules=[moe]"],

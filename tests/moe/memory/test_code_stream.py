@@ -17,11 +17,13 @@ NUM_CODES, WIDTH, VOCABULARY = 40, 48, 384  # padded
 MEMORY = [
     "model.num_layers=2",
     "code_memory.num_rows=32",
+    "code_memory.codes=embedding",
     f"code_memory.num_codes={NUM_CODES}",
     "code_memory.num_context_codes=6",
     "code_memory.context_dim=8",
     "code_memory.freeze_after_steps=3",
     "code_memory.exchange=rows",
+    "code_memory.lr_mult=1.0",
     "train.train_iters=20",
 ]
 # What only the stream sends: counts and codes of entries, sums and vectors of codes.

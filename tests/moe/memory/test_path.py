@@ -26,7 +26,7 @@ CASES = {
     "rows": {"memory": {"exchange": "rows"}},
     "table": {"memory": {"exchange": "table"}},
     "auto": {},
-    "tokens": {"memory": {"codes": "tokens", "exchange": "rows"}},
+    "tokens": {"memory": {"codes": "tokens", "num_codes": 256, "exchange": "rows"}},
     "random": {"memory": {"codes": "random"}},
     "frozen-random": {"memory": {"codes": "frozen_random", "exchange": "rows"}},
     "hidden-rows": {"memory": {"codes": "hidden", "exchange": "rows"}},

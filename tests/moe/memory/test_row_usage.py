@@ -15,10 +15,12 @@ ETP = "expert_tensor_parallel_size"
 MEMORY = [
     "model.num_layers=2",
     "code_memory.num_rows=64",
+    "code_memory.codes=embedding",
     "code_memory.num_codes=40",
     "code_memory.max_order=2",
     "code_memory.freeze_after_steps=2",
     "code_memory.exchange=rows",
+    "code_memory.lr_mult=1.0",
 ]
 MOE_AGAIN = ["model.recompute_granularity=selective", "model.recompute_modules=[moe]"]
 HIDDEN = ["code_memory.codes=hidden"]
@@ -75,7 +77,9 @@ def test_counts_keep_fp32_in_a_half_precision_model_and_stay_out_of_checkpoints(
 
 
 def test_addresses_are_named_in_the_order_of_their_rows() -> None:
-    names = CodeMemoryConfig(num_rows=4, max_order=2, num_context_codes=8).address_names
+    names = CodeMemoryConfig(
+        num_rows=4, codes="embedding", max_order=2, num_context_codes=8
+    ).address_names
     assert names == ("order 1", "order 2", "context", "context and code")
     assert CodeMemoryConfig(num_rows=4, max_order=1).address_names == ("order 1",)
 
