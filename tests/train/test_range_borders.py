@@ -66,11 +66,15 @@ def is_list(key: str) -> bool:
 
 
 # The highest weights and rate of learning are legal and diverge, which the trainer says.
-STEADY = highest() | DRAWN | {
-    "optimizer.lr": 1e-3,
-    "optimizer.min_lr": 0,
-    "train.exit_interval": 2,
-}
+STEADY = (
+    highest()
+    | DRAWN
+    | {
+        "optimizer.lr": 1e-3,
+        "optimizer.min_lr": 0,
+        "train.exit_interval": 2,
+    }
+)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,11 @@ def _redraw(part: ShardedTensor, draw: Callable[[torch.Tensor], Any], seed: int)
     name, numbers = NUMBERED_LAYER.sub("", part.key), NUMBERED_LAYER.findall(part.key)
     stack_offset = part.global_offset[num_prepended:-num_drawn]
     for index in product(*(range(size) for size in local.shape[:-num_drawn])):
-        place = (*map(int, numbers), *prepended, *(o + i for o, i in zip(stack_offset, index, strict=True)))
+        place = (
+            *map(int, numbers),
+            *prepended,
+            *(o + i for o, i in zip(stack_offset, index, strict=True)),
+        )
         drawn = torch.empty(shape, dtype=torch.float32)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed_of(seed, name, place))
