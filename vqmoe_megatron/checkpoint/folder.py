@@ -33,7 +33,10 @@ FREE_SETTINGS = (
     "vq.execution",
     "vq.table_per_step",
     "vq.overlap_table",
-    "vq.freeze_after_steps",  # what: but a frozen codebook is re-opened, or frozen now, this way
+    "code_memory.exchange",
+    # What: but frozen codes are re-opened, or frozen now, this way.
+    "vq.freeze_after_steps",
+    "code_memory.freeze_after_steps",
 )
 FREE_PREFIXES = ("model.recompute_",)
 # What checkpoint.remap can change.
@@ -238,7 +241,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def _fixed_settings(config: RunConfig) -> dict[str, object]:
     settings = {
         f"{section}.{spec.name}": getattr(getattr(config, section), spec.name)
-        for section in ("model", "vq", "optimizer")
+        for section in ("model", "vq", "code_memory", "optimizer")
         for spec in fields(getattr(config, section))
     }
     settings |= {f"train.{name}": getattr(config.train, name) for name in FIXED_TRAIN_SETTINGS}
