@@ -95,6 +95,11 @@ def test_a_tracker_that_is_no_file_is_refused(tmp_path):
         ("train.train_iters=300", "optimizer.lr_decay_iters: checkpoint 200, recipe 300"),
         ("optimizer.lr=0.5", "optimizer.lr: checkpoint 0.001, recipe 0.5"),
         ("train.global_batch_size=64", "train.global_batch_size: checkpoint 32, recipe 64"),
+        ("code_memory.num_rows=64", "code_memory.num_rows: checkpoint 0, recipe 64"),
+        # The same tensors, and nothing but the settings tells one from the other.
+        ("code_memory.codes=tokens", "code_memory.codes: checkpoint 'embedding', recipe 'tokens'"),
+        ("code_memory.layers=[1]", "code_memory.layers: checkpoint None, recipe [1]"),
+        ("code_memory.lr_mult=5", "code_memory.lr_mult: checkpoint 1.0, recipe 5.0"),
     ],
 )
 def test_another_model_or_schedule_is_refused(tmp_path, override, named):
@@ -118,6 +123,7 @@ def test_what_does_not_change_the_mathematics_may_change(tmp_path):
     free = ["model.recompute_granularity=full", "optimizer.overlap_grad_reduce=true"]
     free += ["train.train_iters=300", "optimizer.lr_decay_iters=200", "train.log_interval=1"]
     free += ["vq.execution=tokens", "vq.freeze_after_steps=7"]
+    free += ["code_memory.exchange=table", "code_memory.freeze_after_steps=7"]
     free += ["parallel.expert_model_parallel_size=2", "optimizer.use_distributed_optimizer=true"]
     assert RunConfig() != load_recipe(recipe, free)
     check_resumable(folder, load_recipe(recipe, free))

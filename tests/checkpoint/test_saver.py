@@ -105,6 +105,27 @@ def test_a_last_save_that_fails_is_an_error_on_every_rank(ranks, small_corpus, t
     assert find_checkpoint(tmp_path).name == "iter_0000001"
 
 
+@pytest.mark.full
+def test_a_code_memory_goes_on_bit_by_bit_after_a_last_save_that_failed(
+    ranks, small_corpus, tmp_path
+):
+    """Rows of layer 1 and codes that move go back to the checkpoint before."""
+    every = [*TINY, "vq.path=continuous", "code_memory.num_rows=64", "code_memory.num_codes=64"]
+    every += ["code_memory.layers=[1]", "code_memory.lr_mult=5", "train.train_iters=6"]
+    every += ["checkpoint.save_interval=2", "optimizer.lr_warmup_iters=1"]
+    whole = run_on(ranks(2), small_corpus, tmp_path / "whole", every, EP2)
+    run_dir = tmp_path / "run"
+    stopped = [*every, *layout_overrides(EP2), f"data.path={small_corpus}"]
+    stopped += [f"train.output_dir={run_dir}", "train.exit_interval=4"]
+    results = ranks(2).run(train_with_a_small_file_limit, str(PARITY), stopped, 4, layout=EP2)
+    assert all("iteration 4 was not written" in result["error"] for result in results)
+    assert find_checkpoint(run_dir).name == "iter_0000002"
+    again = run_on(ranks(2), small_corpus, run_dir, every, EP2)
+    assert sorted(curve(again)) == [3, 4, 5, 6]
+    assert curve(whole) == {**curve(whole), **curve(again)}
+    assert [rank["streams"] for rank in again] == [rank["streams"] for rank in whole]
+
+
 def test_a_kill_between_naming_a_checkpoint_and_tracking_it_loses_nothing(
     ranks, small_corpus, tmp_path
 ):

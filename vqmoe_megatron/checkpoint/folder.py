@@ -33,9 +33,10 @@ FREE_SETTINGS = (
     "vq.execution",
     "vq.table_per_step",
     "vq.overlap_table",
-    "vq.freeze_after_steps",  # what: but a frozen codebook is re-opened, or frozen now, this way
     "code_memory.exchange",
-    "code_memory.freeze_after_steps",  # as vq's
+    # What: but frozen codes are re-opened, or frozen now, this way.
+    "vq.freeze_after_steps",
+    "code_memory.freeze_after_steps",
 )
 FREE_PREFIXES = ("model.recompute_",)
 # What checkpoint.remap can change.
