@@ -97,9 +97,6 @@ def test_a_tracker_that_is_no_file_is_refused(tmp_path):
         ("train.global_batch_size=64", "train.global_batch_size: checkpoint 32, recipe 64"),
         ("code_memory.num_rows=64", "code_memory.num_rows: checkpoint 0, recipe 64"),
         # The same tensors, and nothing but the settings tells one from the other.
-        ("code_memory.codes=tokens", "code_memory.codes: checkpoint 'embedding', recipe 'tokens'"),
-        ("code_memory.layers=[1]", "code_memory.layers: checkpoint None, recipe [1]"),
-        ("code_memory.lr_mult=5", "code_memory.lr_mult: checkpoint 1.0, recipe 5.0"),
     ],
 )
 def test_another_model_or_schedule_is_refused(tmp_path, override, named):

@@ -105,7 +105,7 @@ def test_the_laptop_study_is_legal_and_compares_equals(monkeypatch) -> None:
     root = Path(__file__).resolve().parents[2]
     monkeypatch.chdir(root)
     runs = planned(Path("recipes/studies/stdlib_experts.yaml"))
-    assert len(runs) == 3 * 4 * 5 and {run.num_ranks for run in runs.values()} == {1}
+    assert len(runs) == 3 * 4 * 4 and {run.num_ranks for run in runs.values()} == {1}
     assert len({run.num_tokens for run in runs.values()}) == 1
     largest = runs["seed1-experts128-vq_dual"].config
     assert largest.vq.num_codes == 512 and largest.vq.in_code_space
@@ -117,13 +117,13 @@ def test_the_laptop_study_is_legal_and_compares_equals(monkeypatch) -> None:
 def test_the_control_arms_have_the_operations_that_they_say(monkeypatch) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     runs = planned(Path("recipes/studies/control_arms.yaml"))
-    assert len(runs) == 15 * 3
+    assert len(runs) == 12 * 3
     layers = {
         name: layer_flops(LayerShape.from_config(runs[f"{name}-seed1"].config, unsharded()))
-        for name in ("smoe_top1", "smoe_top2", "shared", "dense", "default")
+        for name in ("smoe_top1", "shared", "dense", "default")
     }
     mlps = {name: f["dispatched"].model + f["shared_expert"].model for name, f in layers.items()}
-    assert mlps["smoe_top2"] == mlps["shared"] == 2 * mlps["dense"] > 0
+    assert mlps["shared"] == 2 * mlps["dense"] > 0
     assert mlps["smoe_top1"] == mlps["default"] == mlps["dense"]
     assert runs["dense-seed1"].config.experts_in_words.startswith("1 of width 256 for every token")
     totals = {}
