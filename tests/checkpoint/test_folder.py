@@ -96,7 +96,6 @@ def test_a_tracker_that_is_no_file_is_refused(tmp_path):
         ("optimizer.lr=0.5", "optimizer.lr: checkpoint 0.001, recipe 0.5"),
         ("train.global_batch_size=64", "train.global_batch_size: checkpoint 32, recipe 64"),
         ("code_memory.num_rows=64", "code_memory.num_rows: checkpoint 0, recipe 64"),
-        # The same tensors, and nothing but the settings tells one from the other.
     ],
 )
 def test_another_model_or_schedule_is_refused(tmp_path, override, named):
