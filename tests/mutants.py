@@ -250,6 +250,13 @@ MUTANTS = (
         "return logits.softmax(dim=-1).flip(1).unbind(dim=1)",
         "tests/moe/test_layer_equality.py",
     ),
+    Mutant(
+        "attention: tokens see those behind them",
+        "moe/cpu_attention.py",
+        "is_causal=True,",
+        "is_causal=False,",
+        "tests/moe/test_cpu_attention.py",
+    ),
     # The step, its data, its checkpoints
     Mutant(
         "step: the loss is one data-parallel rank's",

@@ -208,10 +208,28 @@ class _OneModule:
         return None
 
 
+def _attention_flops(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
+    """Scores and values of all pairs of ``[b, A, S, d]`` and ``[b, G, S, d]``."""
+    batch, heads, length, columns = query
+    return 2 * 2 * batch * heads * length * key[2] * columns
+
+
+def _attention_backward_flops(_grad: torch.Size, *states: torch.Size, **__: Any) -> int:
+    """Gradients of both products; the scores, made anew, are left out."""
+    return 2 * _attention_flops(*states)
+
+
+ATTENTION_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
 def measure_flops(overrides: list[str]) -> list[int]:
     """Operations of one microbatch on one rank, [forward, backward], as torch counts them.
 
-    In fp64, where every expert's product is a plain one that the counter knows.
+    In fp64, where every expert's product is a plain one that the counter knows. It does not know
+    torch's attention on a CPU (:data:`ATTENTION_FLOPS`).
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -230,7 +248,7 @@ def measure_flops(overrides: list[str]) -> list[int]:
     batch = next(_batches(config))
     tokens, positions = batch["tokens"], batch["position_ids"]
     model(tokens, positions, None, labels=tokens)  # codes from the data
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
     counter.mod_tracker = _OneModule()
     with counter:
         loss = model(tokens, positions, None, labels=tokens).sum()

@@ -54,6 +54,17 @@ CASES = {
         ["model.bf16=true", "model.normalization=RMSNorm", "model.gated_linear_unit=true"],
     ),
     "dense layers, groups": (1, {}, ["model.num_query_groups=2", "model.moe_layer_freq=2"]),
+    "groups, rope": (
+        1,
+        {},
+        ["model.num_query_groups=1", "model.position_embedding_type=rope"],
+    ),
+    "one text in a microbatch": (1, {}, ["train.micro_batch_size=1", "model.num_query_groups=2"]),
+    "selective, one text": (
+        1,
+        {},
+        ["train.micro_batch_size=1", "model.recompute_granularity=selective"],
+    ),
     "dropout": (1, {}, ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]),
     "uniform": (1, {}, [*FULL, "model.recompute_method=uniform"]),
     "block": (1, {}, [*FULL, "model.recompute_method=block"]),
@@ -113,19 +124,23 @@ def test_estimate_is_near_what_is_saved(ranks, name: str) -> None:
     config = recipe(overrides)
     layout = check_layout(config, world_size, "cpu")
     (place,) = chunk_places(config.model, layout, 0)
-    planned = chunk_activation_bytes(config, place, activation_bytes(config, layout, "local"))
+    planned = chunk_activation_bytes(config, place, activation_bytes(config, layout, "cpu"))
     mean = sum(measured) / len(measured)  # experts are not equally loaded
     assert abs(planned / mean - 1) < LARGEST_ERROR, (planned, measured)
 
 
-def test_fused_kernels_keep_no_scores() -> None:
+def test_only_megatron_s_own_attention_keeps_scores() -> None:
     config = recipe(SIZES)
     layout = check_layout(config, 1, "cpu")
-    local, fused = (activation_bytes(config, layout, kernels) for kernels in ("local", "fused"))
+    local, cpu, fused = (activation_bytes(config, layout, k) for k in ("local", "cpu", "fused"))
     assert fused.core_scores == 2 * 4 * 64 * 4  # b A S, fp32
     assert local.core_scores == 2 * 4 * 64 * 64 * 4 + 64 * 64
     assert local.attention - fused.attention == local.core_scores - fused.core_scores
-    with pytest.raises(ValueError, match="kernels='flash': choose one of local, fused"):
+    assert cpu == fused
+    dropout = recipe([*SIZES, "model.attention_dropout=0.1"])
+    local, cpu = (activation_bytes(dropout, layout, kernels) for kernels in ("local", "cpu"))
+    assert cpu == local and cpu.core_scores == 3 * 2 * 4 * 64 * 64 * 4 + 64 * 64
+    with pytest.raises(ValueError, match="kernels='flash': choose one of local, cpu, fused"):
         activation_bytes(config, layout, "flash")
 
 

@@ -51,7 +51,7 @@ def test_peak_is_near_what_a_step_holds(ranks, name: str) -> None:
     overrides = SMALL_BATCH + CASES[name]
     (measured,) = ranks(1).run(measure_peak, overrides)
     config = recipe(overrides)
-    planned = stage_memory(config, check_layout(config, 1, "cpu"), 0, "local")
+    planned = stage_memory(config, check_layout(config, 1, "cpu"), 0, "cpu")
     beside_state = planned.step_peak - planned.state.total
     assert abs(beside_state / measured - 1) < LARGEST_ERROR, (beside_state, measured)
 
@@ -92,6 +92,6 @@ def test_a_rank_holds_what_is_planned(ranks, name: str) -> None:
     layout = {"expert_model_parallel_size": 2}
     measured = max(ranks(2).run(measure_peak, overrides, layout=layout))
     config = recipe(overrides)
-    planned = stage_memory(config, check_layout(config, 2, "cpu"), 0, "local")
+    planned = stage_memory(config, check_layout(config, 2, "cpu"), 0, "cpu")
     ratio = planned.step_peak / (measured + planned.state.total)
     assert abs(ratio - 1) < LARGEST_ERROR_WITH_STATE, (measured, planned.by_part())

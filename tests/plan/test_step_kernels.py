@@ -152,8 +152,10 @@ def test_recompute_repeats_forward_passes_alone() -> None:
     assert {phase for _, phase in repeated} == {"forward"}
     names = {name for name, _ in repeated}
     assert "search: fp32 products" in names and "attention: core attention" in names
-    selective = kernels_of(["model.recompute_granularity=selective"], "recompute")
-    assert {name for name, _ in selective} == {
-        "attention: core attention", "attention: core attention scores"
-    }  # fmt: skip
+    selective = ["model.recompute_granularity=selective"]
+    core = "attention: core attention"
+    assert {name for name, _ in kernels_of(selective, "recompute")} == {core}
+    selective.append("model.attention_dropout=0.1")
+    names = {name for name, _ in kernels_of(selective, "recompute")}
+    assert names == {core, f"{core} scores"}
     assert kernels_of([], "recompute") == set()

@@ -24,6 +24,7 @@ from vqmoe_megatron.plan.transformer_kernels import (
 )
 
 FUSED, LOCAL = PROFILES["H100"], replace(PROFILES["H100"], kernels="local")
+CPU = PROFILES["CPU"]
 SIZES = [
     "model.hidden_size=64", "model.num_attention_heads=4", "model.num_query_groups=2",
     "model.seq_length=128", "train.micro_batch_size=2", "model.vocab_size=512",
@@ -36,6 +37,15 @@ LAYOUT = check_layout(CONFIG, 1)
 
 def by_name(kernels) -> dict[tuple[str, str], Kernel]:
     return {(kernel.name, kernel.phase): kernel for kernel in kernels}
+
+
+def test_a_cpu_writes_scores_for_dropout_alone() -> None:
+    dropout = recipe([*SIZES, "model.attention_dropout=0.1"])
+    fused, cpu, local, dropping = (
+        by_name(attention_kernels(config, LAYOUT, hardware))
+        for config, hardware in ((CONFIG, FUSED), (CONFIG, CPU), (CONFIG, LOCAL), (dropout, CPU))
+    )
+    assert cpu == fused and dropping == local
 
 
 def test_fused_attention_never_writes_its_scores() -> None:

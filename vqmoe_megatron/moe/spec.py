@@ -4,8 +4,9 @@
 Python. ``vqmoe_layer_spec`` is an object, since Megatron-LM's ``--spec`` imports one.
 
 On CUDA with Transformer Engine the other modules are Transformer Engine's, elsewhere, and with
-``transformer_impl=local``, Megatron-core's own. :func:`spec_backend` says which and why. With
-``fp8`` the experts are Transformer Engine's, too.
+``transformer_impl=local``, Megatron-core's own; without CUDA the core of attention is torch's
+(``cpu_attention``). :func:`spec_backend` says which and why. With ``fp8`` the experts are
+Transformer Engine's, too.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from vqmoe_megatron import registry
 from vqmoe_megatron.config import VQConfig
+from vqmoe_megatron.moe.cpu_attention import CpuAttention
 from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
 from vqmoe_megatron.moe.grouped_experts import GroupedExperts
 from vqmoe_megatron.moe.layer import VQMoELayer
@@ -271,6 +273,8 @@ def _dense_layer_spec(config: TransformerConfig | None, local_norm: type) -> Mod
     spec = get_gpt_layer_local_spec(**attention)
     spec.submodules.input_layernorm = local_norm
     spec.submodules.pre_mlp_layernorm = local_norm
+    if not torch.cuda.is_available():
+        spec.submodules.self_attention.submodules.core_attention = CpuAttention
     return spec
 
 

@@ -6,23 +6,24 @@ vocabulary, e bytes per element, R rows that travel, k selected experts, C codes
 of code space on each of P expert-parallel ranks, E expert-tensor ranks.
 
     attention   norm input and output, context, residual, its norm: about 5 T H e; q, k, v; local
-                kernels also keep the scores [b, A, S, S], fused ones a number per row
+                kernels also keep the scores [b, A, S, S], the others a number per row
     dense MLP   fc1 output and activation: 2 t D e, gated 5 t D e
     MoE         rows in experts and the code table (:func:`saved_bytes`), rows that came back, both
                 paths' outputs, router scores in fp32, ids; a shared expert as a dense MLP
     memory      of a code memory: ``memory_activations``
     head        final norm, softmax of the logits in fp32 [t, V / TP]
 
-``kernels``: ``local`` is Megatron's own modules, ``fused`` Transformer Engine's flash attention and
-norms. The local sums are compared with tensors really saved (tests/plan/test_activation_memory.py:
-within 3 percent); the fused ones were never measured.
+``kernels``: ``local`` is Megatron's own modules, ``cpu`` those with torch's attention
+(``moe/cpu_attention.py``), ``fused`` Transformer Engine's flash attention and norms. The sums of a
+CPU are compared with tensors really saved (tests/plan/test_activation_memory.py: within 3 percent),
+of attention with dropout, too, which is Megatron's own there; the fused ones were never measured.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.config import ModelConfig, RunConfig
 from vqmoe_megatron.plan import memory_activations
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.memory_shape import MemoryShape, carries_memory, num_memory_layers
@@ -36,7 +37,7 @@ from vqmoe_megatron.plan.parameters import (
 from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.state_memory import NUM_THRESHOLD_SUMS
 
-KERNELS = ("local", "fused")
+KERNELS = ("local", "cpu", "fused")
 ID_BYTES = 8  # of codes, experts and places: int64
 SOFTMAX_BYTES = 4  # attention_softmax_in_fp32, and the loss in fp32
 RANDOM_STATE_BYTES = 4 * 5056  # what one recomputed call keeps to replay dropout
@@ -137,12 +138,13 @@ def activation_bytes(config: RunConfig, layout: ParallelLayout, kernels: str) ->
     hidden_bytes = layer.num_local_tokens * model.hidden_size * element
     dropout_bytes = 0
     if model.hidden_dropout > 0:
-        dropout_bytes = hidden_bytes if kernels == "local" else hidden_bytes // element
+        dropout_bytes = hidden_bytes // element if kernels == "fused" else hidden_bytes
     code_tables = 0
     if layer.vq.in_code_space or layer.vq.has_fill_table:
         kept = saved_bytes(layer)
         code_tables = kept.code_rows_bytes + kept.table_bytes
     scores = _scores(config, layout, kernels)
+    projections = _projections(config, layout, layer, kernels)
     norm = _norm(config, layer, kernels)
     tokens = config.train.micro_batch_size * model.seq_length
     vocab = padded_vocab_size(model) // layout.tensor_model_parallel_size
@@ -152,7 +154,7 @@ def activation_bytes(config: RunConfig, layout: ParallelLayout, kernels: str) ->
         memory = MemoryShape.from_config(config, layout)
     return ActivationBytes(
         layer_input=hidden_bytes,
-        attention=2 * norm + 2 * dropout_bytes + scores + _projections(config, layout, layer),
+        attention=2 * norm + 2 * dropout_bytes + scores + projections,
         core_scores=scores,
         dense_mlp=_dense_mlp(config, layout, element),
         moe=_moe(config, layer),
@@ -226,7 +228,7 @@ def _norm(config: RunConfig, layer: LayerShape, kernels: str) -> int:
     normalised rows in fp32."""
     elements = layer.num_local_tokens * layer.hidden_size
     element, tokens = layer.bytes_per_element, layer.num_local_tokens
-    if config.model.normalization == "RMSNorm" and kernels == "local":
+    if config.model.normalization == "RMSNorm" and kernels != "fused":
         return elements * (2 * 4 + element) + tokens * 4
     return 2 * elements * element + 2 * tokens * element
 
@@ -239,26 +241,33 @@ def _heads_bytes(config: RunConfig, layout: ParallelLayout, num_heads: int) -> i
     return tokens * num_heads * columns * element // layout.tensor_model_parallel_size
 
 
-def _projections(config: RunConfig, layout: ParallelLayout, layer: LayerShape) -> int:
+def _projections(config: RunConfig, layout: ParallelLayout, layer: LayerShape, kernels: str) -> int:
     """q, k, v and the context; the residual is the next norm's input. Without query groups v lies
-    in the output of the projection, and so do q and k without rope."""
+    in the output of the projection, and so do q and k without rope. With them q is a copy, and
+    Megatron's own attention repeats k and v for every head; fused kernels are counted like it."""
     model = config.model
     heads, groups, columns = head_sizes(model)
     is_rope = model.position_embedding_type == "rope"
     context = _heads_bytes(config, layout, heads)
     angles = 4 * model.seq_length * columns * layer.bytes_per_element if is_rope else 0
-    if groups != heads:  # k and v are repeated for every head
+    if groups != heads and (kernels == "fused" or writes_scores(model, kernels)):
         return context + 3 * _heads_bytes(config, layout, heads) + angles
-    mixed = _heads_bytes(config, layout, 3 * heads)
-    turned = 2 * _heads_bytes(config, layout, heads) if is_rope else 0
+    mixed = _heads_bytes(config, layout, heads + 2 * groups)
+    turned = _heads_bytes(config, layout, heads) if is_rope or groups != heads else 0
+    turned += _heads_bytes(config, layout, groups) if is_rope else 0
     return context + mixed + turned + angles
+
+
+def writes_scores(model: ModelConfig, kernels: str) -> bool:
+    """Whether attention writes its scores: Megatron's own, to which a CPU leaves dropout."""
+    return kernels == "local" or (kernels == "cpu" and model.attention_dropout > 0)
 
 
 def _scores(config: RunConfig, layout: ParallelLayout, kernels: str) -> int:
     model, batch = config.model, config.train.micro_batch_size
     heads = model.num_attention_heads // layout.tensor_model_parallel_size
     rows = batch * heads * model.seq_length
-    if kernels == "fused":
+    if not writes_scores(model, kernels):
         return rows * SOFTMAX_BYTES  # log of the sum of each row
     element = 2 if model.bf16 else 4
     per_score = SOFTMAX_BYTES + (element if model.bf16 else 0)

@@ -13,7 +13,8 @@ D dense width, V padded vocabulary. Per layer, forward, of all tensor ranks toge
     code stream search of contexts on every chunk, and on the first stage until codes are frozen the
                 search of the vocabulary, 2 V K H, once per step: :func:`stream_flops`
 
-A backward pass takes twice the forward pass, in the MoE layer what ``layer_flops`` says. Recompute
+A backward pass takes twice the forward pass, in the MoE layer what ``layer_flops`` says; that of
+attention without scores makes them anew, which is not counted. Recompute
 repeats forward passes. In code space every data-parallel replica evaluates its own code rows.
 
 The MoE layer on one rank: T local tokens, F expert and Fs shared width, N experts, K codes per

@@ -41,7 +41,7 @@ class Hardware:
     intra_node: Link
     inter_node: Link
     achievable_link: float = 0.8
-    kernels: str = "fused"  # of activation_memory: local | fused
+    kernels: str = "fused"  # of activation_memory: local | cpu | fused
     sources: dict[str, str]  # by field name
 
     def __post_init__(self) -> None:
@@ -158,7 +158,7 @@ PROFILES = {
         launch_seconds=5e-6,
         intra_node=Link(100e-6, 1 * GB),
         inter_node=Link(200e-6, 1.25 * GB),
-        kernels="local",
+        kernels="cpu",
         sources={
             "bf16_flops_per_second": "one core without bf16 instructions computes in fp32; "
             + ASSUMED,
@@ -173,7 +173,7 @@ PROFILES = {
             "intra_node": "gloo over loopback; " + ASSUMED,
             "inter_node": "10 Gb/s Ethernet; " + ASSUMED,
             "achievable_link": ASSUMED,
-            "kernels": "Megatron-core's own modules on the CPU",
+            "kernels": "Megatron-core's own modules on the CPU, with torch's attention",
         },
     ),
 }

@@ -113,7 +113,7 @@ def stage_memory(
     config: RunConfig,
     layout: ParallelLayout,
     pipeline_rank: int,
-    kernels: str = "local",
+    kernels: str,
     state: StateBytes | None = None,
 ) -> StageMemory:
     """Return the memory of a stage's first data-parallel rank, which has the fullest shards.

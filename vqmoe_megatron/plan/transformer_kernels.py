@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.plan.activation_memory import writes_scores
 from vqmoe_megatron.plan.flops import Flops, module_flops
 from vqmoe_megatron.plan.hardware import Hardware
 from vqmoe_megatron.plan.kernels import (
@@ -37,7 +38,8 @@ def attention_kernels(
     config: RunConfig, layout: ParallelLayout, hardware: Hardware
 ) -> Iterator[Kernel]:
     """Projections and core attention of one layer. Local kernels write and read the scores [A, S,
-    S]: about 6 passes forward (products, mask, softmax, dropout), 8 backward; fused ones never."""
+    S]: about 6 passes forward (products, mask, softmax, dropout), 8 backward; others never, and
+    that they make the scores anew in the backward pass is not counted."""
     model, shards = config.model, layout.tensor_model_parallel_size
     element, flops = 2 if model.bf16 else 4, module_flops(config, layout)
     unit, tokens = model_unit(element), config.train.micro_batch_size * model.seq_length
@@ -53,12 +55,12 @@ def attention_kernels(
     )  # fmt: skip
     core = flops.core_attention
     name, part = CORE_ATTENTION, "attention"
-    is_fused = hardware.kernels == "fused"
-    yield Kernel(part, name, FORWARD, unit, core, mixed, context, 1 if is_fused else 2)
+    has_scores = writes_scores(model, hardware.kernels)
+    yield Kernel(part, name, FORWARD, unit, core, mixed, context, 2 if has_scores else 1)
     yield Kernel(
-        part, name, BACKWARD, unit, 2 * core, mixed + 2 * context, mixed, 3 if is_fused else 4
+        part, name, BACKWARD, unit, 2 * core, mixed + 2 * context, mixed, 4 if has_scores else 3
     )
-    if not is_fused:
+    if has_scores:
         scores = tokens * model.seq_length * heads // shards * element
         yield moved(part, f"{name} scores", FORWARD, 3 * scores, 3 * scores, 5)
         yield moved(part, f"{name} scores", BACKWARD, 5 * scores, 3 * scores, 5)

@@ -1,0 +1,77 @@
+"""Megatron's local attention on a CPU, without its scores: torch's kernel does the core of it.
+
+Megatron's ``DotProductAttention`` writes the scores [b, A, S, S] and passes over them for the
+product, the mask, the softmax and the values. Torch's ``scaled_dot_product_attention`` has a CPU
+kernel that goes over them block by block, leaves out blocks behind the diagonal, and keeps for its
+backward pass the output and one number per row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+
+
+class CpuAttention(DotProductAttention):
+    """A ``DotProductAttention`` whose causal attention on the CPU is torch's.
+
+    Megatron's own forward pass remains for everything else: dropout, masks that are given, windows,
+    sinks, scores scaled per layer, biases, packed sequences, keys kept from earlier tokens, values
+    of another width than the keys, and tensors elsewhere.
+    """
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        **others: Any,
+    ) -> torch.Tensor:
+        """Attend, as Megatron does.
+
+        Args:
+            query: ``[S, b, A, d]``, of this tensor-parallel rank's A heads.
+            key: ``[S, b, G, d]``; head a reads group ``a // (A / G)``.
+            value: likewise.
+            attention_mask: None, for the mask of the layer's type.
+            attn_mask_type: not read, as in Megatron: the type is the layer's.
+            others: Megatron's ``attention_bias``, ``packed_seq_params``.
+
+        Returns:
+            ``[S, b, A d]`` in the dtype of the query. No communication.
+        """
+        is_plain = attention_mask is None and all(other is None for other in others.values())
+        if not (is_plain and self._is_plain_causal() and is_square_on_cpu(query, key, value)):
+            return super().forward(query, key, value, attention_mask, attn_mask_type, **others)
+        context = torch.nn.functional.scaled_dot_product_attention(
+            *(states.permute(1, 2, 0, 3) for states in (query, key, value)),
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=query.size(2) != key.size(2),
+        )  # [b, A, S, d], which lies in memory as the query does
+        return context.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+    def _is_plain_causal(self) -> bool:
+        """Whether the softmax of this layer is the usual one under the causal mask."""
+        softmax = self.scale_mask_softmax
+        return (
+            self.attn_mask_type == AttnMaskType.causal
+            and softmax.window_size is None
+            and softmax.scale is None
+            and self.softmax_offset is None
+            and not (self.training and self.attention_dropout.p > 0)
+        )
+
+
+def is_square_on_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether tensors ``[S, b, A or G, d]`` on the CPU have as many queries as keys, of one width.
+
+    Torch's causal mask begins at the first key, Megatron's ends at the last.
+    """
+    is_on_cpu = query.device.type == "cpu"
+    return is_on_cpu and query.size(0) == key.size(0) and query.size(3) == value.size(3)
