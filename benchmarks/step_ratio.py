@@ -96,8 +96,9 @@ def as_markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Step time of the default against SMoE",
         "",
-        f"{commit_in_words(result)}; `python benchmarks/step_ratio.py`. Ratios of whole steps "
-        "taken in turns, to top-1 of the same size.",
+        f"{commit_in_words(result)}; `python benchmarks/step_ratio.py`, "
+        f"{result['rows'][0]['num_rounds']} rounds. Ratios of whole steps taken in turns, to top-1 of "
+        "the same size.",
         "",
         "| size | arm | ratio | 95 % | median ms |",
         "|---|---|---|---|---|",

@@ -92,11 +92,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], list[str], int]] = {
     )
     for num_samples in (2, 8, 32)
 }
-# Of so many tokens a table is chosen, of which there is a bound: what would the rows read take?
-LAYOUTS["EP4, code memory, 8,192 tokens a rank, exchange=rows"] = (
+# The same with all rows gathered, as if even reads decided (plan/distinct_rows.py).
+LAYOUTS["EP4, code memory, 8,192 tokens a rank, exchange=table"] = (
     4,
     {EP: 4},
-    [*LAYOUTS["EP4, code memory, 8,192 tokens a rank"][2], "code_memory.exchange=rows"],
+    [*LAYOUTS["EP4, code memory, 8,192 tokens a rank"][2], "code_memory.exchange=table"],
     3,
 )
 BIG = [
@@ -177,7 +177,7 @@ def main() -> int:
         is_equal = is_equal and row["matches"]
         print(_line(row), flush=True)
         order = [*LAYOUTS, *LARGE]
-        rows = [r for r in found["rows"] if r["name"] != name] + [row]
+        rows = [r for r in found["rows"] if r["name"] in order and r["name"] != name] + [row]
         found["rows"] = sorted(rows, key=lambda r: order.index(r["name"]))
         _write(found, arguments.json)
     return 0 if is_equal else 1
@@ -309,14 +309,15 @@ def markdown(found: dict[str, Any]) -> str:
         "# Bytes of a whole optimizer step",
         "",
         "`python benchmarks/step_wire.py`: bytes that the busiest rank sends in one step of",
-        "`recipes/parity.yaml` (4 layers, fp32, global batch 4, for EP8 16). Planned, simulated",
+        "`recipes/parity.yaml` (4 layers, fp32, global batch 4, for EP8 16; with a code memory hidden",
+        "size 128 and 16 top-1 experts). Planned, simulated",
         "and counted use balanced routing and are compared collective by collective, calls and",
         "bytes, on every rank. `routed` is the largest step with the model's own routing, where",
         "the formulas are told how many rows travelled and must give the bytes of every step of",
         "every rank.",
         f"{found['machine']['cores']} cores, load {found['load_average']:.0f} at the start, torch "
-        f"{found['versions']['torch']}, megatron-core {found['versions']['megatron-core']}, commit "
-        f"{commit_in_words(found)}.",
+        f"{found['versions']['torch']}, megatron-core {found['versions']['megatron-core']}; the rows "
+        f"measured last are of commit {commit_in_words(found)}.",
         "",
         "| layout | ranks | planned | simulated | counted | equal | routed | loss |",
         "|---|---|---|---|---|---|---|---|",
