@@ -97,8 +97,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         "# Step time of the default against SMoE",
         "",
         f"{commit_in_words(result)}; `python benchmarks/step_ratio.py`, "
-        f"{result['rows'][0]['num_rounds']} rounds. Ratios of whole steps taken in turns, to top-1 of "
-        "the same size.",
+        f"{result['rows'][0]['num_rounds']} rounds. Ratios of whole steps taken in turns, to top-1 "
+        "of the same size.",
         "",
         "| size | arm | ratio | 95 % | median ms |",
         "|---|---|---|---|---|",

@@ -309,15 +309,15 @@ def markdown(found: dict[str, Any]) -> str:
         "# Bytes of a whole optimizer step",
         "",
         "`python benchmarks/step_wire.py`: bytes that the busiest rank sends in one step of",
-        "`recipes/parity.yaml` (4 layers, fp32, global batch 4, for EP8 16; with a code memory hidden",
-        "size 128 and 16 top-1 experts). Planned, simulated",
+        "`recipes/parity.yaml` (4 layers, fp32, global batch 4, for EP8 16; with a code memory",
+        "hidden size 128 and 16 top-1 experts). Planned, simulated",
         "and counted use balanced routing and are compared collective by collective, calls and",
         "bytes, on every rank. `routed` is the largest step with the model's own routing, where",
         "the formulas are told how many rows travelled and must give the bytes of every step of",
         "every rank.",
         f"{found['machine']['cores']} cores, load {found['load_average']:.0f} at the start, torch "
-        f"{found['versions']['torch']}, megatron-core {found['versions']['megatron-core']}; the rows "
-        f"measured last are of commit {commit_in_words(found)}.",
+        f"{found['versions']['torch']}, megatron-core {found['versions']['megatron-core']}; the "
+        f"rows measured last are of commit {commit_in_words(found)}.",
         "",
         "| layout | ranks | planned | simulated | counted | equal | routed | loss |",
         "|---|---|---|---|---|---|---|---|",
