@@ -111,7 +111,8 @@ def test_a_code_memory_goes_on_bit_by_bit_after_a_last_save_that_failed(
 ):
     """Rows of layer 1 and codes that move go back to the checkpoint before."""
     every = [*TINY, "vq.path=continuous", "code_memory.num_rows=64", "code_memory.num_codes=64"]
-    every += ["code_memory.layers=[1]", "code_memory.lr_mult=5", "train.train_iters=6"]
+    every += ["code_memory.codes=embedding", "code_memory.layers=[1]", "code_memory.lr_mult=5"]
+    every += ["train.train_iters=6"]
     every += ["checkpoint.save_interval=2", "optimizer.lr_warmup_iters=1"]
     whole = run_on(ranks(2), small_corpus, tmp_path / "whole", every, EP2)
     run_dir = tmp_path / "run"

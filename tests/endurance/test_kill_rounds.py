@@ -19,6 +19,7 @@ NUM_ITERS = 44
 MEMORY = [  # its codes move, and are frozen in the middle of the hits
     "vq.path=continuous",
     "code_memory.num_rows=64",
+    "code_memory.codes=embedding",
     "code_memory.num_codes=64",
     "code_memory.num_context_codes=12",
     "code_memory.layers=[1]",
