@@ -117,7 +117,7 @@ def test_the_laptop_study_is_legal_and_compares_equals(monkeypatch) -> None:
 def test_the_control_arms_have_the_operations_that_they_say(monkeypatch) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     runs = planned(Path("recipes/studies/control_arms.yaml"))
-    assert len(runs) == 12 * 3
+    assert len(runs) == 13 * 3 + 2 * 2  # two arms have five seeds
     layers = {
         name: layer_flops(LayerShape.from_config(runs[f"{name}-seed1"].config, unsharded()))
         for name in ("smoe_top1", "shared", "dense", "default")
@@ -125,13 +125,13 @@ def test_the_control_arms_have_the_operations_that_they_say(monkeypatch) -> None
     mlps = {name: f["dispatched"].model + f["shared_expert"].model for name, f in layers.items()}
     assert mlps["shared"] == 2 * mlps["dense"] > 0
     assert mlps["smoe_top1"] == mlps["default"] == mlps["dense"]
-    assert runs["dense-seed1"].config.experts_in_words.startswith("1 of width 256 for every token")
+    assert runs["dense-seed1"].config.experts_in_words.startswith("1 of width 128 for every token")
     totals = {}
-    for name in ("default", "smoe_28"):
+    for name in ("default", "smoe_40"):
         config = runs[f"{name}-seed1"].config
         config = replace(config, model=replace(config.model, vocab_size=256))
         totals[name] = count_parameters(config, unsharded()).total
-    assert totals["smoe_28"] == pytest.approx(totals["default"], rel=0.01)
+    assert totals["smoe_40"] == pytest.approx(totals["default"], rel=0.01)
 
 
 def test_a_study_over_experts_may_begin_with_one(write_study) -> None:
