@@ -173,7 +173,7 @@ def markdown(result: dict[str, Any], cells: dict[str, list[Cell]]) -> str:
     return f"""# The same training at every layout
 
 `recipes/parity.yaml`, fp32, {result["num_iterations"]} iterations: largest relative difference to
-one rank, over these variants of the layer (vq.path, vq.expert_input, vq.codebook_update):
+one rank, over these variants of the layer (`benchmarks/layout_rows.py` has their settings):
 {", ".join(result["variants"])}.
 `flips`: in how many of the row's variants some token went to another code or expert.
 Limit {LIMIT:.0e}.

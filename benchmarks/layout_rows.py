@@ -25,8 +25,17 @@ VARIANTS = {
     for path, expert_input, update in product(
         ("dual", "discrete"), ("code", "blend"), ("gradient", "ema")
     )
+} | {
+    # What quickstart and the scale recipes train: top-1 and a memory whose reads travel as rows.
+    "default": (
+        "model.moe_router_topk=1",
+        "vq.path=continuous",
+        "code_memory.num_rows=64",
+        "code_memory.layers=[1,3]",
+        "code_memory.exchange=rows",
+    ),
+    "filled-threshold": ("model.moe_router_topk=1", "vq.path=filled", "vq.threshold_routing=true"),
 }
-
 
 # Rows of an option repeat a layout's sizes: two variants that share no setting.
 OPTION_VARIANTS = ("dual-code-ema", "discrete-blend-gradient")
