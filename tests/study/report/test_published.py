@@ -2,6 +2,8 @@
 
 import csv
 import io
+import re
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from vqmoe_megatron.study.report.run_table import csv_text, read_study
 from vqmoe_megatron.study.run_state import run_state
 from vqmoe_megatron.study.study import load_study
 
-STUDIES = Path(__file__).parents[3] / "docs" / "studies"
+ROOT = Path(__file__).parents[3]
+STUDIES = ROOT / "docs" / "studies"
 ARCHIVES = sorted(STUDIES.glob("*/records.tar.gz"))
 MEASURED = ("name", "state", "iteration", "num_tokens", "final_val_loss", "final_bits_per_byte")
 
@@ -46,3 +49,20 @@ def test_the_study_goes_on_from_its_records(archive, tmp_path, monkeypatch):
     study = load_study(unpacked(archive, Path()) / "study.yaml")
     study.check_started()  # what started is what the file would start
     assert {run.name for run in study.runs.values() if run_state(run).is_finished} == finished
+
+
+def test_the_documented_command_packs_the_records_and_nothing_else(tmp_path):
+    study = unpacked(STUDIES / "control_arms" / "records.tar.gz", tmp_path)
+    wanted = sorted(file for file in study.rglob("*") if file.is_file())
+    for name in ("checkpoints/iter_1/shard", "plots/loss.png", ".lock", "mlflow.json"):
+        other = study / "runs" / "default-seed1" / name
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_text("not a record")
+    (tmp_path / "docs" / "studies" / "control_arms").mkdir(parents=True)
+    text = (ROOT / "docs" / "operations.md").read_text()
+    command = re.search(r"^tar -czf (?:.*\\\n)*.*$", text, re.MULTILINE)[0]
+    command = command.replace("stdlib_experts", "control_arms")
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    with tarfile.open(tmp_path / "docs" / "studies" / "control_arms" / "records.tar.gz") as tar:
+        packed = sorted(tmp_path / member.name for member in tar if member.isfile())
+    assert packed == wanted
