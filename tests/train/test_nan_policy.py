@@ -16,7 +16,8 @@ from vqmoe_megatron.track.metrics_log import read_metrics
 pytestmark = pytest.mark.distributed
 
 EP2 = {"expert_model_parallel_size": 2}
-# Every step multiplies the weights by 1 - lr * weight_decay = -99: too much in step 6.
+# Every step multiplies the weights by 1 - lr * weight_decay = -99. In step 3 attention scores pass 1e8,
+# and the backward of a fused attention, exp(score - logsumexp), overflows by the rounding of both.
 EXPLODE = ["optimizer.lr=10", "optimizer.weight_decay=10", "optimizer.lr_decay_style=constant"]
 EXPLODE += ["optimizer.lr_warmup_iters=0", "train.train_iters=9"]
 
@@ -55,7 +56,7 @@ def test_stop_names_the_samples_and_every_rank_agrees(ranks, small_corpus, tmp_p
     results = run_on(ranks(2), small_corpus, tmp_path, [*TINY, *EXPLODE], EP2)
     for result in results:
         assert result["error"] == (
-            "iteration 6: non-finite loss or gradient on samples 20..23; train.nan_policy=stop"
+            "iteration 3: non-finite loss or gradient on samples 8..11; train.nan_policy=stop"
         )
         assert result["finite_codebooks"]
 
@@ -67,8 +68,8 @@ def test_stop_ends_the_command_with_code_1_and_a_truthful_status(small_corpus, t
     assert process.wait(timeout=90) == 1
     status = read_status(run_dir)
     assert status.state == "failed"
-    assert "samples 20..23" in status.reason
-    assert "samples 20..23" in log.read_text()
+    assert "samples 8..11" in status.reason
+    assert "samples 8..11" in log.read_text()
 
 
 @pytest.mark.full
@@ -79,7 +80,7 @@ def test_skipping_all_the_way_and_a_dead_mlflow_server_do_not_end_training(small
     process = start_vqmoe("pretrain", str(PARITY), *TINY, *EXPLODE, *where, log=log)
     assert process.wait(timeout=120) == 0, log.read_text()[-3000:]
     assert read_status(run_dir).state == "completed"
-    assert read_metrics(run_dir)[-1]["skipped_iterations"] == 4
+    assert read_metrics(run_dir)[-1]["skipped_iterations"] == 7
     assert "mlflow" in log.read_text().lower()
 
 
@@ -134,4 +135,4 @@ def test_a_rollback_that_does_not_help_ends_the_run(ranks, small_corpus, tmp_pat
     results = run_on(ranks(2), small_corpus, tmp_path, every, EP2)
     for result in results:
         assert "went back to" in result["error"] and "3 times before" in result["error"]
-        assert sum("rolled back to 5" in message for message in result["messages"]) == 3
+        assert sum("rolled back to 2" in message for message in result["messages"]) == 3
