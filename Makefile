@@ -60,7 +60,7 @@ test-versions:  ## the tests of tests/other_versions.txt with the oldest torch a
 test-cluster: setup  ## install Slurm and buildah (Debian, root), test jobs and the image for real
 	slurm/cluster/test.sh $(BIN)/python $(ARGS)
 
-# A lent machine has a torch of its own and no network: then nothing is set up. (A recipe with make's
+# A GPU machine without a network has a torch of its own: then nothing is set up. (A recipe with make's
 # own variable in it would run under make -n, too.)
 SET_UP := $(MAKE) --no-print-directory setup
 gpu:  ## settle on one GPU, within BUDGET_MIN minutes, what the CPU cannot show; results in OUT
@@ -68,7 +68,7 @@ gpu:  ## settle on one GPU, within BUDGET_MIN minutes, what the CPU cannot show;
 	else $(SET_UP) && python="$(BIN)/python"; fi && \
 	exec "$$python" -m vqmoe_megatron.gpu_proof --out "$(OUT)" --budget-min "$(BUDGET_MIN)" $(ARGS)
 
-gpu-wheels: setup  ## download what the lent GPU machine lacks into WHEELS, for --wheels
+gpu-wheels: setup  ## download what a GPU machine without a network lacks into WHEELS, for --wheels
 	$(BIN)/python -m vqmoe_megatron.gpu_proof.wheels --out "$(WHEELS)"
 
 lint: setup  ## ruff check, ruff format --check, and mypy on the torch-free files

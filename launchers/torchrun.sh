@@ -18,10 +18,11 @@ environment
   PYTHON          interpreter (default: .venv/bin/python of this repository, else python3)
 
 example: eight ranks on one node
-  NPROC_PER_NODE=8 launchers/torchrun.sh recipes/quickstart.yaml parallel.expert_model_parallel_size=8
+  NPROC_PER_NODE=8 launchers/torchrun.sh recipes/scale/small_64.yaml
 
 example: two nodes, on the second one
-  NPROC_PER_NODE=8 NNODES=2 NODE_RANK=1 MASTER_ADDR=node0 launchers/torchrun.sh recipes/quickstart.yaml
+  NPROC_PER_NODE=8 NNODES=2 NODE_RANK=1 MASTER_ADDR=node0 \
+      launchers/torchrun.sh recipes/scale/billion_64.yaml
 
 torchrun exits with 1 even after a clean stop on a signal: read `state` in the run directory's
 status.json (completed, requeue, failed), never the exit code.

@@ -11,8 +11,8 @@ that is not there and tasks per node that are not the GPUs per node, tells the j
 repository is (VQMOE_ROOT), then calls sbatch with the same arguments.
 
 example
-  slurm/submit.sh -N 4 --gpus-per-node=8 --ntasks-per-node=8 slurm/pretrain.sbatch \
-      recipes/quickstart.yaml parallel.expert_model_parallel_size=8
+  slurm/submit.sh -N 2 --gpus-per-node=8 --ntasks-per-node=8 slurm/pretrain.sbatch \
+      recipes/scale/billion_64.yaml
 HELP
 }
 

@@ -12,6 +12,8 @@ import pytest
 import typer
 
 from vqmoe_megatron import cli
+from vqmoe_megatron.config.recipe import load_recipe
+from vqmoe_megatron.plan.layout import check_layout, minimum_world_size
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
@@ -81,3 +83,67 @@ def test_the_readme_s_program_learns_its_text() -> None:
     losses = [float(line.split()[1]) for line in run.stdout.splitlines()]
     assert len(losses) == 20
     assert losses[-1] < losses[0] - 1.0
+
+
+# A command that starts ranks, on one line: what precedes the recipe says how many.
+STARTS = re.compile(
+    r"(sbatch|submit\.sh|torchrun\.sh|vqmoe pretrain)"
+    r"(?:[^\n]*slurm/pretrain\.sbatch)? (recipes/[\w/]+\.yaml)([^\n`#)]*)"
+)
+SIZES = {"-N": "nodes", "--ntasks-per-node": "ranks", "NNODES": "nodes", "--nproc": "ranks"}
+SIZES["NPROC_PER_NODE"] = "ranks"
+
+
+def started(text: str) -> list[tuple[int | None, str, list[str]]]:
+    """Every command that starts ranks: their number where it is given, the recipe, its overrides."""
+    text = re.sub(r"\\\n[#\s]*", " ", text)
+    found = []
+    for match in STARTS.finditer(text):
+        line = text[text.rfind("\n", 0, match.start()) + 1 : match.end()]
+        sizes: dict[str, int] = {}
+        for name, size in re.findall(r"(-N|--?\w[\w-]*|[A-Z_]+)[ =](\d+)\b", line):
+            if name in SIZES:
+                sizes[SIZES[name]] = int(size)
+        overrides = re.findall(r"(?<!\S)[a-z_]+\.[a-z_]+=\S+", match[3])
+        num_ranks = sizes.get("nodes", 1) * sizes.get("ranks", 1) if sizes else None
+        found.append((num_ranks, match[2], overrides))
+    return found
+
+
+def shown_starts() -> list[tuple[str, int | None, str, list[str]]]:
+    """The same of documents, recipes and the help texts of scripts."""
+    scripts = [
+        path
+        for folder in ("slurm", "launchers")
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in (".md", ".sh", ".sbatch")
+    ]
+    return [
+        (path.relative_to(ROOT).as_posix(), *one)
+        for path in (*DOCUMENTS, *scripts)
+        for one in started(path.read_text("utf-8"))
+    ]
+
+
+def test_every_shown_start_fits_its_ranks() -> None:
+    starts = shown_starts()
+    assert len(starts) > 30
+    for where, num_ranks, recipe, overrides in starts:
+        config = load_recipe(ROOT / recipe, overrides)
+        config.model.vocab_size = config.model.vocab_size or 256
+        try:
+            check_layout(config, num_ranks or minimum_world_size(config))
+        except ValueError as error:
+            pytest.fail(f"{where}: {recipe} {' '.join(overrides)} on {num_ranks} ranks: {error}")
+
+
+def test_the_ranks_of_a_shown_start_are_read() -> None:
+    job = (
+        "  sbatch -N 2 --ntasks-per-node=8 \\\n      slurm/pretrain.sbatch recipes/a.yaml model.x=3"
+    )
+    assert started(job) == [(16, "recipes/a.yaml", ["model.x=3"])]
+    torchrun = "NPROC_PER_NODE=8 NNODES=2 NODE_RANK=1 launchers/torchrun.sh recipes/a.yaml"
+    assert started(torchrun) == [(16, "recipes/a.yaml", [])]
+    assert started("vqmoe pretrain recipes/a.yaml --nproc 4 a.b=c") == [
+        (4, "recipes/a.yaml", ["a.b=c"])
+    ]

@@ -12,7 +12,7 @@ instance a slurmd that was killed. The last line of its output is the line to us
 example
   eval "$(slurm/cluster/up.sh 4 | tail -n1)"
   sinfo
-  sbatch -N 4 slurm/pretrain.sbatch recipes/quickstart.yaml parallel.expert_model_parallel_size=4
+  sbatch -N 4 slurm/pretrain.sbatch recipes/parity.yaml parallel.expert_model_parallel_size=4
   slurm/cluster/down.sh
 
 environment

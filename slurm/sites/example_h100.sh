@@ -3,7 +3,7 @@
 # cluster of that name (scontrol show config, ClusterName), or with VQMOE_SITE=<name>.
 #
 #   sbatch -N 8 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=12 \
-#       slurm/pretrain.sbatch recipes/quickstart.yaml parallel.expert_model_parallel_size=64
+#       slurm/pretrain.sbatch recipes/scale/multi_billion_64.yaml
 
 # Containers: the image lies on the shared file system; code, working directory and these are
 # mounted at the same paths inside.

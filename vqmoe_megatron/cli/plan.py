@@ -69,7 +69,7 @@ def plan(
     Needs no GPU and starts no ranks. Exit code 2 for a layout that cannot run, with every broken
     rule as an equation.
 
-    Example: vqmoe plan recipes/quickstart.yaml --world-size 8 --hardware H100
+    Example: vqmoe plan recipes/scale/small_64.yaml --world-size 8 --hardware H100
     """
     config, assumptions = _with_vocabulary(load_recipe(recipe, overrides or []))
     assumptions += _foreign_parts(config) + _fp8_parts(config)

@@ -1,6 +1,6 @@
 """What a result comes from: the card, its driver, the versions, and the source that ran.
 
-The machine that is lent may hold a copy of the tree without its git history. So results are bound
+The machine may hold a copy of the tree without its git history. So results are bound
 to the source itself, by a digest of the package and its recipes; the commit is told beside it where
 git is there, or where the carried wheels were made from the same source.
 """
