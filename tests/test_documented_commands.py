@@ -95,7 +95,7 @@ SIZES["NPROC_PER_NODE"] = "ranks"
 
 
 def started(text: str) -> list[tuple[int | None, str, list[str]]]:
-    """Every command that starts ranks: their number where it is given, the recipe, its overrides."""
+    """Every command that starts ranks: their number where given, the recipe, its overrides."""
     text = re.sub(r"\\\n[#\s]*", " ", text)
     found = []
     for match in STARTS.finditer(text):
@@ -104,7 +104,7 @@ def started(text: str) -> list[tuple[int | None, str, list[str]]]:
         for name, size in re.findall(r"(-N|--?\w[\w-]*|[A-Z_]+)[ =](\d+)\b", line):
             if name in SIZES:
                 sizes[SIZES[name]] = int(size)
-        overrides = re.findall(r"(?<!\S)[a-z_]+\.[a-z_]+=\S+", match[3])
+        overrides = re.findall(r"(?<!\S)[a-z_]+\.[a-z_]+=[^\s\"$]+(?!\S)", match[3])
         num_ranks = sizes.get("nodes", 1) * sizes.get("ranks", 1) if sizes else None
         found.append((num_ranks, match[2], overrides))
     return found

@@ -16,8 +16,8 @@ from vqmoe_megatron.track.metrics_log import read_metrics
 pytestmark = pytest.mark.distributed
 
 EP2 = {"expert_model_parallel_size": 2}
-# Every step multiplies the weights by 1 - lr * weight_decay = -99. In step 3 attention scores pass 1e8,
-# and the backward of a fused attention, exp(score - logsumexp), overflows by the rounding of both.
+# Every step multiplies the weights by 1 - lr * weight_decay = -99. In step 3 attention scores pass
+# 1e8, and the backward of a fused attention, exp(score - logsumexp), overflows by their rounding.
 EXPLODE = ["optimizer.lr=10", "optimizer.weight_decay=10", "optimizer.lr_decay_style=constant"]
 EXPLODE += ["optimizer.lr_warmup_iters=0", "train.train_iters=9"]
 

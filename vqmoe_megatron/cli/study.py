@@ -41,8 +41,8 @@ def _study() -> None:
 def list_runs(study: StudyPath) -> None:
     """Check a study and list its runs: point, ranks, steps, tokens, parameters.
 
-    Arms are an axis with named overrides, e.g. arm: {smoe: {code_memory.num_rows: 0}, default: {}}; the
-    report compares them with study.baseline.
+    Arms are an axis with named overrides, e.g. arm: {smoe: {code_memory.num_rows: 0}, default: {}};
+    the report compares them with study.baseline.
 
     Example: vqmoe study list recipes/studies/stdlib_experts.yaml
     """

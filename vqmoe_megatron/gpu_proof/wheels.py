@@ -1,4 +1,4 @@
-"""What a GPU machine without a network lacks, carried as wheels: ``python -m vqmoe_megatron.gpu_proof.wheels``.
+"""What a GPU machine without a network lacks: ``python -m vqmoe_megatron.gpu_proof.wheels``.
 
 The machine has Python 3.12, torch, triton, numpy, scipy, safetensors, sentencepiece, transformers,
 typer, pytest, psutil, rich and matplotlib, and no network. ``WHEELS`` names the rest of what the
