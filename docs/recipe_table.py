@@ -40,7 +40,8 @@ every code is compared, of a code memory the rows that it reads. Memory is the p
 fullest rank, in GB of 10^9 bytes, without what the plan excludes: the Python process, CUDA's
 context, fragmentation. Step times are predicted, not measured, for the named device
 (`vqmoe_megatron/plan/hardware.py` has every assumption): every kernel at the roof of its unit;
-small products, a slow host, stragglers and uneven experts come on top. The opening lines of a
+small products, a slow host, stragglers and uneven experts come on top. A recipe that leaves its
+vocabulary to the corpus is planned with 256 bytes here. The opening lines of a
 recipe say how to prepare its corpus, how to start it, and the overrides of its baseline, a plain
 sparse mixture of experts, and of the paper's layer.
 

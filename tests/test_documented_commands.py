@@ -74,8 +74,16 @@ def test_every_named_file_exists(path: Path) -> None:
     assert missing <= {"slurm/sites/NAME.sh", "docker/.env"}
 
 
-def test_the_readme_s_program_learns_its_text() -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+def readme_programs() -> tuple[str, str]:
+    """The README's program, and the same with the lines that it shows for a code memory."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    program, with_memory = re.findall(r"```python\n(.*?)```", text, re.S)
+    lines = re.search(r"^spec = .*\nmodel = .*\n", program, re.MULTILINE)
+    return program, program.replace(lines[0], with_memory)
+
+
+@pytest.mark.parametrize("program", readme_programs(), ids=["paper", "memory"])
+def test_the_readme_s_program_learns_its_text(program: str) -> None:
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
