@@ -4,8 +4,9 @@
     python benchmarks/step_ratio.py --json benchmarks/step_ratio.json
 
 Every arm is a recipe's model with its own engine on the same ranks and batches; a round takes one
-step of each, in turning order, so that whatever the machine does meets all. Reported are ratios to
-the first arm, their median over rounds with a bootstrapped 95 % interval; times stand beside them.
+step of each, in turning order, so that whatever the machine does meets all. Every rank has one
+thread. Reported are ratios to the first arm, round by round: their median with a bootstrapped 95 %
+interval. The ratio of the median times, which stand beside, may differ where the machine is busy.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -93,12 +95,16 @@ def interval(values: list[float], num_draws: int = 2000) -> tuple[float, float]:
 
 def as_markdown(result: dict[str, Any]) -> str:
     """The same as a page."""
+    machine, num_rounds = result["machine"], result["rows"][0]["num_rounds"]
     lines = [
         "# Step time of the default against SMoE",
         "",
-        f"{commit_in_words(result)}; `python benchmarks/step_ratio.py`, "
-        f"{result['rows'][0]['num_rounds']} rounds. Ratios of whole steps taken in turns, to top-1 "
-        "of the same size.",
+        f"`python benchmarks/step_ratio.py {result['arguments']}`",
+        f"at commit {commit_in_words(result)}, on {machine['cores']} cores with a load of "
+        f"{machine['load_average']:.1f} at the start; one thread per rank.",
+        "`recipes/quickstart.yaml` (4 layers, H 128, F 256) with 16 experts; whole optimizer",
+        f"steps of the arms in turns, {num_rounds} rounds. Ratio: median over rounds of a step's",
+        "time over top-1's in the same round. Last, the medians of the times themselves.",
         "",
         "| size | arm | ratio | 95 % | median ms |",
         "|---|---|---|---|---|",
@@ -118,7 +124,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args()
-    result = {**origin(), "rows": measure(arguments.corpus, arguments.rounds)}
+    of_here = {"arguments": shlex.join(sys.argv[1:]), **origin()}
+    result = {**of_here, "rows": measure(arguments.corpus, arguments.rounds)}
     if arguments.json:
         replace_file(arguments.json, json.dumps(result, indent=2) + "\n")
         replace_file(arguments.json.with_suffix(".md"), as_markdown(result))
