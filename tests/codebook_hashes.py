@@ -6,23 +6,33 @@ import hashlib
 
 
 def codebook_hashes(model) -> dict[str, str]:
-    """sha256 of every codebook and threshold, by global layer number; a baseline has none."""
+    """sha256 of every codebook and threshold, by global layer number, that of a memory by
+    ``1.memory``; a baseline has none."""
     from vqmoe_megatron.moe.layer import VQMoELayer
 
     hashes = {}
     for layer in (m for chunk in model for m in chunk.modules() if isinstance(m, VQMoELayer)):
-        if not hasattr(layer, "assigner"):
-            continue
-        codebook = layer.assigner.codebook
-        tensors = [codebook.codes.data, codebook.usage]
-        tensors += [codebook.ema_sum] if codebook.keeps_sums else []
-        tensors += [codebook.num_steps, layer.assigner.code_map.expert_of_row]
-        tensors += [layer.threshold.tau] if layer.vq.threshold_routing else []
-        digest = hashlib.sha256()
-        for tensor in tensors:
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        hashes[str(layer.layer_number)] = digest.hexdigest()
+        number = str(layer.layer_number)
+        if hasattr(layer, "assigner"):
+            tau = [layer.threshold.tau] if layer.vq.threshold_routing else []
+            hashes[number] = _digest([*_of_assigner(layer.assigner), *tau])
+        if hasattr(layer, "memory_assigner"):
+            hashes[f"{number}.memory"] = _digest(_of_assigner(layer.memory_assigner))
     return hashes
+
+
+def _of_assigner(assigner) -> list:
+    codebook = assigner.codebook
+    sums = [codebook.ema_sum] if codebook.keeps_sums else []
+    tensors = [codebook.codes.data, codebook.usage, *sums, codebook.num_steps]
+    return [*tensors, assigner.code_map.expert_of_row]
+
+
+def _digest(tensors) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def stream_hashes(model) -> dict[str, str]:

@@ -18,6 +18,7 @@ LEGAL_MEMORY_VALUES: dict[str, tuple[str, ...]] = {
 }
 OF_EMBEDDINGS = ("embedding", "random")  # codes that follow the embedding until they are frozen
 STEPS_TO_FIRST_CODES = 2  # the first step's end only counts tokens
+STEPS_TO_FIRST_CONTEXTS = 3  # found at the second's end, of the first table; sent at the third's
 CONTEXT_ADDRESSES = 2  # the context's code alone, and paired with the token's
 
 
@@ -62,6 +63,13 @@ class CodeMemoryConfig:
                 f"{CodeMemoryConfig.num_codes}"
             )
         limit = self.freeze_after_steps
+        if limit is not None and self.num_context_codes and limit < STEPS_TO_FIRST_CONTEXTS:
+            raise ValueError(
+                f"code_memory.freeze_after_steps={limit} with code_memory.num_context_codes="
+                f"{self.num_context_codes}: the codes of contexts are there after step "
+                f"{STEPS_TO_FIRST_CONTEXTS}; use at least {STEPS_TO_FIRST_CONTEXTS}, or null for "
+                "codes that never freeze"
+            )
         if limit is not None and 0 < limit < STEPS_TO_FIRST_CODES and self.codes in OF_EMBEDDINGS:
             raise ValueError(
                 f"code_memory.freeze_after_steps={limit} with code_memory.codes={self.codes}: "

@@ -70,7 +70,12 @@ def check_fill(vq: VQConfig) -> None:
 
 
 def check_fill_model(vq: VQConfig, num_experts: int) -> None:
-    """Raise ``ValueError`` where more experts shall answer than there are."""
+    """Raise ``ValueError`` where more experts shall answer than there are, or one alone."""
+    if vq.path == "filled" and num_experts == 1:
+        raise ValueError(
+            "vq.path=filled with num_moe_experts=1: one expert sees every token, and there is none "
+            "to answer by code; use vq.path=continuous, or more experts"
+        )
     if vq.num_fill_experts is not None and vq.num_fill_experts > num_experts:
         raise ValueError(
             f"vq.num_fill_experts <= num_moe_experts fails: {vq.num_fill_experts} > {num_experts}; "

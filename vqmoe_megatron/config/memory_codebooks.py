@@ -10,10 +10,12 @@ from vqmoe_megatron.config.vq import VQConfig
 
 def hidden_quantizer(vq: VQConfig, memory: CodeMemoryConfig) -> VQConfig:
     """The codebook of ``code_memory.codes=hidden``: the layer's settings of how codes move, and the
-    memory's of how long."""
+    memory's of how long. No expert stands behind a code, so there may be fewer codes than experts.
+    """
+    is_fixed = memory.freeze_after_steps == 0
     return replace(
         vq,
-        path="discrete",
+        path="dual",
         num_codes=memory.num_codes,
         quantizer="euclidean",
         code_dim=None,
@@ -22,8 +24,8 @@ def hidden_quantizer(vq: VQConfig, memory: CodeMemoryConfig) -> VQConfig:
         execution="tokens",
         table_per_step=False,
         overlap_table=False,
-        freeze_codebook=False,
-        freeze_after_steps=memory.freeze_after_steps,
+        freeze_codebook=is_fixed,
+        freeze_after_steps=None if is_fixed else memory.freeze_after_steps,
         num_fill_experts=None,  # of path=filled
         fill_values=VQConfig.fill_values,
         threshold_routing=False,

@@ -215,18 +215,23 @@ class VQMoELayer(LayerStep, MoELayer):
             return TableAhead(space, side_stream())
         return StepTable(space) if self.vq.table_per_step else space
 
-    def start_ahead(self) -> None:
+    def start_ahead(self, tables: bool = True, rows: bool = True) -> None:
         """Start what this layer's turn needs and hidden states have no part in.
 
-        Tables of ``vq.overlap_table``, rows of a code memory. For whoever knows that the turn
-        comes: ``engines/megatron`` calls it before attention. Communicates what it starts, on a
-        second stream.
+        For whoever knows that the turn comes: ``engines/megatron`` calls it before attention.
+        Communicates what it starts, on a second stream.
+
+        Args:
+            tables: start those of ``vq.overlap_table``.
+            rows: start those of a code memory. Neither where weights arrive in hooks
+                (overlap_param_gather): the stream that asks first waits for them, the other does
+                not.
         """
         for path in self.discrete_paths:
-            if self.training and isinstance(path.execution, TableAhead):
+            if tables and self.training and isinstance(path.execution, TableAhead):
                 path.execution.start(next(self.experts.parameters()).dtype)
         for path in self.paths:
-            if isinstance(path, MemoryPath) and not self.moe_layer_recompute:
+            if rows and isinstance(path, MemoryPath) and not self.moe_layer_recompute:
                 path.start()
 
     def set_layer_number(self, layer_number: int) -> None:

@@ -54,6 +54,12 @@ def starts_tables(config: RunConfig) -> bool:
     return config.vq.overlap_table and is_read
 
 
+def starts_rows(config: RunConfig) -> bool:
+    """Whether a code memory's rows travel from before attention on: as tables, they are read of
+    weights that optimizer.overlap_param_gather may still be bringing."""
+    return config.code_memory.is_on and not config.optimizer.overlap_param_gather
+
+
 def overlap_obstacles(config: RunConfig, has_cuda: bool) -> Iterator[str]:
     """Yield a reason why ``vq.overlap_table`` overlaps nothing."""
     if not has_cuda:

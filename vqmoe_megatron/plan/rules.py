@@ -29,6 +29,10 @@ FP8_WITHOUT_FILL = (
     "its experts are Transformer Engine's, which were wired to token dispatch only; use "
     "vq.path=continuous, or leave fp8 out"
 )
+FP8_WITHOUT_EXPERT_VALUES = (
+    "its experts are Transformer Engine's, which were wired to token dispatch only; use "
+    "code_memory.values=direct, or leave fp8 out"
+)
 PRE_SOFTMAX_FOR_FILL = (
     "every expert is weighed by the softmax over all of them, chosen or not; set it to true"
 )
@@ -153,12 +157,13 @@ def _checkpoint_errors(config: RunConfig) -> Iterator[str]:
 
 
 def _optimizer_errors(config: RunConfig) -> Iterator[str]:
-    vq = config.vq
-    trains_codes = vq.codebook_update in ("gradient", "reanchor") and not vq.freeze_codebook
+    vq, memory = config.vq, config.code_memory
+    of_layers = vq.path != "continuous" and not vq.freeze_codebook
+    of_memory = memory.is_on and memory.codes == "hidden"
     if (
         config.model.bf16
-        and trains_codes
-        and vq.path != "continuous"
+        and vq.codebook_update in ("gradient", "reanchor")
+        and (of_layers or of_memory)
         and not config.optimizer.use_distributed_optimizer
     ):
         yield (
@@ -176,6 +181,8 @@ def _fp8_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
         yield f"model.fp8={model.fp8}: {FP8_NEEDS_TOKENS}"
     if config.vq.path == "filled":
         yield f"model.fp8={model.fp8}: {FP8_WITHOUT_FILL}"
+    if config.code_memory.is_on and config.code_memory.values == "experts":
+        yield f"model.fp8={model.fp8}: {FP8_WITHOUT_EXPERT_VALUES}"
     if "moe" in (model.recompute_modules or ()):
         yield f"model.fp8={model.fp8}: {FP8_WITHOUT_RECOMPUTE}"
     if model.add_bias_linear and etp > 1:

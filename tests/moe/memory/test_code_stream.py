@@ -14,12 +14,13 @@ pytestmark = pytest.mark.distributed
 TP, PP, EP = (f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "expert"))
 VPP = "virtual_pipeline_model_parallel_size"
 NUM_CODES, WIDTH, VOCABULARY = 40, 48, 384  # padded
+NUM_CONTEXT_CODES = 6
 MEMORY = [
     "model.num_layers=2",
     "code_memory.num_rows=32",
     "code_memory.codes=embedding",
     f"code_memory.num_codes={NUM_CODES}",
-    "code_memory.num_context_codes=6",
+    f"code_memory.num_context_codes={NUM_CONTEXT_CODES}",
     "code_memory.context_dim=8",
     "code_memory.freeze_after_steps=3",
     "code_memory.exchange=rows",
@@ -100,6 +101,8 @@ def test_replicas_are_bit_equal_and_a_frozen_stream_is_silent(num_ranks, layout,
         assert not torch.equal(codes[1], codes[0])  # the first round
         assert torch.equal(codes[3], codes[2]) and torch.equal(codes[4], codes[2])
         assert codes[2].unique().numel() > NUM_CODES // 2
+        contexts = [step["tables"]["0.context_codes"] for step in of_rank]
+        assert contexts[2].unique(dim=0).shape[0] == NUM_CONTEXT_CODES
 
 
 def test_a_spoiled_step_and_evaluation_move_nothing(ranks) -> None:  # noqa: ANN001

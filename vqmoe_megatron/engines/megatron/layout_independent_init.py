@@ -25,8 +25,8 @@ EMBEDDING_WEIGHTS = ("embedding.word_embeddings.weight", "embedding.position_emb
 # Megatron draws this vector too, from the stream of its stage.
 DRAWN_VECTORS = ("router.bias",)
 # A codebook draws from (seed, layer number) by itself and is then initialised from data; rows of a
-# memory start at zero, or draw likewise.
-OWN_INITIALISATION = (".codebook.", ".code_memory.")
+# memory start at zero, or draw likewise, and its gate starts at one half.
+OWN_INITIALISATION = (".codebook.", ".code_memory.", ".memory_gate.")
 # Where layers hold different tensors, the layer's number stands in the name, else in the position.
 NUMBERED_LAYER = re.compile(r"(?<=\.layers\.)(\d+)\.")
 

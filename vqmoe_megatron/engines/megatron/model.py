@@ -28,7 +28,7 @@ from vqmoe_megatron.moe.memory.code_stream import CodeStream
 from vqmoe_megatron.moe.memory.path import LayerMemory
 from vqmoe_megatron.moe.norms import ParallelNorm
 from vqmoe_megatron.moe.spec import get_vqmoe_block_spec
-from vqmoe_megatron.plan.capture import starts_tables
+from vqmoe_megatron.plan.capture import starts_rows, starts_tables
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.runtime.fused_parts import PLAIN, FusedParts
 from vqmoe_megatron.runtime.graphs import Graph
@@ -243,6 +243,5 @@ def _build_chunk(
             parameter.allreduce = False
     if stream is not None:
         attach_code_stream(model, stream)
-    if stream is not None or starts_tables(config):
-        start_before_attention(model)
+    start_before_attention(model, starts_tables(config), starts_rows(config))
     return model.to(torch.cuda.current_device())

@@ -54,9 +54,11 @@ def _begin_microbatch(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dic
 
 
 def _packed_starts(packed: PackedSeqParams, like: torch.Tensor) -> torch.Tensor:
-    """Bool ``[b, S]`` from cumulative lengths over all b * S tokens."""
+    """Bool ``[b, S]`` from cumulative lengths over all b * S tokens, with padding where there is."""
+    padded = packed.cu_seqlens_q_padded
+    lengths = packed.cu_seqlens_q if padded is None else padded
     starts = torch.zeros(like.numel() + 1, dtype=torch.bool, device=like.device)
-    starts[packed.cu_seqlens_q.long()] = True
+    starts[lengths.long()] = True
     return starts[:-1].view_as(like)
 
 

@@ -126,6 +126,16 @@ class CodeSearch(KeepsFloat32, StepOwner):
         return limit is not None and self._steps_taken.read(self.num_steps) >= limit
 
     @property
+    def records_contexts(self) -> bool:
+        """Whether this step's contexts move their codebook, or begin it; equal on all ranks.
+
+        In the first step their table is empty. At the second's end the codebook begins; the third
+        still reads by the codes from before.
+        """
+        step = self._steps_taken.read(self.num_steps)
+        return bool(self.memory.num_context_codes) and step not in (0, 2)
+
+    @property
     def replica_group(self) -> torch.distributed.ProcessGroup:
         """``tp_dp_cp``."""
         return self.pg_collection.tp_dp_cp
@@ -238,14 +248,18 @@ class CodeSearch(KeepsFloat32, StepOwner):
         self.share.lerp_(share, first + (1.0 - first) * (1.0 - SHARE_DECAY))
         scalars = self._scalars(tokens)
         if self.memory.num_context_codes:
-            count, total, candidates = next(reduced), next(reduced), next(reduced)
-            scalars["context_perplexity"] = code_perplexity(count)
-            if self.contexts.needs_data_init:
-                self.contexts.initialize_from(candidates.flatten(1))
-                self.contexts.clear_step()
-            else:
-                self.contexts.apply_step(StepStatistics(count, total, candidates))
+            statistics = StepStatistics(next(reduced), next(reduced), next(reduced))
+            if self.records_contexts:
+                scalars |= self._move_contexts(statistics)
         return scalars
+
+    def _move_contexts(self, statistics: StepStatistics) -> dict[str, torch.Tensor]:
+        if self.contexts.needs_data_init:
+            self.contexts.initialize_from(statistics.candidates.flatten(1))
+            self.contexts.clear_step()
+            return {}
+        self.contexts.apply_step(statistics)
+        return {"context_perplexity": code_perplexity(statistics.count)}
 
     def clear_step(self) -> None:
         """Forget the step's counts, and the codes that were to follow. No communication."""

@@ -71,6 +71,9 @@ class CodeStream(CodeSearch):
             pg_collection.expt_tp.size(),
         )
         self.group = sharing_group(pg_collection)
+        # auto follows a microbatch's size, and ranks must choose alike.
+        lengths_vary = memory.exchange == "auto" and config.variable_seq_lengths
+        self.exchange = "rows" if lengths_vary else memory.exchange
         self.planner = RowPlanner()  # others count plans, or make them without data
         # Every stage plans the same rows; the first counts them. With codes=hidden layers do.
         counts = self.is_first and memory.codes != "hidden"
@@ -108,12 +111,12 @@ class CodeStream(CodeSearch):
             self.row_usage.record(rows, plan)
         if is_trained and self.is_source and not self.is_frozen:
             self.count(self._own(token_ids))
-            if contexts is not None:
+            if self.records_contexts:
                 self.count_contexts(self._own(contexts), self._own(context_codes))
 
     def plan(self, rows: torch.Tensor) -> RowPlan:
         """Plan row ids ``[T, A]`` of this rank's tokens; communicates as the planner."""
-        return self.planner.plan(rows, self.places, self.memory.exchange, self.group)
+        return self.planner.plan(rows, self.places, self.exchange, self.group)
 
     def _own(self, of_sequences: torch.Tensor) -> torch.Tensor:
         """``[b, S, ...]`` of whole sequences -> ``[T, ...]`` of this rank's, in the order of hidden

@@ -27,12 +27,15 @@ class Microbatches(Generic[Made]):
         self._differentiated: Made | None = None
 
     def begin(self, made: Made) -> None:
-        """A forward pass starts."""
-        self._latest = made
+        """A forward pass starts, or, in a backward pass, a whole model's is run again."""
+        if is_in_backward():
+            self._differentiated = made
+        else:
+            self._latest = made
 
     def follow(self, output: torch.Tensor) -> None:
-        """``output`` is the chunk's of the latest forward pass; its backward pass starts there."""
-        made = self._latest
+        """``output`` is the chunk's of the current forward pass; its backward pass starts there."""
+        made = self.current
         if torch.is_grad_enabled() and output.requires_grad and made is not None:
             output.register_hook(lambda _: self._begin_backward(made))
 

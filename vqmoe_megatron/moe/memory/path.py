@@ -17,6 +17,7 @@ from vqmoe_megatron.config.memory_codebooks import hidden_quantizer
 from vqmoe_megatron.moe.backward_hook import run_in_backward
 from vqmoe_megatron.moe.code_assigner import Assignment, CodeAssigner
 from vqmoe_megatron.moe.expert_engine import ExpertEngine, Work
+from vqmoe_megatron.moe.megatron_settings import refuse_trained_codes_in_half
 from vqmoe_megatron.moe.memory.code_stream import CodeStream
 from vqmoe_megatron.moe.memory.row_exchange import fetch_rows, read_rows
 from vqmoe_megatron.moe.memory.row_plan import RowPlan
@@ -92,6 +93,11 @@ class HiddenCodes:
         if not (self.assigner.training and torch.is_grad_enabled()):
             return output
         return run_in_backward(output, lambda: self.usage.record(rows, plan))
+
+
+def as_of_memory(scalars: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Scalars of codes of hidden states, by other names than those of the layer's codebook."""
+    return {f"hidden_{name}": value for name, value in scalars.items()}
 
 
 class MemoryPath(Path):
@@ -180,6 +186,11 @@ class MemoryPath(Path):
         if self.hidden is not None:
             self.hidden.assigner.set_layer_number(model_layer_number)
 
+    def refuse_foreign_optimizer(self, config: TransformerConfig) -> None:
+        """Raise ``ValueError`` for trained codes among weights of half precision."""
+        if self.hidden is not None:
+            refuse_trained_codes_in_half(config, self.hidden.assigner.codebook.codes)
+
     def local_parts(self) -> list[torch.Tensor]:
         """The assigner's and the reads, for codes of hidden states."""
         if self.hidden is None:
@@ -187,10 +198,11 @@ class MemoryPath(Path):
         return [*self.hidden.assigner.local_parts(), *self.hidden.usage.local_parts()]
 
     def scalars_of(self, parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """As of a codebook, and of the rows read."""
+        """As of a codebook, under names of the memory's, and of the rows read."""
         if self.hidden is None:
             return {}
-        return self.hidden.assigner.scalars_of(parts) | self.hidden.usage.scalars_of(parts)
+        of_codes = as_of_memory(self.hidden.assigner.scalars_of(parts))
+        return of_codes | self.hidden.usage.scalars_of(parts)
 
     def apply_parts(
         self, reduced: Iterator[torch.Tensor]
@@ -199,7 +211,7 @@ class MemoryPath(Path):
         if self.hidden is None:
             return {}, []
         scalars, usage = self.hidden.assigner.apply_parts(reduced)
-        return scalars | self.hidden.usage.apply_parts(reduced), [usage]
+        return as_of_memory(scalars) | self.hidden.usage.apply_parts(reduced), [usage]
 
     def row_reads(self) -> torch.Tensor | None:
         """Of this layer, for codes of hidden states; else the model's stream counts them."""
