@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vqmoe_megatron.config import CodeMemoryConfig
+from vqmoe_megatron.config import CodeMemoryConfig, VQConfig
+from vqmoe_megatron.config.memory_codebooks import hidden_quantizer
 from vqmoe_megatron.config.recipe import load_recipe
 from vqmoe_megatron.plan.layout import layout_errors
 
@@ -26,6 +27,14 @@ PARITY = Path(__file__).resolve().parents[2] / "recipes" / "parity.yaml"  # 4 la
         ({"context_decay": 1.0}, "code_memory.context_decay"),
         ({"lr_mult": 0.0}, "code_memory.lr_mult"),
         ({"codes": "embedding", "freeze_after_steps": 1}, "use at least 2"),
+        (
+            {"codes": "embedding", "num_context_codes": 4, "freeze_after_steps": 2},
+            "the codes of contexts are there after step 3; use at least 3",
+        ),
+        (
+            {"codes": "embedding", "num_context_codes": 4, "freeze_after_steps": 0},
+            "code_memory.freeze_after_steps=0 with code_memory.num_context_codes=4",
+        ),
         ({"num_codes": 64}, "code_memory.num_codes=64 with code_memory.codes=tokens"),
         ({"layers": []}, "rising order"),
         ({"layers": [2, 1]}, "rising order"),
@@ -95,6 +104,13 @@ def test_with_a_code_for_every_entry_nothing_is_grouped(codes: str) -> None:
 def test_other_codes_do_not_group_the_vocabulary(codes: str) -> None:
     memory = CodeMemoryConfig(num_rows=64, codes=codes)
     assert memory.num_codes == 256 and not memory.moves(1000)
+
+
+def test_hidden_codes_may_be_fewer_than_experts_and_need_not_move() -> None:
+    memory = CodeMemoryConfig(num_rows=64, codes="hidden", num_codes=4, freeze_after_steps=0)
+    quantizer = hidden_quantizer(VQConfig(path="continuous"), memory)
+    quantizer.check_model(64, 8)
+    assert quantizer.freeze_codebook and quantizer.num_codes == 4
 
 
 def test_addresses_and_layers() -> None:

@@ -53,6 +53,11 @@ def test_more_experts_than_there_are_cannot_answer() -> None:
         VQConfig(path="filled", num_fill_experts=9).check_model(16, 8)
 
 
+def test_one_expert_has_none_beside_it() -> None:
+    with pytest.raises(ValueError, match="vq.path=filled with num_moe_experts=1"):
+        VQConfig(path="filled").check_model(16, 1)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 
 from vqmoe_megatron.config.recipe import load_recipe
-from vqmoe_megatron.plan.capture import capture_obstacles, overlap_obstacles, starts_tables
+from vqmoe_megatron.plan.capture import (
+    capture_obstacles,
+    overlap_obstacles,
+    starts_rows,
+    starts_tables,
+)
 from vqmoe_megatron.plan.layout import check_layout
 
 RECIPE = "recipes/quickstart.yaml"
@@ -59,6 +64,13 @@ def test_a_cpu_has_one_stream_and_gathered_weights_need_one() -> None:
     assert not starts_tables(config)
     (reason,) = overlap_obstacles(config, has_cuda=True)
     assert "optimizer.overlap_param_gather" in reason
+
+
+def test_rows_of_a_memory_wait_for_gathered_weights() -> None:
+    memory = ["vq.path=continuous", "code_memory.num_rows=64"]
+    assert starts_rows(load_recipe(RECIPE, [*FITS, *memory]))
+    assert not starts_rows(load_recipe(RECIPE, [*FITS, *memory, *GATHERED]))
+    assert not starts_rows(load_recipe(RECIPE, [*FITS, "code_memory.num_rows=0"]))
 
 
 def test_recomputed_layers_build_their_own_tables() -> None:

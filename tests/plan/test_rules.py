@@ -25,6 +25,17 @@ from vqmoe_megatron.plan.layout import layout_errors
         ),
         (
             [
+                "model.bf16=true",
+                "vq.path=continuous",
+                "vq.codebook_update=gradient",
+                "code_memory.num_rows=64",
+                "code_memory.codes=hidden",
+            ],
+            ["optimizer.use_distributed_optimizer=true"],
+            "vq.codebook_update=gradient needs optimizer.use_distributed_optimizer=true",
+        ),
+        (
+            [
                 "model.recompute_granularity=selective",
                 "model.recompute_modules=[mlp]",
                 "model.moe_layer_freq=2",
@@ -42,6 +53,16 @@ from vqmoe_megatron.plan.layout import layout_errors
             "moe_z_loss_coeff=0.001 with calculate_per_token_loss and TP = 2",
         ),
         (["model.fp8=hybrid"], ["vq.execution=tokens"], "wired to token dispatch only"),
+        (
+            [
+                "model.fp8=hybrid",
+                "vq.path=continuous",
+                "code_memory.num_rows=64",
+                "code_memory.values=experts",
+            ],
+            ["code_memory.values=direct"],
+            "use code_memory.values=direct, or leave fp8 out",
+        ),
         (["model.fp8=hybrid", "vq.path=filled"], ["vq.path=continuous"], "or leave fp8 out"),
         (
             ["vq.path=filled", "model.moe_router_topk=2", "model.moe_router_pre_softmax=false"],

@@ -27,6 +27,28 @@ def train_recorded(recipe: str, overrides: list[str]) -> dict:
         return train_here(recipe, overrides)
 
 
+def rows_started(recipe: str, overrides: list[str]) -> int:
+    """In a rank: how often rows of a code memory travelled ahead while training."""
+    from vqmoe_megatron.moe.memory.path import MemoryPath
+
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MemoryPath, "start", lambda path: calls.append(path))
+        assert not train_here(recipe, overrides)["error"]
+    return len(calls)
+
+
+def test_rows_wait_for_weights_that_hooks_bring(ranks, small_corpus, tmp_path) -> None:
+    """A second stream would take the wait for them away from the first."""
+    every = [*FEW, *layout_overrides(EP2), f"data.path={small_corpus}", "vq.path=continuous"]
+    every += ["code_memory.num_rows=64", "optimizer.use_distributed_optimizer=true"]
+    gathered = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
+    for number, (overrides, is_started) in enumerate((([], True), (gathered, False))):
+        where = [f"train.output_dir={tmp_path / str(number)}"]
+        counts = ranks(2).run(rows_started, str(PARITY), [*every, *overrides, *where], layout=EP2)
+        assert [count > 0 for count in counts] == [is_started] * 2
+
+
 def losses(results: list[dict]) -> list[float]:
     assert not any(result["error"] for result in results), results[0]["error"]
     return [r[name] for r in results[0]["records"] for name in ("loss", "grad_norm") if name in r]

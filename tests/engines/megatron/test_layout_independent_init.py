@@ -54,6 +54,14 @@ def test_all_layouts_start_alike(num_ranks, layout, gated, ranks):
     assert len({tuple(row.tolist()) for row in bias}) == len(bias)
 
 
+def test_a_memory_s_gate_starts_at_one_half(ranks):
+    gated = ["code_memory.num_rows=64", "code_memory.gate=token"]
+    found = gathered(ranks(1).run(initial_parameters, str(PARITY), gated))
+    gates = [tensor for name, tensor in found.items() if ".memory_gate." in name]
+    assert gates
+    assert not any(tensor.any() for tensor in gates)
+
+
 def test_another_seed_is_another_start(ranks):
     first, second = (
         gathered(ranks(1).run(initial_parameters, str(PARITY), [f"train.seed={seed}"]))

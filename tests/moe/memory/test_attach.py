@@ -120,6 +120,13 @@ def rows_read(overrides: list[str], kind: str) -> dict:
         call["position_ids"] = torch.arange(1, length + 1).expand(2, length)  # none is zero
         borders = torch.tensor([0, 5, length, 2 * length], dtype=torch.int32)
         call["packed_seq_params"] = PackedSeqParams(cu_seqlens_q=borders, cu_seqlens_kv=borders)
+    if kind == "padded":  # the same borders, of which one document's last tokens are padding
+        call["position_ids"] = torch.arange(1, length + 1).expand(2, length)
+        borders = torch.tensor([0, 5, length, 2 * length], dtype=torch.int32)
+        call["packed_seq_params"] = PackedSeqParams(
+            cu_seqlens_q=torch.tensor([0, 5, length - 2, 2 * length - 2], dtype=torch.int32),
+            cu_seqlens_q_padded=borders,
+        )
     if kind == "unbroken":
         call["position_ids"] = torch.arange(length).expand(2, length)
     if kind == "no positions":
@@ -130,7 +137,7 @@ def rows_read(overrides: list[str], kind: str) -> dict:
         call["inference_context"] = object()
     if kind == "no stream":
         model._forward_pre_hooks.clear()
-    if kind in ("packed", "unbroken", "positions"):
+    if kind in ("packed", "padded", "unbroken", "positions"):
         hook = next(iter(model._forward_pre_hooks.values()))
         hook(model, (), call)
         return {"slots": model.code_stream.microbatches.current.plan.ids, "told": ""}
@@ -145,9 +152,10 @@ def test_documents_are_told_by_positions_or_packed_lengths(ranks) -> None:  # no
     pool = ranks(1)
     slots = {
         kind: pool.run(rows_read, [], kind)[0]["slots"]
-        for kind in ("positions", "packed", "unbroken")
+        for kind in ("positions", "packed", "padded", "unbroken")
     }
     assert torch.equal(slots["positions"], slots["packed"])
+    assert torch.equal(slots["positions"], slots["padded"])
     assert not torch.equal(slots["positions"], slots["unbroken"])
 
 

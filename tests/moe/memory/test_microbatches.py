@@ -68,6 +68,27 @@ def test_passes_that_are_never_differentiated_shift_nothing() -> None:
     del dropped
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_whole_model_that_is_recomputed(use_reentrant: bool) -> None:
+    """Its user's checkpoint begins the microbatch again, within the backward pass."""
+    chunk = Chunk(use_reentrant)
+
+    def whole(x: torch.Tensor, name: str) -> torch.Tensor:
+        chunk.microbatches.begin(name)
+        x = chunk.layer(x)
+        chunk.microbatches.follow(x)
+        return x
+
+    losses = [
+        checkpoint(whole, torch.ones(3, requires_grad=True), name, use_reentrant=use_reentrant)
+        for name in "ab"
+    ]
+    for loss in losses:
+        loss.sum().backward()
+    assert chunk.seen == [(False, "a"), (False, "b"), (True, "a"), (True, "b")]
+    assert chunk.microbatches.current == "b"
+
+
 def test_cleared() -> None:
     chunk = Chunk()
     chunk("a").backward()

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from collective_log import logged_collectives, names_of
 from fast_tier import spread, tiered
-from memory_layer import evaluate_memory_layer, expected, gathered
+from memory_layer import (
+    HIDDEN,
+    VOCABULARY,
+    build_memory_layer,
+    evaluate_memory_layer,
+    expected,
+    gathered,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -90,6 +98,47 @@ def test_equals_the_oracle(name: str, layout: str, ranks) -> None:  # noqa: ANN0
         assert {plan[0] for plan in plans} == {exchange == "table"}
     if name == "one-row":
         assert len({row for read in rows for row in read}) == 1
+
+
+def read_of_unequal_lengths() -> bool:
+    """In a rank: a pass over 300 tokens or 16; whether the whole table was gathered for it."""
+    case = {"memory": {"exchange": "auto", "codes": "tokens", "num_codes": 256}}
+    layer, stream = build_memory_layer(case, variable_seq_lengths=True)
+    length = 300 if torch.distributed.get_rank() == 0 else 16
+    tokens = torch.randint(VOCABULARY, (1, length))
+    stream.begin(tokens, torch.zeros(1, length, dtype=torch.bool))
+    x = torch.randn(length, 1, HIDDEN, dtype=torch.float64, requires_grad=True)
+    output, _ = layer(x)
+    stream.follow_output(output)
+    output.sum().backward()
+    return stream.microbatches.current.plan.is_table
+
+
+def test_ranks_of_unequal_lengths_choose_the_same_exchange(ranks) -> None:  # noqa: ANN001
+    layout = {"expert_model_parallel_size": 2}
+    assert ranks(2).run(read_of_unequal_lengths, layout=layout) == [False, False]
+
+
+def fetched_ahead() -> list[list[int]]:
+    """In a rank: all-to-alls of :meth:`start_ahead` and of the pass behind it, with and without."""
+    counts = []
+    for is_started in (True, False):
+        layer, stream = build_memory_layer({"memory": {"exchange": "rows"}})
+        tokens = torch.randint(VOCABULARY, (2, 4))
+        stream.begin(tokens, torch.zeros(2, 4, dtype=torch.bool))
+        with logged_collectives() as before:
+            layer.start_ahead(rows=is_started)
+        with logged_collectives() as inside:
+            layer(torch.randn(4, 2, HIDDEN, dtype=torch.float64))
+        counts.append([len(names_of(calls)) for calls in (before, inside)])
+    return counts
+
+
+def test_who_fetches_the_rows(ranks) -> None:  # noqa: ANN001
+    layout = {"expert_model_parallel_size": 2}
+    for (ahead, later), (none, all_of_it) in ranks(2).run(fetched_ahead, layout=layout):
+        assert ahead > 0 and none == 0
+        assert ahead + later == all_of_it
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def _begin_microbatch(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dic
 
 
 def _packed_starts(packed: PackedSeqParams, like: torch.Tensor) -> torch.Tensor:
-    """Bool ``[b, S]`` from cumulative lengths over all b * S tokens, with padding where there is."""
+    """Bool ``[b, S]`` from cumulative lengths over all b * S tokens, padding included."""
     padded = packed.cu_seqlens_q_padded
     lengths = packed.cu_seqlens_q if padded is None else padded
     starts = torch.zeros(like.numel() + 1, dtype=torch.bool, device=like.device)

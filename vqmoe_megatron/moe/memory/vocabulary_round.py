@@ -2,9 +2,9 @@
 
 V entries, W of them on this rank, K codes, H width. The rules are those of ``vq/vocabulary_codes``.
 
-Data-parallel replicas sum in tensor-parallel groups of their own: that they find the same bits rests
-on all-reduces that add in the same order in each. Of two ranks every order is the same; for more,
-``train.check_replicas_interval`` would tell.
+Data-parallel replicas sum in tensor-parallel groups of their own: that they find the same bits
+rests on all-reduces that add in the same order in each. Of two ranks every order is the same; for
+more, ``train.check_replicas_interval`` would tell.
 """
 
 from __future__ import annotations
