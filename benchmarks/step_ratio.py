@@ -36,6 +36,13 @@ ARMS: dict[str, list[str]] = {
     "SMoE top-1": NO_MEMORY,
     "SMoE top-2": [*NO_MEMORY, "model.moe_router_topk=2"],
     "default": [],
+    "the paper's layer, K 64": ["code_memory.num_rows=0", "vq.path=dual", "vq.num_codes=64"],
+    "filled, threshold, K 16": [
+        "code_memory.num_rows=0",
+        "vq.path=filled",
+        "vq.threshold_routing=true",
+        "vq.num_codes=16",
+    ],
 }
 # name: ranks, overrides
 SIZES: dict[str, tuple[int, list[str]]] = {
@@ -80,7 +87,7 @@ def measure(corpus: Path, num_rounds: int) -> list[dict[str, Any]]:
                     "num_rounds": len(ratios),
                 }
             )
-            print(f"{name:32} {arm:12} {rows[-1]['median_ms']:8.1f} ms  x{rows[-1]['ratio']:.3f}")
+            print(f"{name:32} {arm:24} {rows[-1]['median_ms']:8.1f} ms  x{rows[-1]['ratio']:.3f}")
     return rows
 
 
