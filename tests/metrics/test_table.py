@@ -138,4 +138,8 @@ def test_megatrons_log_lists_what_is_known_before_the_codebook_moves():
         "distinct_rows": "code_memory/distinct_rows",
         "rows_in_use": "code_memory/rows_in_use",
         "top_percent_reads": "code_memory/top_percent_reads",
+        "hidden_code_perplexity": "code_memory/hidden_code_perplexity",
+        "hidden_dead_codes": "code_memory/hidden_dead_codes",
+        "hidden_commitment_loss": "code_memory/hidden_commitment_loss",
+        "hidden_codebook_loss": "code_memory/hidden_codebook_loss",
     }
