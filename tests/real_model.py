@@ -39,7 +39,7 @@ def task_of(config: RunConfig) -> Any:
 
 
 def measure_state(overrides: list[str]) -> dict[str, Any]:
-    """Train two steps on random tokens; return this rank's place, parameters and bytes kept."""
+    """Train four steps on random tokens; return this rank's place, parameters and bytes kept."""
     from megatron.core import parallel_state
 
     from vqmoe_megatron.engines.megatron.engine import MegatronEngine
@@ -50,7 +50,7 @@ def measure_state(overrides: list[str]) -> dict[str, Any]:
     parts = MegatronEngine.build(config, layout, task_of(config))
     for chunk in parts.model:
         chunk.train()
-    for _ in range(2):  # codebooks of contexts meet the first step's, and keep probes of the second
+    for _ in range(4):  # codebooks of contexts begin at the second's end, and move from the fourth
         parts.step([_batches(config) for _ in parts.model], 0, False)
     chunks = [_unwrapped(chunk) for chunk in parts.model]
     weights = _storages(p for chunk in chunks for p in chunk.parameters())

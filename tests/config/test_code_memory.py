@@ -31,10 +31,6 @@ PARITY = Path(__file__).resolve().parents[2] / "recipes" / "parity.yaml"  # 4 la
             {"codes": "embedding", "num_context_codes": 4, "freeze_after_steps": 2},
             "the codes of contexts are there after step 3; use at least 3",
         ),
-        (
-            {"codes": "embedding", "num_context_codes": 4, "freeze_after_steps": 0},
-            "code_memory.freeze_after_steps=0 with code_memory.num_context_codes=4",
-        ),
         ({"num_codes": 64}, "code_memory.num_codes=64 with code_memory.codes=tokens"),
         ({"layers": []}, "rising order"),
         ({"layers": [2, 1]}, "rising order"),

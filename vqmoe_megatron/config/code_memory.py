@@ -63,12 +63,12 @@ class CodeMemoryConfig:
                 f"{CodeMemoryConfig.num_codes}"
             )
         limit = self.freeze_after_steps
-        if limit is not None and self.num_context_codes and limit < STEPS_TO_FIRST_CONTEXTS:
+        if limit and self.num_context_codes and limit < STEPS_TO_FIRST_CONTEXTS:
             raise ValueError(
                 f"code_memory.freeze_after_steps={limit} with code_memory.num_context_codes="
                 f"{self.num_context_codes}: the codes of contexts are there after step "
-                f"{STEPS_TO_FIRST_CONTEXTS}; use at least {STEPS_TO_FIRST_CONTEXTS}, or null for "
-                "codes that never freeze"
+                f"{STEPS_TO_FIRST_CONTEXTS}; use at least {STEPS_TO_FIRST_CONTEXTS}, null for "
+                "codes that never freeze, or 0 for one code for all contexts"
             )
         if limit is not None and 0 < limit < STEPS_TO_FIRST_CODES and self.codes in OF_EMBEDDINGS:
             raise ValueError(
