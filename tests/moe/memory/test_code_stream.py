@@ -72,6 +72,11 @@ def train_steps(overrides: list[str], num_steps: int, spoiled: int, evaluated: i
                 "tables": tables_of(parts.model),
                 "skipped": result.skipped,
                 "loss": result.loss,
+                "context_perplexity": [
+                    float(layer.scalars["context_perplexity"])
+                    for layer in parts.layers
+                    if "context_perplexity" in layer.scalars
+                ],
                 "of_stream": [
                     call for call in calls if call[2] in SHAPES and "all_to_all" not in call[0]
                 ],
@@ -103,6 +108,13 @@ def test_replicas_are_bit_equal_and_a_frozen_stream_is_silent(num_ranks, layout,
         assert codes[2].unique().numel() > NUM_CODES // 2
         contexts = [step["tables"]["0.context_codes"] for step in of_rank]
         assert contexts[2].unique(dim=0).shape[0] == NUM_CONTEXT_CODES
+
+
+def test_the_step_says_how_many_contexts_it_saw(ranks) -> None:  # noqa: ANN001
+    (steps,) = ranks(1).run(train_steps, ["code_memory.freeze_after_steps=9"], 5, -1, -1)
+    of_steps = [step["context_perplexity"] for step in steps]
+    assert of_steps[:3] == [[], [], []]  # their codebook begins at the second step's end
+    assert all(1.5 < perplexity <= NUM_CONTEXT_CODES for (perplexity,) in of_steps[3:])
 
 
 def test_a_spoiled_step_and_evaluation_move_nothing(ranks) -> None:  # noqa: ANN001

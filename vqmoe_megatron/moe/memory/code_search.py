@@ -258,8 +258,8 @@ class CodeSearch(KeepsFloat32, StepOwner):
             self.contexts.initialize_from(statistics.candidates.flatten(1))
             self.contexts.clear_step()
             return {}
-        self.contexts.apply_step(statistics)
-        return {"context_perplexity": code_perplexity(statistics.count)}
+        moved = self.contexts.apply_step(statistics)  # which clears the statistics
+        return {"context_perplexity": moved["code_perplexity"]}
 
     def clear_step(self) -> None:
         """Forget the step's counts, and the codes that were to follow. No communication."""
