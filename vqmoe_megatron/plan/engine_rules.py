@@ -63,6 +63,13 @@ def _setting_errors(config: RunConfig) -> Iterator[str]:
             "model.calculate_per_token_loss with train.engine=deepspeed: gradients would have to "
             "be divided after DeepSpeed has reduced them; set it to false"
         )
+    for name in ("model.gradient_accumulation_fusion", "optimizer.fused_adam"):
+        key_section, _, key = name.partition(".")
+        if getattr(getattr(config, key_section), key):
+            yield (
+                f"{name}=true with train.engine=deepspeed: DeepSpeed holds gradients and optimizer "
+                "in its own buffers, and torch's fused AdamW moves them; leave it out"
+            )
     if train.cuda_graphs:
         yield "train.cuda_graphs with train.engine=deepspeed was never tried; set it to false"
     if config.model.fp8:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,7 +93,11 @@ class DeepSpeedEngine(Engine):
         from vqmoe_megatron.engines.deepspeed.parameter_groups import parameter_groups
 
         ep_size = layout.expert_model_parallel_size
-        parts = choose_parts(config, choose_device(config.train.device)[0])
+        parts = replace(  # DeepSpeed's buffers are not Megatron's
+            choose_parts(config, choose_device(config.train.device)[0]),
+            gradient_accumulation_fusion=False,
+            fused_adam=False,
+        )
         transformer = build_transformer_config(config, layout, parts)
         transformer.finalize_model_grads_func = CodebookSync(applies_at_once=False, finalize=None)
         (chunk,) = build_chunks(config, transformer, layout, parts=parts)
