@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from unittest import mock
 
 from small_run import train_here
 
 
-def train_without_registration(recipe: str, overrides: list[str], is_registered: bool) -> dict:
-    """As ``train_here``, DeepSpeed told nothing of experts unless ``is_registered``."""
+def train_without_registration(recipe: str, overrides: list[str]) -> dict:
+    """As ``train_here``; DeepSpeed is told nothing of experts and takes them for dense weights."""
     import torch
 
     from vqmoe_megatron.engines.deepspeed import expert_groups
@@ -22,8 +21,8 @@ def train_without_registration(recipe: str, overrides: list[str], is_registered:
         for parameter in model.parameters():
             parameter.allreduce = True
 
-    with ExitStack() as changed:
-        if not is_registered:
-            changed.enter_context(mock.patch.object(expert_groups, "ExpertGroups", Unregistered))
-            changed.enter_context(mock.patch.object(expert_groups, "mark_experts", leave_as_dense))
+    with (
+        mock.patch.object(expert_groups, "ExpertGroups", Unregistered),
+        mock.patch.object(expert_groups, "mark_experts", leave_as_dense),
+    ):
         return train_here(recipe, overrides)

@@ -68,17 +68,14 @@ def test_the_curve_is_megatrons(name, ranks, native, stdlib_corpus, tmp_path):
     assert len({str(result["streams"]) for result in results}) == 1
 
 
-def test_without_the_registration_of_experts_it_is_another_model(ranks, stdlib_corpus, tmp_path):
+def test_without_the_registration_of_experts_it_is_another_model(
+    ranks, native, stdlib_corpus, tmp_path
+):
     every = [*SIX, *zero(1), f"data.path={stdlib_corpus}", f"parallel.{EP}=2"]
-    curves = {}
-    for is_registered in (True, False):
-        where = [f"train.output_dir={tmp_path / str(is_registered)}"]
-        results = ranks(2).run(
-            train_without_registration, str(PARITY), [*every, *where], is_registered, layout={EP: 2}
-        )
-        curves[is_registered] = [r["loss"] for r in results[0]["records"] if r["iteration"] > 0]
-    assert curves[True][0] == pytest.approx(curves[False][0], rel=1e-6)  # before the first step
-    assert abs(curves[True][-1] - curves[False][-1]) > 1e-4
+    every += [f"train.output_dir={tmp_path}"]
+    results = ranks(2).run(train_without_registration, str(PARITY), every, layout={EP: 2})
+    ours, theirs = (x[-1]["loss"] for x in (results[0]["records"], native([])))
+    assert abs(ours - theirs) > 1e-3
 
 
 JOURNEYS = {

@@ -1,9 +1,9 @@
 """Tell DeepSpeed which parameters are experts', and which ranks hold replicas of them.
 
-DeepSpeed takes a parameter with ``allreduce=False`` for one of its own experts', and averages what
-it takes for the rest over all ranks. Megatron's experts are not its own: unless they say which
-group theirs is, and that group is registered, and a layer of DeepSpeed's kind is in the model when
-it looks for one, experts of different ranks are averaged with each other, without a word.
+DeepSpeed takes every parameter for a replica of one weight, copies the first rank's to all and
+averages gradients over all ranks, unless a layer of its own kind is in the model and the parameter
+says which registered group of experts it belongs to. Megatron's layer is not of that kind: untold,
+experts of different ranks become one, without a word.
 """
 
 from __future__ import annotations

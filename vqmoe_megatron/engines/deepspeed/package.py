@@ -13,6 +13,8 @@ import torch
 from vqmoe_megatron.runtime.optional_packages import require
 from vqmoe_megatron.runtime.world import discover_rank
 
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+
 
 def import_deepspeed() -> ModuleType:
     """Return the package, imported with this machine's accelerator; it reads that only once.
@@ -25,6 +27,9 @@ def import_deepspeed() -> ModuleType:
     require("deepspeed", "train.engine=deepspeed")
     import deepspeed
 
+    # Its all-reduce of CPUs serves inference alone; it would be compiled at the first start, which
+    # takes a minute, a compiler, and a lock that a killed rank leaves behind.
+    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its progress, per rank
     return deepspeed
 
