@@ -48,6 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _FOR_ALL_RANKS = {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",  # these are CPU tests wherever they run
+    "TORCHDYNAMO_DISABLE": "1",  # as install_cpu_compat sets it in a process of its own
 }
 POLL_SECONDS = 0.005
 GRACE_SECONDS = 1.0  # for the other ranks to report their own failure after one died

@@ -69,7 +69,10 @@ KINDS: dict[str, Kind] = {
     "engine": Kind(
         "vqmoe_megatron.engines.engine:Engine",
         "train.engine",
-        {"megatron": Part("vqmoe_megatron.engines.megatron.engine:MegatronEngine")},
+        {
+            "megatron": Part("vqmoe_megatron.engines.megatron.engine:MegatronEngine"),
+            "deepspeed": Part("vqmoe_megatron.engines.deepspeed.engine:DeepSpeedEngine"),
+        },
     ),
     "substrate": Kind(
         "vqmoe_megatron.launch.substrate:Substrate",

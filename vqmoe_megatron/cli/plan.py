@@ -72,7 +72,7 @@ def plan(
     Example: vqmoe plan recipes/scale/small_64.yaml --world-size 8 --hardware H100
     """
     config, assumptions = _with_vocabulary(load_recipe(recipe, overrides or []))
-    assumptions += _foreign_parts(config) + _fp8_parts(config)
+    assumptions += _foreign_parts(config) + _deepspeed_parts(config) + _fp8_parts(config)
     ranks = world_size or minimum_world_size(config)
     profile = hardware_profile(hardware or default_hardware(config))
     planned = plan_run(config, ranks, profile)
@@ -114,6 +114,17 @@ def _foreign_parts(config: RunConfig) -> list[str]:
         f"bytes are counted as those of {next(iter(registry.KINDS[kind].built_in))}"
         for kind, name in chosen.items()
         if not registry.is_ours(kind, name)
+    ]
+
+
+def _deepspeed_parts(config: RunConfig) -> list[str]:
+    """What of ZeRO is not counted."""
+    if config.train.engine != "deepspeed":
+        return []
+    return [
+        "train.engine=deepspeed: parameters and operations are its own; optimizer memory, gradient "
+        "and parameter traffic are counted as those of train.engine=megatron without a distributed "
+        "optimizer, as with train.zero_stage=0"
     ]
 
 

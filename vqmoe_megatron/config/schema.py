@@ -237,6 +237,8 @@ class TrainConfig:
     layout_independent_init: bool = True
     task: str = "pretrain"
     engine: str = "megatron"
+    zero_stage: int = 0  # of train.engine=deepspeed: 0 | 1 | 2
+    offload_optimizer: bool = False  # of train.engine=deepspeed: its state lies in host memory
 
     def __post_init__(self) -> None:
         check_settings("train", self)
@@ -244,6 +246,11 @@ class TrainConfig:
         check_choice("train", "nan_policy", self.nan_policy, ("stop", "skip", "rollback"))
         registry.check_name("task", self.task)
         registry.check_name("engine", self.engine)
+        if self.zero_stage not in (0, 1, 2):
+            raise ValueError(
+                f"train.zero_stage={self.zero_stage} must be 0, 1 or 2: ZeRO 3 cuts the weights, "
+                "which DeepSpeed refuses beside experts it has not made"
+            )
 
 
 @dataclass

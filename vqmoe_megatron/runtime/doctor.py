@@ -63,7 +63,6 @@ def doctor_report(environment: Mapping[str, str] | None = None) -> list[Finding]
         ),
         _grouped_mm_finding(),
         _triton_finding(),
-        _deepspeed_finding(),
         *map(_optional_finding, OPTIONAL_PACKAGES),
         rank_discovery_finding(environment),
         *_machine_findings(environment),
@@ -189,12 +188,6 @@ def _triton_finding() -> Finding:
     if not torch.cuda.is_available():
         return ("triton", "not used", f"{version} installed, but its kernels need a GPU")
     return ("triton", version, "installed, and a GPU is visible")
-
-
-def _deepspeed_finding() -> Finding:
-    version = installed_version("deepspeed")
-    reason = f"{version} is installed" if version else "not installed"
-    return ("deepspeed", "not used", f"{reason}; training runs on megatron-core's own optimizer")
 
 
 def _optional_finding(package: str) -> Finding:

@@ -27,6 +27,9 @@ OPTIONAL_PACKAGES = {
     "matplotlib": OptionalPackage(
         "matplotlib>=3.9,<4", "plots are drawn", "no plots; what they show is still written"
     ),
+    "deepspeed": OptionalPackage(
+        "deepspeed>=0.19.8,<0.20", "train.engine=deepspeed works", "train.engine=megatron works"
+    ),
     "sentencepiece": OptionalPackage(
         "sentencepiece>=0.2,<0.3", "its vocabularies work", "byte, char and word work"
     ),

@@ -146,10 +146,37 @@ def build_model(
 
     Communicates: DDP broadcasts parameters of the data-parallel group.
     """
+    chunks = build_chunks(config, transformer, layout, engine, parts, new_graph)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
+        overlap_param_gather=config.optimizer.overlap_param_gather,
+        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+        check_for_nan_in_grad=False,  # the loop checks and follows train.nan_policy
+    )
+    wrapped = [
+        DistributedDataParallel(transformer, ddp_config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped
+
+
+def build_chunks(
+    config: RunConfig,
+    transformer: TransformerConfig,
+    layout: ParallelLayout,
+    engine: EngineType = ExpertEngine,
+    parts: FusedParts = PLAIN,
+    new_graph: Callable[[], Graph] | None = None,
+) -> list[torch.nn.Module]:
+    """Build this rank's chunks with their first weights, for bf16 in Megatron's Float16Module; no
+    data parallelism yet. Arguments as :func:`build_model`. No communication."""
     forget_moe_log()  # of another model of this process
     num_chunks = layout.virtual_pipeline_model_parallel_size or 1
     streams = _code_streams(config, transformer, num_chunks)
-    chunks = [
+    chunks: list[torch.nn.Module] = [
         _build_chunk(
             config, transformer, stage if num_chunks > 1 else None, engine, parts, new_graph, stream
         )
@@ -158,23 +185,9 @@ def build_model(
     if config.train.layout_independent_init:
         for chunk in chunks:
             redraw_parameters(chunk, config.train.seed)
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
-        overlap_param_gather=config.optimizer.overlap_param_gather,
-        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
-        check_for_nan_in_grad=False,  # the loop checks and follows train.nan_policy
-    )
-    wrapped = []
-    for number, chunk in enumerate(chunks):
-        if config.model.bf16:
-            chunk = Float16Module(transformer, chunk)
-        wrapped.append(
-            DistributedDataParallel(transformer, ddp_config, chunk, disable_bucketing=number > 0)
-        )
-    for chunk in wrapped:
-        chunk.broadcast_params()
-    return wrapped
+    if config.model.bf16:
+        chunks = [Float16Module(transformer, chunk) for chunk in chunks]
+    return chunks
 
 
 def _code_streams(

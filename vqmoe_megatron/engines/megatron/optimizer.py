@@ -39,8 +39,22 @@ def build_optimizer(
     The scheduler counts samples, as Megatron does, so that a changed batch size keeps the curve.
     Builds no new process group; no communication.
     """
+    settings = optimizer_settings(config)
+    overrides = parameter_overrides(config, settings)
+    optimizer = get_megatron_optimizer(
+        settings, model, config_overrides=overrides, use_gloo_process_groups=has_gloo_groups
+    )
+    if not parts.fused_adam:
+        use_torch_adam(optimizer)
+    fuse_adams(optimizer, next(model[0].parameters()).device.type)
+    _count_experts_in_the_gradient_norm(optimizer)
+    return optimizer, build_scheduler(config, optimizer)
+
+
+def optimizer_settings(config: RunConfig) -> OptimizerConfig:
+    """The optimizer's section of the recipe as Megatron takes it."""
     section = config.optimizer
-    settings = OptimizerConfig(
+    return OptimizerConfig(
         optimizer=section.optimizer,
         lr=section.lr,
         min_lr=section.min_lr,
@@ -54,6 +68,12 @@ def build_optimizer(
         use_distributed_optimizer=section.use_distributed_optimizer,
         overlap_param_gather=section.overlap_param_gather,
     )
+
+
+def parameter_overrides(
+    config: RunConfig, settings: OptimizerConfig
+) -> dict[ParamKey, ParamGroupOverride]:
+    """Which parameters decay or learn otherwise than the rest, in Megatron's form."""
     overrides = get_standard_config_overrides(settings)
     # Grouped experts stack their biases; what stands for codes must not shrink without tokens.
     undecayed = (
@@ -66,16 +86,14 @@ def build_optimizer(
     overrides[ParamKey(name="*.codebook.codes")] = ParamGroupOverride(wd_mult=CODE_DECAY)
     if config.code_memory.is_on:
         overrides[ParamKey(name="*.code_memory.weight")] = _of_memory_rows(config)
-    optimizer = get_megatron_optimizer(
-        settings, model, config_overrides=overrides, use_gloo_process_groups=has_gloo_groups
-    )
-    if not parts.fused_adam:
-        use_torch_adam(optimizer)
-    fuse_adams(optimizer, next(model[0].parameters()).device.type)
-    _count_experts_in_the_gradient_norm(optimizer)
-    batch = config.train.global_batch_size
+    return overrides
+
+
+def build_scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
+    """Megatron's schedule over ``optimizer.param_groups``, which it sets at once."""
+    section, batch = config.optimizer, config.train.global_batch_size
     decay_iters = section.lr_decay_iters or config.train.train_iters
-    scheduler = registry.load("schedule", section.lr_decay_style)(
+    return registry.load("schedule", section.lr_decay_style)(
         optimizer,
         init_lr=0.0,
         max_lr=section.lr,
@@ -88,7 +106,6 @@ def build_optimizer(
         wd_incr_steps=decay_iters * batch,
         wd_incr_style="constant",
     )
-    return optimizer, scheduler
 
 
 def _of_memory_rows(config: RunConfig) -> ParamGroupOverride:

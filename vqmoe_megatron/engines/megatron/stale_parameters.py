@@ -13,6 +13,7 @@ def gather_parameters(model: list[torch.nn.Module]) -> None:
     not at all without the overlap.
     """
     for chunk in model:
-        if chunk.ddp_config.overlap_param_gather:
+        ddp_config = getattr(chunk, "ddp_config", None)  # other engines have none
+        if ddp_config is not None and ddp_config.overlap_param_gather:
             chunk.disable_forward_pre_hook(param_sync=True)
             chunk.enable_forward_pre_hook()

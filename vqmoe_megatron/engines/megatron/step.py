@@ -49,6 +49,15 @@ def run_microbatches(
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
+    return sum_reports(reports)
+
+
+def sum_reports(reports: list[dict[str, Any]]) -> Sums:
+    """Add the losses of this rank's microbatches up over all ranks.
+
+    Communicates: one all-reduce over the data-parallel group and one broadcast from the last
+    pipeline stage.
+    """
     device = torch.cuda.current_device()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
