@@ -261,7 +261,7 @@ MUTANTS = (
     Mutant(
         "step: the loss is one data-parallel rank's",
         "engines/megatron/step.py",
-        "torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())",
+        "torch.distributed.all_reduce(sums, group=replicas)",
         "pass",
         "tests/train/test_layouts.py",
     ),
