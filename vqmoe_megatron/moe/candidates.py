@@ -61,10 +61,11 @@ class Candidates:
             return None
         slots, positions = [], []
         for span in own_spans(num_local_tokens, groups.tp, groups.cp):
-            ends = span.first, span.first + span.length
-            of_span = torch.arange(
-                *(-(-end * num_offered // num_tokens) for end in ends), device=device
+            ends = (
+                -(-place * num_offered // num_tokens)
+                for place in (span.first, span.first + span.length)
             )
+            of_span = torch.arange(*ends, device=device)
             slots.append(of_span)
             positions.append(of_span * num_tokens // num_offered - span.first + span.place)
         return torch.cat(slots) + microbatch * num_tokens, torch.cat(positions)

@@ -25,7 +25,7 @@ from vqmoe_megatron.runtime.versions import balance_loss_factor, is_over_data_ra
 
 
 class BalancedRouter(TopKRouter):
-    """``TopKRouter`` with balance losses that do not depend on TP, CP, DP or the microbatch size."""
+    """``TopKRouter``, its balance losses the same at every TP, CP, DP and microbatch size."""
 
     def forward(
         self,
