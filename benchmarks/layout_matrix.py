@@ -141,8 +141,8 @@ class Matrix:
             yield cell
 
 
-HEADINGS = ("layout", "ranks", "TP", "PP", "VPP", "CP", "EP", "ETP", "DP", "options", "loss", "grad_norm",
-            "val loss", "worst variant", "flips")  # fmt: skip
+HEADINGS = ("layout", "ranks", "TP", "PP", "VPP", "CP", "EP", "ETP", "DP", "options", "loss",
+            "grad_norm", "val loss", "worst variant", "flips")  # fmt: skip
 
 
 def table_row(name: str, cells: list[Cell]) -> list[str]:
