@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from gloo_ranks import RankPool, RanksFailed  # noqa: E402
 from layout_difference import COMPARED, LIMIT, Cell, compare  # noqa: E402
 from layout_rows import (  # noqa: E402
+    CP,
     EP,
     ETP,
     LAYOUTS,
@@ -140,14 +141,14 @@ class Matrix:
             yield cell
 
 
-HEADINGS = ("layout", "ranks", "TP", "PP", "VPP", "EP", "ETP", "DP", "options", "loss", "grad_norm",
-            "val loss", "worst variant", "flips")  # fmt: skip
+HEADINGS = ("layout", "ranks", "TP", "PP", "VPP", "CP", "EP", "ETP", "DP", "options", "loss",
+            "grad_norm", "val loss", "worst variant", "flips")  # fmt: skip
 
 
 def table_row(name: str, cells: list[Cell]) -> list[str]:
     """Return one row of the table: a layout's worst cell per metric."""
     layout = LAYOUTS[name]
-    sizes = [layout.num_ranks, *(layout.size(key) for key in (TP, PP, VPP, EP, ETP))]
+    sizes = [layout.num_ranks, *(layout.size(key) for key in (TP, PP, VPP, CP, EP, ETP))]
     row = [name, *(str(size) for size in (*sizes, layout.data_parallel_size)), layout.options]
     if failed := [cell for cell in cells if cell.error is not None]:
         return [*row, *["error"] * 3, f"{failed[0].variant}: {failed[0].short_error}", "-"]

@@ -7,6 +7,7 @@ from itertools import product
 
 TP, PP, EP = (f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "expert"))
 VPP, ETP = "virtual_pipeline_model_parallel_size", "expert_tensor_parallel_size"
+CP = "context_parallel_size"
 DISTRIBUTED = ("optimizer.use_distributed_optimizer=true",)
 OVERLAP = ("optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true")
 FULL_RECOMPUTE = (
@@ -34,6 +35,7 @@ VARIANTS = {
         "code_memory.layers=[1,3]",
         "code_memory.exchange=rows",
     ),
+    "top1": ("model.moe_router_topk=1", "vq.path=continuous"),
     "filled-threshold": ("model.moe_router_topk=1", "vq.path=filled", "vq.threshold_routing=true"),
 }
 
@@ -60,8 +62,8 @@ class Layout:
 
     @property
     def data_parallel_size(self) -> int:
-        """DP = ranks / (TP * PP)."""
-        return self.num_ranks // (self.size(TP) * self.size(PP))
+        """DP = ranks / (TP * PP * CP)."""
+        return self.num_ranks // (self.size(TP) * self.size(PP) * self.size(CP))
 
     @property
     def options(self) -> str:
@@ -79,6 +81,11 @@ LAYOUTS = {
     "tp2-etp2": Layout(2, {TP: 2, ETP: 2}),
     "pp2": Layout(2, {PP: 2}),
     "pp2-vpp2": Layout(2, {PP: 2, VPP: 2}),
+    "cp2": Layout(2, {CP: 2}),
+    "cp2-ep2": Layout(4, {CP: 2, EP: 2}),
+    "cp4-ep2-do": Layout(4, {CP: 4, EP: 2}, DISTRIBUTED),
+    "tp2-cp2": Layout(4, {TP: 2, CP: 2}),
+    "pp2-cp2-ep2": Layout(4, {PP: 2, CP: 2, EP: 2}),
     "dp4-ep2-do": Layout(4, {EP: 2}, DISTRIBUTED),
     "dp4-ep4": Layout(4, {EP: 4}),
     "tp2-dp2-ep4-do": Layout(4, {TP: 2, EP: 4}, DISTRIBUTED),

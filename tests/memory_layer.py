@@ -23,6 +23,7 @@ from tiny_layer import (
 )
 
 from vqmoe_megatron.config import CodeMemoryConfig, VQConfig
+from vqmoe_megatron.moe.context_cut import own_part
 from vqmoe_megatron.vq.memory_oracle import oracle_context_means, oracle_memory, oracle_rows
 from vqmoe_megatron.vq.oracle import OracleExperts, vqmoe_oracle
 
@@ -82,9 +83,10 @@ def of_microbatch(tensor: torch.Tensor, number: int, group: Any) -> torch.Tensor
     return tensor.chunk(NUM_MICROBATCHES)[number].chunk(group.size())[group.rank()]
 
 
-def own_shard(sequences: torch.Tensor, tp: Any) -> torch.Tensor:
-    """``[b, S, ...]`` -> this rank's ``[S / TP, b, ...]``."""
-    return sequences.transpose(0, 1).chunk(tp.size())[tp.rank()].contiguous()
+def own_shard(sequences: torch.Tensor, tp: Any, cp: Any) -> torch.Tensor:
+    """``[b, S, ...]`` -> this rank's ``[S / (CP * TP), b, ...]``."""
+    part = own_part(sequences.transpose(0, 1), cp, 0)
+    return part.chunk(tp.size())[tp.rank()].contiguous()
 
 
 def build_memory_layer(case: dict, **changes: Any):  # noqa: ANN201
@@ -119,19 +121,20 @@ def evaluate_memory_layer(case: dict) -> dict[str, Any]:
     everything = drawn(case)
     layer, stream = build_memory_layer(case)
     dp, tp = parallel_state.get_data_parallel_group(), layer.pg_collection.tp
+    cp = layer.pg_collection.cp
     outputs, inputs, losses, plans = [], [], [], []
     for number in range(NUM_MICROBATCHES):
         tokens, starts, x, weights = (
             of_microbatch(everything[name], number, dp)
             for name in ("tokens", "starts", "x", "weights")
         )
-        stream.begin(tokens, starts)
-        inputs.append(own_shard(x, tp).requires_grad_())
+        stream.begin(own_part(tokens, cp, 1), own_part(starts, cp, 1))
+        inputs.append(own_shard(x, tp, cp).requires_grad_())
         layer.start_ahead()
         output, _ = layer(inputs[-1])
         stream.follow_output(output)
         outputs.append(output.detach())
-        losses.append((output * own_shard(weights, tp)).sum())
+        losses.append((output * own_shard(weights, tp, cp)).sum())
         plan = stream.microbatches.current.plan
         plans.append([] if plan is None else [plan.is_table, plan.num_wanted])
     for loss in losses:
@@ -142,7 +145,8 @@ def evaluate_memory_layer(case: dict) -> dict[str, Any]:
         "x": [one.grad for one in inputs],
         "gradients": {n: p.grad for n, p in layer.named_parameters() if p.grad is not None},
         "trained": [n for n, p in layer.named_parameters() if p.requires_grad],
-        "place": [dp.rank(), dp.size(), tp.rank(), tp.size()],
+        "place": [dp.rank(), dp.size()],
+        "positions": own_shard(torch.arange(LENGTH).unsqueeze(0), tp, cp).flatten(),
         "expert_place": expert_place(),
         "plans": plans,
         "code_of_token": stream.code_of_token,
@@ -155,10 +159,10 @@ def gathered(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     for name, key in (("output", "outputs"), ("gradient of x", "x")):
         whole = torch.full((NUM_SEQUENCES, LENGTH, HIDDEN), torch.nan, dtype=torch.float64)
         for r in results:
-            dp_rank, dp_size, tp_rank, tp_size = r["place"]
+            dp_rank, dp_size = r["place"]
             for number, part in enumerate(r[key]):
                 sequences = whole.chunk(NUM_MICROBATCHES)[number].chunk(dp_size)[dp_rank]
-                sequences.chunk(tp_size, dim=1)[tp_rank].copy_(part.transpose(0, 1))
+                sequences[:, r["positions"]] = part.transpose(0, 1)
         found[name] = whole
     for name in results[0]["gradients"]:
         if name.startswith(CUT):

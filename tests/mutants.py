@@ -61,7 +61,7 @@ MUTANTS = (
     Mutant(
         "loss: not divided by TP under sequence parallelism",
         "moe/code_assigner.py",
-        "self.vq.vq_loss_coeff / self.pg_collection.tp.size()",
+        "self.vq.vq_loss_coeff / self.pg_collection.tp_cp.size()",
         "self.vq.vq_loss_coeff / 1",
         "tests/moe/test_layer_equality.py",
     ),
@@ -90,7 +90,7 @@ MUTANTS = (
         "revival: candidates of one TP shard only",
         "moe/candidates.py",
         "if num_offered <= 0 or (",
-        "if num_offered <= 0 or shard or (",
+        "if num_offered <= 0 or groups.tp.rank() or (",
         "tests/moe/test_codebook_sync.py",
     ),
     Mutant(
@@ -154,8 +154,8 @@ MUTANTS = (
     Mutant(
         "purity: places of candidates are made on the host",
         "moe/candidates.py",
-        "slots = torch.arange(first, end, device=device)",
-        "slots = torch.arange(first, end)",
+        "of_span = torch.arange(*ends, device=device)",
+        "of_span = torch.arange(*ends)",
         "tests/runtime/test_device_purity.py",
     ),
     Mutant(
@@ -257,11 +257,47 @@ MUTANTS = (
         "is_causal=False,",
         "tests/moe/test_cpu_attention.py",
     ),
+    # Context parallelism
+    Mutant(
+        "context parallelism: the second chunk is that of another rank",
+        "moe/context_cut.py",
+        "return rank, 2 * size - 1 - rank",
+        "return rank, size + rank",
+        "tests/moe/test_context_cut.py",
+    ),
+    Mutant(
+        "context parallelism: chunks are put together in the order of ranks",
+        "moe/context_cut.py",
+        "[*firsts, *reversed(seconds)]",
+        "[*firsts, *seconds]",
+        "tests/moe/test_context_cut.py",
+    ),
+    Mutant(
+        "context parallelism: a chunk sees the keys behind its tokens",
+        "moe/context_attention.py",
+        "is_seen.tril(end - length)",
+        "is_seen",
+        "tests/moe/test_context_attention.py",
+    ),
+    Mutant(
+        "context parallelism: candidates of the first chunk only",
+        "moe/candidates.py",
+        "for span in own_spans(num_local_tokens, groups.tp, groups.cp):",
+        "for span in own_spans(num_local_tokens, groups.tp, groups.cp)[:1]:",
+        "tests/moe/test_candidates.py",
+    ),
+    Mutant(
+        "context parallelism: the mean of a rank's own mask",
+        "tasks/pretrain.py",
+        "return total * num_parts, whole_mask.sum().to(torch.int), report",
+        "return total, loss_mask.sum().to(torch.int), report",
+        "tests/tasks/test_pretrain.py",
+    ),
     # The step, its data, its checkpoints
     Mutant(
         "step: the loss is one data-parallel rank's",
         "engines/megatron/step.py",
-        "torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())",
+        "torch.distributed.all_reduce(sums, group=replicas)",
         "pass",
         "tests/train/test_layouts.py",
     ),

@@ -21,6 +21,7 @@ AXES = {
     "PP, VPP": [f"{LAYOUTS}[pp2-vpp2]"],
     "EP": [f"{LAYOUTS}[token-dispatch-ep2]"],
     "ETP": [f"{LAYOUTS}[tp2-ep2-etp2]"],
+    "CP": ["tests/train/test_context_parallel.py::test_the_curve_is_that_of_one_rank[cp2-dual]"],
     "DP": ["tests/train/test_layouts.py::test_codebooks_are_bit_equal_on_all_replicas[dp2-ep2]"],
     "distributed optimizer": [f"{LAYOUTS}[dp2-distributed-optimizer]"],
     "stop and resume": [

@@ -103,6 +103,7 @@ def transformer_config(**changes: Any):  # noqa: ANN201
         "moe_token_dispatcher_type": "alltoall",
         "activation_func": ACTIVATIONS["gelu"],
         "tensor_model_parallel_size": tensor_parallel,
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
         "expert_tensor_parallel_size": 1,  # until after the constructor
         "sequence_parallel": tensor_parallel > 1,

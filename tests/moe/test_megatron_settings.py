@@ -116,7 +116,15 @@ def test_what_the_layer_does_not_do_is_refused(name: str) -> None:
                 "calculate_per_token_loss": True,
                 "tensor_model_parallel_size": 2,
             },
-            "weighs the z-loss 1 / TP",
+            "weighs the z-loss 1 /",
+        ),
+        (
+            {
+                "moe_z_loss_coeff": 1e-3,
+                "calculate_per_token_loss": True,
+                "context_parallel_size": 2,
+            },
+            "weighs the z-loss 1 /",
         ),
     ],
 )

@@ -224,13 +224,29 @@ def test_legal_layouts_pass(changes: dict, world_size: int) -> None:
     assert layout_errors(config_with(**changes), world_size, device="cpu") == []
 
 
-def test_context_parallelism_is_refused_with_the_device_s_reason() -> None:
+def test_context_parallelism_is_refused_where_only_transformer_engine_has_it() -> None:
     config = config_with(**{CP: 2})
     (on_cuda,) = layout_errors(config, 2, device="cuda")
-    assert "does not cut sequences" in on_cuda
-    (on_cpu,) = layout_errors(config, 2, device="cpu")
-    assert "context_parallel_size = 2 > 1 on device=cpu" in on_cpu
-    assert "Transformer Engine" in on_cpu
+    assert "context_parallel_size = 2 > 1 on device=cuda" in on_cuda
+    assert "Transformer Engine" in on_cuda
+    assert layout_errors(config, 2, device="cpu") == []
+    assert layout_errors(config_with(**{CP: 2, TP: 2, EP: 4}), 4, device="cpu") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model__seq_length": 34}, "seq_length % (2 * CP = 2 * 2) != 0: 34 % 4 = 2"),
+        ({"model__attention_dropout": 0.1}, "attention_dropout=0.1 with context_parallel_size"),
+        (
+            {"model__calculate_per_token_loss": True, "model__moe_z_loss_coeff": 0.1},
+            "TP * CP = 2 > 1",
+        ),
+    ],
+)
+def test_what_cut_sequences_do_not_go_with(changes: dict, words: str) -> None:
+    (error,) = layout_errors(config_with(**{CP: 2}, **changes), 2, device="cpu")
+    assert words in error
 
 
 def test_all_broken_rules_are_reported_at_once() -> None:

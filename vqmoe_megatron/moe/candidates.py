@@ -1,6 +1,7 @@
 """Tokens that a step offers to replace dead codes: the same ones however a batch is cut.
 
-M candidates, T local tokens of a microbatch, P ranks with shards of one sequence, T P = T_full.
+M candidates, T local tokens of a microbatch, P ranks with parts of one sequence (tensor- and
+context-parallel), T P = T_full.
 
 The table is filled by the microbatches of the global batch in their order, which is that of
 data-parallel ranks within that of microbatches: the same samples at every data-parallel size.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from vqmoe_megatron.moe.context_cut import own_spans
 from vqmoe_megatron.plan.codebook_bytes import MAX_CANDIDATES
 
 
@@ -48,19 +50,25 @@ class Candidates:
         """Slots that this rank fills from its ``number``-th microbatch of the step, and its token
         positions, int64 each; None where it fills none.
 
-        Shard r of P holds the positions from r T on, so the slots from r n / P, rounded up, on.
+        Positions from p on are offered in the slots from p n / T_full, rounded up, on.
         """
-        shard, num_shards = self.pg_collection.tp.rank(), self.pg_collection.tp.size()
-        replicas = self.pg_collection.tp_dp_cp
-        microbatch = number * (replicas.size() // num_shards) + replicas.rank() // num_shards
-        num_tokens = num_local_tokens * num_shards
+        groups = self.pg_collection
+        replicas, num_parts = groups.tp_dp_cp, groups.tp.size() * groups.cp.size()
+        microbatch = number * (replicas.size() // num_parts) + replicas.rank() // num_parts
+        num_tokens = num_local_tokens * num_parts
         num_offered = min(num_tokens, self.num_slots - microbatch * num_tokens)
         if num_offered <= 0 or (microbatch > 0 and self.lengths_vary):
             return None
-        first, end = (-(-place * num_offered // num_shards) for place in (shard, shard + 1))
-        slots = torch.arange(first, end, device=device)
-        positions = slots * num_tokens // num_offered - shard * num_local_tokens
-        return slots + microbatch * num_tokens, positions
+        slots, positions = [], []
+        for span in own_spans(num_local_tokens, groups.tp, groups.cp):
+            ends = (
+                -(-place * num_offered // num_tokens)
+                for place in (span.first, span.first + span.length)
+            )
+            of_span = torch.arange(*ends, device=device)
+            slots.append(of_span)
+            positions.append(of_span * num_tokens // num_offered - span.first + span.place)
+        return torch.cat(slots) + microbatch * num_tokens, torch.cat(positions)
 
     def table(
         self, found: torch.Tensor | None, token_shape: tuple[int, int], like: torch.Tensor

@@ -75,8 +75,8 @@ class CodeAssigner(KeepsStatistics):
     def forward(self, x: torch.Tensor) -> Assignment:
         """Assign codes and experts to tokens ``[T, H]``.
 
-        Communicates only at the first call on an uninitialised codebook (over ``tp`` and
-        ``tp_dp_cp``).
+        Communicates only at the first call on an uninitialised codebook (over ``tp_cp``
+        and ``tp_dp_cp``).
         """
         prepared = self.codebook.prepare(x)
         if self.codebook.needs_data_init:
@@ -93,10 +93,12 @@ class CodeAssigner(KeepsStatistics):
         """Return ``activation`` carrying the VQ losses and the step's statistics.
 
         The loss is vq_loss_coeff * (codebook + commitment_coeff * commitment), each a mean over all
-        T * H elements of the microbatch. Under sequence parallelism a rank sees 1 / TP of them, and
-        gradients sum over TP, so the local mean is divided by TP. A coefficient of 0 is off: its
-        loss is a metric, and nothing is kept or differentiated for it. Only trained codes stay in
-        the graph, since an overlapped reduction waits for every parameter. No communication.
+        T * H elements of the microbatch. Under sequence and context parallelism a rank sees
+        1 / (TP * CP) of them, and gradients sum over TP and CP (Megatron scales what is attached by
+        CP, against the average over replicas), so the local mean is divided by TP * CP. A
+        coefficient of 0 is off: its loss is a metric, and nothing is kept or differentiated for it.
+        Only trained codes stay in the graph, since an overlapped reduction waits for every
+        parameter. No communication.
         """
         if not (self.training and torch.is_grad_enabled()):
             return activation
@@ -113,10 +115,10 @@ class CodeAssigner(KeepsStatistics):
             loss = self.vq.commitment_coeff * commitment
             if pulls_codes:
                 loss = loss + codebook
-            loss = loss * (self.vq.vq_loss_coeff / self.pg_collection.tp.size())
+            loss = loss * (self.vq.vq_loss_coeff / self.pg_collection.tp_cp.size())
             if self.config.calculate_per_token_loss:
                 # Megatron then divides by the number of tokens of the global batch.
-                loss = loss * (assignment.codes.shape[0] * self.pg_collection.tp.size())
+                loss = loss * (assignment.codes.shape[0] * self.pg_collection.tp_cp.size())
             activation = MoEAuxLossAutoScaler.apply(activation, loss)
         return run_in_backward(activation, lambda: self._record(assignment, losses))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from vqmoe_megatron.moe.context_cut import in_order
 from vqmoe_megatron.vq.code_map import CodeMap, build_code_map
 from vqmoe_megatron.vq.codebook import Codebook
 from vqmoe_megatron.vq.search import nearest_code
@@ -24,29 +25,29 @@ def initialize_codebook(
     """Set codes and code map from the first microbatch of the first data-parallel rank.
 
     That microbatch holds the same samples at every data-parallel size, and gathering it over the
-    tensor-parallel group restores its order, so every layout with the same micro batch size starts
-    from the same codes. One rank computes, the others receive: replicas are bit-equal.
+    tensor- and context-parallel ranks restores its order, so every layout with the same micro batch
+    size starts from the same codes. One rank computes, the others receive: replicas are bit-equal.
 
     Args:
         codebook: to be initialised.
         code_map: to be built for the new codes (balanced and clustered need them).
         prepared: ``[T, H]`` this rank's tokens in the codebook's space.
-        pg_collection: ``tp`` (gathers the sequence shards) and ``tp_dp_cp`` (all replicas of this
-            layer; pipeline stages hold other layers, so never the world).
+        pg_collection: ``tp_cp`` (gathers the parts of the sequence) and ``tp_dp_cp`` (all replicas
+            of this layer; pipeline stages hold other layers, so never the world).
 
     A microbatch with NaN or Inf, which would break the codebook for good, initialises nothing; the
     next forward tries again.
 
-    Communicates: one all-gather over ``tp``, two broadcasts over ``tp_dp_cp``. All ranks of those
-    groups must call it together, as they do in a forward pass.
+    Communicates: one all-gather over ``tp_cp``, two broadcasts over ``tp_dp_cp``. All ranks of
+    those groups must call it together, as they do in a forward pass.
     """
     tokens = prepared.detach().float().contiguous()
-    shards = [torch.empty_like(tokens) for _ in range(pg_collection.tp.size())]
-    torch.distributed.all_gather(shards, tokens, group=pg_collection.tp)
+    parts = [torch.empty_like(tokens) for _ in range(pg_collection.tp_cp.size())]
+    torch.distributed.all_gather(parts, tokens, group=pg_collection.tp_cp)
     replicas = pg_collection.tp_dp_cp
     codes = codebook.codes.data.clone()
     if replicas.rank() == 0:
-        sample = torch.cat(shards)
+        sample = in_order(torch.cat(parts).chunk(pg_collection.cp.size()), 0)  # tp runs faster
         if bool(torch.isfinite(sample).all()):
             codebook.initialize_from(sample)
             _assign_map(codebook, code_map, sample)

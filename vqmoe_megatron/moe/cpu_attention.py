@@ -4,15 +4,24 @@ Megatron's ``DotProductAttention`` writes the scores [b, A, S, S] and passes ove
 product, the mask, the softmax and the values. Torch's ``scaled_dot_product_attention`` has a CPU
 kernel that goes over them block by block, leaves out blocks behind the diagonal, and keeps for its
 backward pass the output and one number per row.
+
+Megatron's refuses sequences that are cut over context-parallel ranks. Here every rank gathers the
+keys and values of whole sequences (``context_attention``).
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from vqmoe_megatron.moe.context_attention import attend_to_whole_sequences
 
 
 class CpuAttention(DotProductAttention):
@@ -20,8 +29,26 @@ class CpuAttention(DotProductAttention):
 
     Megatron's own forward pass remains for everything else: dropout, masks that are given, windows,
     sinks, scores scaled per layer, biases, packed sequences, keys kept from earlier tokens, values
-    of another width than the keys, and tensors elsewhere.
+    of another width than the keys, and tensors elsewhere. Of sequences cut over context-parallel
+    ranks there is nobody to leave these to.
     """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        pg_collection: ProcessGroupCollection | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As Megatron's, which is not told of context parallelism."""
+        uncut = copy.copy(config)
+        uncut.context_parallel_size = 1
+        super().__init__(uncut, *args, pg_collection=pg_collection, **kwargs)
+        self.config = config
+        self.cp_group = None
+        if config.context_parallel_size > 1:
+            self.cp_group = getattr(pg_collection, "cp", None)
+            self.cp_group = self.cp_group or parallel_state.get_context_parallel_group()
 
     def forward(
         self,
@@ -35,7 +62,8 @@ class CpuAttention(DotProductAttention):
         """Attend, as Megatron does.
 
         Args:
-            query: ``[S, b, A, d]``, of this tensor-parallel rank's A heads.
+            query: ``[S, b, A, d]``, of this tensor-parallel rank's A heads and this
+                context-parallel rank's S positions.
             key: ``[S, b, G, d]``; head a reads group ``a // (A / G)``.
             value: likewise.
             attention_mask: None, for the mask of the layer's type.
@@ -43,10 +71,25 @@ class CpuAttention(DotProductAttention):
             others: Megatron's ``attention_bias``, ``packed_seq_params``.
 
         Returns:
-            ``[S, b, A d]`` in the dtype of the query. No communication.
+            ``[S, b, A d]`` in the dtype of the query. Communicates over the context-parallel group
+            as :func:`attend_to_whole_sequences`.
+
+        Raises:
+            ValueError: with context parallelism, for what this attention leaves to Megatron's.
         """
         is_plain = attention_mask is None and all(other is None for other in others.values())
-        if not (is_plain and self._is_plain_causal() and is_square_on_cpu(query, key, value)):
+        is_plain = is_plain and self._is_plain_causal() and is_square_on_cpu(query, key, value)
+        if self.cp_group is not None:
+            if not is_plain:
+                raise ValueError(
+                    f"context_parallel_size={self.config.context_parallel_size}: outside "
+                    "Transformer Engine's attention, which needs CUDA, cut sequences have plain "
+                    "causal attention of fp32, fp64 or bf16 on a CPU alone: no attention dropout "
+                    "in training, no mask or bias of their own, no window, sink, packed sequence "
+                    "or cache of keys; use 1"
+                )
+            return attend_to_whole_sequences(query, key, value, self.softmax_scale, self.cp_group)
+        if not is_plain:
             return super().forward(query, key, value, attention_mask, attn_mask_type, **others)
         context = torch.nn.functional.scaled_dot_product_attention(
             *(states.permute(1, 2, 0, 3) for states in (query, key, value)),

@@ -68,5 +68,5 @@ def discrete_rows(x: torch.Tensor, assignment: Assignment, parts: DiscreteParts)
         vq.straight_through,
         parts.code_inputs.is_sliced,
         codebook,
-        parts.tp_group,
+        parts.parts_group,
     )

@@ -24,7 +24,7 @@ class DiscreteParts:
     code_inputs: ExpertCodeInputs
     input_norm: torch.nn.Module  # of expert inputs
     output_norm: torch.nn.Module  # of the path's output; the same module for norm=shared
-    tp_group: torch.distributed.ProcessGroup
+    parts_group: torch.distributed.ProcessGroup  # tp_cp: its ranks hold parts of sequences
 
     @property
     def modules(self) -> tuple[torch.nn.Module | ExpertCodeInputs, ...]:

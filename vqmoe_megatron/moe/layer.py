@@ -200,7 +200,12 @@ class VQMoELayer(LayerStep, MoELayer):
         if vq.norm == "separate":
             output_norm = self.output_norm = ParallelNorm(config, *norm_size)
         parts = DiscreteParts(
-            vq, self.assigner, self.code_inputs, self.input_norm, output_norm, self.tp_group
+            vq,
+            self.assigner,
+            self.code_inputs,
+            self.input_norm,
+            output_norm,
+            self.pg_collection.tp_cp,
         )
         execution = self._execution(parts)
         if self.new_graph is not None and isinstance(execution, CodeSpace):

@@ -38,6 +38,7 @@ HONOURED = {
     "moe_shared_expert_intermediate_size",  # by Megatron's own, which has no biases
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
+    "context_parallel_size",  # statistics and candidates are of whole sequences
     "activation_func",
     "activation_func_clamp_value",
     "gated_linear_unit",
@@ -118,8 +119,7 @@ REFUSED = {
     "use_cpu_initialization": Refusal((False,), "experts are drawn on their device"),
     "init_model_with_meta_device": Refusal((False,), "codebooks are drawn at construction"),
     "batch_invariant_mode": Refusal((False,), "its kernels follow the batch"),
-    "context_parallel_size": Refusal((1,), "statistics of cut sequences were never tested"),
-    "hybrid_context_parallel": Refusal((False,), "statistics of cut sequences were never tested"),
+    "hybrid_context_parallel": Refusal((False,), "sequences must be cut over all ranks alike"),
 }
 # Parts of a MoE layer that Megatron can recompute or offload one by one.
 REFUSED_PARTS = {
@@ -218,11 +218,12 @@ def check_layer_settings(config: TransformerConfig, vq: VQConfig) -> None:
     if (
         config.moe_z_loss_coeff
         and config.calculate_per_token_loss
-        and config.tensor_model_parallel_size > 1
+        and config.tensor_model_parallel_size * config.context_parallel_size > 1
     ):
         raise ValueError(
-            "moe_z_loss_coeff with calculate_per_token_loss and tensor_model_parallel_size > 1: "
-            "Megatron's router weighs the z-loss 1 / TP there; leave one of them out"
+            "moe_z_loss_coeff with calculate_per_token_loss and tensor_model_parallel_size * "
+            "context_parallel_size > 1: Megatron's router weighs the z-loss 1 / (TP * CP) there; "
+            "leave one of them out"
         )
     _refuse_unknown(config)
 

@@ -43,6 +43,7 @@ from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.moe.megatron_settings import is_moe_layer
 from vqmoe_megatron.moe.memory.path import LayerMemory
 from vqmoe_megatron.moe.norms import ParallelNorm
+from vqmoe_megatron.plan.layout import CUT_ATTENTION_ON_CUDA
 from vqmoe_megatron.runtime.fused_parts import TE_LAYERS
 from vqmoe_megatron.runtime.graphs import Graph
 
@@ -105,7 +106,8 @@ def get_vqmoe_block_spec(
     model (``attach_code_stream``).
 
     Raises:
-        ValueError: when ``vq`` does not fit ``config``.
+        ValueError: when ``vq`` does not fit ``config``, or for cut sequences that only Transformer
+            Engine could attend to.
     """
     vq.check_model(config.hidden_size, config.num_moe_experts)
     moe_layer = _layer_spec(config, VQMoELayer, {"vq": vq, "seed": seed}, router, local_norm)
@@ -270,6 +272,11 @@ def _dense_layer_spec(config: TransformerConfig | None, local_norm: type) -> Mod
         }
     if spec_backend(config)[0] == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(**attention)
+    if torch.cuda.is_available() and config is not None and config.context_parallel_size > 1:
+        raise ValueError(
+            f"context_parallel_size={config.context_parallel_size} with local modules on CUDA: "
+            f"{CUT_ATTENTION_ON_CUDA}; use 1, or Transformer Engine"
+        )
     spec = get_gpt_layer_local_spec(**attention)
     spec.submodules.input_layernorm = local_norm
     spec.submodules.pre_mlp_layernorm = local_norm

@@ -10,8 +10,8 @@ none      nothing
 
 With code_input=codebook row c stands in the place of slice c, and the token gets the columns of
 that slice; a learned row has full width, and so has the token's gradient. ``group`` means over the
-tokens of one microbatch of one data-parallel replica, wherever its tensor-parallel shards lie, so
-that it does not depend on the layout.
+tokens of one microbatch of one data-parallel replica, wherever its tensor- and context-parallel
+parts lie, so that it does not depend on the layout.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def input_gradient_to_token(
     mode: str,
     is_sliced: bool,
     codebook: Codebook,
-    tp_group: torch.distributed.ProcessGroup,
+    parts_group: torch.distributed.ProcessGroup,
 ) -> torch.Tensor:
     """Token dispatch: return the code rows ``[T, C, H]``, whose gradient also reaches the tokens.
 
@@ -73,9 +73,9 @@ def input_gradient_to_token(
         is_sliced: row c stands in the place of slice c, and the token gets those columns of its
             gradient; else it gets the sum of the rows' gradients.
         codebook: brings gradients of hidden vectors into its space.
-        tp_group: for mode group; its ranks hold shards of one sequence.
+        parts_group: tp_cp, for mode group; its ranks hold parts of one sequence.
 
-    Communicates over ``tp_group`` one all-reduce in the backward pass, for mode group.
+    Communicates over ``parts_group`` one all-reduce in the backward pass, for mode group.
     """
     if mode not in ("token", "group"):
         return rows
@@ -83,7 +83,7 @@ def input_gradient_to_token(
     def gradient(grad: torch.Tensor) -> torch.Tensor:
         if mode == "group":
             means = [
-                mean_over_tokens(grad[:, c], codes[:, c : c + 1], codebook.num_codes, tp_group)[
+                mean_over_tokens(grad[:, c], codes[:, c : c + 1], codebook.num_codes, parts_group)[
                     codes[:, c]
                 ]
                 for c in range(codes.shape[1])
@@ -98,7 +98,10 @@ def input_gradient_to_token(
 
 
 def mean_over_tokens(
-    grad: torch.Tensor, ids: torch.Tensor, num_ids: int, tp_group: torch.distributed.ProcessGroup
+    grad: torch.Tensor,
+    ids: torch.Tensor,
+    num_ids: int,
+    parts_group: torch.distributed.ProcessGroup,
 ) -> torch.Tensor:
     """Mean gradient of each id over its tokens of the microbatch; zero for ids without any.
 
@@ -106,14 +109,15 @@ def mean_over_tokens(
         grad: ``[T, H]``.
         ids: int64 ``[T, C]``.
         num_ids: R.
-        tp_group: its ranks hold shards of one sequence (in training, sequence parallel).
+        parts_group: tp_cp; its ranks hold parts of one sequence (in training,
+            sequence parallel).
 
     Returns:
-        ``[R, H]`` in fp32 (fp64 for fp64). Communicates over ``tp_group`` one all-reduce.
+        ``[R, H]`` in fp32 (fp64 for fp64). Communicates over ``parts_group`` one all-reduce.
     """
     sums = sum(segment_sum(grad, ids[:, c], num_ids) for c in range(ids.shape[1]))
     counts = count_ids(ids.reshape(-1), num_ids).to(sums.dtype)
     both = torch.cat([sums, counts.unsqueeze(1)], dim=1)
-    if tp_group.size() > 1:
-        torch.distributed.all_reduce(both, group=tp_group)
+    if parts_group.size() > 1:
+        torch.distributed.all_reduce(both, group=parts_group)
     return both[:, :-1] / both[:, -1:].clamp(min=1.0)

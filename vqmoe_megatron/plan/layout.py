@@ -101,6 +101,12 @@ def minimum_world_size(config: RunConfig) -> int:
     )
 
 
+CUT_ATTENTION_ON_CUDA = (
+    "Megatron attends to cut sequences by Transformer Engine's kernels alone, whose ring has never "
+    "been run with this layer; keys are gathered in plain torch on a CPU only"
+)
+
+
 def check_layout(config: RunConfig, world_size: int, device: str | None = None) -> ParallelLayout:
     """Return the layout, or raise one ``ValueError`` with every rule it breaks.
 
@@ -197,13 +203,23 @@ def _sequence_errors(config: RunConfig, layout: ParallelLayout, device: str) -> 
         advice = "sequence parallelism gives every rank an equal slice"
         yield from remainder("seq_length", length, name, size, advice)
     if cp > 1:
-        reason = (
-            "Megatron's context parallelism needs Transformer Engine's fused attention, which "
-            "exists only for CUDA"
-            if device == "cpu"
-            else "this release does not cut sequences over context-parallel ranks"
+        yield from remainder(
+            "seq_length",
+            length,
+            f"(2 * CP = 2 * {cp})",
+            2 * cp,
+            "every context-parallel rank holds two chunks as long as the others'",
         )
-        yield f"context_parallel_size = {cp} > 1 on device={device}: {reason}; use 1"
+        if config.model.attention_dropout:
+            yield (
+                f"attention_dropout={config.model.attention_dropout} with context_parallel_size = "
+                f"{cp} > 1: the attention that gathers keys has no dropout, and Megatron's own "
+                "takes whole sequences only; set it to 0"
+            )
+        if device == "cuda":
+            yield (
+                f"context_parallel_size = {cp} > 1 on device=cuda: {CUT_ATTENTION_ON_CUDA}; use 1"
+            )
     stride = config.data.eval_stride_tokens
     if stride is not None and stride > length:
         yield (
@@ -230,12 +246,12 @@ def _expert_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
     if (
         model.calculate_per_token_loss
         and model.moe_z_loss_coeff
-        and layout.tensor_model_parallel_size > 1
+        and (num_parts := layout.tensor_model_parallel_size * layout.context_parallel_size) > 1
     ):
         yield (
-            f"moe_z_loss_coeff={model.moe_z_loss_coeff} with calculate_per_token_loss and TP = "
-            f"{layout.tensor_model_parallel_size} > 1: Megatron 0.16.1 would weigh the z-loss 1 / "
-            "TP of what it should; leave one out"
+            f"moe_z_loss_coeff={model.moe_z_loss_coeff} with calculate_per_token_loss and TP * CP "
+            f"= {num_parts} > 1: Megatron 0.16.1 would weigh the z-loss 1 / (TP * CP) of what it "
+            "should; leave one out"
         )
     if model.moe_layer_freq > model.num_layers:
         yield (

@@ -21,12 +21,13 @@ from vqmoe_megatron.plan.flops import RunFlops, run_flops
 from vqmoe_megatron.plan.grid import code_owners, rank_grid, rank_groups
 from vqmoe_megatron.plan.hardware import Hardware, hardware_profile
 from vqmoe_megatron.plan.kernels import Row
-from vqmoe_megatron.plan.layout import ParallelLayout, layout_errors
+from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.memory import EXCLUDED, StageMemory, stage_memory
 from vqmoe_megatron.plan.memory_report import code_memory_json
 from vqmoe_megatron.plan.parameters import ParameterCount, count_parameters
 from vqmoe_megatron.plan.step_time import StepTime, step_time
 from vqmoe_megatron.plan.step_wire import step_wire
+from vqmoe_megatron.plan.uncounted import counted_layout_errors
 from vqmoe_megatron.plan.wire import Exact, StepWire, Term
 
 NOT_MEASURED = (
@@ -126,7 +127,7 @@ def plan_run(config: RunConfig, world_size: int, hardware: Hardware | str | None
     """
     if not isinstance(hardware, Hardware):
         hardware = hardware_profile(hardware or default_hardware(config))
-    errors = tuple(layout_errors(config, world_size, hardware.device))
+    errors = tuple(counted_layout_errors(config, world_size, hardware.device))
     figures = None
     if not errors:
         layout = ParallelLayout.from_config(config, world_size)

@@ -24,11 +24,12 @@ from typing import Any
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.flops import run_flops
 from vqmoe_megatron.plan.hardware import Hardware
-from vqmoe_megatron.plan.layout import ParallelLayout, layout_errors
+from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.memory import stage_memory
 from vqmoe_megatron.plan.run_plan import RunPlan, layout_json, plan_run, step_time_json
 from vqmoe_megatron.plan.state_memory import StateBytes, state_bytes
 from vqmoe_megatron.plan.step_time import least_seconds, step_time
+from vqmoe_megatron.plan.uncounted import counted_layout_errors
 
 VIRTUAL_SIZES = (None, 2, 4)
 MOST_MICRO_BATCH = 16
@@ -77,7 +78,7 @@ def search_layouts(
 
     for candidate in candidates():
         num_tried += 1
-        if errors := layout_errors(candidate, world_size, hardware.device):
+        if errors := counted_layout_errors(candidate, world_size, hardware.device):
             dropped[_reason(errors[0])] += 1
             continue
         layout = ParallelLayout.from_config(candidate, world_size)

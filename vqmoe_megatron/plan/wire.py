@@ -1,7 +1,7 @@
 """What a rank sends to other ranks: terms, their sums, and those of one VQMoE layer.
 
 A term names the axis that its collective runs along: the process groups by the parallel sizes they
-span. Context parallelism is refused, so it is left out of the names:
+span. Context parallelism is not counted (``uncounted``), so it is left out of the names:
 
     tp       tensor-parallel ranks           pp             pipeline stages
     ep       expert-parallel ranks           expt_tp        expert-tensor ranks

@@ -98,8 +98,8 @@ class CollectiveCounter(TorchDispatchMode):
 def process_group_axes() -> dict[str, str]:
     """Name of every process group of this rank -> its axis, as ``plan/wire.py`` names them.
 
-    Context parallelism is refused, so groups with and without it are the same ranks and the same
-    axis. No communication.
+    A plan counts no context parallelism (``plan/uncounted``), so groups with and without it are the
+    same ranks and the same axis. No communication.
     """
     from megatron.core import parallel_state as state
 

@@ -21,6 +21,7 @@ from vqmoe_megatron.config.recipe import save_recipe
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
 from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.step_wire import step_wire
+from vqmoe_megatron.plan.uncounted import uncounted
 from vqmoe_megatron.plan.wire import Exact, StepWire, exact
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 from vqmoe_megatron.runtime.exit_codes import end_in_words
@@ -130,6 +131,8 @@ def simulate_step(
             "without a simulation, which knows no such limit"
         )
     layout = check_layout(config, world_size, "cpu")
+    if reasons := list(uncounted(layout)):
+        raise ValueError("; ".join(reasons))
     _check_rows(config, layout)
     num_of_run = layout.num_microbatches(config.train)
     simulated = config if all_microbatches else _shortened(config, layout)

@@ -1,6 +1,7 @@
 """Pretraining: the next token of a corpus, everywhere; scored on strided windows.
 
-S sequence length, b micro batch size.
+S sequence length, b micro batch size. Every rank reads whole sequences; context-parallel ranks cut
+their part out of them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 from vqmoe_megatron.data.corpus import current_corpus
 from vqmoe_megatron.data.datasets import TrainBatches, build_training_dataset
@@ -49,9 +51,13 @@ class Pretrain(Task):
 
     def forward_step(self, iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
         """Sum the token losses under the mask; Megatron divides by the token count."""
-        batch = to_device(next(iterator))
+        whole = to_device(next(iterator))
+        batch = get_batch_on_this_cp_rank(dict(whole))
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-        return output, partial(masked_loss, batch["loss_mask"])
+        num_parts = parallel_state.get_context_parallel_world_size()
+        if num_parts == 1 or self.config.model.calculate_per_token_loss:
+            return output, partial(masked_loss, batch["loss_mask"])
+        return output, partial(part_of_mean_loss, batch["loss_mask"], whole["loss_mask"], num_parts)
 
     def evaluation_batches(self) -> EvaluationWindows:
         """At most eval_iters microbatches per rank."""
@@ -84,6 +90,19 @@ def masked_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[Any, ...
     num_tokens = mask.sum()
     report = torch.stack([total.detach().double(), num_tokens.double()])
     return total, num_tokens.to(torch.int), {"loss": report}
+
+
+def part_of_mean_loss(
+    loss_mask: torch.Tensor, whole_mask: torch.Tensor, num_parts: int, losses: torch.Tensor
+) -> tuple[Any, ...]:
+    """What a context-parallel rank gives of its microbatch's mean, whatever the mask is.
+
+    Megatron divides by the count that it is told, and then takes the mean over ``num_parts`` ranks;
+    so it is told the whole mask's, and ``num_parts`` times this rank's sum. The report is of this
+    rank. No communication.
+    """
+    total, _, report = masked_loss(loss_mask, losses)
+    return total * num_parts, whole_mask.sum().to(torch.int), report
 
 
 def to_device(batch: Batch) -> Batch:

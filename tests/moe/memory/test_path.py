@@ -17,8 +17,8 @@ from memory_layer import (
 
 pytestmark = pytest.mark.distributed
 
-TP, EP, ETP = (
-    f"{name}_parallel_size" for name in ("tensor_model", "expert_model", "expert_tensor")
+TP, EP, ETP, CP = (
+    f"{name}_parallel_size" for name in ("tensor_model", "expert_model", "expert_tensor", "context")
 )
 LAYOUTS = {
     "ep4": (4, {EP: 4}),  # one sequence at a time
@@ -28,6 +28,9 @@ LAYOUTS = {
     "tp2ep2etp2": (4, {TP: 2, EP: 2, ETP: 2}),
     "ep2": (4, {EP: 2}),  # and two replicas of every row
     "tp2": (2, {TP: 2}),
+    "cp2": (2, {CP: 2}),
+    "tp2cp2ep2": (4, {TP: 2, CP: 2, EP: 2}),
+    "cp2ep4": (4, {CP: 2, EP: 4}),
 }
 CONTEXTS = {"num_context_codes": 6, "context_decay": 0.6}
 CASES = {

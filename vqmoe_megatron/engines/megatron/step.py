@@ -37,8 +37,8 @@ def run_microbatches(
 ) -> Sums:
     """Run Megatron's schedule and return the loss sums of the global batch on every rank.
 
-    Communicates: the schedule's own traffic, one all-reduce over the data-parallel group and one
-    broadcast from the last pipeline stage.
+    Communicates: the schedule's own traffic, one all-reduce over the data- and context-parallel
+    ranks and one broadcast from the last pipeline stage.
     """
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -62,7 +62,8 @@ def sum_reports(reports: list[dict[str, Any]]) -> Sums:
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         sums = torch.stack([report["loss"] for report in reports]).sum(dim=0)
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(sums, group=replicas)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         torch.distributed.broadcast(
             sums,

@@ -222,7 +222,7 @@ class CodeSpace(TableSpace):
     ) -> torch.Tensor:
         """grad [T, H] of the tokens' rows -> [T, H]: each row's mean over its tokens, J^T of it."""
         num_slots = self.rows.num_slots
-        sums = mean_over_tokens(grad, slots, num_slots, self.parts.tp_group)
+        sums = mean_over_tokens(grad, slots, num_slots, self.parts.parts_group)
         every = torch.arange(num_slots, device=slots.device)
         sums = self.table_norm.input_gradient(table.before_norm, every, sums)
         plan = PermutationPlan(every, torch.ones_like(every))

@@ -22,8 +22,12 @@ def attach_code_stream(model: torch.nn.Module, stream: CodeStream) -> None:
     Documents start where ``position_ids`` are zero, and where ``packed_seq_params`` say so: rows
     are never read across. Call it before the model is wrapped. No communication.
 
-    The model then raises ``ValueError`` for a call without token or position ids, and for one with
-    a cache of keys and values, which sees only the newest tokens.
+    With context parallelism the model is called with this rank's part of ids and positions, as
+    Megatron's ``get_batch_on_this_cp_rank`` cuts them.
+
+    The model then raises ``ValueError`` for a call without token or position ids, for one with
+    a cache of keys and values, which sees only the newest tokens, and with context parallelism for
+    packed sequences, which Megatron cuts one by one.
     """
     model.code_stream = stream
     embedding = getattr(model, "embedding", None)
@@ -49,6 +53,12 @@ def _begin_microbatch(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dic
     starts = position_ids == 0
     packed = given.get("packed_seq_params")
     if packed is not None:
+        if model.code_stream.pg_collection.cp.size() > 1:
+            raise ValueError(
+                "a model with code memory and context_parallel_size > 1 takes no "
+                "packed_seq_params: Megatron cuts packed sequences one by one, and only whole "
+                "samples are put together here; use context_parallel_size=1"
+            )
         starts = starts | _packed_starts(packed, starts)
     model.code_stream.begin(token_ids, starts)
 

@@ -46,7 +46,7 @@ class CodeSearch(KeepsFloat32, StepOwner):
         config: of the model.
         memory: settings; ``codes`` other than hidden decide what is kept here.
         vocab_size: V, padded.
-        pg_collection: ``tp``, ``tp_dp_cp``.
+        pg_collection: ``tp``, ``cp``, ``tp_dp_cp``.
         seed: of random codes and projections, the same on all ranks.
         chunk: number of the virtual pipeline chunk.
         leader: the search of this rank's first chunk; None for that one.

@@ -5,7 +5,8 @@ addresses per token.
 
 1. ``begin`` looks up the code of every token of a microbatch, ``[V]`` entries known for the step,
    and of its context; every rank does so for whole sequences, whatever its pipeline stage or
-   sequence shard, and plans the rows of its own tokens once for all layers.
+   sequence shard, and plans the rows of its own tokens once for all layers. Sequences that are cut
+   over context-parallel ranks are put together first: ids are cheap.
 2. Once per optimizer step codes are found anew (``code_search``), until they are frozen: from then
    on a token's code is a function of token ids alone, for good.
 """
@@ -20,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.config import CodeMemoryConfig
+from vqmoe_megatron.moe.context_cut import gathered_in_order, own_part
 from vqmoe_megatron.moe.foreign_loop import follow
 from vqmoe_megatron.moe.memory.code_search import CodeSearch
 from vqmoe_megatron.moe.memory.microbatches import Microbatches
@@ -45,7 +47,7 @@ class CodeStream(CodeSearch):
         config: of the model.
         memory: settings; ``codes`` other than hidden decide what is kept here.
         vocab_size: V, padded.
-        pg_collection: ``tp``, ``tp_dp_cp``, ``tp_ep``, ``ep``, ``expt_tp``.
+        pg_collection: ``tp``, ``cp``, ``tp_dp_cp``, ``tp_ep``, ``ep``, ``expt_tp``.
         seed: of random codes and projections, the same on all ranks.
         chunk: number of the virtual pipeline chunk.
         leader: the stream of this rank's first chunk; None for that one.
@@ -85,11 +87,14 @@ class CodeStream(CodeSearch):
         """Plan the rows of one microbatch.
 
         Args:
-            token_ids: int64 ``[b, S]``, whole sequences.
-            starts: bool ``[b, S]``, first tokens of documents.
+            token_ids: int64 ``[b, S]``, whole sequences, or the part of them that this
+                context-parallel rank holds.
+            starts: bool, likewise: first tokens of documents.
 
-        Communicates as :meth:`RowPlanner.plan`; every rank of ``tp_ep`` must call it.
+        Communicates as :meth:`RowPlanner.plan`, and over ``cp`` one all-gather of ids and starts;
+        every rank of ``tp_ep`` and ``cp`` must call it.
         """
+        token_ids, starts = self._whole(token_ids, starts)
         is_trained = self.training and torch.is_grad_enabled()
         if is_trained:
             follow(self, self.config)
@@ -118,10 +123,18 @@ class CodeStream(CodeSearch):
         """Plan row ids ``[T, A]`` of this rank's tokens; communicates as the planner."""
         return self.planner.plan(rows, self.places, self.exchange, self.group)
 
+    def _whole(self, token_ids: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        cp = self.pg_collection.cp
+        if cp.size() == 1:
+            return token_ids, starts
+        both = torch.stack([token_ids, starts.to(token_ids.dtype)], dim=-1)  # [b, S / CP, 2]
+        whole_ids, whole_starts = gathered_in_order(both.transpose(0, 1), cp).unbind(-1)
+        return whole_ids.t(), whole_starts.t().bool()
+
     def _own(self, of_sequences: torch.Tensor) -> torch.Tensor:
         """``[b, S, ...]`` of whole sequences -> ``[T, ...]`` of this rank's, in the order of hidden
         states ``[S, b]``."""
-        by_place = of_sequences.transpose(0, 1)
+        by_place = own_part(of_sequences.transpose(0, 1), self.pg_collection.cp, 0)
         if self.config.sequence_parallel:
             tp = self.pg_collection.tp
             by_place = by_place.chunk(tp.size(), dim=0)[tp.rank()]

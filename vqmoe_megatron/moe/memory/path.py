@@ -16,6 +16,7 @@ from vqmoe_megatron.config import CodeMemoryConfig, VQConfig
 from vqmoe_megatron.config.memory_codebooks import hidden_quantizer
 from vqmoe_megatron.moe.backward_hook import run_in_backward
 from vqmoe_megatron.moe.code_assigner import Assignment, CodeAssigner
+from vqmoe_megatron.moe.context_cut import gathered_in_order, own_part
 from vqmoe_megatron.moe.expert_engine import ExpertEngine, Work
 from vqmoe_megatron.moe.megatron_settings import refuse_trained_codes_in_half
 from vqmoe_megatron.moe.memory.code_stream import CodeStream
@@ -70,17 +71,19 @@ class HiddenCodes:
         self.settings, self.config = settings, config
 
     def row_ids(self, codes: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-        """Codes ``[T]`` of this rank's tokens -> rows ``[T, A]``; communicates them over TP."""
+        """Codes ``[T]`` of this rank's tokens -> rows ``[T, A]``; communicates them over TP and
+        CP. ``starts`` are of whole sequences."""
         num_sequences = starts.shape[0]
         codes = codes.view(-1, num_sequences)
-        tp = self.assigner.pg_collection.tp
+        tp, cp = self.assigner.pg_collection.tp, self.assigner.pg_collection.cp
         is_cut = self.config.sequence_parallel and tp.size() > 1
         if is_cut:  # whole sequences: ids are cheap
             whole = codes.new_empty(tp.size() * codes.shape[0], num_sequences)
             torch.distributed.all_gather_into_tensor(whole, codes.contiguous(), group=tp)
             codes = whole
+        codes = gathered_in_order(codes, cp)
         rows = row_ids(codes.t(), starts, self.settings.num_rows, self.settings.max_order)
-        rows = rows.transpose(0, 1)
+        rows = own_part(rows.transpose(0, 1), cp, 0)
         if is_cut:
             rows = rows.chunk(tp.size(), dim=0)[tp.rank()]
         return rows.flatten(0, 1)
@@ -151,7 +154,7 @@ class MemoryPath(Path):
 
     def ask(self, hidden_states: torch.Tensor, x: torch.Tensor) -> Request:
         """Nothing of the experts; communicates as :func:`fetch_rows`, and for codes of hidden
-        states as :func:`plan_rows` and over TP.
+        states as :func:`plan_rows` and over TP and CP.
 
         Raises:
             ValueError: where no microbatch was begun: the model's stream is not attached.

@@ -4,7 +4,7 @@ Megatron has two faults here:
 
 - With ``calculate_per_token_loss`` every loss is summed over tokens and divided by their number at
   the end, so a balance loss, a mean, has to be scaled by the tokens it stands for. Megatron before
-  0.19 takes those of one sequence shard (1 / TP of them), and for ``seq_aux_loss`` those of one
+  0.19 takes those of one rank (1 / (TP CP) of them), and for ``seq_aux_loss`` those of one
   sequence.
 - ``global_aux_loss`` is a mean over all data-parallel ranks already, and the average of gradients
   over them divides it once more.
@@ -25,7 +25,7 @@ from vqmoe_megatron.runtime.versions import balance_loss_factor, is_over_data_ra
 
 
 class BalancedRouter(TopKRouter):
-    """``TopKRouter`` with balance losses that do not depend on TP, DP or the microbatch size."""
+    """``TopKRouter``, its balance losses the same at every TP, CP, DP and microbatch size."""
 
     def forward(
         self,
@@ -73,7 +73,7 @@ class BalancedRouter(TopKRouter):
         valid_token_count: int | torch.Tensor | None = None,
         **scope: bool,
     ) -> torch.Tensor:
-        """Attach ``aux_loss`` to ``activation`` ``[T, N]``, T being the tokens of this shard.
+        """Attach ``aux_loss`` to ``activation`` ``[T, N]``, T being the tokens of this rank.
 
         Without a padding mask, which the layer refuses, all tokens are valid and
         ``valid_token_count`` is not needed. What is logged stays as it was. No communication.
@@ -86,6 +86,7 @@ class BalancedRouter(TopKRouter):
         num_tokens = activation.shape[0]
         if self.config.sequence_parallel:
             num_tokens *= self.config.tensor_model_parallel_size
+        num_tokens *= self.config.context_parallel_size
         num_averaged = 1
         if is_over_data_ranks(scope):
             num_averaged = reduce_group.size() // self.tp_cp_group.size()

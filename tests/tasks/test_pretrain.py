@@ -1,0 +1,25 @@
+"""Losses of pretraining: what a rank that holds a part of its sequences gives of their mean."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vqmoe_megatron.tasks.pretrain import masked_loss, part_of_mean_loss
+
+
+@pytest.mark.parametrize("num_scored", [1, 3, 8])
+def test_parts_of_a_mean_are_the_mean_whatever_the_mask(num_scored: int) -> None:
+    """As Megatron does it: divided by the count it is told, then the mean over ranks."""
+    losses = torch.rand(2, 8, dtype=torch.float64).float()
+    mask = torch.zeros(2, 8)
+    mask[0, :num_scored] = 1.0  # all of them on the first of two ranks, or nearly
+    total, num_tokens, report = masked_loss(mask, losses)
+    parts = [
+        part_of_mean_loss(own_mask, mask, 2, own)
+        for own_mask, own in zip(mask.chunk(2, 1), losses.chunk(2, 1), strict=True)
+    ]
+    means = [part / count.clamp(min=1) for part, count, _ in parts]
+    torch.testing.assert_close(sum(means) / 2, total / num_tokens)
+    torch.testing.assert_close(sum(part[2]["loss"] for part in parts), report["loss"])
+    assert all(count.dtype == torch.int32 for _, count, _ in parts)
