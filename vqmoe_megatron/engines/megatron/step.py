@@ -37,8 +37,7 @@ def run_microbatches(
 ) -> Sums:
     """Run Megatron's schedule and return the loss sums of the global batch on every rank.
 
-    Communicates: the schedule's own traffic, one all-reduce over the data- and context-parallel
-    ranks and one broadcast from the last pipeline stage.
+    Communicates: the schedule's own traffic, and as :func:`sum_reports`.
     """
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -55,8 +54,8 @@ def run_microbatches(
 def sum_reports(reports: list[dict[str, Any]]) -> Sums:
     """Add the losses of this rank's microbatches up over all ranks.
 
-    Communicates: one all-reduce over the data-parallel group and one broadcast from the last
-    pipeline stage.
+    Communicates: one all-reduce over the data- and context-parallel ranks and one broadcast from
+    the last pipeline stage.
     """
     device = torch.cuda.current_device()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
