@@ -71,6 +71,12 @@ class DeepSpeedEngine(Engine):
         self.model, self.optimizer = [replica], optimizer
         self.scheduler = build_scheduler(config, optimizer)
         self.num_microbatches = num_microbatches
+        # Trained codes are also set from data and revived, of which ZeRO's copies know nothing.
+        self.trained_codes = [
+            p
+            for name, p in replica.named_parameters()
+            if p.requires_grad and name.endswith(".codebook.codes")
+        ]
         self.codebook_sync: CodebookSync = replica.config.finalize_model_grads_func
         self.gradients: Gradients = (
             ZeroGradients(engine)
@@ -159,6 +165,7 @@ class DeepSpeedEngine(Engine):
             self.codebook_sync.discard(self.model)
         else:
             self.codebook_sync.apply()
+            self.optimizer.reload_model_params(self.trained_codes)
         self.engine.step()
         if bad and self.config.train.zero_stage and self.engine.was_step_applied():
             raise RuntimeError(

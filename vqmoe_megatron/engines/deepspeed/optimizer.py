@@ -91,10 +91,10 @@ class DeepSpeedOptimizer:
         if not self.has_main_copies:
             self.reload_model_params()
 
-    def reload_model_params(self) -> None:
-        """Make main copies of the parameters as they are now. No communication."""
+    def reload_model_params(self, parameters: list[torch.nn.Parameter] | None = None) -> None:
+        """Make main copies of these parameters, or all, as they are now. No communication."""
         if self.is_cut:
-            for parameter in self.parameters:
+            for parameter in self.parameters if parameters is None else parameters:
                 safe_set_full_fp32_param(parameter, parameter.detach().float())
 
     def _link_state(self) -> None:
