@@ -205,9 +205,7 @@ def _names_of(name: str) -> Iterator[tuple[str, str]]:
 def _missing(wanted: _Wanted) -> str:
     text = f"{wanted.part.key}: not in the source"
     if wanted.name.startswith("output_layer."):
-        text += (
-            "; its embedding and output share weights: untie_embeddings_and_output_weights=false"
-        )
+        text += "; it is the embedding there: model.untie_embeddings_and_output_weights=false"
     elif wanted.name.endswith("bias"):
         text += "; model.add_bias_linear or model.normalization is another there"
     return text
