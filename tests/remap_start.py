@@ -15,7 +15,7 @@ def start_remapped(recipe: str, overrides: list[str], folder: str) -> dict:
 
     from vqmoe_megatron.checkpoint.remap import load_remapped
     from vqmoe_megatron.config.recipe import load_recipe
-    from vqmoe_megatron.engines.megatron.layout_independent_init import _sharded_tensors
+    from vqmoe_megatron.engines.megatron.layout_independent_init import sharded_tensors
     from vqmoe_megatron.moe.layer import VQMoELayer
     from vqmoe_megatron.train.preflight import check_run
     from vqmoe_megatron.train.run_report import RunReport
@@ -33,7 +33,7 @@ def start_remapped(recipe: str, overrides: list[str], folder: str) -> dict:
         return {
             f"{part.key} {list(part.global_offset)}": part.data.detach().clone()
             for chunk in trainer.model
-            for part in _sharded_tensors(chunk.module.sharded_state_dict())
+            for part in sharded_tensors(chunk.module.sharded_state_dict())
         }
 
     config = load_recipe(Path(recipe), overrides)

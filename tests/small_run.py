@@ -101,7 +101,7 @@ def initial_parameters(recipe: str, overrides: list[str]) -> dict[str, tuple]:
     import torch
 
     from vqmoe_megatron.config.recipe import load_recipe
-    from vqmoe_megatron.engines.megatron.layout_independent_init import _sharded_tensors
+    from vqmoe_megatron.engines.megatron.layout_independent_init import sharded_tensors
     from vqmoe_megatron.engines.megatron.model import build_model, build_transformer_config
     from vqmoe_megatron.plan.layout import ParallelLayout
 
@@ -115,7 +115,7 @@ def initial_parameters(recipe: str, overrides: list[str]) -> dict[str, tuple]:
             list(part.global_shape),
         )
         for chunk in model
-        for part in _sharded_tensors(chunk.module.sharded_state_dict())
+        for part in sharded_tensors(chunk.module.sharded_state_dict())
         if part.data is not None
     }
 

@@ -40,6 +40,7 @@ FLOORS = {
     "simulate": 3,
     "study": 3,
     "bench": 3,
+    "upcycle": 3,
     "gpu_proof": 4,
     "cli": 4,
 }
@@ -57,6 +58,8 @@ SIDEWAYS = {
     "simulate": {"engines", "tasks"},  # the step that is counted is the trainer's own
     # bench: a report states its machine and commit as every measured result does
     "study": {"bench", "data", "launch", "track"},
+    # what it writes is a run, measured as runs are
+    "upcycle": {"checkpoint", "data", "engines", "tasks", "train"},
     "train": {"analysis", "checkpoint", "data", "engines", "launch", "tasks", "track"},
 }
 # Third-party packages by floor; from floor 3 up anything goes.

@@ -99,7 +99,7 @@ def export_tables(checkpoint: Path, out: Path) -> Export:
     check_has_table(config.vq, config.code_memory)
     refuse_shared_expert(config.model)
     check_new_folder(out)
-    with _world_of_one(config) as layout, new_folder(out) as partial:
+    with world_of_one(config, "vqmoe export", "exporting") as layout, new_folder(out) as partial:
         return write_tables(contents, config, layout, partial, out)
 
 
@@ -225,16 +225,20 @@ def _of_table(file: TableFile | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _world_of_one(config: RunConfig) -> Iterator[ParallelLayout]:
-    """Stand up the process groups of one rank; yields their layout."""
+def world_of_one(config: RunConfig, command: str, doing: str) -> Iterator[ParallelLayout]:
+    """Stand up the process groups of one rank for ``command``; yields their layout.
+
+    Raises:
+        ValueError: where this is one of several ranks.
+    """
     variables = discover_rank()
     if variables.world_size != 1:
         raise ValueError(
-            f"vqmoe export runs in one process, but {variables.source} started "
+            f"{command} runs in one process, but {variables.source} started "
             f"{variables.world_size} ranks; start it without {variables.source}"
         )
     device, reason = choose_device("auto")
-    print(f"exporting on {device} ({reason})", flush=True)
+    print(f"{doing} on {device} ({reason})", flush=True)
     quiet_known_messages()
     if device == "cpu":
         from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat

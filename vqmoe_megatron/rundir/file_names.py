@@ -14,6 +14,7 @@ PLOT_FILES = tuple(
     for name in ("loss", "expert_load", "code_usage", "combine_weights", "row_reads")
 )
 MLFLOW_FILE = "mlflow.json"
+UPCYCLE_FILE = "upcycled_from.json"  # what a run that began as another model began from
 CHECKPOINTS_DIR = "checkpoints"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"  # in it; Megatron's name
 ATTEMPTS_FILE = "slurm_attempts.tsv"  # of a Slurm job; no run reads it

@@ -63,7 +63,7 @@ def check_run(
     if config.model.vocab_size is None:
         model = dataclasses.replace(config.model, vocab_size=corpus.vocab_size)
         config = dataclasses.replace(config, model=model)
-    _check_enough_text(config, corpus)
+    check_enough_text(config, corpus)
     run_dir = RunDirectory(Path(config.train.output_dir))
     run_dir.create()
     if config.data.cache_dir is not None:
@@ -116,7 +116,7 @@ def check_parts(config: RunConfig, device: str) -> None:
                 registry.load(kind, name)
 
 
-def _check_enough_text(config: RunConfig, corpus: Corpus) -> None:
+def check_enough_text(config: RunConfig, corpus: Corpus) -> None:
     """Refuse splits that are missing or hold less than one sample, or one scored token."""
     needed = {"train": config.model.seq_length + 1}
     if config.train.eval_iters:

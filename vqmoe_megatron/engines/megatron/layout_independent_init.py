@@ -43,7 +43,7 @@ def redraw_parameters(model: torch.nn.Module, seed: int) -> None:
     No communication.
     """
     storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    for part in _sharded_tensors(model.sharded_state_dict()):
+    for part in sharded_tensors(model.sharded_state_dict()):
         # Stacked biases of grouped experts have two axes, but each expert's share is a vector.
         is_matrix = part.data is not None and part.data.dim() >= 2 and part.key.endswith("weight")
         is_drawn = is_matrix or part.key.endswith(DRAWN_VECTORS)
@@ -62,19 +62,19 @@ def _draw_of(key: str, config: TransformerConfig) -> Callable[[torch.Tensor], An
     return config.init_method
 
 
-def _sharded_tensors(state: Any) -> list[ShardedTensor]:
+def sharded_tensors(state: Any) -> list[ShardedTensor]:
     """All ShardedTensors of a sharded state dict, factories built, in a fixed order."""
     found: list[ShardedTensor] = []
     if isinstance(state, ShardedTensor):
         found.append(state)
     elif isinstance(state, ShardedTensorFactory):
-        found.extend(_sharded_tensors(state.build()))
+        found.extend(sharded_tensors(state.build()))
     elif isinstance(state, dict):
         for value in state.values():
-            found.extend(_sharded_tensors(value))
+            found.extend(sharded_tensors(value))
     elif isinstance(state, list | tuple):
         for value in state:
-            found.extend(_sharded_tensors(value))
+            found.extend(sharded_tensors(value))
     return found
 
 
