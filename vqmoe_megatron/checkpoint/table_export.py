@@ -99,7 +99,7 @@ def export_tables(checkpoint: Path, out: Path) -> Export:
     check_has_table(config.vq, config.code_memory)
     refuse_shared_expert(config.model)
     check_new_folder(out)
-    with _world_of_one(config) as layout, new_folder(out) as partial:
+    with world_of_one(config) as layout, new_folder(out) as partial:
         return write_tables(contents, config, layout, partial, out)
 
 
@@ -225,8 +225,12 @@ def _of_table(file: TableFile | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _world_of_one(config: RunConfig) -> Iterator[ParallelLayout]:
-    """Stand up the process groups of one rank; yields their layout."""
+def world_of_one(config: RunConfig) -> Iterator[ParallelLayout]:
+    """Stand up the process groups of one rank, and end them; yields their layout.
+
+    Raises:
+        ValueError: where this is one of several ranks.
+    """
     variables = discover_rank()
     if variables.world_size != 1:
         raise ValueError(
