@@ -19,7 +19,7 @@ with one_line_interrupt():  # these take a third of a second
     import typer
 
     from vqmoe_megatron import __version__
-    from vqmoe_megatron.cli import export, mlflow_sync, plan, preflight
+    from vqmoe_megatron.cli import export, generate, mlflow_sync, plan, preflight
     from vqmoe_megatron.cli.attempt import attempt_app
     from vqmoe_megatron.cli.bench import bench_app
     from vqmoe_megatron.cli.checkpoint import checkpoint_app
@@ -49,6 +49,7 @@ app.add_typer(attempt_app, name="attempt")
 app.add_typer(bench_app, name="bench")
 app.add_typer(study_app, name="study")
 app.command()(export.export)
+app.command()(generate.generate)
 app.command()(plan.plan)
 app.command("mlflow-sync")(mlflow_sync.mlflow_sync)
 app.command()(preflight.preflight)

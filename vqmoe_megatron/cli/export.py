@@ -72,6 +72,8 @@ def print_hf_export(written: HfExport, stream: TextIO) -> None:
         f"{written.iteration:,}), {written.num_parameters:,} values, {written.total_bytes:,} bytes",
         soft_wrap=True,
     )
+    if written.no_tokenizer:
+        console.print(f"without a tokenizer: {written.no_tokenizer}", soft_wrap=True)
     console.print(
         f"AutoModelForCausalLM.from_pretrained({str(written.out)!r}, trust_remote_code=True)",
         soft_wrap=True,

@@ -15,9 +15,12 @@ from vqmoe_megatron.checkpoint.inspection import CheckpointContents, inspect_che
 from vqmoe_megatron.checkpoint.table_export import world_of_one
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.recipe import load_saved_recipe
+from vqmoe_megatron.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from vqmoe_megatron.hf.hf_config import MODEL_FILE, hf_config
+from vqmoe_megatron.hf.model_card import model_card
 from vqmoe_megatron.hf.rules import check_has_hf_form
-from vqmoe_megatron.hf.shards import MAX_SHARD_BYTES, Shards
+from vqmoe_megatron.hf.shards import INDEX_NAME, MAX_SHARD_BYTES, Shards
+from vqmoe_megatron.hf.tokenizer_files import write_tokenizer
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 from vqmoe_megatron.rundir.own_outputs import check_new_folder, new_folder
@@ -33,6 +36,7 @@ class HfExport:
     num_parameters: int  # tables and rows counted
     total_bytes: int  # of the tensors
     files: list[str]
+    no_tokenizer: str  # why there is none; empty where there is one
 
 
 def export_hf(checkpoint: Path, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> HfExport:
@@ -92,13 +96,31 @@ def _write(
         shards.add(found.items())
     files = shards.finish()
     described = hf_config(config, code_dim, norms_sum)
+    files += [INDEX_NAME, "config.json", f"{MODEL_FILE}.py", "README.md"]
+    tokenizer, missing = _tokenizer(config, contents)
+    if tokenizer is not None:
+        files += write_tokenizer(partial, tokenizer, model.seq_length)
+    progress = contents.progress or {}
+    facts = {
+        "iteration": contents.iteration,
+        "consumed_samples": progress.get("consumed_samples", 0),
+        "corpus": contents.corpus,
+        "tokenizer": contents.tokenizer["kind"],
+        "num_parameters": shards.num_parameters,
+        "has_tokenizer": tokenizer is not None,
+    }
     (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+    (partial / "README.md").write_text(model_card(config, facts), "utf-8")
     shutil.copyfile(Path(__file__).with_name(f"{MODEL_FILE}.py"), partial / f"{MODEL_FILE}.py")
-    return HfExport(
-        out,
-        contents.folder,
-        contents.iteration,
-        shards.num_parameters,
-        shards.total_bytes,
-        [*files, "config.json", f"{MODEL_FILE}.py"],
-    )
+    sizes = shards.num_parameters, shards.total_bytes
+    return HfExport(out, contents.folder, contents.iteration, *sizes, files, missing)
+
+
+def _tokenizer(config: RunConfig, contents: CheckpointContents) -> tuple[Tokenizer | None, str]:
+    """The corpus' tokenizer, or why there is none; checked against the checkpoint's description."""
+    if contents.tokenizer["kind"] == ByteTokenizer.kind:
+        return ByteTokenizer(), ""
+    try:
+        return load_tokenizer(Path(config.data.path), contents.tokenizer), ""
+    except (ValueError, OSError) as error:
+        return None, str(error)
