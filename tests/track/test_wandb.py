@@ -1,4 +1,4 @@
-"""Weights & Biases offline: what its own files hold is what the logs hold; nothing else is in them."""
+"""Weights & Biases offline: its own files hold what the logs hold, and nothing else."""
 
 from __future__ import annotations
 

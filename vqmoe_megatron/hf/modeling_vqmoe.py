@@ -9,11 +9,11 @@ slices of K codes, M rows per address, A addresses of a code memory, R = A M.
 
 A layer is x + attention(norm(x)), then x + moe(norm(x)), with
 
-    moe(x) = continuous(x)                        a router's k experts, weighed by their probabilities
-           | table[nearest code of x]             path=discrete: one output per code
-           | p_c continuous(x) + p_d table[...]   path=dual, p of a gate
-           + memory(x)                            rows by a token's codes and those before it
-           + shared(x)                            an expert that sees every token
+    moe(x) = continuous(x)                       a router's k experts, weighed by probabilities
+           | table[nearest code of x]            path=discrete: one output per code
+           | p_c continuous(x) + p_d table[...]  path=dual, p of a gate
+           + memory(x)                           rows by a token's codes and those before it
+           + shared(x)                           an expert that sees every token
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def new_norm(config: VQMoEConfig) -> nn.Module:
 
 
 class FeedForward(nn.Module):
-    """Two linear layers, or three where a gate multiplies: fc1 holds gate and up one after other."""
+    """Two linear layers; gated, fc1 holds the gate's half first and then the other."""
 
     def __init__(self, config: VQMoEConfig, width: int, bias: bool) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class Attention(nn.Module):
         mask: torch.Tensor,
         cache: DynamicCache | None,
     ) -> torch.Tensor:
-        """x ``[B, S, H]``; ``rotation``: cos and sin ``[B, S, head_dim]``; mask ``[B, 1, S, T]``."""
+        """x ``[B, S, H]``; cos and sin ``[B, S, head_dim]`` each; mask ``[B, 1, S, T]``."""
         batch, length, _ = x.shape
         grouped = self.qkv_proj(x).view(
             batch, length, self.num_groups, self.heads_per_group + 2, self.head_dim
@@ -259,7 +259,7 @@ class CodeTable(nn.Module):
 
 
 def nearest(tokens: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """``[T, C, D]`` and ``[C, K, D]`` -> the nearest codes int64 ``[T, C]``; of equals the first."""
+    """``[T, C, D]`` and ``[C, K, D]`` -> the nearest codes int64 ``[T, C]``; of two the first."""
     distances = codes.square().sum(dim=-1) - 2 * torch.einsum("tcd,ckd->tck", tokens, codes)
     return distances.argmin(dim=-1)
 
@@ -409,7 +409,7 @@ class MemoryCodes(nn.Module):
             self.register_buffer("context_codes", codes)
 
     def forward(self, token_ids: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """Token ids and how many of the sequence lie before each, ``[B, S]`` -> rows ``[B, S, A]``."""
+        """Token ids and how many lie before each, ``[B, S]`` -> rows ``[B, S, A]``."""
         config, contexts = self.config, None
         if config.memory_num_context_codes:
             means = self._means(self.context_table[token_ids], before)
@@ -587,7 +587,7 @@ class VQMoEForCausalLM(VQMoEPreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits ``[B, S, V]`` of token ids ``[B, S]``, and with ``labels`` the mean loss in nats."""
+        """Logits ``[B, S, V]`` of ids ``[B, S]``, and with ``labels`` the mean loss in nats."""
         cache = past_key_values if cache is None else cache
         if cache is None and use_cache:
             cache = DynamicCache()

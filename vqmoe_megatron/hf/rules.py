@@ -12,7 +12,7 @@ def check_has_hf_form(config: RunConfig) -> None:
     vq, model = config.vq, config.model
     if vq.path == "filled":
         raise ValueError(
-            "vq.path=filled has no Hugging Face form yet: its experts answer tokens and codes alike; "
+            "vq.path=filled has no Hugging Face form yet: its experts answer tokens and codes; "
             "continuous, discrete and dual have one"
         )
     if vq.path != "continuous":
@@ -24,8 +24,8 @@ def check_has_hf_form(config: RunConfig) -> None:
             )
         if vq.quantizer not in OUR_QUANTIZERS:
             raise ValueError(
-                f"vq.quantizer={vq.quantizer} has no Hugging Face form: the modelling file searches "
-                f"as {', '.join(OUR_QUANTIZERS)} do"
+                f"vq.quantizer={vq.quantizer} has no Hugging Face form: the modelling file "
+                f"searches as {', '.join(OUR_QUANTIZERS)} do"
             )
     if model.moe_router != "topk":
         raise ValueError(

@@ -1,9 +1,10 @@
 """Weights & Biases: ``tracking.also=[wandb]``.
 
-The account is W&B's own business: ``wandb login`` or ``WANDB_API_KEY``; ``WANDB_MODE=offline`` keeps
-everything in ``RUN_DIR/wandb`` for a later ``wandb sync``. The project is ``tracking.experiment``, the
-run's name ``tracking.run_name``. Metrics have the names of the logs and are drawn over
-``iteration``. An attempt goes on in the run of the one before, by the id in ``wandb.json``.
+The account is W&B's own business: ``wandb login`` or ``WANDB_API_KEY``; ``WANDB_MODE=offline``
+keeps everything in ``RUN_DIR/wandb`` for a later ``wandb sync``. The project is
+``tracking.experiment``, the run's name ``tracking.run_name``. Metrics have the names of the logs
+and are drawn over ``iteration``. An attempt goes on in the run of the one before, by the id in
+``wandb.json``.
 
 W&B only appends: steps that are trained again after a resume are points beside the first ones, as
 the logs, which hold the last ones alone, are not. No code, environment, host or output is sent.
