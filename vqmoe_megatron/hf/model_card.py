@@ -64,7 +64,7 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 print(model.generate(**inputs, max_new_tokens=50))
 ```
 
-`modeling_vqmoe.py` needs torch and transformers alone. Codes, tables and rows have no gradient here:
-for training, go on from the checkpoint. Sequences longer than {model.seq_length} tokens were not
-trained on.
+`modeling_vqmoe.py` needs torch and transformers alone. Codes, tables and rows have no gradient
+here: for training, go on from the checkpoint. Sequences longer than {model.seq_length} tokens were
+not trained on.
 """
