@@ -50,6 +50,17 @@ MODELS = {
          "model.position_embedding_type=learned_absolute", "model.moe_router_pre_softmax=false",
          "model.moe_router_topk=2"],
     ),
+    "filled": (2, {EP: 2}, ["vq.path=filled", "vq.norm=none", "vq.num_fill_experts=3"]),
+    "filled-by-threshold": (
+        1,
+        {},
+        ["vq.path=filled", "vq.norm=none", "vq.quantizer=low_dim", "vq.code_dim=8",
+         "vq.threshold_routing=true", "vq.fill_values=direct", "model.moe_router_topk=1"],
+    ),
+    "threshold-alone": (
+        1, {}, ["vq.path=filled", "vq.norm=none", "vq.threshold_routing=true",
+                "vq.num_fill_experts=0", "vq.quantizer=cosine", "model.moe_router_topk=1"],
+    ),
     "one-expert": (1, {}, [*SMOE, "model.num_moe_experts=1", "model.moe_router_topk=1"]),
 }  # fmt: skip
 

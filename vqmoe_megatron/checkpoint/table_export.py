@@ -225,8 +225,10 @@ def _of_table(file: TableFile | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def world_of_one(config: RunConfig) -> Iterator[ParallelLayout]:
+def world_of_one(config: RunConfig, command: str = "export") -> Iterator[ParallelLayout]:
     """Stand up the process groups of one rank, and end them; yields their layout.
+
+    ``command`` of vqmoe is told where it runs.
 
     Raises:
         ValueError: where this is one of several ranks.
@@ -234,11 +236,11 @@ def world_of_one(config: RunConfig) -> Iterator[ParallelLayout]:
     variables = discover_rank()
     if variables.world_size != 1:
         raise ValueError(
-            f"vqmoe export runs in one process, but {variables.source} started "
+            f"vqmoe {command} runs in one process, but {variables.source} started "
             f"{variables.world_size} ranks; start it without {variables.source}"
         )
     device, reason = choose_device("auto")
-    print(f"exporting on {device} ({reason})", flush=True)
+    print(f"{command}ing on {device} ({reason})", flush=True)
     quiet_known_messages()
     if device == "cpu":
         from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat

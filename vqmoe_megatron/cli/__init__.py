@@ -19,7 +19,7 @@ with one_line_interrupt():  # these take a third of a second
     import typer
 
     from vqmoe_megatron import __version__
-    from vqmoe_megatron.cli import export, generate, mlflow_sync, plan, preflight
+    from vqmoe_megatron.cli import export, generate, import_run, mlflow_sync, plan, preflight
     from vqmoe_megatron.cli.attempt import attempt_app
     from vqmoe_megatron.cli.bench import bench_app
     from vqmoe_megatron.cli.checkpoint import checkpoint_app
@@ -36,7 +36,13 @@ with one_line_interrupt():  # these take a third of a second
     from vqmoe_megatron.runtime.versions import TORCH, check_versions, supported_version
 
 EXIT_CRASH, EXIT_USAGE = 1, 2
-RESULTS_ARE_FILES = ("prepare", "pretrain", "export", "mlflow-sync")  # not what they print
+RESULTS_ARE_FILES = (
+    "prepare",
+    "pretrain",
+    "export",
+    "import",
+    "mlflow-sync",
+)  # not what they print
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,6 +55,7 @@ app.add_typer(attempt_app, name="attempt")
 app.add_typer(bench_app, name="bench")
 app.add_typer(study_app, name="study")
 app.command()(export.export)
+app.command("import")(import_run.import_run)
 app.command()(generate.generate)
 app.command()(plan.plan)
 app.command("mlflow-sync")(mlflow_sync.mlflow_sync)

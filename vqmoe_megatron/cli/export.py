@@ -41,7 +41,8 @@ def export(
     """Write a checkpoint as a Hugging Face model, or its layers as tables.
 
     --hf: a whole model for AutoModelForCausalLM.from_pretrained(OUT_DIR,
-    trust_remote_code=True), which needs torch and transformers alone.
+    trust_remote_code=True), which needs torch and transformers alone, and what
+    vqmoe import needs besides.
     --tables: each VQMoE layer's discrete path as a table, and a code memory.
     A table needs vq.expert_input=code and vq.path=discrete or dual; beside
     path=continuous the memory is all. In Python, load_table_layer of
@@ -70,6 +71,11 @@ def print_hf_export(written: HfExport, stream: TextIO) -> None:
     console.print(
         f"{written.out}: {len(written.files)} files of {written.checkpoint} (iteration "
         f"{written.iteration:,}), {written.num_parameters:,} values, {written.total_bytes:,} bytes",
+        soft_wrap=True,
+    )
+    console.print(
+        f"for vqmoe import: {written.training_bytes:,} bytes that only training needs, the recipe "
+        "and the corpus' description",
         soft_wrap=True,
     )
     if written.no_tokenizer:

@@ -1,7 +1,7 @@
 """``vqmoe export RUN_DIR --hf DIR``: a folder that ``AutoModelForCausalLM`` loads.
 
 One process, one layer at a time, from a checkpoint of any layout. The folder is complete or not
-there.
+there. Beside the model it holds what ``vqmoe import`` needs besides (``training_files``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from vqmoe_megatron.checkpoint.content import check_format_version, read_content
 from vqmoe_megatron.checkpoint.inspection import CheckpointContents, inspect_checkpoint
 from vqmoe_megatron.checkpoint.table_export import world_of_one
 from vqmoe_megatron.config import RunConfig
@@ -19,8 +20,9 @@ from vqmoe_megatron.data.tokenizers import ByteTokenizer, Tokenizer, load_tokeni
 from vqmoe_megatron.hf.hf_config import MODEL_FILE, hf_config
 from vqmoe_megatron.hf.model_card import model_card
 from vqmoe_megatron.hf.rules import check_has_hf_form
-from vqmoe_megatron.hf.shards import INDEX_NAME, MAX_SHARD_BYTES, Shards
+from vqmoe_megatron.hf.shards import MAX_SHARD_BYTES, Shards
 from vqmoe_megatron.hf.tokenizer_files import write_tokenizer
+from vqmoe_megatron.hf.training_files import TRAINING_STEM, write_training
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 from vqmoe_megatron.rundir.own_outputs import check_new_folder, new_folder
@@ -35,6 +37,7 @@ class HfExport:
     iteration: int
     num_parameters: int  # tables and rows counted
     total_bytes: int  # of the tensors
+    training_bytes: int  # of those that only training needs
     files: list[str]
     no_tokenizer: str  # why there is none; empty where there is one
 
@@ -54,7 +57,9 @@ def export_hf(checkpoint: Path, out: Path, max_shard_bytes: int = MAX_SHARD_BYTE
             new, or this is one of several ranks.
     """
     contents = inspect_checkpoint(checkpoint)
-    config = load_saved_recipe(Path(contents.folder) / CONFIG_FILE)
+    folder = Path(contents.folder)
+    check_format_version(folder, read_content(folder))
+    config = load_saved_recipe(folder / CONFIG_FILE)
     check_has_hf_form(config)
     check_new_folder(out)
     with world_of_one(config) as layout, new_folder(out) as partial:
@@ -74,17 +79,20 @@ def _write(
         stored_layers,
         stored_stream,
     )
-    from vqmoe_megatron.hf import tensors
+    from vqmoe_megatron.hf import module_tensors, tensors
     from vqmoe_megatron.hf.checkpoint_reader import CheckpointReader
 
     folder, model = Path(contents.folder), config.model
     names = [tensor.name for tensor in contents.tensors]
     reader = CheckpointReader.of(folder, contents.tensors, model.num_layers)
     shards = Shards(partial, max_shard_bytes)
+    training = Shards(partial, max_shard_bytes, TRAINING_STEM)
     is_tied = not model.untie_embeddings_and_output_weights
     shards.add(tensors.outer_tensors(reader, model.vocab_size, is_tied))
+    training.add(module_tensors.padding_tensors(reader, model.vocab_size))
     if (stream := stored_stream(folder, config, layout, names)) is not None:
         shards.add(tensors.stream_tensors(stream, contents.iteration))
+        training.add(module_tensors.tensors_of_stream(stream))
     for number in range(model.num_layers):
         shards.add(tensors.layer_tensors(reader, number))
     code_dim, norms_sum = 0, False
@@ -94,9 +102,11 @@ def _write(
             code_dim = tensor.shape[2] if name.endswith("discrete.codes") else code_dim
             norms_sum |= ".discrete.output_norm." in name
         shards.add(found.items())
-    files = shards.finish()
+        training.add(module_tensors.unsaid_tensors(layer, found))
+    files = [*shards.finish(), *training.finish()]
+    files += write_training(partial, folder, read_content(folder), files)
     described = hf_config(config, code_dim, norms_sum)
-    files += [INDEX_NAME, "config.json", f"{MODEL_FILE}.py", "README.md"]
+    files += ["config.json", f"{MODEL_FILE}.py", "README.md"]
     tokenizer, missing = _tokenizer(config, contents)
     if tokenizer is not None:
         files += write_tokenizer(partial, tokenizer, model.seq_length)
@@ -112,7 +122,7 @@ def _write(
     (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
     (partial / "README.md").write_text(model_card(config, facts), "utf-8")
     shutil.copyfile(Path(__file__).with_name(f"{MODEL_FILE}.py"), partial / f"{MODEL_FILE}.py")
-    sizes = shards.num_parameters, shards.total_bytes
+    sizes = shards.num_parameters, shards.total_bytes, training.total_bytes
     return HfExport(out, contents.folder, contents.iteration, *sizes, files, missing)
 
 

@@ -69,6 +69,11 @@ def hf_config(config: RunConfig, code_dim: int, norms_sum: bool) -> dict[str, An
             "code_dim": code_dim,
             "norms_sum_of_slices": norms_sum,
         }
+    if vq.path == "filled":
+        found |= {
+            "num_fill_experts": vq.num_fill_experts,
+            "threshold_routing": vq.threshold_routing,
+        }
     if memory.is_on:
         of_hidden = memory.codes == "hidden"
         found |= {

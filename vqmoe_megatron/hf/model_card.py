@@ -25,6 +25,8 @@ def model_card(config: RunConfig, facts: dict[str, Any]) -> str:
         "discrete": f"the nearest of {vq.num_codes} codes, whose experts' outputs are a table",
         "dual": f"Megatron's top-{model.moe_router_topk} router beside a table of "
         f"{vq.num_codes} codes, weighed by a gate",
+        "filled": f"those that a router sends the token to, beside a table of every expert's "
+        f"answers to {vq.num_codes} codes",
     }[vq.path]
     how = (
         "tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)\n"
@@ -42,8 +44,8 @@ tags: [mixture-of-experts, vector-quantization, vqmoe]
 # VQMoE, {model.num_layers} layers, {model.num_moe_experts} experts
 
 A sparse mixture-of-experts language model, exported by vqmoe_megatron {__version__} from iteration
-{facts["iteration"]:,} of a run. Method: [On the Role of Discrete Representation in Sparse Mixture of
-Experts]({PAPER}).
+{facts["iteration"]:,} of a run. Method: [On the Role of Discrete Representation in Sparse Mixture
+of Experts]({PAPER}).
 
 | what | how |
 |---|---|
@@ -65,6 +67,6 @@ print(model.generate(**inputs, max_new_tokens=50))
 ```
 
 `modeling_vqmoe.py` needs torch and transformers alone. Codes, tables and rows have no gradient
-here: for training, go on from the checkpoint. Sequences longer than {model.seq_length} tokens were
-not trained on.
+here: for training, `vqmoe import FOLDER --out RUN_DIR` makes a run of it. Sequences longer than
+{model.seq_length} tokens were not trained on.
 """

@@ -12,6 +12,7 @@ A layer is x + attention(norm(x)), then x + moe(norm(x)), with
     moe(x) = continuous(x)                       a router's k experts, weighed by probabilities
            | table[nearest code of x]            path=discrete: one output per code
            | p_c continuous(x) + p_d table[...]  path=dual, p of a gate
+           | chosen experts by x, others by code path=filled, weighed by the router's probabilities
            + memory(x)                           rows by a token's codes and those before it
            + shared(x)                           an expert that sees every token
 """
@@ -62,13 +63,15 @@ class VQMoEConfig(PretrainedConfig):
         moe_router_pre_softmax: bool = True,
         moe_router_dtype: str | None = "fp32",
         moe_shared_expert_intermediate_size: int | None = None,
-        path: str = "continuous",  # continuous | discrete | dual
+        path: str = "continuous",  # continuous | discrete | dual | filled
         combine: str = "softmax",  # of path=dual: softmax | sigmoid
         quantizer: str = "euclidean",  # euclidean | product | low_dim | cosine
         num_code_slices: int = 1,
         num_codes: int = 0,
         code_dim: int = 0,
         norms_sum_of_slices: bool = False,
+        num_fill_experts: int | None = None,  # of path=filled; None: all
+        threshold_routing: bool = False,
         memory_layers: list[int] | None = None,  # numbers from 0 that carry memory
         memory_codes: str = "tokens",
         memory_num_codes: int = 0,  # of hidden states
@@ -111,6 +114,8 @@ class VQMoEConfig(PretrainedConfig):
         self.num_codes = num_codes
         self.code_dim = code_dim
         self.norms_sum_of_slices = norms_sum_of_slices
+        self.num_fill_experts = num_fill_experts
+        self.threshold_routing = threshold_routing
         self.memory_layers = [] if memory_layers is None else memory_layers
         self.memory_codes = memory_codes
         self.memory_num_codes = memory_num_codes
@@ -221,8 +226,7 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``[T, H]`` -> probabilities and experts ``[T, k]``."""
-        dtype = self.dtype or x.dtype
-        logits = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        logits = self.logits(x)
         if self.is_before:
             probs, experts = logits.softmax(dim=-1, dtype=torch.float32).topk(self.topk, dim=1)
         else:
@@ -230,38 +234,105 @@ class Router(nn.Module):
             probs = scores.softmax(dim=-1, dtype=torch.float32)
         return probs.to(x.dtype), experts
 
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """``[T, H]`` -> ``[T, N]``."""
+        dtype = self.dtype or x.dtype
+        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+    def probabilities(self, x: torch.Tensor) -> torch.Tensor:
+        """Of all experts: ``[T, H]`` -> fp32 (fp64) ``[T, N]``."""
+        logits = self.logits(x)
+        exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return logits.softmax(dim=-1, dtype=exact)
+
 
 class CodeTable(nn.Module):
     """The discrete path: the output of every code, found once when the model was exported."""
 
-    def __init__(self, config: VQMoEConfig) -> None:
+    def __init__(self, config: VQMoEConfig, num_rows: int) -> None:
         super().__init__()
         slices, codes, hidden = config.num_code_slices, config.num_codes, config.hidden_size
         self.kind, self.num_codes = config.quantizer, codes
         self.register_buffer("codes", torch.zeros(slices, codes, config.code_dim))
-        self.register_buffer("table", torch.zeros(slices * codes, hidden))
+        self.register_buffer("table", torch.zeros(num_rows, hidden))
         if self.kind == "low_dim":
             self.register_buffer("projection", torch.zeros(config.code_dim, hidden))
         self.output_norm = new_norm(config) if config.norms_sum_of_slices else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[T, H]`` -> ``[T, H]``."""
+    def prepared(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens where distances are taken: ``[T, H]`` -> fp32 ``[T, C, D]``."""
         tokens = x.float()
         if self.kind == "low_dim":
             tokens = tokens @ self.projection.t()
         if self.kind == "cosine":
             tokens = F.normalize(tokens, dim=-1, eps=1e-12) * tokens.shape[-1] ** 0.5
+        return tokens.view(x.shape[0], self.codes.shape[0], -1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[T, H]`` -> ``[T, H]``."""
         slices = self.codes.shape[0]
-        ids = nearest(tokens.view(x.shape[0], slices, -1), self.codes)
+        ids = nearest(self.prepared(x), self.codes)
         ids = ids + torch.arange(slices, device=ids.device) * self.num_codes
         rows = self.table[ids].sum(dim=1) * slices**-0.5
         return self.output_norm(rows.to(x.dtype))
 
 
 def nearest(tokens: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """``[T, C, D]`` and ``[C, K, D]`` -> the nearest codes int64 ``[T, C]``; of two the first."""
-    distances = codes.square().sum(dim=-1) - 2 * torch.einsum("tcd,ckd->tck", tokens, codes)
+    """``[T, C, D]`` and ``[C, K, D]`` -> the nearest codes int64 ``[T, C]``; of two the first.
+
+    Both as seen from the most central code: what all have in common would eat the digits that tell
+    close codes apart.
+    """
+    middle = (codes - codes.mean(dim=1, keepdim=True)).square().sum(dim=-1).argmin(dim=1)
+    centre = codes[torch.arange(codes.shape[0], device=codes.device), middle]  # [C, D]
+    tokens, codes = tokens - centre, codes - centre.unsqueeze(1)
+    distances = codes.square().sum(dim=-1) / 2 - torch.einsum("tcd,ckd->tck", tokens, codes)
     return distances.argmin(dim=-1)
+
+
+class FilledTable(CodeTable):
+    """path=filled: ``table`` holds every expert's answer to every code, ``[N K, H]``."""
+
+    def __init__(self, config: VQMoEConfig) -> None:
+        has_table = config.num_fill_experts != 0
+        super().__init__(config, config.num_moe_experts * config.num_codes if has_table else 0)
+        self.topk, self.num_fill = config.moe_router_topk, config.num_fill_experts
+        self.has_threshold = config.threshold_routing
+        if self.has_threshold:
+            self.register_buffer("tau", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor, probs: torch.Tensor, experts: Experts) -> torch.Tensor:
+        """x ``[T, H]`` and the router's probabilities ``[T, N]`` -> ``[T, H]``."""
+        tokens = self.prepared(x)
+        ids = nearest(tokens, self.codes)[:, 0]
+        chosen = self._chosen(probs, (tokens[:, 0] - self.codes[0, ids]).square().mean(dim=1))
+        y = torch.zeros_like(x, dtype=probs.dtype)
+        for number, expert in enumerate(experts):
+            seen = chosen[:, number].nonzero().flatten()
+            if seen.numel():
+                y.index_add_(0, seen, expert(x[seen]) * probs[seen, number].unsqueeze(1))
+        if self.num_fill != 0:
+            answers = ~chosen
+            if self.num_fill is not None:
+                answers = answers & likeliest(probs, self.num_fill)
+            weights = probs * answers
+            table = self.table.view(probs.shape[1], self.num_codes, -1).to(weights.dtype)
+            for code in ids.unique().tolist():
+                of_code = (ids == code).nonzero().flatten()
+                y.index_add_(0, of_code, weights[of_code] @ table[:, code])
+        return y.to(x.dtype)
+
+    def _chosen(self, probs: torch.Tensor, mean_squares: torch.Tensor) -> torch.Tensor:
+        """Which experts see the token itself: bool ``[T, N]``."""
+        if not self.has_threshold:
+            return likeliest(probs, self.topk)
+        scores = probs * mean_squares.sqrt().unsqueeze(1)
+        return torch.where(self.tau > 0, scores > self.tau, likeliest(probs, 1))
+
+
+def likeliest(probs: torch.Tensor, k: int) -> torch.Tensor:
+    """bool ``[T, N]``: the k largest of each row."""
+    return torch.zeros_like(probs, dtype=torch.bool).scatter_(1, probs.topk(k).indices, True)
 
 
 class Memory(nn.Module):
@@ -291,7 +362,11 @@ class MoE(nn.Module):
         needs_experts = config.path != "discrete"
         self.experts = Experts(config) if needs_experts else None
         self.router = Router(config) if needs_experts and config.num_moe_experts > 1 else None
-        self.discrete = CodeTable(config) if config.path in ("discrete", "dual") else None
+        self.discrete = None
+        if config.path in ("discrete", "dual"):
+            self.discrete = CodeTable(config, config.num_code_slices * config.num_codes)
+        if config.path == "filled":
+            self.discrete = FilledTable(config)
         if config.path == "dual":
             num_weights = 2 if config.combine == "softmax" else 1
             self.combine = nn.Linear(config.hidden_size, num_weights)
@@ -312,6 +387,8 @@ class MoE(nn.Module):
     def _paths(self, x: torch.Tensor) -> torch.Tensor:
         if self.experts is None:
             return self.discrete(x)
+        if self.config.path == "filled":
+            return self.discrete(x, self.router.probabilities(x), self.experts)
         y = self._continuous(x)
         if self.discrete is None:
             return y
@@ -519,13 +596,13 @@ class VQMoEModel(VQMoEPreTrainedModel):
         mask = causal & real[:, None, None, :]
         mask = mask | ~mask.any(dim=-1, keepdim=True)  # rows of padding see all: no NaN
 
-        x = self.embed_tokens(input_ids)
+        x = self.embed_tokens(input_ids.masked_fill(~real[:, past:], 0))  # padding: any number
         rotation = None
         if self.embed_positions is not None:
             x = x + self.embed_positions(position_ids)
         else:
             rotation = self._rotation(position_ids)
-        rows_of = self._rows_of(input_ids, preceding_ids, places, past)
+        rows_of = self._rows_of(input_ids, preceding_ids, real, places, past)
         for layer in self.layers:
             x = layer(x, rotation, mask, cache, rows_of)
         return self.norm(x)
@@ -541,6 +618,7 @@ class VQMoEModel(VQMoEPreTrainedModel):
         self,
         input_ids: torch.Tensor,
         preceding_ids: torch.Tensor | None,
+        real: torch.Tensor,
         places: torch.Tensor,
         past: int,
     ) -> RowsOf | None:
@@ -560,7 +638,7 @@ class VQMoEModel(VQMoEPreTrainedModel):
         token_ids = input_ids
         if past:
             token_ids = torch.cat([preceding_ids, input_ids], dim=1)
-        return RowsOf(self.memory_codes, token_ids, places, num_new)
+        return RowsOf(self.memory_codes, token_ids.masked_fill(~real, 0), places, num_new)
 
 
 class VQMoEForCausalLM(VQMoEPreTrainedModel, GenerationMixin):

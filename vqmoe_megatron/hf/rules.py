@@ -10,11 +10,6 @@ OUR_QUANTIZERS = ("euclidean", "product", "low_dim", "cosine")
 def check_has_hf_form(config: RunConfig) -> None:
     """Raise ``ValueError`` for what the modelling file does not compute."""
     vq, model = config.vq, config.model
-    if vq.path == "filled":
-        raise ValueError(
-            "vq.path=filled has no Hugging Face form yet: its experts answer tokens and codes; "
-            "continuous, discrete and dual have one"
-        )
     if vq.path != "continuous":
         if vq.expert_input != "code":
             raise ValueError(

@@ -10,7 +10,7 @@ from itertools import product
 
 import torch
 
-from vqmoe_megatron.checkpoint.layer_table import exported, layer_table
+from vqmoe_megatron.checkpoint.layer_table import exported, filled_table, layer_table
 from vqmoe_megatron.checkpoint.memory_table import memory_codes, memory_rows
 from vqmoe_megatron.hf.checkpoint_reader import CheckpointReader
 from vqmoe_megatron.moe.layer import VQMoELayer
@@ -29,21 +29,43 @@ PLAIN = {
     "mlp.shared_expert.fc1.": ("mlp.shared_experts.linear_fc1.",),
     "mlp.shared_expert.fc2.": ("mlp.shared_experts.linear_fc2.",),
 }
+# Megatron's names of what is no layer's, and ours.
+OUTER = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "embedding.position_embeddings.weight": "model.embed_positions.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "decoder.final_layernorm.bias": "model.norm.bias",
+    "output_layer.weight": "lm_head.weight",
+}
+PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")  # by entries of no token
+# Parts of our MoE layer, and their names below an exported one's.
+EXPERT_PARTS = {
+    "weight1": "fc1.weight",
+    "bias1": "fc1.bias",
+    "weight2": "fc2.weight",
+    "bias2": "fc2.bias",
+}
+MOE_PARTS = {
+    "router.weight": "router.weight",
+    "router.bias": "router.bias",
+    "gate.linear.weight": "combine.weight",
+    "gate.linear.bias": "combine.bias",
+    "fill_rows.values": "discrete.table",
+    "output_norm.weight": "discrete.output_norm.weight",
+    "output_norm.bias": "discrete.output_norm.bias",
+    "memory_gate.linear.weight": "memory.gate.weight",
+    "memory_gate.linear.bias": "memory.gate.bias",
+}
 
 
 def outer_tensors(reader: CheckpointReader, vocab_size: int, is_tied: bool) -> Named:
     """Embeddings, the last norm and the output layer; entries that pad the vocabulary are left
     out: nothing is ever told to be one."""
-    words = reader.read("embedding.word_embeddings.weight")[:vocab_size]
-    yield "model.embed_tokens.weight", words.contiguous()
-    positions = "embedding.position_embeddings.weight"
-    if positions in reader:
-        yield "model.embed_positions.weight", reader.read(positions)
-    for part in ("weight", "bias"):
-        if (name := f"decoder.final_layernorm.{part}") in reader:
-            yield f"model.norm.{part}", reader.read(name)
-    if not is_tied:
-        yield "lm_head.weight", reader.read("output_layer.weight")[:vocab_size].contiguous()
+    needed = {*PADDED[:1], *([] if is_tied else PADDED[1:])}
+    for name, ours in OUTER.items():
+        if name in needed or (name in reader and name not in PADDED):
+            tensor = reader.read(name)
+            yield ours, tensor[:vocab_size].contiguous() if name in PADDED else tensor
 
 
 def layer_tensors(reader: CheckpointReader, layer: int) -> Named:
@@ -65,16 +87,14 @@ def moe_tensors(layer: VQMoELayer, iteration: int) -> Named:
             bias = layer.router.bias
             zeros = torch.zeros(layer.config.num_moe_experts)
             yield f"{prefix}router.bias", zeros if bias is None else _cpu(bias)
-        for part, ours in (
-            ("weight1", "fc1.weight"),
-            ("bias1", "fc1.bias"),
-            ("weight2", "fc2.weight"),
-            ("bias2", "fc2.bias"),
-        ):
+        for part, ours in EXPERT_PARTS.items():
             stacked = getattr(experts, part, None)
             for number, tensor in enumerate([] if stacked is None else stacked):
                 yield f"{prefix}experts.{number}.{ours}", _cpu(tensor)
-    if vq.path != "continuous":
+    if vq.path == "filled":
+        for name, tensor in filled_table(layer).items():
+            yield f"{prefix}discrete.{name}", tensor
+    elif vq.path != "continuous":
         found, settings = layer_table(layer, iteration)
         for name, tensor in found.items():
             owner, _, part = name.rpartition(".")
