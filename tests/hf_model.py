@@ -12,6 +12,8 @@ import torch
 
 READER = """
 import sys, torch
+for hidden in ("vqmoe_megatron", "megatron", "omegaconf"):
+    sys.modules[hidden] = None  # importing one is an error, as where they are not installed
 from transformers import AutoModelForCausalLM
 folder, asked, found = sys.argv[1:]
 asked = torch.load(asked, weights_only=True)
@@ -31,8 +33,6 @@ with torch.no_grad():
             prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False,
             use_cache=use_cache, pad_token_id=0,
         )[:, prompt.shape[1]:]
-theirs = [name for name in sys.modules if name.split(".")[0] in ("vqmoe_megatron", "megatron")]
-assert not theirs, theirs
 torch.save(answers, found)
 """
 PROMPT, COUNT = 5, 10
