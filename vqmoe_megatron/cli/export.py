@@ -41,8 +41,8 @@ def export(
     """Write a checkpoint as a Hugging Face model, or its layers as tables.
 
     --hf: a whole model for AutoModelForCausalLM.from_pretrained(OUT_DIR,
-    trust_remote_code=True), which needs torch and transformers alone, and what
-    vqmoe import needs besides.
+    trust_remote_code=True), which needs torch and transformers 5 alone, and
+    what vqmoe import needs besides.
     --tables: each VQMoE layer's discrete path as a table, and a code memory.
     A table needs vq.expert_input=code and vq.path=discrete or dual; beside
     path=continuous the memory is all. In Python, load_table_layer of

@@ -61,6 +61,7 @@ def _write(training: Training, layout: ParallelLayout, partial: Path, out: Path)
     from vqmoe_megatron.checkpoint.random_state import seed_generators
     from vqmoe_megatron.checkpoint.saver import CheckpointSaver, SavedRun
     from vqmoe_megatron.checkpoint.state import Progress, TrainingState
+    from vqmoe_megatron.engines.megatron.engine import MegatronEngine
     from vqmoe_megatron.hf.module_tensors import fill_model
 
     config = training.config
@@ -71,7 +72,7 @@ def _write(training: Training, layout: ParallelLayout, partial: Path, out: Path)
     built_as = _on_one_rank(config)
     seed_generators(config.train.seed)  # what they draw is overwritten
     task = registry.load("task", config.train.task)(built_as, None)
-    engine = registry.load("engine", config.train.engine).build(built_as, layout, task)
+    engine = MegatronEngine.build(built_as, layout, task)  # any engine resumes what it saves
     (chunk,) = engine.model
     model = chunk.module.module if config.model.bf16 else chunk.module
     num_tensors = fill_model(

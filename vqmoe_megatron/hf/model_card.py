@@ -66,7 +66,7 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 print(model.generate(**inputs, max_new_tokens=50))
 ```
 
-`modeling_vqmoe.py` needs torch and transformers alone. Codes, tables and rows have no gradient
+`modeling_vqmoe.py` needs torch and transformers 5 alone. Codes, tables and rows have no gradient
 here: for training, `vqmoe import FOLDER --out RUN_DIR` makes a run of it. Sequences longer than
 {model.seq_length} tokens were not trained on.
 """

@@ -1,4 +1,4 @@
-"""VQMoE language models for Hugging Face, in one file that needs torch and transformers alone.
+"""VQMoE language models for Hugging Face, in one file that needs torch and transformers 5 alone.
 
 Written by ``vqmoe export --hf`` of vqmoe_megatron; ``AutoModelForCausalLM.from_pretrained(FOLDER,
 trust_remote_code=True)`` loads it. For inference and evaluation: the discrete path and the code
@@ -29,7 +29,7 @@ from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTra
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 OUTPUT_FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
-CACHE_FIELD = "cache" if "cache" in OUTPUT_FIELDS else "past_key_values"  # before transformers 5
+CACHE_FIELD = "cache" if "cache" in OUTPUT_FIELDS else "past_key_values"  # by release
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 

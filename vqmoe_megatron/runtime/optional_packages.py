@@ -31,7 +31,7 @@ OPTIONAL_PACKAGES = {
         "wandb>=0.20,<1", "tracking.also=[wandb] works", "MLflow and the logs work"
     ),
     "transformers": OptionalPackage(
-        "transformers>=4.50,<6", "vqmoe generate works", "vqmoe export --hf works"
+        "transformers>=5,<6", "vqmoe generate works", "vqmoe export --hf works"
     ),
     "matplotlib": OptionalPackage(
         "matplotlib>=3.9,<4", "plots are drawn", "no plots; what they show is still written"
