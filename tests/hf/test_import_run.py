@@ -126,29 +126,28 @@ def test_an_imported_run_is_the_exported_one(name, ranks, small_corpus, tmp_path
     assert all(loss < 1.2 * expected[0] for loss in found)
 
 
-def test_a_resumed_import_is_the_one_that_never_stopped(ranks, small_corpus, tmp_path):
-    every = [*STEPS, *SMOE, *MEMORY]
-    run_on(ranks(1), small_corpus, tmp_path / "run", [*every, "train.train_iters=6"], {})
+@pytest.fixture(scope="module")
+def imported(ranks, small_corpus, tmp_path_factory) -> Path:
+    """A folder with an export, ``hf``, and the run directory made of it, ``again``."""
+    folder = tmp_path_factory.mktemp("imported")
+    every = [*STEPS, *SMOE, *MEMORY, "train.train_iters=6"]
+    run_on(ranks(1), small_corpus, folder / "run", every, {})
     vqmoe(
-        ("export", tmp_path / "run", "--hf", tmp_path / "hf"),
-        ("import", tmp_path / "hf", "--out", tmp_path / "at_once"),
+        ("export", folder / "run", "--hf", folder / "hf"),
+        ("import", folder / "hf", "--out", folder / "again"),
     )
-    shutil.copytree(tmp_path / "at_once", tmp_path / "in_two")
+    return folder
+
+
+def test_a_resumed_import_is_the_one_that_never_stopped(ranks, small_corpus, imported, tmp_path):
     ends = []
     for name, stops in (("at_once", [9]), ("in_two", [7, 9])):
+        shutil.copytree(imported / "again", tmp_path / name)
         for stop in stops:
-            more = [*every, f"train.train_iters={stop}", "train.log_interval=1"]
+            more = [*STEPS, *SMOE, *MEMORY, f"train.train_iters={stop}", "train.log_interval=1"]
             (done,) = run_on(ranks(1), small_corpus, tmp_path / name, more, {})
         ends.append(done["records"][-1])
     assert ends[0]["loss"] == ends[1]["loss"] and ends[0]["grad_norm"] == ends[1]["grad_norm"]
-
-
-@pytest.fixture(scope="module")
-def export(ranks, small_corpus, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("export")
-    run_on(ranks(1), small_corpus, folder / "run", [*STEPS, *SMOE, "train.train_iters=2"], {})
-    vqmoe(("export", folder / "run", "--hf", folder / "hf"))
-    return folder / "hf"
 
 
 def no_training_file(folder: Path) -> None:
@@ -193,12 +192,12 @@ DAMAGE = {
 }
 
 
-def test_unknown_and_damaged_folders_are_refused_before_anything_is_written(export, tmp_path):
+def test_unknown_and_damaged_folders_are_refused_before_anything_is_written(imported, tmp_path):
     from vqmoe_megatron.hf.import_run import import_hf
 
     for damage, words in DAMAGE.items():
         folder = tmp_path / damage.__name__
-        shutil.copytree(export, folder)
+        shutil.copytree(imported / "hf", folder)
         damage(folder)
         with pytest.raises(ValueError) as refused:
             import_hf(folder, tmp_path / "again")
@@ -210,5 +209,5 @@ def test_unknown_and_damaged_folders_are_refused_before_anything_is_written(expo
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
     with pytest.raises(ValueError, match="is not empty"):
-        import_hf(export, tmp_path / "mine")
+        import_hf(imported / "hf", tmp_path / "mine")
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["file"]

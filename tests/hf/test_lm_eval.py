@@ -16,10 +16,15 @@ from small_run import ROOT, TINY, run_on
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 pytestmark = [pytest.mark.distributed, pytest.mark.full]
 
-OVERRIDES = ["vq.path=continuous", "code_memory.num_rows=64", "train.train_iters=4"]
-# Shorter than the model's 16 tokens: one window each.
+OVERRIDES = [
+    "vq.path=continuous",
+    "code_memory.num_rows=64",
+    "train.train_iters=4",
+    "optimizer.lr_warmup_iters=0",
+]
+# With a choice shorter than the model's 16 tokens: one window each.
 TEXTS = ["import os\n", "größer", "def f(x):"]
-CHOICES = ["a", " return"]
+CHOICES = ["a", " in"]
 NEWLINE = 10
 TASKS = {
     "local_bits": """
@@ -33,6 +38,7 @@ output_type: multiple_choice
 doc_to_text: "{{text}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: "{{label}}"
+target_delimiter: ""
 metric_list: [{metric: acc}]
 """,
 }
