@@ -16,6 +16,7 @@ import pytest
 PACKAGE = "vqmoe_megatron"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 MAX_LINES = 400
+LONGER = {"hf/modeling_vqmoe.py"}  # one file, since it travels alone into an exported model
 CPU_COMPAT = "runtime/cpu_compat/"  # the only folder that may change modules of others
 
 # Where each top-level module or folder lives. A new one fails until it is given a floor here.
@@ -34,6 +35,7 @@ FLOORS = {
     "engines": 3,
     "tasks": 3,
     "checkpoint": 3,
+    "hf": 3,
     "track": 3,
     "train": 3,
     "analysis": 3,
@@ -55,6 +57,7 @@ SIDEWAYS = {
     "tasks": {"data"},
     "engines": {"tasks"},  # what a batch is
     "checkpoint": {"engines"},
+    "hf": {"checkpoint", "data", "engines"},  # a checkpoint and its tokenizer in another form
     "simulate": {"engines", "tasks"},  # the step that is counted is the trainer's own
     # bench: a report states its machine and commit as every measured result does
     "study": {"bench", "data", "launch", "track"},
@@ -208,7 +211,8 @@ def test_only_the_cpu_layer_changes_torch_or_megatron() -> None:
 
 def test_files_are_short_documented_and_well_named() -> None:
     num_lines = {path: len((ROOT / path).read_text().splitlines()) for path in sources()}
-    assert {path: n for path, n in num_lines.items() if n > MAX_LINES} == {}  # one idea per file
+    too_long = {path for path, n in num_lines.items() if n > MAX_LINES}
+    assert too_long == LONGER  # one idea per file
     names = {path: {part.removesuffix(".py") for part in Path(path).parts} for path in sources()}
     assert [path for path in sources() if names[path] & FOREIGN_NAMES] == []
     written = [path for path in sources() if num_lines[path]]

@@ -93,7 +93,11 @@ KINDS: dict[str, Kind] = {
     "tracker": Kind(
         "vqmoe_megatron.track.tracker:Tracker",
         "tracking.also",
-        {"mlflow": Part("vqmoe_megatron.track.mlflow.tracker:MlflowTracker")},
+        {
+            "mlflow": Part("vqmoe_megatron.track.mlflow.tracker:MlflowTracker"),
+            "tensorboard": Part("vqmoe_megatron.track.tensorboard:TensorBoardTracker"),
+            "wandb": Part("vqmoe_megatron.track.wandb:WandbTracker"),
+        },
     ),
     # Ours are rows of vqmoe_megatron.metrics.table; a row is an instance, and brings its own name.
     "metric": Kind("vqmoe_megatron.metrics.metric:Metric", "metric", {}, is_instance=True),

@@ -1,4 +1,4 @@
-"""Without MLflow, matplotlib and sentencepiece everything else works, and what does not says so.
+"""Without any of the optional packages everything else works, and what does not says so.
 
 Here a finder that finds none of them hides them from a subprocess; ``make test-versions``
 runs these tests where they are not installed at all.
@@ -19,7 +19,17 @@ from vqmoe_megatron.runtime.optional_packages import OPTIONAL_PACKAGES, missing,
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 # What they bring besides, which must not be needed without them either.
-HIDDEN = ("mlflow", "matplotlib", "sentencepiece", "requests", "sqlalchemy")
+HIDDEN = (
+    "mlflow",
+    "matplotlib",
+    "sentencepiece",
+    "requests",
+    "sqlalchemy",
+    "tensorboard",
+    "tokenizers",
+    "transformers",
+    "wandb",
+)
 # A finder that says "not found" would let the next one find it.
 HIDE = f"""
 import importlib.machinery, sys
@@ -71,8 +81,9 @@ def test_the_extras_of_setup_cfg_are_the_same() -> None:
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
     extras = parser["options.extras_require"]
-    names = {"mlflow": "mlflow", "matplotlib": "plots", "sentencepiece": "sentencepiece"}
-    for package, extra in names.items():
+    others = {"matplotlib": "plots", "transformers": "hf"}
+    for package in OPTIONAL_PACKAGES:
+        extra = others.get(package, package)
         assert OPTIONAL_PACKAGES[package].requirement in extras[extra].split("\n")
         assert package not in parser["options"]["install_requires"].lower()
 
@@ -121,6 +132,7 @@ def test_its_record_is_kept_for_a_later_sync(trained) -> None:
         (["mlflow-sync", "."], "mlflow"),
         (["study", "report", "study.yaml"], "matplotlib"),
         (["bench", "layer", "--plot", "new.png"], "matplotlib"),
+        (["generate", ".", "def"], "transformers"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value[:2]),
 )
@@ -135,8 +147,8 @@ def test_what_needs_one_is_refused_in_one_line_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_module_but_the_plots_and_mlflows_imports_without_them() -> None:
-    needs_one = ("analysis.plots", "study.report.")
+def test_every_module_but_those_that_are_about_one_imports_without_them() -> None:
+    needs_one = ("analysis.plots", "study.report.", "hf.modeling_vqmoe")
     program = HIDE + (
         "import importlib, pkgutil, vqmoe_megatron\n"
         "for module in pkgutil.walk_packages(vqmoe_megatron.__path__, 'vqmoe_megatron.'):\n"

@@ -84,9 +84,12 @@ def test_the_recipe_names_trackers_of_the_registry(open_trackers):
     assert TrackingConfig().trackers == ("mlflow",)
     assert TrackingConfig(mlflow=False, also=["toy", "gone"]).trackers == ("toy", "gone")
     assert TrackingConfig(also=["toy"]).trackers == ("mlflow", "toy")
-    legal = "tracking.also='tensorboard' is not legal; choose one of mlflow, toy, broken, gone"
+    legal = (
+        "tracking.also='aim' is not legal; choose one of mlflow, tensorboard, wandb, toy, broken, "
+        "gone"
+    )
     with pytest.raises(ValueError, match=legal):
-        TrackingConfig(also=["toy", "tensorboard"])
+        TrackingConfig(also=["toy", "aim"])
     for twice in (["mlflow"], ["toy", "toy"]):
         with pytest.raises(ValueError, match=f"also={','.join(twice)}: name every tracker once"):
             TrackingConfig(also=twice)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 
 from vqmoe_megatron.moe.executions.step_table import StepTable
+from vqmoe_megatron.moe.filled_path import FilledPath
 from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.moe.norms import NoNorm
+from vqmoe_megatron.vq.codebook import Codebook
 from vqmoe_megatron.vq.table_layer import TableSettings
 
 
@@ -32,11 +34,7 @@ def layer_table(layer: VQMoELayer, iteration: int) -> tuple[dict[str, torch.Tens
     (path,) = layer.discrete_paths
     execution, codebook = path.execution, path.assigner.codebook
     space = execution.space if isinstance(execution, StepTable) else execution
-    if codebook.needs_data_init:
-        raise ValueError(
-            f"layer {layer.layer_number}: its codes are not initialised, which the first training "
-            "step does; export a checkpoint of iteration 1 or later"
-        )
+    _refuse_without_codes(layer, codebook)
     dtype = next(layer.experts.parameters()).dtype
     values = space.evaluate(dtype).values  # [slots, H], in the order of the experts' ranks
     tensors = {
@@ -65,6 +63,35 @@ def layer_table(layer: VQMoELayer, iteration: int) -> tuple[dict[str, torch.Tens
         code_memory="added" if layer.memory is not None else "none",
     )
     return {name: exported(tensor) for name, tensor in tensors.items()}, settings
+
+
+@torch.no_grad()
+def filled_table(layer: VQMoELayer) -> dict[str, torch.Tensor]:
+    """What a layer of ``vq.path=filled`` reads by code, on the CPU; as :func:`layer_table`.
+
+    N experts. ``codes [1, K, D]`` with what their space is made of; ``table [N K, H]``, every
+    expert's answer to every code (none for num_fill_experts=0: no rows); with threshold routing
+    its ``tau``.
+    """
+    (path,) = (path for path in layer.paths if isinstance(path, FilledPath))
+    codebook, fill = path.assigner.codebook, path.fill
+    _refuse_without_codes(layer, codebook)
+    tensors = {"codes": codebook.code_vectors(), **codebook.space}
+    tensors["table"] = codebook.codes.new_zeros(0, layer.config.hidden_size)
+    if fill is not None:
+        space = fill.space if isinstance(fill, StepTable) else fill
+        tensors["table"] = space.evaluate(next(layer.experts.parameters()).dtype).values
+    if path.threshold is not None:
+        tensors["tau"] = path.threshold.tau
+    return {name: exported(tensor) for name, tensor in tensors.items()}
+
+
+def _refuse_without_codes(layer: VQMoELayer, codebook: Codebook) -> None:
+    if codebook.needs_data_init:
+        raise ValueError(
+            f"layer {layer.layer_number}: its codes are not initialised, which the first training "
+            "step does; export a checkpoint of iteration 1 or later"
+        )
 
 
 def exported(tensor: torch.Tensor) -> torch.Tensor:

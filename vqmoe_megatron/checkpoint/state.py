@@ -41,6 +41,13 @@ class Progress:
     skipped_iterations: int
     mlflow_run_id: str | None = None
     passed_over_samples: int = 0  # left out of the data order by rollbacks
+    updates_of_an_older_optimizer: int = 0  # before an import, where its state began anew
+
+    @property
+    def num_updates(self) -> int:
+        """Updates that the optimizer's state has seen."""
+        num_updates = self.iteration - self.skipped_iterations
+        return num_updates - self.updates_of_an_older_optimizer
 
 
 @dataclass
@@ -68,7 +75,7 @@ def sharded_state(state: TrainingState, progress: Progress) -> dict[str, Any]:
         "scheduler": state.scheduler.state_dict(),
         "random_state": sharded_random_states(),
         "progress": vars(progress).copy(),
-        "num_updates": progress.iteration - progress.skipped_iterations,
+        "num_updates": progress.num_updates,
         "format_version": FORMAT_VERSION,
     }
 

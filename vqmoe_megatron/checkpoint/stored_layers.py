@@ -31,9 +31,10 @@ from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.parameters import padded_vocab_size
 
 STREAM_PREFIX = "code_stream."
-EXPORTED = re.compile(
-    r"^(decoder\.layers\.(?:(\d+)\.)?mlp\.)(?:assigner\.codebook\.codes|code_memory\.weight)$"
-)
+LAYER_NAME = r"^(decoder\.layers\.(?:(\d+)\.)?mlp\.)"
+# By tensors that only they have: layers with codes or memory, and all that have experts.
+WITH_CODES = re.compile(LAYER_NAME + r"(?:assigner\.codebook\.codes|code_memory\.weight)$")
+WITH_EXPERTS = re.compile(LAYER_NAME + r"experts\.experts\.linear_fc1\.weight$")
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,12 @@ class LayerPlace:
     offsets: tuple[tuple[int, int, int], ...]  # Megatron's (axis, index, size) of a stacked layer
 
 
-def layer_places(names: list[str], num_layers: int) -> dict[int, LayerPlace]:
-    """Return layer number (from 1) -> place, of the layers with codes or memory among stored
-    ``names``."""
+def layer_places(
+    names: list[str], num_layers: int, wanted: re.Pattern[str] = WITH_CODES
+) -> dict[int, LayerPlace]:
+    """Return layer number (from 1) -> place, of the ``wanted`` layers among stored ``names``."""
     places: dict[int, LayerPlace] = {}
-    for found in filter(None, map(EXPORTED.match, names)):
+    for found in filter(None, map(wanted.match, names)):
         prefix, index = found.groups()
         if index is not None:
             places[int(index) + 1] = LayerPlace(prefix, ())
@@ -59,9 +61,13 @@ def layer_places(names: list[str], num_layers: int) -> dict[int, LayerPlace]:
 
 
 def stored_layers(
-    folder: Path, config: RunConfig, layout: ParallelLayout, names: list[str]
+    folder: Path,
+    config: RunConfig,
+    layout: ParallelLayout,
+    names: list[str],
+    wanted: re.Pattern[str] = WITH_CODES,
 ) -> Iterator[VQMoELayer]:
-    """Build and load layers with codes or memory, by number, in evaluation and in code space.
+    """Build and load the ``wanted`` layers, by number, in evaluation and in code space.
 
     Args:
         folder: a complete ``iter_`` folder, written at any layout.
@@ -79,7 +85,7 @@ def stored_layers(
         raise ValueError(
             f"{folder} has checkpoint format {version}, this release reads {FORMAT_VERSION}"
         )
-    places = layer_places(names, config.model.num_layers)
+    places = layer_places(names, config.model.num_layers, wanted)
     if not places:
         raise ValueError(
             f"{folder} holds no layer with codes (decoder.layers.*.assigner.codebook) or code "
@@ -125,10 +131,10 @@ def _new_stream(config: RunConfig, transformer: TransformerConfig) -> CodeStream
 
 
 def _transformer_config(config: RunConfig, layout: ParallelLayout) -> TransformerConfig:
-    """Of one rank, on which every value is loaded."""
+    """Of one rank, on which every value is loaded; a shared expert is no part of what is built."""
     # Trained in fp8 or not, weights are stored in bf16 or fp32.
-    unquantized = replace(config, model=replace(config.model, fp8=None))
-    transformer = build_transformer_config(unquantized, layout)
+    model = replace(config.model, fp8=None, moe_shared_expert_intermediate_size=None)
+    transformer = build_transformer_config(replace(config, model=model), layout)
     transformer.perform_initialization = False
     return transformer
 

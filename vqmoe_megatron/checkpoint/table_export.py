@@ -99,7 +99,7 @@ def export_tables(checkpoint: Path, out: Path) -> Export:
     check_has_table(config.vq, config.code_memory)
     refuse_shared_expert(config.model)
     check_new_folder(out)
-    with world_of_one(config, "vqmoe export", "exporting") as layout, new_folder(out) as partial:
+    with world_of_one(config) as layout, new_folder(out) as partial:
         return write_tables(contents, config, layout, partial, out)
 
 
@@ -225,8 +225,10 @@ def _of_table(file: TableFile | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def world_of_one(config: RunConfig, command: str, doing: str) -> Iterator[ParallelLayout]:
-    """Stand up the process groups of one rank for ``command``; yields their layout.
+def world_of_one(config: RunConfig, command: str = "export") -> Iterator[ParallelLayout]:
+    """Stand up the process groups of one rank, and end them; yields their layout.
+
+    ``command`` of vqmoe is told where it runs.
 
     Raises:
         ValueError: where this is one of several ranks.
@@ -234,11 +236,11 @@ def world_of_one(config: RunConfig, command: str, doing: str) -> Iterator[Parall
     variables = discover_rank()
     if variables.world_size != 1:
         raise ValueError(
-            f"{command} runs in one process, but {variables.source} started "
+            f"vqmoe {command} runs in one process, but {variables.source} started "
             f"{variables.world_size} ranks; start it without {variables.source}"
         )
     device, reason = choose_device("auto")
-    print(f"{doing} on {device} ({reason})", flush=True)
+    print(f"{command.removesuffix('e')}ing on {device} ({reason})", flush=True)
     quiet_known_messages()
     if device == "cpu":
         from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat

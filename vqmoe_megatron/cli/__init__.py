@@ -19,7 +19,15 @@ with one_line_interrupt():  # these take a third of a second
     import typer
 
     from vqmoe_megatron import __version__
-    from vqmoe_megatron.cli import export, mlflow_sync, plan, preflight, upcycle
+    from vqmoe_megatron.cli import (
+        export,
+        generate,
+        import_run,
+        mlflow_sync,
+        plan,
+        preflight,
+        upcycle,
+    )
     from vqmoe_megatron.cli.attempt import attempt_app
     from vqmoe_megatron.cli.bench import bench_app
     from vqmoe_megatron.cli.checkpoint import checkpoint_app
@@ -37,7 +45,7 @@ with one_line_interrupt():  # these take a third of a second
 
 EXIT_CRASH, EXIT_USAGE = 1, 2
 # Not what they print.
-RESULTS_ARE_FILES = ("prepare", "pretrain", "export", "upcycle", "mlflow-sync")
+RESULTS_ARE_FILES = ("prepare", "pretrain", "export", "import", "upcycle", "mlflow-sync")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,6 +58,8 @@ app.add_typer(attempt_app, name="attempt")
 app.add_typer(bench_app, name="bench")
 app.add_typer(study_app, name="study")
 app.command()(export.export)
+app.command("import")(import_run.import_run)
+app.command()(generate.generate)
 app.command()(upcycle.upcycle)
 app.command()(plan.plan)
 app.command("mlflow-sync")(mlflow_sync.mlflow_sync)

@@ -15,6 +15,7 @@ from vqmoe_megatron.runtime.versions import check_versions
 
 if TYPE_CHECKING:  # it imports torch, which a help text can do without
     from vqmoe_megatron.checkpoint.table_export import Export
+    from vqmoe_megatron.hf.export import HfExport
 
 
 def export(
@@ -25,24 +26,65 @@ def export(
             help="run directory, its checkpoints folder, or one iter_ folder; of any layout",
         ),
     ],
+    hf: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT_DIR", help="new directory for a Hugging Face model"),
+    ] = None,
     tables: Annotated[
-        Path, typer.Option(metavar="OUT_DIR", help="new directory for the layers' tables")
-    ],
+        Path | None,
+        typer.Option(metavar="OUT_DIR", help="new directory for the layers' tables"),
+    ] = None,
+    max_shard_bytes: Annotated[
+        int, typer.Option(min=1, help="of one file of a Hugging Face model")
+    ] = 4_000_000_000,
 ) -> None:
-    """Write each VQMoE layer's discrete path as a table, and a code memory.
+    """Write a checkpoint as a Hugging Face model, or its layers as tables.
 
+    --hf: a whole model for AutoModelForCausalLM.from_pretrained(OUT_DIR,
+    trust_remote_code=True), which needs torch and transformers 5 alone, and
+    what vqmoe import needs besides.
+    --tables: each VQMoE layer's discrete path as a table, and a code memory.
     A table needs vq.expert_input=code and vq.path=discrete or dual; beside
-    path=continuous the memory is all. One process; one layer at a time.
-    In Python, load_table_layer of vqmoe_megatron.vq.table_layer reads a file
-    back, without Megatron, and load_code_memory of
-    vqmoe_megatron.vq.memory_tables a code memory.
+    path=continuous the memory is all. In Python, load_table_layer of
+    vqmoe_megatron.vq.table_layer reads a file back, without Megatron, and
+    load_code_memory of vqmoe_megatron.vq.memory_tables a code memory.
+    One process; one layer at a time.
 
-    Example: vqmoe export runs/quickstart --tables exports/quickstart
+    Example: vqmoe export runs/quickstart --hf exports/quickstart
     """
     check_versions()
+    if (hf is None) == (tables is None):
+        raise typer.BadParameter("name one of --hf OUT_DIR and --tables OUT_DIR")
+    if hf is not None:
+        from vqmoe_megatron.hf.export import export_hf
+
+        print_hf_export(export_hf(checkpoint, hf, max_shard_bytes), sys.stdout)
+        return
     from vqmoe_megatron.checkpoint.table_export import export_tables
 
     print_export(export_tables(checkpoint, tables), sys.stdout)
+
+
+def print_hf_export(written: HfExport, stream: TextIO) -> None:
+    """Print what was written, and how it is read."""
+    console = table_console(stream)
+    console.print(
+        f"{written.out}: {len(written.files)} files of {written.checkpoint} (iteration "
+        f"{written.iteration:,}), {written.num_parameters:,} values, {written.total_bytes:,} bytes",
+        soft_wrap=True,
+    )
+    console.print(
+        f"for vqmoe import: {written.training_bytes:,} bytes that only training needs, the recipe "
+        "and the corpus' description",
+        soft_wrap=True,
+    )
+    if written.no_tokenizer:
+        console.print(f"without a tokenizer: {written.no_tokenizer}", soft_wrap=True)
+    console.print(
+        f"AutoModelForCausalLM.from_pretrained({str(written.out)!r}, trust_remote_code=True)",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def print_export(written: Export, stream: TextIO) -> None:

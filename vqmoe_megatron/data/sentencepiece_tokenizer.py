@@ -139,6 +139,12 @@ class SentencePieceTokenizer:
         self.vocab_size = self._processor.vocab_size()
         self._newline = self._processor.piece_to_id("<0x0A>")
 
+    @property
+    def pieces(self) -> list[tuple[str, float]]:
+        """Every piece with its score, by id."""
+        of = self._processor
+        return [(of.id_to_piece(i), of.get_score(i)) for i in range(self.vocab_size)]
+
     @staticmethod
     def cut(buffer: bytes) -> int:
         """Cut after the last newline, or else before the last run of spaces."""

@@ -24,6 +24,15 @@ OPTIONAL_PACKAGES = {
     "mlflow": OptionalPackage(
         "mlflow>=3.5,<4", "runs are tracked", "runs are not tracked, metrics.jsonl is still written"
     ),
+    "tensorboard": OptionalPackage(
+        "tensorboard>=2.19,<3", "tracking.also=[tensorboard] works", "MLflow and the logs work"
+    ),
+    "wandb": OptionalPackage(
+        "wandb>=0.20,<1", "tracking.also=[wandb] works", "MLflow and the logs work"
+    ),
+    "transformers": OptionalPackage(
+        "transformers>=5,<6", "vqmoe generate works", "vqmoe export --hf works"
+    ),
     "matplotlib": OptionalPackage(
         "matplotlib>=3.9,<4", "plots are drawn", "no plots; what they show is still written"
     ),

@@ -66,6 +66,11 @@ class MetricsTail:
                         records.append(record)
             return records
 
+    def skip(self, iteration: int) -> None:
+        """Leave out records up to ``iteration``; before the first read."""
+        with self._lock:
+            self._last_iteration = iteration
+
     def rewind(self, iteration: int) -> None:
         """Read the records after ``iteration`` again: training went back there."""
         with self._lock:

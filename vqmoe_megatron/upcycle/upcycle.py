@@ -95,7 +95,7 @@ def upcycle(upcycling: Upcycling) -> Upcycled:
     Raises:
         ValueError: for several ranks, and as :func:`upcycle_here`.
     """
-    with world_of_one(upcycling.evaluated, "vqmoe upcycle", "upcycling") as layout:
+    with world_of_one(upcycling.evaluated, "upcycle") as layout:
         return upcycle_here(upcycling, layout)
 
 

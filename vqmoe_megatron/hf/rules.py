@@ -1,0 +1,29 @@
+"""Which models have a Hugging Face form, judged by their recipe alone."""
+
+from __future__ import annotations
+
+from vqmoe_megatron.config import RunConfig
+
+OUR_QUANTIZERS = ("euclidean", "product", "low_dim", "cosine")
+
+
+def check_has_hf_form(config: RunConfig) -> None:
+    """Raise ``ValueError`` for what the modelling file does not compute."""
+    vq, model = config.vq, config.model
+    if vq.path != "continuous":
+        if vq.expert_input != "code":
+            raise ValueError(
+                f"vq.expert_input={vq.expert_input} has no Hugging Face form: every token has an "
+                "expert input of its own, so no table holds the discrete path; expert_input=code "
+                "has one"
+            )
+        if vq.quantizer not in OUR_QUANTIZERS:
+            raise ValueError(
+                f"vq.quantizer={vq.quantizer} has no Hugging Face form: the modelling file "
+                f"searches as {', '.join(OUR_QUANTIZERS)} do"
+            )
+    if model.moe_router != "topk":
+        raise ValueError(
+            f"model.moe_router={model.moe_router} has no Hugging Face form: the modelling file has "
+            "Megatron's top-k router (moe_router=topk)"
+        )
