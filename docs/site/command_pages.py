@@ -34,11 +34,11 @@ saw different tokens.
 
 
 def walk(command: Any, words: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Every command that does something, with its words."""
+    """Every command of the user's, with its words."""
     for name, below in getattr(command, "commands", {}).items():
         if hasattr(below, "commands"):
             yield from walk(below, (*words, name))
-        else:
+        elif not below.hidden:
             yield " ".join((*words, name)), below
 
 

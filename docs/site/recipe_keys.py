@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import inspect
 import re
+import textwrap
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -82,7 +83,7 @@ def sections() -> dict[str, type]:
 
 def comments(section_type: type) -> dict[str, str]:
     """The comment behind each field, on its own line or on its last one."""
-    lines = inspect.getsource(section_type).splitlines()
+    lines = textwrap.dedent(inspect.getsource(section_type)).splitlines()
     (body,) = ast.parse("\n".join(lines)).body
     found = {}
     for node in body.body:
