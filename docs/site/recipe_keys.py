@@ -168,15 +168,11 @@ def section_page(section: str, section_type: type) -> str:
     for field in dataclasses.fields(section_type):
         unit = unit_of(field.name)
         words = [type_in_words(hints[field.name])] + ([unit] if unit else [])
-        cells = (
-            f"`{section}.{field.name}`",
-            f"`{default_of(field)}`",
-            ", ".join(words),
-            legal_values(section, section_type, field),
-            meaning_of(section, section_type, field.name),
-        )
+        key = f"`{section}.{field.name}`<br>{meaning_of(section, section_type, field.name)}"
+        legal = legal_values(section, section_type, field)
+        cells = (key, f"`{default_of(field)}`", ", ".join(words), legal)
         rows.append("| " + " | ".join(cell.replace("|", "or") for cell in cells) + " |")
-    head = "| key | default | type, unit | legal values | meaning |\n|---|---|---|---|---|\n"
+    head = "| key | default | type, unit | legal values |\n|---|---|---|---|\n"
     return f"\n## {section}\n\n{SECTION_WORDS.get(section, '')}\n\n{head}" + "\n".join(rows) + "\n"
 
 

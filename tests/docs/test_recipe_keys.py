@@ -21,13 +21,14 @@ FIELDS = [
 
 
 def test_every_key_has_one_row_with_its_default_and_a_meaning() -> None:
-    rows = [line.split(" | ") for line in PAGE.splitlines() if line.startswith("| `")]
-    assert [row[0] for row in rows] == [f"| `{section}.{f.name}`" for section, _, f in FIELDS]
-    assert all(len(row) == 5 and row[4].strip(" |") for row in rows)
-    by_key = {row[0].strip("| `"): row for row in rows}
+    rows = [line.strip("|").split(" | ") for line in PAGE.splitlines() if line.startswith("| `")]
+    keys_and_meanings = [row[0].strip().split("<br>") for row in rows]
+    assert [key for key, _ in keys_and_meanings] == [f"`{s}.{f.name}`" for s, _, f in FIELDS]
+    assert all(len(row) == 4 for row in rows) and all(said for _, said in keys_and_meanings)
+    by_key = {key.strip("`"): row for (key, _), row in zip(keys_and_meanings, rows, strict=True)}
     assert by_key["train.micro_batch_size"][1:3] == ["`4`", "int, samples"]
     assert by_key["code_memory.layers"][1] == "`null`"
-    assert by_key["optimizer.clip_grad"][3] == "0 to 1,000,000,000"
+    assert by_key["optimizer.clip_grad"][3].strip() == "0 to 1,000,000,000"
 
 
 def test_every_range_is_shown() -> None:
