@@ -21,12 +21,13 @@ FENCE = re.compile(
     r'^(?P<indent> *)```(?P<kind>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<body>.*?)^(?P=indent)```$',
     re.MULTILINE | re.DOTALL,
 )
+HAS_MLFLOW = f"""{sys.executable} -c 'import mlflow.version'"""
 # What a page says -> what is run, and why not as it stands.
 REPLACED: tuple[tuple[str, str, str], ...] = (
     (r"make ([\w-]+)(.*)", rf"make -C {ROOT} -n \1\2", "its set-up takes minutes and a network"),
     (r"source \.venv/bin/activate", "true", "the test's own environment is active"),
     (r"pip install .*", "true", "needs a network; make setup and make test-versions install"),
-    (r"mlflow ui .*", "command -v mlflow", "a server that stays; tests/track starts servers"),
+    (r"mlflow ui .*", HAS_MLFLOW, "a server that stays; tests/track starts servers"),
     (r"(?:sudo )?(slurm/cluster/\w+\.sh).*", r"\1 --help", "needs root: tests/cluster"),
     (r'eval "\$\((?:sudo )?(slurm/cluster/up\.sh) .*', r"\1 --help", "needs root: tests/cluster"),
     (r"(sinfo|squeue)", "true", "Slurm's own"),
@@ -101,12 +102,13 @@ def cut(text: str) -> str:
     return text
 
 
-def make_folder(folder: Path, corpus: Path) -> None:
-    """What stands in a checkout, ``vqmoe`` in ``bin``, and the library's corpus, prepared."""
+def make_folder(folder: Path, corpus: Path | None) -> None:
+    """What stands in a checkout, ``vqmoe`` in ``bin``, and the library's corpus, if given."""
     for name in ("recipes", "slurm", "launchers", "README.md", "Makefile"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "data").mkdir()
-    (folder / "data" / "stdlib").symlink_to(corpus)
+    if corpus is not None:
+        (folder / "data" / "stdlib").symlink_to(corpus)
     script = folder / "bin" / "vqmoe"
     script.parent.mkdir()
     short = Path(__file__).with_name("short_vqmoe.py")

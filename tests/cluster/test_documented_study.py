@@ -1,4 +1,4 @@
-"""The tutorial's study, submitted as the tutorial submits it: every run finishes, and is reported."""
+"""The tutorial's study, submitted as the tutorial does it: every run finishes, and is reported."""
 
 from __future__ import annotations
 
