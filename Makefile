@@ -1,6 +1,6 @@
 # Each target does all of its own set-up in .venv, from a fresh clone.
 #
-#   make setup | pretrain | test | test-full | test-versions | test-cluster | gpu | gpu-wheels | lint | help
+#   make setup | pretrain | test | test-full | test-versions | test-cluster | gpu | gpu-wheels | docs | lint | help
 #   make pretrain ARGS="train.exit_interval=40"    ARGS reaches the command behind the target
 #   make test ARGS="-k layout"
 #   make gpu OUT=DIR BUDGET_MIN=20         docs/operations.md, "On a GPU"
@@ -21,12 +21,13 @@ WHEELS ?= build/gpu_wheels
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-complete
+DOCS_STAMP := $(VENV)/.docs-setup-complete
 TORCH := $(shell sed -n 's/^ *\(torch>=.*\)$$/\1/p' setup.cfg)
 WORKERS := -n 2 --dist loadgroup
 TYPED := vqmoe_megatron/registry.py vqmoe_megatron/config vqmoe_megatron/metrics vqmoe_megatron/rundir vqmoe_megatron/plan
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-full test-versions test-cluster gpu gpu-wheels lint
+.PHONY: help setup pretrain test test-full test-versions test-cluster gpu gpu-wheels docs lint
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -70,6 +71,14 @@ gpu:  ## settle on one GPU, within BUDGET_MIN minutes, what the CPU cannot show;
 
 gpu-wheels: setup  ## download what a GPU machine without a network lacks into WHEELS, for --wheels
 	$(BIN)/python -m vqmoe_megatron.gpu_proof.wheels --out "$(WHEELS)"
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -e ".[docs]"
+	@touch $(DOCS_STAMP)
+
+docs: $(DOCS_STAMP)  ## build the documentation site into build/docs; warnings and dead links are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+	@echo "read it: $(BIN)/python -m http.server -d build/docs 8000, then http://127.0.0.1:8000"
 
 lint: setup  ## ruff check, ruff format --check, and mypy on the torch-free files
 	$(BIN)/ruff check .

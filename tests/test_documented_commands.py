@@ -1,4 +1,7 @@
-"""Commands in the documents and recipes exist: subcommand, options, scripts and recipe files."""
+"""Commands in the documents and recipes exist: subcommand, options, scripts and recipe files.
+
+Those of the pages that the documentation site adds are run, too (``documented_pages``).
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,36 @@ from pathlib import Path
 
 import pytest
 import typer
+from documented_pages import (
+    REPLACED,
+    Page,
+    Step,
+    commands_of,
+    cut,
+    harmless,
+    make_folder,
+    problems,
+    read_page,
+    run_page,
+    without_numbers,
+)
+from short_vqmoe import shortened
 
 from vqmoe_megatron import cli
 from vqmoe_megatron.config.recipe import load_recipe
 from vqmoe_megatron.plan.layout import check_layout, minimum_world_size
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = [  # of the documentation site, that tell their reader what to type
+    *(ROOT / "docs" / f"{name}.md" for name in ("index", "quickstart", "troubleshooting")),
+    *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
+    *sorted((ROOT / "docs" / "concepts").glob("*.md")),
+]
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "docs" / "operations.md",
     ROOT / "docs" / "recipes.md",
+    *PAGES,
     *sorted((ROOT / "recipes").rglob("*.yaml")),
 ]
 COMMAND = re.compile(r"(?:^|[`(\s])(vqmoe [a-z][^`\n]*)")
@@ -155,3 +178,94 @@ def test_the_ranks_of_a_shown_start_are_read() -> None:
     assert started("vqmoe pretrain recipes/a.yaml --nproc 4 a.b=c") == [
         (4, "recipes/a.yaml", ["a.b=c"])
     ]
+
+
+PAGE_NAMES = {page: page.relative_to(ROOT / "docs").as_posix() for page in PAGES}
+# Fences `sh`: what a test cannot have, and what shows that it is right all the same.
+ELSEWHERE = {
+    "vqmoe checkpoint inspect RUN_DIR": "run in the quickstart, on a real directory",
+    "torchrun ... pretrain_gpt.py": "needs Megatron-LM; tests/train/test_inside_megatron_lm.py",
+}
+
+
+def only_fast(*fast: str) -> list:
+    """Parameters of all pages with commands; of the full tier those that train."""
+    return [
+        pytest.param(page, id=name, marks=() if name in fast else pytest.mark.full)
+        for page, name in PAGE_NAMES.items()
+        if read_page(page.read_text("utf-8")).steps
+    ]
+
+
+@pytest.mark.parametrize("path", only_fast("index.md", "concepts/code_memory.md"))
+def test_every_command_of_a_page_runs_and_prints_what_the_page_shows(
+    path: Path, tmp_path, request
+) -> None:
+    page = read_page(path.read_text("utf-8"))
+    commands = [step.command for step in page.steps]
+    prepares = any(one.endswith("--out data/stdlib") for one in commands)
+    needs_text = not prepares and any("vqmoe p" in one for one in commands)
+    corpus = request.getfixturevalue("stdlib_corpus") if needs_text else None
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    make_folder(folder, corpus)
+    assert problems(page, run_page(page, folder)) == []
+
+
+def test_what_is_not_run_as_it_stands_is_known() -> None:
+    pages = [read_page(path.read_text("utf-8")) for path in PAGES]
+    found = [step.command for page in pages for step in page.steps]
+    elsewhere = [command for page in pages for command in page.elsewhere]
+    assert len(found) >= 40
+    assert {start for start in ELSEWHERE for one in elsewhere if one.startswith(start)} == set(
+        ELSEWHERE
+    )
+    assert all(any(one.startswith(start) for start in ELSEWHERE) for one in elsewhere)
+    as_it_stands = [command for command in found if harmless(command) == command]
+    assert len(as_it_stands) >= 25
+    for pattern, _, reason in REPLACED:  # a line that serves nothing would hide what it once did
+        assert any(re.fullmatch(pattern, command) for command in found), (pattern, reason)
+
+
+def test_the_programs_of_the_tutorial_are_those_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    tutorial = (ROOT / "docs" / "tutorials" / "megatron_lm.md").read_text("utf-8")
+    fences = [re.findall(r"```python\n(.*?)```", text, re.S) for text in (readme, tutorial)]
+    assert fences[0] == fences[1] != []
+
+
+def test_the_spec_of_the_tutorial_is_there() -> None:
+    from megatron.core.transformer.spec_utils import import_module
+
+    tutorial = (ROOT / "docs" / "tutorials" / "megatron_lm.md").read_text("utf-8")
+    module, name = re.search(r"--spec (\S+) (\S+)", tutorial).groups()
+    assert import_module([module, name]) is not None
+
+
+def test_a_page_is_read_in_order() -> None:
+    page = read_page(
+        "```bash\nvqmoe a \\\n    b=1  # why\n# nothing\nls\n```\nThen\n"
+        "```text\nerror: no\n...\n```\n"
+        '1. x\n\n    ```yaml title="f.yaml"\n    train.train_iters: 40\n    ```\n'
+        "```sh\nsrun x\n```\n"
+    )
+    assert page.steps == [Step("vqmoe a b=1"), Step("ls", ["error: no"])]
+    assert [step.is_refused for step in page.steps] == [False, True]
+    assert page.files == {"f.yaml": "train.train_iters: 40\n"}
+    assert cut(page.files["f.yaml"]) == "train.train_iters: 4\n"
+    assert page.elsewhere == ["srun x"] and commands_of("") == []
+
+
+def test_what_a_page_claims_in_vain_is_seen() -> None:
+    page = Page([Step("a", ["loss 1.5 | x"]), Step("b", ["error: c"]), Step("d")], {}, [])
+    assert problems(page, [(0, "12: loss 2.25e-3 | x"), (2, "error: c of 3"), (0, "")]) == []
+    assert len(problems(page, [(0, "loss 2.5 | y"), (0, "error: c"), (1, "")])) == 3
+    assert without_numbers("┃ a  │ 1,024 ┃") == "a #"
+
+
+def test_a_run_is_cut_and_stays_the_same_run() -> None:
+    first = shortened(["pretrain", "r.yaml", "train.train_iters=60", "train.exit_interval=30"])
+    second = shortened(["pretrain", "r.yaml", "train.train_iters=60", "model.seq_length=256"])
+    assert "train.exit_interval=3" in first and "train.train_iters=6" in first
+    assert [word for word in first if "exit" not in word] == second
+    assert shortened(["plan", "r.yaml"]) == ["plan", "r.yaml"]

@@ -73,7 +73,10 @@ class VQMoELayer(LayerStep, MoELayer):
     """A Megatron MoE layer with a discrete path beside the learned router.
 
     Args:
-        config, submodules, layer_number, pg_collection: as Megatron passes them.
+        config: Megatron's, as it passes it; so with the next three.
+        submodules: router and experts.
+        layer_number: from 1.
+        pg_collection: the process groups; None: Megatron's default ones.
         vq: settings; None takes the defaults with K = 4 N.
         seed: of codebook initialisation and revival, the same on all ranks.
         on_every_stage: whether every pipeline stage holds such layers, so that their metrics may be
