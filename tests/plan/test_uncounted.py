@@ -18,7 +18,7 @@ def test_context_parallelism_is_trained_and_not_planned() -> None:
     plan = plan_run(recipe(CP2), 2, "CPU")
     (error,) = plan.errors
     assert WORDS in error
-    with pytest.raises(ValueError, match=WORDS):
+    with pytest.raises(ValueError, match=f"cannot be planned on 2 ranks:\n.*{WORDS}"):
         _ = plan.wire_bytes_per_step
 
 
@@ -26,6 +26,7 @@ def test_a_broken_rule_comes_first() -> None:
     plan = plan_run(recipe(CP2), 3, "CPU")
     assert len(plan.errors) == 1
     assert "world_size % (TP * PP * CP" in plan.errors[0]
+    assert plan.refusal == "the recipe cannot run on 3 ranks"
 
 
 def test_no_layout_of_a_search_keeps_it() -> None:

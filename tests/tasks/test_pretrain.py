@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_run import PARITY
 
-from vqmoe_megatron.tasks.pretrain import masked_loss, part_of_mean_loss
+from vqmoe_megatron.config.recipe import load_recipe
+from vqmoe_megatron.tasks.pretrain import Pretrain, masked_loss, part_of_mean_loss
+from vqmoe_megatron.train.preflight import check_parts
 
 
 @pytest.mark.parametrize("num_scored", [1, 3, 8])
@@ -23,3 +26,12 @@ def test_parts_of_a_mean_are_the_mean_whatever_the_mask(num_scored: int) -> None
     torch.testing.assert_close(sum(means) / 2, total / num_tokens)
     torch.testing.assert_close(sum(part[2]["loss"] for part in parts), report["loss"])
     assert all(count.dtype == torch.int32 for _, count, _ in parts)
+
+
+def test_a_task_that_does_not_cut_its_batches_is_refused(monkeypatch) -> None:  # noqa: ANN001
+    config = load_recipe(PARITY, ["parallel.context_parallel_size=2"])
+    check_parts(config, "cpu")
+    monkeypatch.setattr(Pretrain, "cuts_sequences", False)
+    with pytest.raises(ValueError, match="context_parallel_size=2: train.task=pretrain gives"):
+        check_parts(config, "cpu")
+    check_parts(load_recipe(PARITY, []), "cpu")

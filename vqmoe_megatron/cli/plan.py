@@ -85,7 +85,7 @@ def plan(
     elif not as_json:
         show_plan(planned, assumptions, table_console(sys.stdout))
     if simulate and planned.errors:
-        print("no simulation: this layout cannot run", file=sys.stderr)
+        print(f"no simulation: {planned.refusal}", file=sys.stderr)
     elif simulate:
         try:
             simulated = simulate_step(config, ranks)

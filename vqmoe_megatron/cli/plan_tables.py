@@ -38,9 +38,8 @@ SIZES = {
 
 
 def show_errors(plan: RunPlan, console: Console) -> None:
-    """Print every broken rule as its equation."""
-    ranks = f"{plan.world_size} rank{'s' if plan.world_size != 1 else ''}"
-    title = f"error: the recipe cannot run on {ranks}"
+    """Print every broken rule as its equation, or what no plan counts."""
+    title = f"error: {plan.refusal}"
     console.print(_table(title, ["rule that does not hold"], ([error] for error in plan.errors)))
 
 

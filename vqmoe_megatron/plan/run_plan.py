@@ -21,7 +21,7 @@ from vqmoe_megatron.plan.flops import RunFlops, run_flops
 from vqmoe_megatron.plan.grid import code_owners, rank_grid, rank_groups
 from vqmoe_megatron.plan.hardware import Hardware, hardware_profile
 from vqmoe_megatron.plan.kernels import Row
-from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.layout import ParallelLayout, layout_errors
 from vqmoe_megatron.plan.memory import EXCLUDED, StageMemory, stage_memory
 from vqmoe_megatron.plan.memory_report import code_memory_json
 from vqmoe_megatron.plan.parameters import ParameterCount, count_parameters
@@ -51,20 +51,27 @@ class Figures:
 @dataclass(frozen=True)
 class RunPlan:
     """A recipe on ``world_size`` ranks. Every figure raises ``ValueError`` with all ``errors`` when
-    the layout cannot run."""
+    the layout cannot run, or is one that no formula counts."""
 
     config: RunConfig
     world_size: int
     hardware: Hardware
-    errors: tuple[str, ...]  # every broken rule as an equation
+    errors: tuple[str, ...]  # every broken rule as an equation, else what is not counted
     _figures: Figures | None
+
+    @property
+    def refusal(self) -> str:
+        """The sentence over ``errors``: a layout that is not counted can run all the same."""
+        is_broken = layout_errors(self.config, self.world_size, self.hardware.device)
+        ranks = f"{self.world_size} rank{'s' if self.world_size != 1 else ''}"
+        return f"the recipe cannot {'run' if is_broken else 'be planned'} on {ranks}"
 
     @property
     def figures(self) -> Figures:
         """All of them."""
         if self._figures is None:
             listing = "\n".join(f"  - {error}" for error in self.errors)
-            raise ValueError(f"the recipe cannot run on {self.world_size} ranks:\n{listing}")
+            raise ValueError(f"{self.refusal}:\n{listing}")
         return self._figures
 
     @property

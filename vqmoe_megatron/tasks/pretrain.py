@@ -25,6 +25,8 @@ from vqmoe_megatron.tasks.task import Batch, Task
 class Pretrain(Task):
     """Batches hold tokens, labels, position_ids int64 and loss_mask fp32, each ``[b, S]``."""
 
+    cuts_sequences = True
+
     def training_iterators(
         self, num_chunks: int, consumed_samples: int, passed_over_samples: int
     ) -> list[Iterator[Batch]]:

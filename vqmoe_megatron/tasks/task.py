@@ -21,6 +21,10 @@ Batch = dict[str, torch.Tensor]
 class Task(ABC):
     """Built on every rank with the checked recipe, and the corpus if its batches are read."""
 
+    # Whether forward_step gives the model this context-parallel rank's part of a batch, as
+    # Megatron's get_batch_on_this_cp_rank cuts it; without, context parallelism is refused.
+    cuts_sequences = False
+
     def __init__(self, config: RunConfig, corpus: Corpus | None) -> None:
         self.config = config
         self.corpus = corpus

@@ -104,7 +104,8 @@ def check_parts(config: RunConfig, device: str) -> None:
 
     Raises:
         ValueError: for one that cannot be loaded or does not implement its kind's interface, and
-            for a fused kernel that the recipe asks for and that cannot be used here.
+            for a fused kernel that the recipe asks for and that cannot be used here; with context
+            parallelism for a task that does not cut its batches.
     """
     choose_parts(config, device)
     metric_table()
@@ -114,6 +115,13 @@ def check_parts(config: RunConfig, device: str) -> None:
         for name in [chosen] if isinstance(chosen, str) else chosen:
             if not registry.is_ours(kind, name):
                 registry.load(kind, name)
+    num_parts, task = config.parallel.context_parallel_size, config.train.task
+    if num_parts > 1 and not registry.load("task", task).cuts_sequences:
+        raise ValueError(
+            f"context_parallel_size={num_parts}: train.task={task} gives every rank whole "
+            "sequences; use 1, or let its forward_step cut batches with Megatron's "
+            "get_batch_on_this_cp_rank and set cuts_sequences = True"
+        )
 
 
 def check_enough_text(config: RunConfig, corpus: Corpus) -> None:
