@@ -35,8 +35,7 @@ REPLACED: tuple[tuple[str, str, str], ...] = (
 )
 # Lengths of a titled study file, cut as short_vqmoe.py cuts those of a command.
 CUT_IN_FILES = (
-    (r"(train\.train_iters|checkpoint\.save_interval|train\.log_interval): (\d+)", 10),
-    (r"(train\.global_batch_size): (\d+)", 2),
+    (r"(\w+\.(?:train_iters|save_interval|log_interval|lr_warmup_iters)): (\d+)", 10),
     (r"(model\.seq_length): (\d+)", 4),
 )
 
