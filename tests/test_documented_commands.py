@@ -78,7 +78,11 @@ def test_every_command_exists(path: Path) -> None:
 
 
 def test_the_documents_are_read() -> None:
-    found = commands((ROOT / "docs" / "operations.md").read_text("utf-8"))
+    texts = [
+        (ROOT / "docs" / name).read_text("utf-8")
+        for name in ("operations.md", "troubleshooting.md")
+    ]
+    found = commands("\n".join(texts))
     assert {line.split()[1] for line in found} >= {
         *("prepare", "pretrain", "plan", "preflight", "study", "mlflow-sync", "checkpoint")
     }
