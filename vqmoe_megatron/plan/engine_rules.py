@@ -79,10 +79,11 @@ def _setting_errors(config: RunConfig) -> Iterator[str]:
             "model.bf16 with train.zero_stage=0: without ZeRO DeepSpeed keeps gradients of bf16 "
             "weights in another form, which was never proved here; use train.zero_stage=1"
         )
-    if config.model.bf16 and config.vq.codebook_update == "gradient":
+    if config.model.bf16 and config.vq.codebook_update != "ema":
         yield (
-            "vq.codebook_update=gradient in bf16 with train.engine=deepspeed: DeepSpeed casts "
-            "every trained parameter, codes too, which must stay fp32; use ema or fp32"
+            f"vq.codebook_update={config.vq.codebook_update} in bf16 with train.engine=deepspeed: "
+            "DeepSpeed casts every trained parameter, codes too, which must stay fp32; use ema or "
+            "fp32"
         )
     if train.offload_optimizer and not train.zero_stage:
         yield "train.offload_optimizer needs train.zero_stage 1 or 2: ZeRO 0 offloads nothing"

@@ -164,6 +164,7 @@ def _optimizer_errors(config: RunConfig) -> Iterator[str]:
     of_memory = memory.is_on and memory.codes == "hidden"
     if (
         config.model.bf16
+        and config.train.engine == "megatron"
         and vq.codebook_update in ("gradient", "reanchor")
         and (of_layers or of_memory)
         and not config.optimizer.use_distributed_optimizer
