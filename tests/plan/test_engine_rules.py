@@ -48,7 +48,7 @@ def test_its_keys_mean_nothing_to_megatrons_engine():
 
 
 def test_zero_3_is_no_stage():
-    with pytest.raises(ValueError, match="must be 0, 1 or 2: ZeRO 3"):
+    with pytest.raises(ValueError, match="train.zero_stage=3 must be .*at most 2"):
         load_recipe(PARITY, [*DEEPSPEED, "train.zero_stage=3"])
 
 

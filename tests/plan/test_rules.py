@@ -50,7 +50,7 @@ from vqmoe_megatron.plan.layout import layout_errors
                 "parallel.tensor_model_parallel_size=2",
             ],
             ["model.calculate_per_token_loss=false"],
-            "moe_z_loss_coeff=0.001 with calculate_per_token_loss and TP = 2",
+            "moe_z_loss_coeff=0.001 with calculate_per_token_loss and TP * CP = 2",
         ),
         (["model.fp8=hybrid"], ["vq.execution=tokens"], "wired to token dispatch only"),
         (

@@ -77,12 +77,14 @@ def count(vq_settings: dict, num_microbatches: int, dtype: str) -> dict:
     # fp32 before the cast, as in training: a codebook keeps the fp32, or fp64, that it is cast from
     parameters = {name: tensor.float() for name, tensor in draw_parameters(vq).items()}
     layer = build_layer(vq, parameters, moe_router_topk=TOPK, **changes).to(dtype)
-    groups = {"ep": layer.ep_group, "expt_tp": layer.expt_tp_group, "tp": layer.tp_group}
+    # Without context parallelism tp_cp has the ranks of tp, in a group of its own.
+    groups = [("ep", layer.ep_group), ("expt_tp", layer.expt_tp_group), ("tp", layer.tp_group)]
+    groups.append(("tp", layer.pg_collection.tp_cp))
     sent: list[list] = []
     is_backward = False
 
     def record(collective: str, group: object, num_bytes: int, factor: Fraction) -> None:
-        (name,) = [name for name, of_layer in groups.items() if of_layer is group]
+        (name,) = [name for name, of_layer in groups if of_layer is group]
         amount = num_bytes * factor
         if amount:
             sent.append([is_backward, collective, name, amount.numerator, amount.denominator])

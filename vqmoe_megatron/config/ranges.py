@@ -128,6 +128,7 @@ LEGAL_RANGES: dict[str, Range] = {
     "train.exit_interval": STEPS,
     "train.exit_duration_in_mins": Range(0, 10**7),  # 19 years
     "train.check_replicas_interval": STEPS_OR_NONE,
+    "train.zero_stage": Range(0, 2),  # 3 cuts weights, and DeepSpeed refuses it beside our experts
     "checkpoint.save_interval": STEPS_OR_NONE,
     "checkpoint.keep_last": STEPS,
 }

@@ -1,4 +1,4 @@
-"""Import DeepSpeed on the accelerator that the run uses, and tell it which rank this is."""
+"""Import DeepSpeed and tell it which rank this is."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-import torch
-
 from vqmoe_megatron.runtime.optional_packages import require
 from vqmoe_megatron.runtime.world import discover_rank
 
@@ -17,13 +15,11 @@ SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 
 def import_deepspeed() -> ModuleType:
-    """Return the package, imported with this machine's accelerator; it reads that only once.
+    """Return the package, ready for a run.
 
     Raises:
         ValueError: when it is not installed or cannot be imported.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     require("deepspeed", "train.engine=deepspeed")
     import deepspeed
 
