@@ -35,5 +35,9 @@ def test_text_of_a_checkpoint_and_of_its_export(ranks, small_corpus, tmp_path):
     assert greedy[0].stdout == greedy[1].stdout
     empty = vqmoe("generate", tmp_path / "hf", "")
     assert empty.returncode == 2 and "at least one token" in empty.stderr
+    (model,) = (tmp_path / "hf").glob("model-*.safetensors")
+    model.write_bytes(model.read_bytes()[:-100])
+    cut = vqmoe("generate", tmp_path / "hf", "def f(", *few)
+    assert cut.returncode == 2 and "cannot be loaded" in cut.stderr
     nothing = vqmoe("generate", tmp_path / "nothing", "def")
     assert nothing.returncode == 2 and len(nothing.stderr.splitlines()) == 1

@@ -182,7 +182,15 @@ def no_tensors_listed(folder: Path) -> None:
     path.write_text(json.dumps(described | {"files": {}}))
 
 
+def another_iteration(folder: Path) -> None:
+    path = folder / "training.json"
+    described = json.loads(path.read_text())
+    described["progress"]["iteration"] += 1
+    path.write_text(json.dumps(described))
+
+
 DAMAGE = {
+    another_iteration: "or was changed",
     no_training_file: "has no training.json: vqmoe export --hf did not write it",
     other_weights: "is not as it was written: its checksum differs",
     no_weights: "cannot be read (No such file or directory)",

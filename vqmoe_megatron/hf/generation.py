@@ -17,9 +17,12 @@ from vqmoe_megatron.hf.tokenizer_files import TOKENIZER_FILE
 HF_CONFIG = "config.json"
 
 
+LEAST_TEMPERATURE = 1e-3  # below it fp32 holds no probability but the likeliest token's
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. ``temperature`` 0: the likeliest one."""
+    """How tokens are drawn. ``temperature`` below 1e-3: the likeliest one."""
 
     max_new_tokens: int
     temperature: float
@@ -66,16 +69,28 @@ def _exported(model: Path) -> Iterator[Path]:
 
 
 def _stream(folder: Path, prompt: str, sampling: Sampling) -> None:
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TextStreamer
+    from safetensors import SafetensorError
+    from transformers import PreTrainedTokenizerFast, TextStreamer
     from transformers.utils import logging
+
+    from vqmoe_megatron.hf.modeling_vqmoe import VQMoEForCausalLM
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-    model = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=True).eval()
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+        # Our own class: what lies in the folder as Python is not run.
+        model = VQMoEForCausalLM.from_pretrained(str(folder)).eval()
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {error}") from error
     if torch.cuda.is_available():
         model = model.cuda()
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    try:
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise ValueError(f"the prompt is not of this vocabulary: {error}") from error
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError(f"the prompt {prompt!r} holds no token of this vocabulary; give some text")
     num_tokens = inputs["input_ids"].shape[1] + sampling.max_new_tokens
     if num_tokens > (trained := model.config.max_position_embeddings):
         if model.config.position_embedding_type != "rope":
@@ -86,7 +101,7 @@ def _stream(folder: Path, prompt: str, sampling: Sampling) -> None:
         print(f"the model was trained on {trained} tokens at a time", file=sys.stderr)
     torch.manual_seed(sampling.seed)
     draws = {"do_sample": False}
-    if sampling.temperature > 0:
+    if sampling.temperature >= LEAST_TEMPERATURE:
         draws = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
     model.generate(
         input_ids=inputs["input_ids"],

@@ -59,7 +59,8 @@ def import_hf(folder: Path, out: Path) -> HfImport:
 
 def _write(training: Training, layout: ParallelLayout, partial: Path, out: Path) -> HfImport:
     from vqmoe_megatron.checkpoint.random_state import seed_generators
-    from vqmoe_megatron.checkpoint.saver import CheckpointSaver, SavedRun
+    from vqmoe_megatron.checkpoint.room import check_checkpoint_room
+    from vqmoe_megatron.checkpoint.saver import CheckpointSaver, SavedRun, SaveFailed
     from vqmoe_megatron.checkpoint.state import Progress, TrainingState
     from vqmoe_megatron.engines.megatron.engine import MegatronEngine
     from vqmoe_megatron.hf.module_tensors import fill_model
@@ -84,7 +85,11 @@ def _write(training: Training, layout: ParallelLayout, partial: Path, out: Path)
     seed_generators(config.train.seed, progress.iteration)
     state = TrainingState(engine.model, engine.optimizer, engine.scheduler)
     run = SavedRun(config, layout, training.corpus_content, RunDirectory(partial))
-    written = CheckpointSaver(run, state).save(progress, in_background=False)
+    check_checkpoint_room(config, RunDirectory(partial))
+    try:
+        written = CheckpointSaver(run, state).save(progress, in_background=False)
+    except SaveFailed as error:
+        raise ValueError(str(error)) from error
     return HfImport(
         out=out,
         checkpoint=out / written.relative_to(partial),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,7 @@ def write_training(
             "algorithm": ALGORITHM,
             "files": {name: checksum(folder / name) for name in (*COPIED, *tensor_files)},
         }
+        described["own_crc32"] = _own_crc32(described)
         (folder / TRAINING_FILE).write_text(json.dumps(described, indent=1) + "\n", "utf-8")
     return [*COPIED, TRAINING_FILE]
 
@@ -124,11 +126,18 @@ def _described(folder: Path) -> dict[str, Any]:
         is_usable = described["algorithm"] == ALGORITHM and set(NEEDED) <= set(files)
         is_usable &= all(Path(name).name == name for name in files)
         is_usable &= all(isinstance(described[part], dict) for part in ("progress", "scheduler"))
+        is_usable &= described["own_crc32"] == _own_crc32(described)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"does not describe an export ({error!r})") from error
     if not is_usable:
-        raise _damaged(path, "does not describe an export")
+        raise _damaged(path, "does not describe an export, or was changed")
     return described | {"files": files}
+
+
+def _own_crc32(described: dict[str, Any]) -> int:
+    """Of all that the file says besides this number."""
+    rest = {name: value for name, value in described.items() if name != "own_crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def _damaged(path: Path, problem: str) -> ValueError:

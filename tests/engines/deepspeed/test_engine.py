@@ -17,6 +17,8 @@ EP = "expert_model_parallel_size"
 SIX = ["train.train_iters=20", "train.exit_interval=6"]
 DEEPSPEED = "train.engine=deepspeed"
 MEMORY = ["vq.path=continuous", "code_memory.num_rows=64"]
+FROZEN = ["vq.codebook_update=gradient", "vq.freeze_after_steps=3"]
+GLOBAL_BALANCE = "model.moe_router_load_balancing_type=global_aux_loss"
 LAYOUTS = {"one": (1, {}), "dp2": (2, {}), "ep2": (2, {EP: 2}), "dp2-ep2": (4, {EP: 2})}
 
 
@@ -33,8 +35,16 @@ CASES = {
     "ep2-zero2-trained-codes": (2, {EP: 2}, [*zero(2), "vq.codebook_update=gradient"]),
     "dp2-ep2-zero2-memory": (4, {EP: 2}, [*zero(2), *MEMORY]),
     "ep2-zero0-memory": (2, {EP: 2}, [*zero(0), *MEMORY]),
+    "ep2-zero2-frozen-codes": (2, {EP: 2}, [*zero(2), *FROZEN]),
+    "one-zero1-global-balance": (1, {}, [*zero(1), GLOBAL_BALANCE]),  # differs by ranks as it is
 }
-OF_THE_MODEL = (*MEMORY, "vq.codebook_update=gradient")
+FAST = (
+    "ep2-zero1",
+    "dp2-ep2-zero2-memory",
+    "ep2-zero2-frozen-codes",
+    "one-zero1-global-balance",
+)
+OF_THE_MODEL = (*MEMORY, *FROZEN, GLOBAL_BALANCE)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +62,7 @@ def native(ranks, stdlib_corpus, tmp_path_factory):
     return records
 
 
-@pytest.mark.parametrize("name", only(CASES, "ep2-zero1", "dp2-ep2-zero2-memory", "ep2-zero0"))
+@pytest.mark.parametrize("name", only(CASES, *FAST))
 def test_the_curve_is_megatrons(name, ranks, native, stdlib_corpus, tmp_path):
     num_ranks, layout, overrides = CASES[name]
     results = run_on(ranks(num_ranks), stdlib_corpus, tmp_path, [*SIX, *overrides], layout)

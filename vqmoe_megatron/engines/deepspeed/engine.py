@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.distributed.finalize_model_grads import reset_model_temporary_tensors
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
@@ -33,6 +34,7 @@ from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.runtime.fused_parts import choose_parts
 from vqmoe_megatron.runtime.world import choose_device
 from vqmoe_megatron.tasks.task import Batch, Task
+from vqmoe_megatron.vq.codebook import Codebook
 
 
 class Replica(MegatronModule):
@@ -71,12 +73,9 @@ class DeepSpeedEngine(Engine):
         self.model, self.optimizer = [replica], optimizer
         self.scheduler = build_scheduler(config, optimizer)
         self.num_microbatches = num_microbatches
+        self.codebooks = [m for m in replica.modules() if isinstance(m, Codebook)]
         # Trained codes are also set from data and revived, of which ZeRO's copies know nothing.
-        self.trained_codes = [
-            p
-            for name, p in replica.named_parameters()
-            if p.requires_grad and name.endswith(".codebook.codes")
-        ]
+        self.trained_codes = [b.codes for b in self.codebooks if b.codes.requires_grad]
         self.codebook_sync: CodebookSync = replica.config.finalize_model_grads_func
         self.gradients: Gradients = (
             ZeroGradients(engine)
@@ -148,6 +147,8 @@ class DeepSpeedEngine(Engine):
             if number + 1 < self.num_microbatches:
                 self.engine.step()  # which only counts, before the last microbatch
         self.codebook_sync(self.model)
+        # The rest of Megatron's finalize_model_grads that is no reduction: global_aux_loss counts.
+        reset_model_temporary_tensors(self.model[0].config, self.model)
         sums = sum_reports(reports)
         norm = self.gradients.norm().to(sums.device)
         flags = torch.stack(
@@ -167,6 +168,8 @@ class DeepSpeedEngine(Engine):
             self.codebook_sync.apply()
             self.optimizer.reload_model_params(self.trained_codes)
         self.engine.step()
+        for codebook in self.codebooks:  # ZeRO writes its copies behind the hook that does so
+            codebook.put_back_frozen()
         if bad and self.config.train.zero_stage and self.engine.was_step_applied():
             raise RuntimeError(
                 "the loss is not finite and every gradient is: DeepSpeed has taken a step that "
