@@ -6,6 +6,7 @@ import math
 
 import pytest
 from fast_tier import only
+from gloo_ranks import RankPool
 from small_run import PARITY, TINY, run_on
 from troubled_run import train_with_one_poisoned_step
 from unregistered_experts import train_without_registration
@@ -47,6 +48,21 @@ FAST = (
 OF_THE_MODEL = (*MEMORY, *FROZEN, GLOBAL_BALANCE)
 
 
+@pytest.fixture
+def new_ranks():
+    """A world of its own for every run: DeepSpeed keeps its groups as long as a process lives, and
+    a pool that others use makes them anew at every change of the layout."""
+    pools = []
+
+    def start(world_size):
+        pools.append(RankPool(world_size))
+        return pools[-1]
+
+    yield start
+    for pool in pools:
+        pool.close()
+
+
 @pytest.fixture(scope="module")
 def native(ranks, stdlib_corpus, tmp_path_factory):
     """Records of one rank of Megatron's, by what the model is told."""
@@ -63,9 +79,9 @@ def native(ranks, stdlib_corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", only(CASES, *FAST))
-def test_the_curve_is_megatrons(name, ranks, native, stdlib_corpus, tmp_path):
+def test_the_curve_is_megatrons(name, new_ranks, native, stdlib_corpus, tmp_path):
     num_ranks, layout, overrides = CASES[name]
-    results = run_on(ranks(num_ranks), stdlib_corpus, tmp_path, [*SIX, *overrides], layout)
+    results = run_on(new_ranks(num_ranks), stdlib_corpus, tmp_path, [*SIX, *overrides], layout)
     for result in results:
         for ours, theirs in zip(result["records"], native(overrides), strict=True):
             compared = {"loss", "grad_norm", "val/loss"} & set(theirs)
@@ -79,11 +95,11 @@ def test_the_curve_is_megatrons(name, ranks, native, stdlib_corpus, tmp_path):
 
 
 def test_without_the_registration_of_experts_it_is_another_model(
-    ranks, native, stdlib_corpus, tmp_path
+    new_ranks, native, stdlib_corpus, tmp_path
 ):
     every = [*SIX, *zero(1), f"data.path={stdlib_corpus}", f"parallel.{EP}=2"]
     every += [f"train.output_dir={tmp_path}"]
-    results = ranks(2).run(train_without_registration, str(PARITY), every, layout={EP: 2})
+    results = new_ranks(2).run(train_without_registration, str(PARITY), every, layout={EP: 2})
     ours, theirs = (x[-1]["loss"] for x in (results[0]["records"], native([])))
     assert abs(ours - theirs) > 1e-3
 
@@ -100,16 +116,16 @@ JOURNEYS = {
 
 
 @pytest.mark.parametrize("name", only(JOURNEYS, "zero2-native-zero0"))
-def test_a_run_goes_on_with_either_engine(name, ranks, stdlib_corpus, tmp_path):
+def test_a_run_goes_on_with_either_engine(name, new_ranks, stdlib_corpus, tmp_path):
     every = ["train.train_iters=20", "train.eval_iters=0"]
     moved = {}
     for number, (num_ranks, layout, overrides) in enumerate(JOURNEYS[name]):
         here = [*every, "train.exit_interval=2", *overrides]
-        results = run_on(ranks(num_ranks), stdlib_corpus, tmp_path / "moved", here, layout)
+        results = run_on(new_ranks(num_ranks), stdlib_corpus, tmp_path / "moved", here, layout)
         assert results[0]["iteration"] == 2 * number + 2
         moved |= {r["iteration"]: r for r in results[0]["records"]}
     here = [*every, f"train.exit_interval={len(moved)}"]
-    stayed = run_on(ranks(1), stdlib_corpus, tmp_path / "stayed", here, {})[0]["records"]
+    stayed = run_on(new_ranks(1), stdlib_corpus, tmp_path / "stayed", here, {})[0]["records"]
     for record in stayed:
         for metric in ("loss", "grad_norm"):
             ours = moved[record["iteration"]][metric]
@@ -118,14 +134,14 @@ def test_a_run_goes_on_with_either_engine(name, ranks, stdlib_corpus, tmp_path):
 
 @pytest.mark.full
 @pytest.mark.parametrize("stage", [1, 2])
-def test_bf16_is_near_megatrons_and_resumes_bitwise(stage, ranks, small_corpus, tmp_path):
+def test_bf16_is_near_megatrons_and_resumes_bitwise(stage, new_ranks, small_corpus, tmp_path):
     every = [*TINY, "train.train_iters=6", "model.bf16=true"]
     layout = {EP: 2}
-    native = run_on(ranks(2), small_corpus, tmp_path / "native", every, layout)[0]["records"]
-    stayed = run_on(ranks(2), small_corpus, tmp_path / "s", [*every, *zero(stage)], layout)
+    native = run_on(new_ranks(2), small_corpus, tmp_path / "native", every, layout)[0]["records"]
+    stayed = run_on(new_ranks(2), small_corpus, tmp_path / "s", [*every, *zero(stage)], layout)
     cut = [*every, *zero(stage), "train.exit_interval=3"]
     for _ in range(2):
-        moved = run_on(ranks(2), small_corpus, tmp_path / "moved", cut, layout)
+        moved = run_on(new_ranks(2), small_corpus, tmp_path / "moved", cut, layout)
     losses = [{r["iteration"]: r["loss"] for r in x} for x in (native, stayed[0]["records"])]
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
     for record in moved[0]["records"]:
@@ -134,10 +150,10 @@ def test_bf16_is_near_megatrons_and_resumes_bitwise(stage, ranks, small_corpus, 
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_a_poisoned_step_is_dropped_on_all_ranks(stage, ranks, small_corpus, tmp_path):
+def test_a_poisoned_step_is_dropped_on_all_ranks(stage, new_ranks, small_corpus, tmp_path):
     every = [*TINY, "train.train_iters=6", "train.nan_policy=skip", f"data.path={small_corpus}"]
     every += [f"train.output_dir={tmp_path}", f"parallel.{EP}=2", *zero(stage)]
-    results = ranks(2).run(train_with_one_poisoned_step, str(PARITY), every, layout={EP: 2})
+    results = new_ranks(2).run(train_with_one_poisoned_step, str(PARITY), every, layout={EP: 2})
     for result in results:
         assert (result["skipped"], result["iteration"], result["error"]) == (1, 6, "")
         losses = {record["iteration"]: record["loss"] for record in result["records"]}
