@@ -192,7 +192,7 @@ def upcycle_here(upcycling: Upcycling, layout: ParallelLayout) -> Upcycled:
             of what was written then.
     """
     from vqmoe_megatron.checkpoint.random_state import seed_generators
-    from vqmoe_megatron.checkpoint.saver import CheckpointSaver, SavedRun
+    from vqmoe_megatron.checkpoint.saver import CheckpointSaver, SavedRun, SaveFailed
     from vqmoe_megatron.checkpoint.state import Progress, TrainingState
     from vqmoe_megatron.upcycle.new_parts import find_codes, silence
     from vqmoe_megatron.upcycle.source_model import evaluated_source
@@ -241,7 +241,10 @@ def upcycle_here(upcycling: Upcycling, layout: ParallelLayout) -> Upcycled:
         engine.optimizer.reload_model_params()
         state = TrainingState(engine.model, engine.optimizer, engine.scheduler)
         saver = CheckpointSaver(SavedRun(config, layout, corpus.content, run_dir), state)
-        saver.save(Progress(0, 0, 0), in_background=False)
+        try:
+            saver.save(Progress(0, 0, 0), in_background=False)
+        except SaveFailed as error:  # the disk filled since its room was checked
+            raise ValueError(str(error)) from error
         save_recipe(config, run_dir.config)
         write_status(partial, "requeue", 0, f"upcycled from {done.source}, not trained yet")
         replace_file(partial / UPCYCLE_FILE, _provenance(done))
