@@ -20,7 +20,7 @@ def collectives() -> dict:
 
     dist, world = torch.distributed, torch.distributed.group.WORLD
     rank = dist.get_rank()
-    counter, unnamed = WireCounter({"world": world}), dist.new_group()
+    counter, unnamed = WireCounter([("world", world)]), dist.new_group()
     row = torch.full((1, 2), float(rank))  # 8 bytes
     with counter:
         total = row.clone()

@@ -31,9 +31,10 @@ NUM_MICROBATCHES = 4  # of a step with one table
 class WireCounter(CollectiveCounter):
     """While entered, lists what this rank sends, by collective; the caller says in which pass."""
 
-    def __init__(self, groups: Mapping[str, ProcessGroup]) -> None:
-        """``groups``: process groups by the name that is written down; others are ``other``."""
-        super().__init__({group.group_name: name for name, group in reversed(groups.items())})
+    def __init__(self, groups: Sequence[tuple[str, ProcessGroup]]) -> None:
+        """``groups``: names that are written down, and their process groups; of a group named twice
+        the first holds. Others are ``other``."""
+        super().__init__({group.group_name: name for name, group in reversed(groups)})
         self.is_backward = False
         self.sent: list[list[Any]] = []  # is_backward, collective, group, numerator, denominator
 
@@ -118,8 +119,10 @@ def _count(arm: Any, x: torch.Tensor) -> dict[str, Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     names = ("ep", "expt_tp", "tp", "tp_ep")
-    collection = ProcessGroupCollection.use_mpu_process_groups(list(names))
-    counter = WireCounter({name: getattr(collection, name) for name in names})
+    collection = ProcessGroupCollection.use_mpu_process_groups([*names, "tp_cp"])
+    groups = [(name, getattr(collection, name)) for name in names]
+    # No arm cuts sequences, and tp_cp then has the ranks of tp in a group of its own.
+    counter = WireCounter([*groups, ("tp", collection.tp_cp)])
     arm.enter(FORWARD_BACKWARD)
     arm.forget()
     leaf = x.detach().clone().requires_grad_()
