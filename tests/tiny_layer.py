@@ -24,6 +24,12 @@ NUM_EXPERTS = 4
 # by expert, and so over expert-parallel ranks
 CUT = ("experts.", "fill_rows.", "code_memory.")
 REPLICAS = ("bias2", "fill_rows.values")  # on the ranks of an expert-tensor group
+NORMS = {
+    "none": [],
+    "shared": ["input"],
+    "shared_with_block": ["input"],
+    "separate": ["input", "output"],
+}
 ACTIVATIONS = {
     "gelu": torch.nn.functional.gelu,
     "relu": torch.nn.functional.relu,
@@ -73,7 +79,7 @@ def draw_parameters(
     if vq.fill_values == "direct":
         drawn["fill_rows.values"] = draw(NUM_EXPERTS, vq.num_codes, HIDDEN)
     if vq.has_discrete_path:
-        for name in {"none": [], "shared": ["input"], "separate": ["input", "output"]}[vq.norm]:
+        for name in NORMS[vq.norm]:
             drawn[f"{name}_norm.weight"] = 1.0 + draw(HIDDEN, scale=0.2)
             if normalization == "LayerNorm":
                 drawn[f"{name}_norm.bias"] = draw(HIDDEN, scale=0.2)

@@ -29,6 +29,7 @@ SHAPING_SETTINGS = (
     "model.add_bias_linear",
     "model.add_qkv_bias",
     "model.normalization",
+    "model.norm_placement",
     "model.position_embedding_type",
     "model.untie_embeddings_and_output_weights",
     "model.vocab_size",

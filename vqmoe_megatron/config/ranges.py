@@ -107,6 +107,7 @@ LEGAL_RANGES: dict[str, Range] = {
     "parallel.context_parallel_size": RANKS,
     "parallel.expert_model_parallel_size": RANKS,
     "parallel.expert_tensor_parallel_size": RANKS,
+    "data.eval_window_tokens": ROWS,
     "data.eval_stride_tokens": ROWS,
     "data.num_workers": Range(0, 1024),  # processes of every rank
     "optimizer.lr": RATE,

@@ -47,6 +47,7 @@ class ModelConfig:
     moe_shared_expert_intermediate_size: int | None = None  # width; None: no shared expert
     moe_layer_freq: int = 1
     moe_router: str = "topk"  # of the continuous path
+    moe_router_freeze: bool = False  # its weights stay as drawn
     moe_router_topk: int = 1
     moe_router_pre_softmax: bool = True
     moe_router_load_balancing_type: str = "aux_loss"
@@ -60,6 +61,7 @@ class ModelConfig:
     add_qkv_bias: bool = False
     normalization: str = "LayerNorm"  # LayerNorm | RMSNorm
     layernorm_epsilon: float = 1e-5
+    norm_placement: str = "pre"  # pre | post: behind each residual sum, and no final norm
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     init_method_std: float = 0.02
@@ -87,6 +89,7 @@ class ModelConfig:
         registry.check_name("router", self.moe_router)
         check_choice("model", "activation_func", self.activation_func, ("gelu", "relu", "silu"))
         check_choice("model", "normalization", self.normalization, ("LayerNorm", "RMSNorm"))
+        check_choice("model", "norm_placement", self.norm_placement, ("pre", "post"))
         check_choice(
             "model",
             "position_embedding_type",
@@ -139,11 +142,12 @@ class ModelConfig:
                 f"{self.moe_shared_expert_intermediate_size} needs model.add_bias_linear=false: "
                 "Megatron's SharedExpertMLP has no biases; set it, or leave the shared expert out"
             )
-        if self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
+        is_weighed_alone = self.moe_router_topk == 1 and not self.moe_router_pre_softmax
+        if is_weighed_alone and not self.moe_router_freeze:
             raise ValueError(
                 "model.moe_router_topk=1 needs model.moe_router_pre_softmax=true: a softmax over "
-                "one selected "
-                "logit is always 1, so the router would get no gradient from the task"
+                "one selected logit is always 1, so the router would get no gradient from the task; "
+                "set it, or say that the router is frozen: model.moe_router_freeze=true"
             )
 
 
@@ -169,7 +173,8 @@ class DataConfig:
 
     path: str = "data/stdlib"
     eval_split: str = "valid"
-    eval_stride_tokens: int | None = None  # None: seq_length, windows do not overlap
+    eval_window_tokens: int | None = None  # None: seq_length; shorter ones are padded
+    eval_stride_tokens: int | None = None  # None: the window, windows do not overlap
     num_workers: int = 0
     cache_dir: str | None = None  # of sample orders; None: the corpus', or else the run directory's
 

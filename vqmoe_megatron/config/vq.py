@@ -20,7 +20,7 @@ LEGAL_VQ_VALUES: dict[str, tuple[str, ...]] = {
     "path": ("dual", "discrete", "continuous", "filled"),
     "fill_values": ("experts", "detached", "direct"),
     "combine": ("softmax", "sigmoid"),
-    "norm": ("none", "separate", "shared"),
+    "norm": ("none", "separate", "shared", "shared_with_block"),
     "codebook_update": ("gradient", "ema", "reanchor"),
     "init": ("data", "kmeans", "uniform"),
     "revival": ("random", "error"),

@@ -1,11 +1,13 @@
 """Evaluation over a whole split in order: each token but the first is scored exactly once.
 
-Window w reads S = seq_length tokens from token w * stride on and predicts the S tokens shifted by
-one. Window 0 scores all its predictions; a later one scores its last ``stride``, the ones that no
-earlier window scored, each with at least S - stride tokens of context. With stride = S windows do
-not overlap. The end of the last window, past the split, is filled with token 0 and masked.
+Window w reads W tokens (seq_length, or ``window_tokens``) from token w * stride on and predicts the
+W tokens shifted by one. Window 0 scores all its predictions; a later one scores its last
+``stride``, the ones that no earlier window scored, each with at least W - stride tokens of context.
+With stride = W windows do not overlap. What is left of a sample of S = seq_length tokens behind its
+window, and the end of the last window, past the split, is filled with token 0 and masked: no token
+sees what stands behind it.
 
-    S = 4, stride 2, 8 tokens   t0 t1 t2 t3 t4 t5 t6 t7
+    W = 4, stride 2, 8 tokens   t0 t1 t2 t3 t4 t5 t6 t7
     window 0 scores                t1 t2 t3 t4
     window 1 (from t2)                        t5 t6
     window 2 (from t4)                              t7
@@ -33,7 +35,8 @@ class EvaluationWindows:
     on neither b nor D. Totals (``num_windows``, ``num_scored_tokens``, ``num_scored_bytes``) are
     over all ranks. Iterating again starts over. Does not communicate.
 
-    Raises ``ValueError`` for a split of fewer than two tokens or a stride outside 1..S.
+    Raises ``ValueError`` for a split of fewer than two tokens, a window outside 1..S or a stride
+    outside 1..W.
     """
 
     def __init__(
@@ -45,11 +48,18 @@ class EvaluationWindows:
         dp_rank: int = 0,
         dp_size: int = 1,
         max_windows: int | None = None,
+        window_tokens: int | None = None,
     ) -> None:
-        stride = seq_length if stride_tokens is None else stride_tokens
-        if not 1 <= stride <= seq_length:
+        window = seq_length if window_tokens is None else window_tokens
+        if not 1 <= window <= seq_length:
             raise ValueError(
-                f"stride of {stride} tokens must lie in 1..seq_length = {seq_length}, or tokens "
+                f"window of {window} tokens must lie in 1..seq_length = {seq_length}"
+            )
+        stride = window if stride_tokens is None else stride_tokens
+        if not 1 <= stride <= window:
+            name = "seq_length" if window_tokens is None else "window_tokens"
+            raise ValueError(
+                f"stride of {stride} tokens must lie in 1..{name} = {window}, or tokens "
                 "between windows would never be scored"
             )
         if split.num_tokens < 2:
@@ -63,12 +73,13 @@ class EvaluationWindows:
             raise ValueError(f"max_windows={max_windows} must be at least 1")
         self.split = split
         self.seq_length = seq_length
+        self.window_tokens = window
         self.stride_tokens = stride
         self.micro_batch_size = micro_batch_size
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         num_predictions = split.num_tokens - 1
-        self.num_all_windows = 1 + max(0, math.ceil((num_predictions - seq_length) / stride))
+        self.num_all_windows = 1 + max(0, math.ceil((num_predictions - window) / stride))
         self.num_windows = min(self.num_all_windows, max_windows or self.num_all_windows)
         # [num_windows] the chosen windows
         self._chosen = np.arange(self.num_windows) * self.num_all_windows // self.num_windows
@@ -78,10 +89,10 @@ class EvaluationWindows:
         self._tokens = np.memmap(split.bin_path, dtype=split.token_dtype, mode="r")
 
     def _scored_range(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the scored predictions [start, stop) in each window, positions 0..S."""
-        starts = np.where(windows == 0, 0, self.seq_length - self.stride_tokens)
+        """Return the scored predictions [start, stop) in each window, positions 0..W."""
+        starts = np.where(windows == 0, 0, self.window_tokens - self.stride_tokens)
         stops = np.minimum(
-            self.seq_length, self.split.num_tokens - 1 - windows * self.stride_tokens
+            self.window_tokens, self.split.num_tokens - 1 - windows * self.stride_tokens
         )
         return starts, stops
 
@@ -96,7 +107,7 @@ class EvaluationWindows:
     @property
     def description(self) -> str:
         """How the split is read, for reports: 'window 256, stride 256 tokens'."""
-        text = f"window {self.seq_length}, stride {self.stride_tokens} tokens"
+        text = f"window {self.window_tokens}, stride {self.stride_tokens} tokens"
         if self.num_windows < self.num_all_windows:
             text += f", {self.num_windows} of {self.num_all_windows} windows, evenly spread"
         return text
@@ -117,7 +128,7 @@ class EvaluationWindows:
             zip(windows, *self._scored_range(windows), strict=True)
         ):
             first = window * self.stride_tokens
-            found = self._tokens[first : first + self.seq_length + 1]
+            found = self._tokens[first : first + self.window_tokens + 1]
             text[row, : found.size] = found
             loss_mask[row, start:stop] = 1.0
         return {

@@ -22,6 +22,11 @@ def check_has_hf_form(config: RunConfig) -> None:
                 f"vq.quantizer={vq.quantizer} has no Hugging Face form: the modelling file "
                 f"searches as {', '.join(OUR_QUANTIZERS)} do"
             )
+    if model.norm_placement != "pre":
+        raise ValueError(
+            f"model.norm_placement={model.norm_placement} has no Hugging Face form: the modelling "
+            "file has its norms in front of attention and experts (norm_placement=pre)"
+        )
     if model.moe_router != "topk":
         raise ValueError(
             f"model.moe_router={model.moe_router} has no Hugging Face form: the modelling file has "

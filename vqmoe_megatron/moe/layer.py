@@ -84,6 +84,7 @@ class VQMoELayer(LayerStep, MoELayer):
         engine: builds the expert engine; others count or simulate what this one sends.
         new_graph: captures the discrete path in code space in graphs that this builds; None: not.
         memory: the layer's code memory and the model's stream of codes; None: none.
+        freeze_router: whether the router's weights stay as they were drawn.
         of_newer_megatron: what newer Megatrons pass to a MoE layer besides; theirs takes it.
 
     Raises:
@@ -102,6 +103,7 @@ class VQMoELayer(LayerStep, MoELayer):
         engine: EngineType = ExpertEngine,
         new_graph: Callable[[], Graph] | None = None,
         memory: LayerMemory | None = None,
+        freeze_router: bool = False,
         **of_newer_megatron: object,
     ) -> None:
         vq = vq or VQConfig(num_codes=4 * config.num_moe_experts)
@@ -119,6 +121,9 @@ class VQMoELayer(LayerStep, MoELayer):
         self.token_dispatcher = None  # Megatron's is not used: rows of all paths travel together
         if not vq.has_router(config.num_moe_experts):
             self.router = None
+        elif freeze_router:
+            self.router.requires_grad_(False)
+        self.lends_norm = False
         self.engine = engine(self.experts, config.num_moe_experts, pg_collection)
         self.new_graph = new_graph
         self.memory = memory
@@ -215,6 +220,12 @@ class VQMoELayer(LayerStep, MoELayer):
             return CapturedPath(self.assigner, self.code_inputs, execution, self.new_graph)
         return DiscretePath(self.assigner, self.code_inputs, execution)
 
+    def lend_norm(self) -> torch.nn.Module:
+        """The norm of expert inputs and the discrete output, for the block around the layer
+        (vq.norm=shared_with_block)."""
+        self.lends_norm = True
+        return self.input_norm
+
     def _execution(self, parts: DiscreteParts) -> Execution:
         if not self.vq.in_code_space:
             return Tokens(parts)
@@ -279,7 +290,8 @@ class VQMoELayer(LayerStep, MoELayer):
 
         Raises:
             ValueError: for a padding mask, torch.autocast, TP > 1 in training without sequence
-                parallelism, or a training loop whose steps cannot be followed (``foreign_loop``).
+                parallelism, a block that does not take the norm it should share, or a training loop
+                whose steps cannot be followed (``foreign_loop``).
         """
         if padding_mask is not None or intermediate_tensors is not None:
             raise ValueError("VQMoELayer takes no padding mask and no captured CUDA graph tensors")
@@ -287,6 +299,12 @@ class VQMoELayer(LayerStep, MoELayer):
             raise ValueError(
                 "VQMoELayer does not run under torch.autocast, which casts its inputs and not its "
                 "experts; use Megatron's own mixed precision (bf16=True and Float16Module)"
+            )
+        if self.vq.norm == "shared_with_block" and not self.lends_norm:
+            raise ValueError(
+                "vq.norm=shared_with_block in a layer whose block has norms of its own; build it "
+                "with get_vqmoe_block_spec(config, vq, norm_placement='post'), or use vq.norm="
+                "shared"
             )
         if self.training and self.tp_group.size() > 1 and not self.config.sequence_parallel:
             raise ValueError("training with TP > 1 needs sequence_parallel=True in a MoE layer")

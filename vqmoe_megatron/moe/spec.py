@@ -43,7 +43,9 @@ from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.moe.megatron_settings import is_moe_layer
 from vqmoe_megatron.moe.memory.path import LayerMemory
 from vqmoe_megatron.moe.norms import ParallelNorm
+from vqmoe_megatron.moe.post_norm import with_norms_behind
 from vqmoe_megatron.plan.layout import CUT_ATTENTION_ON_CUDA
+from vqmoe_megatron.plan.rules import POST_IS_LOCAL, SHARED_NORM_IS_BEHIND
 from vqmoe_megatron.runtime.fused_parts import TE_LAYERS
 from vqmoe_megatron.runtime.graphs import Graph
 
@@ -96,6 +98,8 @@ def get_vqmoe_block_spec(
     local_norm: type = ParallelNorm,
     new_graph: Callable[[], Graph] | None = None,
     memory: LayerMemory | None = None,
+    norm_placement: str = "pre",
+    freeze_router: bool = False,
 ) -> TransformerBlockSubmodules:
     """Build this pipeline stage's layers: VQMoE every ``moe_layer_freq`` layers, dense between.
 
@@ -103,21 +107,28 @@ def get_vqmoe_block_spec(
     ``local_norm`` builds the norms around attention and MLP where modules are local, for instance
     Megatron's ``FusedLayerNorm``; ``new_graph`` the graphs of the discrete path, None: none;
     ``memory`` the code memory of the layers that carry one, whose stream is to be attached to the
-    model (``attach_code_stream``).
+    model (``attach_code_stream``); ``norm_placement`` is pre or post, norms in front of attention
+    and MLP or behind their residual sums; ``freeze_router`` leaves routers as they are drawn.
 
     Raises:
-        ValueError: when ``vq`` does not fit ``config``, or for cut sequences that only Transformer
-            Engine could attend to.
+        ValueError: when ``vq`` or ``norm_placement`` does not fit ``config``, or for cut sequences
+            that only Transformer Engine could attend to.
     """
     vq.check_model(config.hidden_size, config.num_moe_experts)
+    _check_norms(config, vq, norm_placement)
     moe_layer = _layer_spec(config, VQMoELayer, {"vq": vq, "seed": seed}, router, local_norm)
     moe_layer.submodules.mlp.params |= {
         "on_every_stage": are_on_every_stage(config),
         "engine": engine,
         "new_graph": new_graph,
+        "freeze_router": freeze_router,
     }
-    with_memory = _with_memory(moe_layer, memory)
     dense_layer = _dense_layer_spec(config, local_norm)
+    if norm_placement == "post":
+        is_shared = vq.norm == "shared_with_block"
+        moe_layer = with_norms_behind(moe_layer, config, local_norm, is_shared)
+        dense_layer = with_norms_behind(dense_layer, config, local_norm, is_shared=False)
+    with_memory = _with_memory(moe_layer, memory)
 
     def layer_at(index: int) -> ModuleSpec:
         if not is_moe_layer(config, index):
@@ -134,7 +145,17 @@ def get_vqmoe_block_spec(
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=local_norm)
+    final_norm = local_norm if norm_placement == "pre" else None
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
+
+
+def _check_norms(config: TransformerConfig, vq: VQConfig, norm_placement: str) -> None:
+    if norm_placement not in ("pre", "post"):
+        raise ValueError(f"norm_placement={norm_placement!r}: choose one of pre, post")
+    if norm_placement == "pre" and vq.norm == "shared_with_block":
+        raise ValueError(f"vq.norm=shared_with_block with pre: {SHARED_NORM_IS_BEHIND}")
+    if norm_placement == "post" and spec_backend(config)[0] != "local":
+        raise ValueError(f"norm_placement=post: {POST_IS_LOCAL}")
 
 
 def _with_memory(layer: ModuleSpec, memory: LayerMemory | None) -> ModuleSpec:

@@ -159,7 +159,7 @@ def activation_bytes(config: RunConfig, layout: ParallelLayout, kernels: str) ->
         dense_mlp=_dense_mlp(config, layout, element),
         moe=_moe(config, layer),
         embedding=dropout_bytes,
-        head=norm + logits,
+        head=logits + (norm if config.model.norm_placement == "pre" else 0),
         code_tables=code_tables,
         memory=memory_activations.layer_bytes(memory) if memory else 0,
         memory_plan=memory_activations.chunk_bytes(memory) if memory else 0,

@@ -220,10 +220,17 @@ def _sequence_errors(config: RunConfig, layout: ParallelLayout, device: str) -> 
             yield (
                 f"context_parallel_size = {cp} > 1 on device=cuda: {CUT_ATTENTION_ON_CUDA}; use 1"
             )
-    stride = config.data.eval_stride_tokens
-    if stride is not None and stride > length:
+    window, stride = config.data.eval_window_tokens, config.data.eval_stride_tokens
+    if window is not None and window > length:
         yield (
-            f"data.eval_stride_tokens <= model.seq_length fails: {stride} > {length}; evaluation "
+            f"data.eval_window_tokens <= model.seq_length fails: {window} > {length}; the model "
+            "takes no longer ones"
+        )
+    name = "model.seq_length" if window is None else "data.eval_window_tokens"
+    window = length if window is None else window
+    if stride is not None and stride > window:
+        yield (
+            f"data.eval_stride_tokens <= {name} fails: {stride} > {window}; evaluation "
             "would skip the tokens between two windows"
         )
 

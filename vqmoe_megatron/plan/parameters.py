@@ -46,6 +46,9 @@ PARTS = (
     "output_layer",
 )
 
+# What stands between attention and MLP, before the one or behind the other.
+NORM_BEHIND_ATTENTION = {"pre": "pre_mlp_layernorm", "post": "self_attn_bda.norm"}
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -150,14 +153,18 @@ def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iter
     for index, number in enumerate(place.layers):
         prefix = f"decoder.layers.{index}."
         yield from _attention(model, tensor_ranks, element, prefix)
-        yield from _norm(model, element, f"{prefix}pre_mlp_layernorm")
-        if is_moe_layer(model, number):
+        is_post, is_moe = model.norm_placement == "post", is_moe_layer(model, number)
+        yield from _norm(model, element, f"{prefix}{NORM_BEHIND_ATTENTION[model.norm_placement]}")
+        if is_moe:
             has_memory = config.code_memory.carries(number + 1)
             yield from _moe(config, layer, element, f"{prefix}mlp.", has_memory)
         else:
             yield from _dense_mlp(model, tensor_ranks, element, f"{prefix}mlp.")
+        if is_post and not (is_moe and config.vq.norm == "shared_with_block"):
+            yield from _norm(model, element, f"{prefix}mlp_bda.norm")
     if place.is_last:
-        yield from _norm(model, element, "decoder.final_layernorm")
+        if model.norm_placement == "pre":
+            yield from _norm(model, element, "decoder.final_layernorm")
         if not is_tied or is_tied_over_stages:
             name = "output_layer.weight"
             yield Parameter(
@@ -175,12 +182,17 @@ def _norm(model: ModelConfig, element: int, name: str) -> Iterator[Parameter]:
 
 
 def _linear(
-    name: str, part: str, shape: tuple[int, ...], element: int, has_bias: bool
+    name: str,
+    part: str,
+    shape: tuple[int, ...],
+    element: int,
+    has_bias: bool,
+    is_trained: bool = True,
 ) -> Iterator[Parameter]:
     """A matrix [out, in] and, after it, its bias [out]."""
-    yield Parameter(f"{name}.weight", part, shape, element)
+    yield Parameter(f"{name}.weight", part, shape, element, is_trained=is_trained)
     if has_bias:
-        yield Parameter(f"{name}.bias", part, shape[:1], element)
+        yield Parameter(f"{name}.bias", part, shape[:1], element, is_trained=is_trained)
 
 
 def head_sizes(model: ModelConfig) -> tuple[int, int, int]:
@@ -195,7 +207,8 @@ def _attention(
     """proj [H, A d / TP], qkv [(A + 2 G) d / TP, H]."""
     heads, groups, columns = head_sizes(model)
     hidden, has_bias = model.hidden_size, model.add_bias_linear
-    yield from _norm(model, element, f"{prefix}input_layernorm")
+    if model.norm_placement == "pre":
+        yield from _norm(model, element, f"{prefix}input_layernorm")
     name, part = f"{prefix}self_attention.linear", "attention"
     shape = (hidden, heads * columns // tensor_ranks)
     yield from _linear(f"{name}_proj", part, shape, element, has_bias)
@@ -226,7 +239,14 @@ def _moe(
     model, vq, hidden = config.model, config.vq, layer.hidden_size
     if layer.has_router:
         shape = (layer.num_moe_experts, hidden)
-        yield from _linear(f"{prefix}router", "router", shape, element, model.add_bias_linear)
+        yield from _linear(
+            f"{prefix}router",
+            "router",
+            shape,
+            element,
+            model.add_bias_linear,
+            not model.moe_router_freeze,
+        )
     experts = layer.num_experts_per_rank
     inner = layer.moe_ffn_hidden_size // layer.expert_tensor_parallel_size
     outer = layer.fc1_width // layer.expert_tensor_parallel_size

@@ -40,6 +40,15 @@ PRE_SOFTMAX_FOR_FILL = (
 ONE_EXPERT_BY_THRESHOLD = (
     "its threshold is held at one exact expert per token on average; set it to 1"
 )
+SHARED_NORM_IS_BEHIND = (
+    "the block's norm that is shared is the one behind the experts' sum, as in the release; set "
+    "model.norm_placement=post, or vq.norm=shared, which shares one norm among expert inputs and "
+    "the discrete output"
+)
+POST_IS_LOCAL = (
+    "Transformer Engine's layers have their norms in front, in one kernel with the linear layer; "
+    "set model.transformer_impl=local"
+)
 FP8_WITHOUT_RECOMPUTE = (
     "Megatron recomputes fp8 modules through Transformer Engine's checkpoint, which this layer "
     "does not call; leave moe out of recompute_modules"
@@ -83,6 +92,7 @@ def run_errors(config: RunConfig, layout: ParallelLayout) -> list[str]:
         *_fp8_errors(config, layout),
         *_table_errors(config),
         *_fill_errors(config),
+        *_norm_errors(config),
         *_checkpoint_errors(config),
         *engine_errors(config, layout),
     ]
@@ -212,6 +222,22 @@ def _fill_errors(config: RunConfig) -> Iterator[str]:
             f"vq.threshold_routing=true with moe_router_topk={model.moe_router_topk}: "
             f"{ONE_EXPERT_BY_THRESHOLD}"
         )
+
+
+def _norm_errors(config: RunConfig) -> Iterator[str]:
+    model, vq = config.model, config.vq
+    if vq.norm == "shared_with_block" and model.norm_placement != "post":
+        yield (
+            f"vq.norm=shared_with_block with model.norm_placement={model.norm_placement}: "
+            f"{SHARED_NORM_IS_BEHIND}"
+        )
+    if vq.norm == "shared_with_block" and not vq.has_discrete_path:
+        yield (
+            f"vq.norm=shared_with_block with vq.path={vq.path}: there is no discrete path whose "
+            "norms the block's could be; leave vq.norm at separate"
+        )
+    if model.norm_placement == "post" and model.transformer_impl == "transformer_engine":
+        yield f"model.norm_placement=post with transformer_impl=transformer_engine: {POST_IS_LOCAL}"
 
 
 def _table_errors(config: RunConfig) -> Iterator[str]:

@@ -154,6 +154,8 @@ def output_layer_kernels(config: RunConfig, layout: ParallelLayout) -> Iterator[
         part, "loss", BACKWARD, logits * (FP32_BYTES + (FP32_BYTES if cast else 0)),
         logits * (FP32_BYTES + cast), 8,
     )  # fmt: skip
+    if model.norm_placement == "post":
+        return
     norm = hidden * element
     yield moved("element-wise", "final norm", FORWARD, norm, norm)
     yield moved("element-wise", "final norm", BACKWARD, 2 * norm, norm, 2)

@@ -68,6 +68,7 @@ class Pretrain(Task):
             current_corpus(self.corpus).split(config.data.eval_split),
             seq_length=config.model.seq_length,
             stride_tokens=config.data.eval_stride_tokens,
+            window_tokens=config.data.eval_window_tokens,
             micro_batch_size=config.train.micro_batch_size,
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),

@@ -32,6 +32,7 @@ FUNCTION_SETTINGS = (
     "add_qkv_bias",
     "normalization",
     "layernorm_epsilon",
+    "norm_placement",
     "position_embedding_type",
     "rotary_base",
     "untie_embeddings_and_output_weights",

@@ -92,6 +92,8 @@ def build_transformer_config(
         for f in fields(ModelConfig)
         if f.name in known and f.name not in GPT_FIELDS | SWITCHES
     }
+    # Megatron refuses one expert weighed by the softmax over its own logit, which trains no router.
+    settings["moe_router_pre_softmax"] |= model.moe_router_freeze
     has_cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     transformer = TransformerConfig(
@@ -126,6 +128,7 @@ def build_transformer_config(
     # Megatron refuses biased experts at ETP > 1, which its own experts cannot shard and
     # GroupedExperts does; it reads the field nowhere else.
     transformer.expert_tensor_parallel_size = layout.expert_tensor_parallel_size
+    transformer.moe_router_pre_softmax = model.moe_router_pre_softmax
     # Layers with and without memory hold different tensors, so checkpoints name each by its number.
     transformer.hetereogenous_dist_checkpoint = config.code_memory.layers is not None
     return transformer
@@ -238,6 +241,8 @@ def _build_chunk(
             local_norm,
             new_graph,
             memory,
+            config.model.norm_placement,
+            config.model.moe_router_freeze,
         ),
         vocab_size=padded_vocab_size(config.model),
         max_sequence_length=config.model.seq_length,
