@@ -10,6 +10,7 @@ each rank its own cut of the experts. ``join_experts`` puts the cuts of all rank
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -70,10 +71,20 @@ def draw_parameters(
         if bias:
             drawn["router.bias"] = draw(num_experts, scale=0.5)
     if vq.path != "continuous":
-        width = vq.code_dim or HIDDEN // vq.num_code_slices
-        if vq.quantizer == "low_dim":  # not a parameter, and here without unit rows
+        width = vq.code_dim or HIDDEN // vq.num_slices_side_by_side
+        if vq.code_dim is not None:  # a parameter if trained, and here without unit rows
             drawn["assigner.codebook.projection"] = draw(width, HIDDEN, scale=HIDDEN**-0.5)
-        drawn["assigner.codebook.codes"] = draw(vq.num_code_slices, vq.num_codes, width)
+        codes = draw(vq.num_code_slices, vq.num_codes, width)
+        if vq.has_implicit_codes:
+            numbers = vq.fsq_levels or [2] * vq.code_dim
+            levels = [[2 * i / (n - 1) - 1 for i in range(n)] for n in numbers]
+            codes = torch.tensor([list(product(*levels))], dtype=torch.float64)
+        drawn["assigner.codebook.codes"] = codes
+        if vq.learn_code_scale:
+            drawn["assigner.codebook.scale"] = 0.7 + draw(1, scale=0.1)
+        if vq.quantizer == "lfq":
+            shares = 0.2 + draw(1, vq.num_codes).abs()
+            drawn["assigner.codebook.usage"] = shares / shares.sum()
         if vq.code_input == "learned":
             drawn["code_inputs.vectors"] = draw(vq.num_code_slices, vq.num_codes, HIDDEN)
     if vq.fill_values == "direct":
@@ -234,13 +245,12 @@ def build_layer(  # noqa: ANN201
 
 @torch.no_grad()
 def copy_parameters(layer: torch.nn.Module, parameters: dict[str, torch.Tensor]) -> None:
-    """Fill a layer, which must have exactly these parameters, and its code map when one is
-    given."""
+    """Fill a layer, which must have exactly these parameters, and of its buffers those given."""
     code_map = parameters.get("assigner.code_map.expert_of_row")
-    projection = parameters.get("assigner.codebook.projection")
     own = dict(layer.named_parameters())
-    buffers = {"assigner.code_map.expert_of_row", "assigner.codebook.projection"}
-    expected = set(parameters) - buffers
+    buffers = {"projection", "usage"}  # of the codebook; a trained projection is a parameter
+    buffers = {f"assigner.codebook.{name}" for name in buffers} - set(own)
+    expected = set(parameters) - buffers - {"assigner.code_map.expert_of_row"}
     if set(own) != expected:
         raise ValueError(f"the layer has {sorted(own)}, the test {sorted(expected)}")
     for name, parameter in own.items():
@@ -253,7 +263,7 @@ def copy_parameters(layer: torch.nn.Module, parameters: dict[str, torch.Tensor])
     for module in layer.modules():
         if isinstance(module, Codebook):
             module.needs_data_init = False  # the codes are given
-    if projection is not None:
-        layer.assigner.codebook.projection.copy_(projection)
+    for name in buffers & set(parameters):
+        layer.get_buffer(name).copy_(parameters[name])
     if code_map is not None:
         layer.assigner.code_map.assign(code_map)

@@ -43,17 +43,25 @@ class Kind:
     is_instance: bool = False  # a part is an instance of the interface, and no subclass
 
 
+OF_PROJECTED = frozenset({"code_dim", "train_projection"})
 KINDS: dict[str, Kind] = {
     "quantizer": Kind(
         "vqmoe_megatron.vq.codebook:Codebook",
         "vq.quantizer",
         {
             "euclidean": Part("vqmoe_megatron.vq.quantizers.euclidean:Euclidean"),
-            "cosine": Part("vqmoe_megatron.vq.quantizers.cosine:Cosine"),
+            "cosine": Part(
+                "vqmoe_megatron.vq.quantizers.cosine:Cosine", frozenset({"learn_code_scale"})
+            ),
             "product": Part(
                 "vqmoe_megatron.vq.quantizers.product:Product", frozenset({"num_code_slices"})
             ),
-            "low_dim": Part("vqmoe_megatron.vq.quantizers.low_dim:LowDim", frozenset({"code_dim"})),
+            "residual": Part(
+                "vqmoe_megatron.vq.quantizers.residual:Residual", frozenset({"num_code_slices"})
+            ),
+            "low_dim": Part("vqmoe_megatron.vq.quantizers.low_dim:LowDim", OF_PROJECTED),
+            "fsq": Part("vqmoe_megatron.vq.quantizers.fsq:Fsq", OF_PROJECTED | {"fsq_levels"}),
+            "lfq": Part("vqmoe_megatron.vq.quantizers.lfq:Lfq", OF_PROJECTED),
         },
     ),
     "router": Kind(

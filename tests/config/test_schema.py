@@ -135,6 +135,7 @@ def test_unknown_choice_lists_the_legal_ones(name: str) -> None:
             "moe_router_topk=17 exceeds model.num_moe_experts=16",
         ),
         (ModelConfig, {"moe_router_pre_softmax": False}, "needs model.moe_router_pre_softmax=true"),
+        (ModelConfig, {"norm_placement": "behind"}, "choose one of pre, post"),
         (ModelConfig, {"activation_func": "tanh"}, "choose one of gelu, relu, silu"),
         (ModelConfig, {"moe_router_dtype": "bf16"}, "choose one of fp32, fp64"),
         (ModelConfig, {"transformer_impl": "te"}, "choose one of auto, local, transformer_engine"),
@@ -171,6 +172,11 @@ def test_broken_rule_is_named_with_its_numbers(section, changes: dict, message: 
 
 def test_topk_above_one_may_normalise_after_selection() -> None:
     assert ModelConfig(moe_router_topk=2, moe_router_pre_softmax=False).moe_router_topk == 2
+
+
+def test_a_frozen_router_may_be_weighed_by_its_one_logit() -> None:
+    released = ModelConfig(moe_router_pre_softmax=False, moe_router_freeze=True)
+    assert released.moe_router_topk == 1
 
 
 def test_head_size_may_be_given_instead_of_divided() -> None:

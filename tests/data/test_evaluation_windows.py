@@ -75,6 +75,22 @@ def test_batches_have_the_training_form(tmp_path):
     assert batch["loss_mask"].tolist() == [[1] * 16, [0] * 12 + [1] * 4]
 
 
+@pytest.mark.parametrize(("window", "stride"), [(5, None), (5, 2), (16, 5), (1, 1)])
+def test_shorter_windows_stand_alone_in_their_samples(tmp_path, window, stride):
+    """Every token once, with at most ``window`` tokens of context; behind a window there is 0."""
+    split = make_split(tmp_path, 100)
+    windows = EvaluationWindows(split, 16, stride, 3, window_tokens=window)
+    found = scored_tokens(windows)
+    assert sorted(token for token, _ in found) == list(range(1, 100))
+    assert max(context for _, context in found) == window
+    least = window - (window if stride is None else stride) + 1
+    assert all(context >= min(token, least) for token, context in found)
+    for batch in windows:
+        assert tuple(batch["tokens"].shape) == (3, 16)
+        assert not batch["tokens"][:, window:].any() and not batch["loss_mask"][:, window:].any()
+    assert windows.description.startswith(f"window {window}, stride {stride or window} tokens")
+
+
 def test_a_rank_without_windows_gets_masked_ones(tmp_path):
     windows = EvaluationWindows(make_split(tmp_path, 10), 16, dp_rank=1, dp_size=2)
     (batch,) = windows
@@ -111,6 +127,9 @@ def test_scored_bytes_follow_the_split(tmp_path):
     [
         (100, {"stride_tokens": 17}, "stride of 17"),
         (100, {"stride_tokens": 0}, "stride of 0"),
+        (100, {"window_tokens": 17}, "window of 17 tokens must lie in 1..seq_length = 16"),
+        (100, {"window_tokens": 0}, "window of 0"),
+        (100, {"window_tokens": 8, "stride_tokens": 9}, r"stride of 9.* 1..window_tokens = 8"),
         (1, {}, "needs two"),
         (100, {"dp_rank": 2, "dp_size": 2}, "dp_rank"),
         (100, {"max_windows": 0}, "max_windows=0"),

@@ -80,6 +80,11 @@ MATRIX = list(
     )
 )
 PRODUCT = {"quantizer": "product", "num_codes": 8}
+RESIDUAL = {"quantizer": "residual", "num_code_slices": 2, "num_codes": 10}
+TRAINED = {"quantizer": "low_dim", "code_dim": 4, "train_projection": True}
+IMPLICIT = {"codebook_update": "gradient", "freeze_codebook": True}
+FSQ = {**IMPLICIT, "quantizer": "fsq", "code_dim": 3, "fsq_levels": [3, 2, 5], "num_codes": 30}
+LFQ = {**IMPLICIT, "quantizer": "lfq", "code_dim": 4, "num_codes": 16}
 TOKEN_VARIANTS = {
     "discrete": {"vq": {"path": "discrete"}},
     "discrete-blend": {"vq": {"path": "discrete", "expert_input": "blend"}},
@@ -166,6 +171,44 @@ TOKEN_VARIANTS = {
     },
     "low-dim-learned": {"vq": {"quantizer": "low_dim", "code_dim": 4, "code_input": "learned"}},
     "low-dim-blend": {"vq": {"quantizer": "low_dim", "code_dim": 4, "expert_input": "blend"}},
+    "cosine-scale": {"vq": {"quantizer": "cosine", "learn_code_scale": True}},
+    "cosine-scale-ema": {
+        "vq": {"quantizer": "cosine", "learn_code_scale": True, "codebook_update": "ema"}
+    },
+    "low-dim-trained": {"vq": {"quantizer": "low_dim", "code_dim": 5, "train_projection": True}},
+    "low-dim-trained-group": {"vq": {**TRAINED, "straight_through": "group", "norm": "none"}},
+    "low-dim-trained-identity": {"vq": {**TRAINED, "straight_through": "identity"}},
+    "low-dim-trained-learned": {"vq": {**TRAINED, "code_input": "learned"}},
+    "low-dim-trained-blend": {"vq": {**TRAINED, "expert_input": "blend"}},
+    "residual": {"vq": RESIDUAL},
+    "residual-3-group": {
+        "vq": {**RESIDUAL, "num_code_slices": 3, "straight_through": "group", "norm": "shared"}
+    },
+    "residual-discrete-identity": {
+        "vq": {**RESIDUAL, "path": "discrete", "straight_through": "identity", "norm": "none"}
+    },
+    "residual-learned": {"vq": {**RESIDUAL, "code_input": "learned"}},
+    "residual-blend": {"vq": {**RESIDUAL, "expert_input": "blend"}},
+    "residual-token": {"vq": {**RESIDUAL, "expert_input": "token"}},
+    "residual-ema-no-commitment": {
+        "vq": {**RESIDUAL, "codebook_update": "ema", "commitment_coeff": 0.0}
+    },
+    "residual-recompute-fp32": {"vq": RESIDUAL, "recompute": True, "dtype": torch.float32},
+    "fsq": {"vq": FSQ},
+    "fsq-trained-group": {"vq": {**FSQ, "train_projection": True, "straight_through": "group"}},
+    "fsq-identity-no-losses": {
+        "vq": {**FSQ, "straight_through": "identity", "vq_loss_coeff": 0.0}
+    },
+    "fsq-blend": {"vq": {**FSQ, "expert_input": "blend"}},
+    "fsq-learned": {"vq": {**FSQ, "code_input": "learned"}},
+    "lfq": {"vq": LFQ},
+    "lfq-trained-discrete": {"vq": {**LFQ, "train_projection": True, "path": "discrete"}},
+    "lfq-group-no-entropy": {
+        "vq": {**LFQ, "straight_through": "group", "entropy_loss_coeff": 0.0}
+    },
+    "lfq-token-entropy-alone": {
+        "vq": {**LFQ, "expert_input": "token", "vq_loss_coeff": 0.0, "entropy_loss_coeff": 0.3}
+    },
     "learned-none": {"vq": {"code_input": "learned", "straight_through": "none"}},
     "64-codes-per-expert": {"vq": {"num_codes": 64 * NUM_EXPERTS}},
     "fewer-codes-than-experts": {"vq": {"num_codes": NUM_EXPERTS - 1}},
@@ -210,6 +253,8 @@ FILLED_VARIANTS = {
     "filled-direct": {"vq": {**FILLED, "fill_values": "direct"}},
     "filled-cosine": {"vq": {**THRESHOLD, "quantizer": "cosine"}, "tau": 0.5},
     "filled-low-dim": {"vq": {**THRESHOLD, "quantizer": "low_dim", "code_dim": 5}, "tau": TAU},
+    "filled-fsq": {"vq": {**THRESHOLD, **FSQ}, "tau": 0.2},
+    "filled-lfq-trained": {"vq": {**FILLED, **LFQ, "train_projection": True}},
     "filled-per-step": {"vq": {**FILLED, "table_per_step": True}},
     "filled-per-step-direct": {
         "vq": {**FILLED, "table_per_step": True, "fill_values": "direct", "num_fill_experts": 2}

@@ -151,6 +151,17 @@ BROKEN = {
         {"data__eval_stride_tokens": 257}, 1,
         "data.eval_stride_tokens <= model.seq_length fails: 257 > 256",
     ),
+    "window": (
+        {"data__eval_window_tokens": 257}, 1,
+        "data.eval_window_tokens <= model.seq_length fails: 257 > 256",
+    ),
+    "stride of a window": (
+        {"data__eval_window_tokens": 128, "data__eval_stride_tokens": 129}, 1,
+        "data.eval_stride_tokens <= data.eval_window_tokens fails: 129 > 128",
+    ),
+    "shared norm of a block": (
+        {"vq__norm": "shared_with_block"}, 1, "set model.norm_placement=post, or vq.norm=shared",
+    ),
     "freq": ({"model__moe_layer_freq": 5}, 1, "moe_layer_freq <= num_layers fails: 5 > 4"),
     "vq": ({"vq__code_map": "balanced", "vq__num_codes": 60}, 1, "60 % 16 = 12"),
     "recompute_orphan": ({"model__recompute_method": "block"}, 1, "recompute_method has no effect"),

@@ -18,6 +18,10 @@ from vqmoe_megatron.plan.state_memory import stage_buffers, state_bytes
 DISTRIBUTED = "optimizer.use_distributed_optimizer=true"
 TIED = "model.untie_embeddings_and_output_weights=false"
 ONE_EXPERT = ["model.num_moe_experts=1", "model.moe_router_topk=1"]
+RELEASED = [
+    "model.norm_placement=post", "vq.norm=shared_with_block", "vq.expert_input=blend",
+    "model.moe_router_freeze=true", "model.moe_router_pre_softmax=false", "model.moe_router_topk=1",
+]  # fmt: skip
 CASES = {
     "one rank": (1, {}, []),
     "bf16, rms, gated, gqa, low_dim, learned": (
@@ -84,6 +88,14 @@ CASES = {
         [
             "model.moe_shared_expert_intermediate_size=24", "model.add_bias_linear=false",
             "model.moe_layer_freq=2", "model.bf16=true", DISTRIBUTED,
+        ],
+    ),
+    "tp2 ep2, as released": (
+        2,
+        {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+        [
+            *RELEASED, "model.moe_layer_freq=2", "vq.codebook_update=gradient",
+            "model.position_embedding_type=learned_absolute", TIED,
         ],
     ),
     "one expert": (1, {}, ["vq.path=continuous", *ONE_EXPERT]),

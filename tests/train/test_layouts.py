@@ -118,6 +118,35 @@ def check_curve(results, expected) -> None:
                 assert ours["moe/expert_load_imbalance"] == theirs["moe/expert_load_imbalance"]
 
 
+RELEASED = [
+    "model.norm_placement=post",
+    "vq.norm=shared_with_block",
+    "vq.expert_input=blend",
+    "vq.codebook_update=gradient",
+    "model.moe_router_topk=1",
+    "model.moe_router_pre_softmax=false",
+    "model.moe_router_freeze=true",
+    "model.moe_router_load_balancing_type=none",
+    "data.eval_window_tokens=32",
+]
+RELEASED_LAYOUTS = {
+    "tp2-ep2-overlap": (4, {TP: 2, EP: 2}, OVERLAP),
+    "pp2-vpp2-recompute": (2, {PP: 2, VPP: 2}, RECOMPUTE),
+    "dp2": (2, {}, OVERLAP[:1]),
+}
+
+
+@pytest.mark.parametrize("name", only(RELEASED_LAYOUTS, "tp2-ep2-overlap"))
+def test_the_released_curve_is_that_of_one_rank(name, ranks, stdlib_corpus, tmp_path):
+    num_ranks, layout, overrides = RELEASED_LAYOUTS[name]
+    every = [*SIX, *RELEASED]
+    one = run_on(ranks(1), stdlib_corpus, tmp_path / "one", every, {})[0]["records"]
+    results = run_on(
+        ranks(num_ranks), stdlib_corpus, tmp_path / "n", [*every, *overrides], layout
+    )
+    check_curve(results, one)
+
+
 FILLED = ["vq.path=filled", "optimizer.use_distributed_optimizer=true"]
 THRESHOLD = [*FILLED, "vq.threshold_routing=true", "model.moe_router_topk=1"]
 FILLED_LAYOUTS = {

@@ -41,6 +41,7 @@ CUTS = {
     "quickstart.yaml": (*EP2, TWO_LAYERS, False),
     "parity.yaml": (1, {}, ["model.num_layers=2"], False),
     "paper_base/enwik8.yaml": (1, {}, WORDS, False),
+    "paper_base/released_enwik8.yaml": (1, {}, [*WORDS[::2], "data.eval_window_tokens=16"], False),
     "paper_base/text8.yaml": (1, {}, WORDS, False),
     "paper_base/wikitext103.yaml": (1, {}, WORDS[:2], True),
     "paper_base/lm1b.yaml": (1, {}, WORDS, False),

@@ -30,5 +30,5 @@ def test_low_dim_projects_and_lifts_by_the_transpose() -> None:
     vq = VQConfig(quantizer="low_dim", code_dim=1)
     ready = prepare(torch.tensor([7.0, 2.0, 5.0]), parameters, vq)
     assert ready.tolist() == [2.0]
-    assert lifted(ready, parameters).tolist() == [0.0, 2.0, 0.0]
-    assert lifted(ready, {}) is ready
+    assert lifted(ready, parameters, vq).tolist() == [0.0, 2.0, 0.0]
+    assert lifted(ready, {}, VQConfig()) is ready

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from vqmoe_megatron.config import CodeMemoryConfig, ModelConfig, RunConfig
+from vqmoe_megatron.config.quantizer_rules import IMPLICIT, SUMMED
 from vqmoe_megatron.config.vq import VQConfig
 
 REMAPPED = ("model.num_moe_experts", "vq.num_codes")
@@ -41,6 +42,9 @@ SHAPING_SETTINGS = (
     "vq.codebook_update",
     "vq.code_input",
     "vq.code_dim",
+    "vq.fsq_levels",
+    "vq.learn_code_scale",
+    "vq.train_projection",
     "code_memory.num_rows",
     "code_memory.codes",
     "code_memory.num_codes",
@@ -158,6 +162,12 @@ def _problems(theirs: dict[str, object], ours: dict[str, object]) -> Iterator[st
         yield (
             f"model.num_moe_experts: checkpoint 1, recipe {new_experts}; a model with one "
             "expert has no router whose rows could be copied; start from one with several"
+        )
+    quantizers = theirs["vq.quantizer"], ours["vq.quantizer"]
+    if len(set(quantizers)) > 1 and set(quantizers) & {*IMPLICIT, *SUMMED}:
+        yield (
+            f"vq.quantizer: checkpoint {quantizers[0]!r}, recipe {quantizers[1]!r}; codes of the "
+            "one are no codes of the other, set it back"
         )
     if "filled" in (theirs["vq.path"], ours["vq.path"]):
         yield (

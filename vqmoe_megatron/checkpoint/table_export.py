@@ -125,7 +125,8 @@ def check_has_table(vq: VQConfig, memory: CodeMemoryConfig) -> None:
             "input of its own, so no finite table holds the outputs; tables exist for "
             "expert_input=code, where an output depends on the code alone"
         )
-    if registry.load("quantizer", vq.quantizer).search is not Codebook.search:
+    quantizer = registry.load("quantizer", vq.quantizer)
+    if quantizer.search is not Codebook.search and not quantizer.search_is_nearest:
         raise ValueError(
             f"vq.quantizer={vq.quantizer} has a search of its own, which an exported table "
             "lacks: that takes the nearest of code_vectors(); tables exist for quantizers that "

@@ -52,10 +52,10 @@ def check_fill(vq: VQConfig) -> None:
             raise ValueError(
                 f"vq.path=filled with vq.{name}={value}: {reason}; leave {name} at {words}"
             )
-    if vq.quantizer == "product":
+    if vq.quantizer in ("product", "residual"):
         raise ValueError(
-            "vq.path=filled with vq.quantizer=product: a token reads one row per expert, of one "
-            "code; use quantizer=euclidean, cosine or low_dim"
+            f"vq.path=filled with vq.quantizer={vq.quantizer}: a token reads one row per expert, "
+            "of one code; use quantizer=euclidean, cosine, low_dim, fsq or lfq"
         )
     if vq.num_fill_experts == 0 and not vq.threshold_routing:
         raise ValueError(

@@ -83,6 +83,8 @@ LEGAL_RANGES: dict[str, Range] = {
     "vq.num_codes": ROWS,
     "vq.num_code_slices": WIDTH,
     "vq.code_dim": WIDTH,
+    "vq.fsq_levels": WIDTH,
+    "vq.entropy_loss_coeff": COEFFICIENT,
     "vq.num_fill_experts": Range(0, 2**20),
     "vq.contribution_rate": SHARE,
     "vq.combine_bias": Range(-100, 100),  # a logit: fp32's sigmoid is 0 or 1 beyond

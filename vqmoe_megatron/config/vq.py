@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from vqmoe_megatron import registry
 from vqmoe_megatron.config.checks import check_choice, check_settings
 from vqmoe_megatron.config.fill_rules import check_fill, check_fill_model, fill_in_words
+from vqmoe_megatron.config.quantizer_rules import IMPLICIT, SUMMED, check_quantizer
 
 LEGAL_VQ_VALUES: dict[str, tuple[str, ...]] = {
     "code_map": ("mod", "balanced", "clustered"),
@@ -35,9 +36,13 @@ class VQConfig:
     """
 
     num_codes: int = 64  # K, codes per codebook
-    num_code_slices: int = 1  # C, codes per token (quantizer: product)
+    num_code_slices: int = 1  # C, codes per token (quantizer: product; depths of residual)
     quantizer: str = "euclidean"
-    code_dim: int | None = None  # of the space that low_dim searches in
+    code_dim: int | None = None  # of the space that low_dim searches in; numbers of fsq and lfq
+    fsq_levels: list[int] | None = None  # of fsq: levels of each number; num_codes is their product
+    entropy_loss_coeff: float = 0.1  # of lfq; 0: off
+    learn_code_scale: bool = False  # of cosine: the codes' length follows the codebook loss
+    train_projection: bool = False  # of low_dim, fsq, lfq: rows of length one, turned by gradients
     code_map: str = "mod"
     expert_input: str = "code"
     code_input: str = "codebook"  # of expert_input=code
@@ -80,14 +85,16 @@ class VQConfig:
         if (self.code_dim is not None) != ("code_dim" in takes):
             raise ValueError(
                 f"vq.code_dim={self.code_dim} with vq.quantizer={self.quantizer}: low_dim needs "
-                "the dimension it searches in, for instance code_dim=32, and no other has one"
+                "the dimension it searches in, for instance code_dim=32, fsq and lfq how many "
+                "numbers they round, and no other has one"
             )
+        check_quantizer(self)
         check_fill(self)
         self._check_code_space()
         self._check_moves()
         if self.num_code_slices > 1 and "num_code_slices" not in takes:
             raise ValueError(
-                f"vq.num_code_slices={self.num_code_slices} needs vq.quantizer=product; "
+                f"vq.num_code_slices={self.num_code_slices} needs vq.quantizer=product or residual; "
                 f"{self.quantizer} gives one code per token"
             )
 
@@ -179,6 +186,26 @@ class VQConfig:
         return self.path != "continuous"
 
     @property
+    def has_implicit_codes(self) -> bool:
+        """Whether code vectors follow from the codes' numbers (fsq, lfq)."""
+        return self.quantizer in IMPLICIT
+
+    @property
+    def num_slices_side_by_side(self) -> int:
+        """Parts that codes cut the hidden vector into; codes that are added (residual) do not."""
+        return 1 if self.quantizer in SUMMED else self.num_code_slices
+
+    @property
+    def trains_codes(self) -> bool:
+        """Whether an optimizer moves the code vectors."""
+        return self.codebook_update in ("gradient", "reanchor") and not self.freeze_codebook
+
+    @property
+    def trains_codebook(self) -> bool:
+        """Whether it moves anything of the codebook, all of which stays fp32."""
+        return self.trains_codes or self.learn_code_scale or self.train_projection
+
+    @property
     def has_fill_table(self) -> bool:
         """Whether experts that a token does not visit answer by its code."""
         return self.path == "filled" and self.num_fill_experts != 0
@@ -209,7 +236,7 @@ class VQConfig:
 
     def check_model(self, hidden_size: int, num_experts: int) -> None:
         """Raise ``ValueError`` for a combination that needs the model's sizes to be judged."""
-        if hidden_size % self.num_code_slices:
+        if hidden_size % self.num_slices_side_by_side:
             raise ValueError(
                 f"hidden_size % vq.num_code_slices != 0: {hidden_size} % {self.num_code_slices} = "
                 f"{hidden_size % self.num_code_slices}; product codes cut the hidden vector in "
@@ -217,7 +244,7 @@ class VQConfig:
             )
         if self.code_dim is not None and self.code_dim > hidden_size:
             raise ValueError(
-                f"vq.code_dim <= hidden_size fails: {self.code_dim} > {hidden_size}; low_dim codes "
+                f"vq.code_dim <= hidden_size fails: {self.code_dim} > {hidden_size}; {self.quantizer} codes "
                 "lie in a subspace of the hidden vectors"
             )
         check_fill_model(self, num_experts)

@@ -131,8 +131,10 @@ class EvaluationWindows:
             found = self._tokens[first : first + self.window_tokens + 1]
             text[row, : found.size] = found
             loss_mask[row, start:stop] = 1.0
+        tokens = text[:, :-1].copy()
+        tokens[:, self.window_tokens :] = 0
         return {
-            "tokens": torch.from_numpy(text[:, :-1].copy()),
+            "tokens": torch.from_numpy(tokens),
             "labels": torch.from_numpy(text[:, 1:].copy()),
             "loss_mask": torch.from_numpy(loss_mask),
             "position_ids": torch.arange(shape[1]).repeat(shape[0], 1),

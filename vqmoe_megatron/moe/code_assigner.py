@@ -28,7 +28,6 @@ from vqmoe_megatron.moe.step_statistics import KeepsStatistics
 from vqmoe_megatron.vq.code_map import CodeMap
 from vqmoe_megatron.vq.codebook import build_codebook
 from vqmoe_megatron.vq.codebook_update import StepStatistics
-from vqmoe_megatron.vq.losses import quantization_losses
 
 
 @dataclass(frozen=True)
@@ -103,24 +102,32 @@ class CodeAssigner(KeepsStatistics):
         if not (self.training and torch.is_grad_enabled()):
             return activation
         pulls_tokens = self.vq.vq_loss_coeff > 0 and self.vq.commitment_coeff > 0
-        pulls_codes = self.codebook.codes.requires_grad
         prepared, vectors = assignment.prepared, self.codebook.code_vectors()
-        commitment, codebook = quantization_losses(
-            prepared if pulls_tokens else prepared.detach(),
-            vectors if pulls_codes else vectors.detach(),
-            assignment.codes,
+        pulls_codes = vectors.requires_grad
+        commitment, codebook = self.codebook.losses(
+            prepared if pulls_tokens else prepared.detach(), vectors, assignment.codes
         )
         losses = torch.stack([commitment.detach(), codebook.detach(), torch.ones_like(commitment)])
         if pulls_tokens or pulls_codes:
             loss = self.vq.commitment_coeff * commitment
             if pulls_codes:
                 loss = loss + codebook
-            loss = loss * (self.vq.vq_loss_coeff / self.pg_collection.tp_cp.size())
-            if self.config.calculate_per_token_loss:
-                # Megatron then divides by the number of tokens of the global batch.
-                loss = loss * (assignment.codes.shape[0] * self.pg_collection.tp_cp.size())
-            activation = MoEAuxLossAutoScaler.apply(activation, loss)
+            activation = self._attach_mean(activation, loss, self.vq.vq_loss_coeff)
+        extra = self.codebook.extra_loss(prepared)
+        if extra is not None:
+            activation = self._attach_mean(activation, extra)
         return run_in_backward(activation, lambda: self._record(assignment, losses))
+
+    def _attach_mean(
+        self, activation: torch.Tensor, mean: torch.Tensor, coeff: float = 1.0
+    ) -> torch.Tensor:
+        """``activation`` carrying ``coeff`` times a mean over this rank's tokens."""
+        num_parts = self.pg_collection.tp_cp.size()
+        loss = mean * (coeff / num_parts)
+        if self.config.calculate_per_token_loss:
+            # Megatron then divides by the number of tokens of the global batch.
+            loss = loss * (activation.shape[0] * num_parts)
+        return MoEAuxLossAutoScaler.apply(activation, loss)
 
     def _record(self, assignment: Assignment, losses: torch.Tensor) -> None:
         self.step_losses += losses.to(self.step_losses.dtype)

@@ -2,8 +2,8 @@
 
 T tokens, C code slices, K codes, D = H / C, R rows asked for. Row ids are ``slice * K + code``.
 
-vq.code_input = codebook: the code vector in the place of its slice, zeros elsewhere; the task never
-moves the codebook. learned: a vector of full width per row, trained by the task alone.
+vq.code_input = codebook: the code vector in the place of its slice, zeros elsewhere, or for
+codes that are added (residual) over the full width; the task never moves the codebook. learned: a vector of full width per row, trained by the task alone.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from vqmoe_megatron.vq.segment_sum import lookup_rows
 class CodebookInputs:
     """The codes' own vectors: the task never moves them."""
 
-    is_sliced = True  # row c of a token stands in the place of slice c
-
     def __init__(self, codebook: Codebook) -> None:
         self.codebook = codebook
+        self.is_sliced = codebook.is_sliced  # row c of a token stands in the place of slice c
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """None: the codebook moves in its own way."""
@@ -42,6 +41,9 @@ class CodebookInputs:
         self, codes: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
         """Codes and row ids int64 ``[T, C]`` -> ``[T, C, H]``, without gradient."""
+        if not self.is_sliced:
+            vectors = self.codebook.code_vectors().detach().flatten(0, 1)
+            return self.codebook.lift(vectors[rows]).to(dtype)
         quantized = self.codebook.lift(self.codebook.lookup(codes))
         return slices_in_place(quantized.detach().to(dtype), codes.shape[1])
 
@@ -49,14 +51,14 @@ class CodebookInputs:
         """Gradients ``[R', H]`` of expert inputs of row ids ``[R']`` -> ``[R', D]`` of their slice
         in the codebook's space."""
         num_slices, num_codes, _ = self.codebook.codes.shape
-        if num_slices > 1:
+        if num_slices > 1 and self.is_sliced:
             dx = dx.unflatten(1, (num_slices, -1))  # no row may have arrived
             dx = dx[torch.arange(dx.shape[0], device=dx.device), rows // num_codes]
         return self.codebook.lower(dx)
 
     def token_gradient(self, dx: torch.Tensor) -> torch.Tensor:
         """``[T, C, D]`` of :meth:`own_gradient` -> ``[T, H]`` of the tokens in its space."""
-        return dx.flatten(1)
+        return dx.flatten(1) if self.is_sliced else dx.sum(dim=1)
 
 
 class LearnedCodeInputs(torch.nn.Module):
@@ -120,10 +122,11 @@ def slices_in_place(vectors: torch.Tensor, num_slices: int) -> torch.Tensor:
 
 
 def code_vectors_in_place(codebook: Codebook, rows: torch.Tensor) -> torch.Tensor:
-    """Row ids int64 ``[R]`` -> ``[R, H]``: each code vector in its slice. No gradient."""
+    """Row ids int64 ``[R]`` -> ``[R, H]``: each code vector in its slice, where there are slices.
+    No gradient."""
     num_slices, num_codes, width = codebook.codes.shape
     vectors = codebook.code_vectors().detach().reshape(-1, width).index_select(0, rows)
-    if num_slices == 1:
+    if num_slices == 1 or not codebook.is_sliced:
         return codebook.lift(vectors)
     placed = vectors.new_zeros(rows.numel(), num_slices, width)
     placed[torch.arange(rows.numel(), device=rows.device), rows // num_codes] = vectors

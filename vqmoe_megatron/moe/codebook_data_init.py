@@ -11,7 +11,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from vqmoe_megatron.moe.context_cut import in_order
 from vqmoe_megatron.vq.code_map import CodeMap, build_code_map
 from vqmoe_megatron.vq.codebook import Codebook
-from vqmoe_megatron.vq.search import nearest_code
 from vqmoe_megatron.vq.segment_sum import count_ids
 
 
@@ -65,7 +64,7 @@ def initialize_codebook(
 
 def _assign_map(codebook: Codebook, code_map: CodeMap, sample: torch.Tensor) -> None:
     vectors = codebook.code_vectors().detach()
-    ids = nearest_code(sample.to(vectors.device), vectors)
+    ids = codebook.search(sample.to(vectors.device))
     load = torch.stack([count_ids(ids[:, c], codebook.num_codes) for c in range(ids.shape[1])])
     built = build_code_map(codebook.vq.code_map, vectors, load, code_map.num_experts)
     code_map.assign(built.to(code_map.expert_of_row.device))

@@ -270,18 +270,20 @@ def is_moe_layer(config: TransformerConfig, index: int) -> bool:
     return bool(freq[index]) if isinstance(freq, list) else index % freq == 0
 
 
-def refuse_trained_codes_in_half(config: TransformerConfig, codes: torch.nn.Parameter) -> None:
-    """Raise ``ValueError`` for trained fp32 codes among weights of half precision.
+def refuse_trained_codes_in_half(config: TransformerConfig, codebook: torch.nn.Module) -> None:
+    """Raise ``ValueError`` for trained fp32 codes, or what else an optimizer moves of ``codebook``,
+    among weights of half precision.
 
     In one parameter group Megatron's distributed optimizer gives fp32 and bf16 parameters each
     other's Adam states, and its plain one cannot be saved.
     """
     is_half = config.bf16 or config.fp16 or config.params_dtype in HALVES
-    if is_half and codes.requires_grad:
+    if is_half and any(parameter.requires_grad for parameter in codebook.parameters()):
         raise ValueError(
-            "trained codes (vq.codebook_update=gradient or reanchor) are fp32 parameters, which "
-            "Megatron's optimizers can neither hold nor save beside bf16 weights in one group; use "
-            "vq.codebook_update=ema, or fp32, or give '*.codebook.codes' a parameter group of its "
+            "trained codes (vq.codebook_update=gradient or reanchor), their scale and projection "
+            "(vq.learn_code_scale, vq.train_projection) are fp32 parameters, which Megatron's "
+            "optimizers can neither hold nor save beside bf16 weights in one group; use "
+            "vq.codebook_update=ema, or fp32, or give '*.codebook.*' a parameter group of its "
             "own, as vqmoe pretrain does, and set config.finalize_model_grads_func = CodebookSync()"
         )
 

@@ -222,7 +222,7 @@ class DiscretePath(Path):
 
     def refuse_foreign_optimizer(self, config: TransformerConfig) -> None:
         """Raise ``ValueError`` for trained codes among weights of half precision."""
-        refuse_trained_codes_in_half(config, self.assigner.codebook.codes)
+        refuse_trained_codes_in_half(config, self.assigner.codebook)
 
     def local_parts(self) -> list[torch.Tensor]:
         """The assigner's."""

@@ -319,6 +319,8 @@ def _moe(config: RunConfig, layer: LayerShape) -> int:
         total += tokens * layer.vq.num_code_slices * (2 * ID_BYTES) + tokens * ID_BYTES
     if layer.vq.code_dim is not None:
         total += tokens * layer.vq.code_dim * 4  # projected tokens
+    if layer.vq.quantizer == "residual":
+        total += tokens * layer.vq.num_code_slices * hidden * 4  # residuals, of the losses
     if layer.vq.path == "dual":
         total += tokens * hidden * element  # the continuous output
         total += tokens * (layer.moe_router_topk + layer.vq.num_code_slices) * ID_BYTES

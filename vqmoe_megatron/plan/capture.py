@@ -24,6 +24,8 @@ def capture_obstacles(config: RunConfig, layout: ParallelLayout) -> Iterator[str
             "model.bf16=false: on CUDA torch reads the counts of grouped products on the host, but "
             "for bf16"
         )
+    if vq.train_projection:
+        yield "vq.train_projection: its gradient comes from in and around the graph, untried"
     if vq.overlap_table:
         yield "vq.overlap_table: the table is built outside of the path"
     num_owners = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size

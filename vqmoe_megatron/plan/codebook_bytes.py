@@ -23,7 +23,7 @@ def codebook_bytes(layer: LayerShape, num_candidates: int) -> int:
         num_bytes += 2 * rows * width * 4  # moving sums, the step's sums
     elif layer.vq.freeze_after_steps is not None:
         num_bytes += rows * width * 4 + 1  # trained codes as they have to stay; whether
-    if layer.vq.code_dim is not None:
+    if layer.vq.code_dim is not None and not layer.vq.train_projection:
         num_bytes += layer.vq.code_dim * layer.hidden_size * 4  # projection
     num_probes = min(NUM_PROBES, num_candidates)
     slices = layer.vq.num_code_slices

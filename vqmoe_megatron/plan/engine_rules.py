@@ -79,6 +79,12 @@ def _setting_errors(config: RunConfig) -> Iterator[str]:
             "model.bf16 with train.zero_stage=0: without ZeRO DeepSpeed keeps gradients of bf16 "
             "weights in another form, which was never proved here; use train.zero_stage=1"
         )
+    if config.model.bf16 and (config.vq.learn_code_scale or config.vq.train_projection):
+        yield (
+            "vq.learn_code_scale or vq.train_projection in bf16 with train.engine=deepspeed: "
+            "DeepSpeed casts every trained parameter, of codebooks too, which must stay fp32; set "
+            "both to false, or use fp32"
+        )
     if config.model.bf16 and config.vq.codebook_update != "ema":
         yield (
             f"vq.codebook_update={config.vq.codebook_update} in bf16 with train.engine=deepspeed: "

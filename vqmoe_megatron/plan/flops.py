@@ -301,11 +301,13 @@ def shared_expert_forward_flops(layer: LayerShape) -> int:
 
 
 def search_flops(layer: LayerShape) -> int:
-    """2 T H K: every slice of every token against that slice's K codes. low_dim: 2 T D K, and
-    2 T D H for the tokens' projection."""
+    """2 T H K: every slice of every token against that slice's K codes; residual: C times that.
+    low_dim: 2 T D K, and 2 T D H for the tokens' projection. fsq and lfq round: the projection
+    alone."""
     if not layer.vq.has_codes:
         return 0
     searched = 2 * layer.num_searched_rows * layer.code_width * layer.vq.num_codes
+    searched *= not layer.vq.has_implicit_codes
     return searched + layer.num_local_tokens * projection_flops(layer)
 
 
@@ -334,7 +336,8 @@ def _projection_backward_flops(layer: LayerShape) -> int:
     the commitment loss's, to every token."""
     if not layer.vq.has_codes:
         return 0
-    num_rows = layer.num_local_tokens + _num_lowered_rows(layer)
+    num_rows = layer.num_local_tokens * (2 if layer.vq.train_projection else 1)
+    num_rows += _num_lowered_rows(layer)
     return num_rows * projection_flops(layer)
 
 

@@ -268,12 +268,16 @@ def _moe(
 
 
 def _coded(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> Iterator[Parameter]:
-    """Codes [C, K, w] in fp32, learned inputs [C, K, H], learned rows of fill, norms."""
+    """Codes [C, K, w], a trained projection [w, H] and scale in fp32, learned inputs [C, K, H],
+    learned rows of fill, norms."""
     model, vq, hidden = config.model, config.vq, layer.hidden_size
     codes = (vq.num_code_slices, vq.num_codes)
-    is_trained = vq.codebook_update in ("gradient", "reanchor") and not vq.freeze_codebook
-    name = f"{prefix}assigner.codebook.codes"
-    yield Parameter(name, "codebooks", (*codes, layer.code_width), 4, is_trained=is_trained)
+    name, shape = f"{prefix}assigner.codebook.", (*codes, layer.code_width)
+    yield Parameter(f"{name}codes", "codebooks", shape, 4, is_trained=vq.trains_codes)
+    if vq.train_projection:
+        yield Parameter(f"{name}projection", "codebooks", (layer.code_width, hidden), 4)
+    if vq.learn_code_scale:
+        yield Parameter(f"{name}scale", "codebooks", (1,), 4)
     if vq.fill_values == "direct":
         rows = (layer.num_experts_per_rank, vq.num_codes, hidden)
         name = f"{prefix}fill_rows.values"
@@ -297,10 +301,9 @@ def _memory(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> 
         yield from _linear(f"{prefix}memory_gate.linear", "gates", (1, hidden), element, True)
     if memory.codes == "hidden":
         vq = config.vq
-        is_trained = vq.codebook_update in ("gradient", "reanchor") and not vq.freeze_codebook
         name = f"{prefix}memory_assigner.codebook.codes"
         codes = (1, memory.num_codes, hidden)
-        yield Parameter(name, "codebooks", codes, 4, is_trained=is_trained)
+        yield Parameter(name, "codebooks", codes, 4, is_trained=vq.trains_codes)
 
 
 @dataclass(frozen=True)

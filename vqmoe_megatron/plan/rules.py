@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from vqmoe_megatron.config import ModelConfig, RunConfig
+from vqmoe_megatron.config import ModelConfig, RunConfig, VQConfig
 from vqmoe_megatron.plan.engine_rules import engine_errors
 
 if TYPE_CHECKING:
@@ -170,20 +170,26 @@ def _checkpoint_errors(config: RunConfig) -> Iterator[str]:
 
 def _optimizer_errors(config: RunConfig) -> Iterator[str]:
     vq, memory = config.vq, config.code_memory
-    of_layers = vq.path != "continuous" and not vq.freeze_codebook
-    of_memory = memory.is_on and memory.codes == "hidden"
+    of_layers = vq.path != "continuous" and vq.trains_codebook
+    of_memory = memory.is_on and memory.codes == "hidden" and vq.trains_codes
     if (
         config.model.bf16
         and config.train.engine == "megatron"
-        and vq.codebook_update in ("gradient", "reanchor")
         and (of_layers or of_memory)
         and not config.optimizer.use_distributed_optimizer
     ):
         yield (
-            f"model.bf16 with vq.codebook_update={vq.codebook_update} needs "
+            f"model.bf16 with {_trained_of(vq)} needs "
             "optimizer.use_distributed_optimizer=true: codes stay fp32, and Megatron's plain "
             "mixed-precision optimizer cannot save bf16 and fp32 parameters of one group"
         )
+
+
+def _trained_of(vq: VQConfig) -> str:
+    """The settings by which an optimizer moves a codebook."""
+    names = [f"vq.codebook_update={vq.codebook_update}"] if vq.trains_codes else []
+    switches = ("learn_code_scale", "train_projection")
+    return " and ".join(names + [f"vq.{name}=true" for name in switches if getattr(vq, name)])
 
 
 def _fp8_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:

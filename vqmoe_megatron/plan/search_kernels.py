@@ -32,6 +32,8 @@ def search_kernels(layer: LayerShape, device: str) -> list[Kernel]:
     space; nothing without a codebook."""
     if not layer.vq.has_codes:
         return []
+    if layer.vq.has_implicit_codes:
+        return [*_into_space(layer), _rounding(layer)]
     is_split = device == "cuda" and layer.code_width >= LEAST_SPLIT_WIDTH
     search = split_search(layer) if is_split else plain_search(layer)
     return [*_into_space(layer), *search]
@@ -99,6 +101,14 @@ def _cut_codes(layer: LayerShape) -> Kernel:
     num_codes = _num_code_elements(layer)
     written_bytes = num_codes * (FP32_BYTES + 2 * BF16_BYTES)
     return _moved("codes cut", CUT_READS * num_codes * FP32_BYTES, written_bytes, 4)
+
+
+def _rounding(layer: LayerShape) -> Kernel:
+    """fsq and lfq: each of D numbers by itself, and its place in the code's number."""
+    elements, id_bytes = num_space_elements(layer), layer.num_local_tokens * ID_BYTES
+    passes = 2 * layer.code_width * id_bytes  # the numbers so far, read and written
+    read, written = elements * FP32_BYTES + passes, passes
+    return _moved("rounding", read, written, 4 * layer.code_width)
 
 
 def _into_space(layer: LayerShape) -> list[Kernel]:

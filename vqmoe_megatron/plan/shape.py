@@ -219,7 +219,7 @@ class LayerShape:
     @property
     def code_width(self) -> int:
         """D, columns of a code vector."""
-        return self.vq.code_dim or self.hidden_size // self.vq.num_code_slices
+        return self.vq.code_dim or self.hidden_size // self.vq.num_slices_side_by_side
 
     @property
     def straight_through_width(self) -> int:

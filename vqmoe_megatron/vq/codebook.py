@@ -1,6 +1,7 @@
 """The codebook: quantise tokens, record what the step saw, apply the step's update.
 
-T tokens, H hidden size, C code slices, K codes per slice, D = H / C (``vq.code_dim`` for low_dim).
+T tokens, H hidden size, C code slices, K codes per slice, D = H / C (``vq.code_dim`` for low_dim,
+fsq and lfq; H for residual, whose slices are depths).
 
 1. ``prepare`` brings tokens into the codebook's space, which a quantizer (``quantizers``) defines
    by overriding what is under 1 and 2 below.
@@ -31,7 +32,7 @@ from vqmoe_megatron.vq.codebook_update import (
 )
 from vqmoe_megatron.vq.host_draws import StepsTaken
 from vqmoe_megatron.vq.keeps_float32 import KeepsFloat32
-from vqmoe_megatron.vq.losses import look_up_codes
+from vqmoe_megatron.vq.losses import look_up_codes, quantization_losses
 from vqmoe_megatron.vq.revival import error_order, random_order, revive_dead_codes
 from vqmoe_megatron.vq.search import nearest_code
 from vqmoe_megatron.vq.segment_sum import segment_sum
@@ -51,6 +52,8 @@ class Codebook(KeepsFloat32):
 
     takes: frozenset[str] = frozenset()  # of a package's own: code_dim, num_code_slices
     is_projected = False  # whether its space has another width than the hidden vectors
+    is_sliced = True  # C vectors of a token stand side by side; else they are added
+    search_is_nearest = False  # whether a search of its own finds the nearest of code_vectors
 
     usage: torch.Tensor  # fp32 [C, K], EMA of the fraction of tokens per code
     ema_sum: torch.Tensor  # fp32 [C, K, D], only for codebook_update=ema
@@ -62,7 +65,7 @@ class Codebook(KeepsFloat32):
 
     def __init__(self, vq: VQConfig, hidden_size: int, seed: int) -> None:
         super().__init__()
-        if hidden_size % vq.num_code_slices:
+        if self.is_sliced and hidden_size % vq.num_code_slices:
             raise ValueError(
                 f"hidden_size % num_code_slices != 0: {hidden_size} % {vq.num_code_slices}"
             )
@@ -70,16 +73,20 @@ class Codebook(KeepsFloat32):
         self.seed = seed
         self.num_slices = vq.num_code_slices
         self.num_codes = vq.num_codes
-        self.width = vq.code_dim or hidden_size // vq.num_code_slices
+        num_side_by_side = vq.num_code_slices if self.is_sliced else 1
+        self.width = vq.code_dim or hidden_size // num_side_by_side
         shape = (self.num_slices, self.num_codes, self.width)
         trained = vq.codebook_update in ("gradient", "reanchor") and not vq.freeze_codebook
-        codes = uniform_codes(*shape, seed=seed)
+        codes = self.draw_codes(seed)
         self.codes = torch.nn.Parameter(codes, requires_grad=trained)
         uniform = torch.full(shape[:2], 1.0 / self.num_codes)
         self.register_buffer("usage", uniform)
         self.hidden_size = hidden_size
         for name, constant in self.draw_constants(seed).items():
-            self.register_buffer(name, constant)
+            if vq.train_projection:
+                self.register_parameter(name, torch.nn.Parameter(constant))
+            else:
+                self.register_buffer(name, constant)
         if self.keeps_sums:
             self.register_buffer("ema_sum", codes / self.num_codes)
         self.register_buffer("initialized", torch.tensor(vq.init == "uniform"))
@@ -103,10 +110,15 @@ class Codebook(KeepsFloat32):
         """Whether the update needs the sum of the tokens of each code."""
         return self.vq.codebook_update == "ema"
 
+    def draw_codes(self, seed: int) -> torch.Tensor:
+        """The codes before data, fp32 ``[C, K, D]``, drawn from ``seed``."""
+        return uniform_codes(self.num_slices, self.num_codes, self.width, seed)
+
     # 1. into the codebook's space
     @staticmethod
     def constant_shapes(width: int, hidden_size: int) -> dict[str, list[int]]:
-        """What the space is made of and never moves: shape by buffer name, for D and H."""
+        """What the space is made of and, but for vq.train_projection, never moves: shape by buffer
+        name, for D and H."""
         return {}
 
     def draw_constants(self, seed: int) -> dict[str, torch.Tensor]:
@@ -155,6 +167,26 @@ class Codebook(KeepsFloat32):
         """
         return self.search(prepared)
 
+    def parts(self, prepared: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """What of prepared tokens each of their codes ``[T, C]`` quantises: ``[T, C, D]``."""
+        return prepared.view(-1, self.num_slices, self.width)
+
+    def search_parts(self, parts: torch.Tensor) -> torch.Tensor:
+        """Such parts ``[M, C, D]`` -> code ids int64 ``[M, C]``; no gradient."""
+        return self.search(parts.flatten(1))
+
+    def losses(
+        self, prepared: torch.Tensor, vectors: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Commitment and codebook loss of prepared tokens, code vectors and codes; scalars, as
+        :func:`quantization_losses`."""
+        return quantization_losses(prepared, vectors, ids)
+
+    def extra_loss(self, prepared: torch.Tensor) -> torch.Tensor | None:
+        """A loss of the quantizer's own on prepared tokens, a mean over them with its coefficient
+        applied; None: none."""
+        return None
+
     # 3. what the step saw
     @torch.no_grad()
     def record(
@@ -168,7 +200,7 @@ class Codebook(KeepsFloat32):
             candidate_rows: int64 rows of ``prepared`` offered to replace dead codes, behind those
                 of the step's earlier microbatches; None: none of them.
         """
-        tokens = prepared.detach().to(self.step_count.dtype).view(-1, self.num_slices, self.width)
+        tokens = self.parts(prepared.detach(), ids).to(self.step_count.dtype)
         # One per token, but NaN for a token with a NaN or Inf: apply_step then sees a broken step.
         ones = 1.0 + 0.0 * tokens.sum(dim=(1, 2))
         for c in range(self.num_slices):
@@ -240,7 +272,7 @@ class Codebook(KeepsFloat32):
             metrics["assignment_change_rate"] = self._assignment_change_rate()
         if statistics.candidates is not None:  # with the codes that this step's tokens met
             self.probes = statistics.candidates[:NUM_PROBES].clone()
-            self.probe_ids = self.search(self.probes.flatten(1))
+            self.probe_ids = self.search_parts(self.probes)
         if not self.vq.freeze_codebook:
             new, revived = self._moved(old, statistics)
             metrics["revived_codes"] = torch.where(moves, revived, 0.0)
@@ -282,7 +314,7 @@ class Codebook(KeepsFloat32):
         """int64 ``[M, C]``, by ``vq.revival``; errors are those before the step's move."""
         if self.vq.revival == "random":
             return random_order(candidates, seed)
-        nearest = self.lookup(self.search(candidates.flatten(1)))
+        nearest = look_up_codes(self.code_vectors(), self.search_parts(candidates))
         return error_order(candidates, nearest.view_as(candidates), seed)
 
     def _finite(self, statistics: StepStatistics) -> torch.Tensor:
@@ -293,7 +325,7 @@ class Codebook(KeepsFloat32):
         return finite
 
     def _assignment_change_rate(self) -> torch.Tensor:
-        ids = self.search(self.probes.flatten(1))
+        ids = self.search_parts(self.probes)
         return (ids != self.probe_ids).float().mean()
 
     @torch.no_grad()
@@ -301,12 +333,12 @@ class Codebook(KeepsFloat32):
         """Redraw the uniform start from ``seed``; for owners that learn their layer number late."""
         if seed != self.seed:
             self.seed = seed
-            codes = uniform_codes(self.num_slices, self.num_codes, self.width, seed)
+            codes = self.draw_codes(seed)
             self.codes.data.copy_(codes)
             if self.keeps_sums:
                 self.ema_sum.copy_(codes / self.num_codes)
             for name, constant in self.draw_constants(seed).items():
-                getattr(self, name).copy_(constant)
+                getattr(self, name).data.copy_(constant)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
         super()._load_from_state_dict(*args, **kwargs)

@@ -29,7 +29,16 @@ import torch
 
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.vq.fill_oracle import filled_output
-from vqmoe_megatron.vq.search_oracle import code_vectors, lifted, nearest, prepare
+from vqmoe_megatron.vq.search_oracle import (
+    PROJECTED,
+    code_vectors,
+    entropy_loss,
+    errors,
+    lifted,
+    nearest,
+    prepare,
+    whole,
+)
 
 ROUTER_SOFTMAX_DTYPE = torch.float32  # Megatron takes it in fp32 whatever the dtype of the logits
 
@@ -73,7 +82,9 @@ def vqmoe_oracle(
             ``assigner.code_map.expert_of_row`` int64 ``[C * K]`` (absent: the mod rule),
             ``shared_experts.linear_fc1.weight [F or 2F, H]``,
             ``shared_experts.linear_fc2.weight [H, F]`` (absent: no shared expert; its F is its
-            own), ``assigner.codebook.projection [D, H]`` (quantizer: low_dim),
+            own), ``assigner.codebook.projection [D, H]`` (quantizer: low_dim, fsq, lfq),
+            ``assigner.codebook.scale [1]`` (learn_code_scale), ``assigner.codebook.usage [1, K]``
+            (quantizer: lfq),
             ``code_inputs.vectors [C, K, H]`` (code_input: learned), ``fill_rows.values [N, K, H]``
             (fill_values: direct),
             ``gate.linear.weight``, ``gate.linear.bias``, ``input_norm.weight``,
@@ -101,17 +112,17 @@ def vqmoe_oracle(
     norms = _Norms(parameters, vq, normalization, norm_eps)
     prepared = [prepare(token, parameters, vq) for token in x]
     pools = _Pools(prepared, parameters, vq, replicas or [0] * len(prepared))
-    outputs, quantized, all_codes, all_experts, chosen = [], [], [], [], []
+    outputs, losses, all_codes, all_experts, chosen = [], [], [], [], []
     for t, (token, ready) in enumerate(zip(x, prepared, strict=True)):
         y_continuous = y_discrete = None
         if vq.path == "filled":
-            codes, vectors = nearest(ready, code_vectors(parameters, vq))
+            codes, vectors = nearest(ready, code_vectors(parameters, vq), vq)
             rows = parameters.get("fill_rows.values")
             y, experts_of_token = filled_output(
                 token,
                 _logits(token, parameters),
                 experts,
-                lifted(vectors[0].detach(), parameters),
+                lifted(vectors[0].detach(), parameters, vq),
                 float((ready - vectors[0]).detach().square().mean().sqrt()),
                 None if rows is None else rows[:, codes[0]],
                 vq,
@@ -119,40 +130,41 @@ def vqmoe_oracle(
                 tau,
             )
             outputs.append(y)
-            quantized.append(vectors[0])
+            losses.append(errors(ready, vectors, vq))
             all_codes.append(codes)
             chosen.append(experts_of_token)
             continue
         if vq.path != "discrete":
             y_continuous = _continuous(token, parameters, experts, topk, pre_softmax)
         if vq.path != "continuous":
-            codes, vectors = nearest(ready, code_vectors(parameters, vq))
+            codes, vectors = nearest(ready, code_vectors(parameters, vq), vq)
             owners = [_owner(c, k, parameters, vq, num_experts) for c, k in enumerate(codes)]
-            is_raw = vq.expert_input == "token" or vq.quantizer == "low_dim"
+            is_raw = vq.expert_input == "token" or vq.quantizer in PROJECTED
             source = token if is_raw else ready
             rows = [c * vq.num_codes + k for c, k in enumerate(codes)]
             if vq.expert_input == "code":
                 passing = [pools.passing(t, c) for c in range(len(codes))]
                 inputs = _code_inputs(vectors, rows, passing, parameters, vq)
             else:
-                code = lifted(torch.cat(vectors).detach(), parameters)
+                code = lifted(whole(vectors, vq).detach(), parameters, vq)
                 inputs = [_mixed_input(source, code, vq)] * len(codes)
-            y_discrete = _discrete(lifted(ready, parameters), inputs, owners, vq, experts, norms)
-            quantized.append(torch.cat(vectors))
+            y_discrete = _discrete(lifted(ready, parameters, vq), inputs, owners, vq, experts, norms)
+            losses.append(errors(ready, vectors, vq))
             all_codes.append(codes)
             all_experts.append(owners)
         y = _mix(token, y_continuous, y_discrete, parameters, vq)
         outputs.append(y + experts.shared(token) if experts.has_shared else y)
 
     commitment = codebook = x.new_zeros(())
-    if quantized:
-        vectors = torch.stack(quantized)
-        tokens = torch.stack(prepared)
-        codebook = (tokens.detach() - vectors).square().mean()
-        commitment = (tokens - vectors.detach()).square().mean()
+    extra: torch.Tensor | float = 0.0
+    if losses:
+        commitment, codebook = (torch.stack(one).mean() for one in zip(*losses, strict=True))
+        if vq.quantizer == "lfq":
+            usage = parameters["assigner.codebook.usage"][0]
+            extra = torch.stack([entropy_loss(r, usage, vq) for r in prepared]).mean()
     return OracleResult(
         output=torch.stack(outputs),
-        vq_loss=vq.vq_loss_coeff * (codebook + vq.commitment_coeff * commitment),
+        vq_loss=vq.vq_loss_coeff * (codebook + vq.commitment_coeff * commitment) + extra,
         commitment_loss=commitment,
         codebook_loss=codebook,
         codes=torch.tensor(all_codes) if all_codes else None,
@@ -293,7 +305,7 @@ class _Pools:
         if not vq.has_discrete_path or self.mode != "group":
             return
         for t, ready in enumerate(prepared):
-            codes, _ = nearest(ready, code_vectors(parameters, vq))
+            codes, _ = nearest(ready, code_vectors(parameters, vq), vq)
             self.cell_of.append([(replicas[t], c, k) for c, k in enumerate(codes)])
             for cell in self.cell_of[t]:
                 self.members.setdefault(cell, []).append(t)
@@ -320,15 +332,17 @@ def _code_inputs(
     if vq.code_input == "learned":
         learned = parameters["code_inputs.vectors"].flatten(0, 1)
         return [
-            learned[row] + lifted(zero, parameters) for row, zero in zip(rows, passing, strict=True)
+            learned[row] + lifted(zero, parameters, vq) for row, zero in zip(rows, passing, strict=True)
         ]
+    if vq.quantizer == "residual":  # every code over the full width
+        return [v.detach() + zero for v, zero in zip(vectors, passing, strict=True)]
     v = torch.cat(vectors).detach()  # the task never moves the codebook
     width = v.numel() // len(rows)
     inputs = []
     for c, zero in enumerate(passing):
         place = torch.zeros_like(v)
         place[c * width : (c + 1) * width] = 1.0
-        inputs.append(lifted((v + zero) * place, parameters))
+        inputs.append(lifted((v + zero) * place, parameters, vq))
     return inputs
 
 

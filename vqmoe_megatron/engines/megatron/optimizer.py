@@ -83,7 +83,8 @@ def parameter_overrides(
     overrides[ParamKey(name=undecayed)] = ParamGroupOverride(wd_mult=0.0)
     # Codes stay fp32 in bf16 training, and Megatron's distributed optimizer mixes up the states of
     # a group that holds both kinds, so codes have a group of their own.
-    overrides[ParamKey(name="*.codebook.codes")] = ParamGroupOverride(wd_mult=CODE_DECAY)
+    of_codebook = ("*.codebook.codes", "*.codebook.projection", "*.codebook.scale")
+    overrides[ParamKey(name=of_codebook)] = ParamGroupOverride(wd_mult=CODE_DECAY)
     if config.code_memory.is_on:
         overrides[ParamKey(name="*.code_memory.weight")] = _of_memory_rows(config)
     return overrides

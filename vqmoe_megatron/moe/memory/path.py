@@ -192,7 +192,7 @@ class MemoryPath(Path):
     def refuse_foreign_optimizer(self, config: TransformerConfig) -> None:
         """Raise ``ValueError`` for trained codes among weights of half precision."""
         if self.hidden is not None:
-            refuse_trained_codes_in_half(config, self.hidden.assigner.codebook.codes)
+            refuse_trained_codes_in_half(config, self.hidden.assigner.codebook)
 
     def local_parts(self) -> list[torch.Tensor]:
         """The assigner's and the reads, for codes of hidden states."""

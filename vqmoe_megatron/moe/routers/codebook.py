@@ -87,7 +87,7 @@ class VQRouter(StepOwner, MegatronModule):
 
     def refuse_foreign_optimizer(self) -> None:
         """Raise ``ValueError`` for trained codes among weights of half precision."""
-        refuse_trained_codes_in_half(self.config, self.assigner.codebook.codes)
+        refuse_trained_codes_in_half(self.config, self.assigner.codebook)
 
     def local_parts(self) -> list[torch.Tensor]:
         """What the assigner summed."""

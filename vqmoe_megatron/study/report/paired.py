@@ -30,6 +30,7 @@ SAME_TEXT = (
     "train.seed",
     "data.path",
     "data.eval_split",
+    "data.eval_window_tokens",
     "data.eval_stride_tokens",
     "train.eval_iters",
     "model.seq_length",

@@ -1,7 +1,9 @@
-"""low_dim: the nearest code behind a fixed random projection.
+"""low_dim: the nearest code behind a random projection.
 
 T tokens, H hidden size, D = ``vq.code_dim``. Fixed random projections keep distances, cannot
-collapse, and cost D / H of the search (as in arXiv 2202.01855).
+collapse, and cost D / H of the search (as in arXiv 2202.01855). With ``vq.train_projection`` its
+rows turn, at length one: they follow what tokens get through it, by straight_through and the
+commitment loss. Codes are lifted by its transpose, which passes no gradient on.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ class LowDim(Codebook):
 
     is_projected = True
 
-    projection: torch.Tensor  # fp32 [D, H], fixed, with orthonormal rows
+    projection: torch.Tensor  # fp32 [D, H]; fixed with orthonormal rows, or trained
 
     @staticmethod
     def constant_shapes(width: int, hidden_size: int) -> dict[str, list[int]]:
@@ -30,6 +32,13 @@ class LowDim(Codebook):
         """Drawn uniformly among those with orthonormal rows."""
         return {"projection": orthonormal_rows(self.width, self.hidden_size, seed)}
 
+    @property
+    def space(self) -> dict[str, torch.Tensor]:
+        """The projection, of a trained one its rows at length one."""
+        if not self.vq.train_projection:
+            return super().space
+        return {"projection": torch.nn.functional.normalize(self.projection, dim=1)}
+
     @staticmethod
     def into_space(x: torch.Tensor, constants: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``[T, H]`` -> fp32 (fp64) ``[T, D]``."""
@@ -38,8 +47,10 @@ class LowDim(Codebook):
 
     def lift(self, vectors: torch.Tensor) -> torch.Tensor:
         """``[..., D]`` -> ``[..., H]``."""
-        return vectors.to(self.projection.dtype) @ self.projection
+        projection = self.space["projection"].detach()
+        return vectors.to(projection.dtype) @ projection
 
     def lower(self, grads: torch.Tensor) -> torch.Tensor:
         """``[..., H]`` -> ``[..., D]``."""
-        return grads.to(self.projection.dtype) @ self.projection.t()
+        projection = self.space["projection"].detach()
+        return grads.to(projection.dtype) @ projection.t()
