@@ -15,6 +15,8 @@ pytestmark = pytest.mark.distributed
 
 BASE = {"num_codes": 10, "init": "uniform", "path": "discrete"}
 PRODUCT = {"quantizer": "product", "num_code_slices": 2}
+RESIDUAL = {"quantizer": "residual", "num_code_slices": 3}
+FIXED = {"freeze_codebook": True, "codebook_update": "gradient"}
 CASES = {
     "plain": {"norm": "none"},
     "separate": {"norm": "separate"},
@@ -23,6 +25,13 @@ CASES = {
     "cosine": {"quantizer": "cosine"},
     "low-dim": {"quantizer": "low_dim", "code_dim": 4},
     "low-dim-learned": {"quantizer": "low_dim", "code_dim": 4, "code_input": "learned"},
+    "low-dim-trained": {"quantizer": "low_dim", "code_dim": 4, "train_projection": True},
+    "cosine-scale": {"quantizer": "cosine", "learn_code_scale": True},
+    "residual": RESIDUAL,
+    "residual-learned-shared": {**RESIDUAL, "code_input": "learned", "norm": "shared"},
+    "dual-residual": {**RESIDUAL, "path": "dual", "norm": "none"},
+    "fsq": {**FIXED, "quantizer": "fsq", "code_dim": 2, "fsq_levels": [5, 2]},
+    "lfq": {**FIXED, "quantizer": "lfq", "code_dim": 3, "num_codes": 8},
     "learned": {"code_input": "learned"},
     "product-plain": {**PRODUCT, "norm": "none"},
     "product-separate": {**PRODUCT, "norm": "separate"},

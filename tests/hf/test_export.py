@@ -19,6 +19,7 @@ TP, PP, EP = (f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "
 STEPS = [*TINY, "train.train_iters=8", "optimizer.lr_warmup_iters=0", "optimizer.lr=1e-2"]
 SMOE = ["vq.path=continuous"]
 MEMORY = ["code_memory.num_rows=64"]
+FIXED = ["vq.freeze_codebook=true", "vq.codebook_update=gradient", "vq.init=uniform"]
 MODELS = {
     "default-ep4": (4, {EP: 4}, [*SMOE, *MEMORY, "code_memory.layers=[1]"]),
     "dual-tp2-ep2": (2, {TP: 2, EP: 2}, []),
@@ -28,6 +29,18 @@ MODELS = {
     ),
     "low-dim-sigmoid": (1, {}, ["vq.quantizer=low_dim", "vq.code_dim=8", "vq.combine=sigmoid"]),
     "cosine-norms": (1, {}, ["vq.quantizer=cosine", "vq.norm=separate"]),
+    "residual": (
+        1, {}, ["vq.quantizer=residual", "vq.num_code_slices=3", "vq.norm=shared"],
+    ),
+    "fsq-trained": (
+        1,
+        {},
+        ["vq.quantizer=fsq", "vq.code_dim=3", "vq.fsq_levels=[4, 4, 3]", "vq.num_codes=48",
+         "vq.train_projection=true", *FIXED],
+    ),
+    "lfq-discrete": (
+        1, {}, ["vq.quantizer=lfq", "vq.code_dim=5", "vq.num_codes=32", "vq.path=discrete", *FIXED],
+    ),
     "contexts": (
         2,
         {EP: 2},

@@ -196,16 +196,12 @@ TOKEN_VARIANTS = {
     "residual-recompute-fp32": {"vq": RESIDUAL, "recompute": True, "dtype": torch.float32},
     "fsq": {"vq": FSQ},
     "fsq-trained-group": {"vq": {**FSQ, "train_projection": True, "straight_through": "group"}},
-    "fsq-identity-no-losses": {
-        "vq": {**FSQ, "straight_through": "identity", "vq_loss_coeff": 0.0}
-    },
+    "fsq-identity-no-losses": {"vq": {**FSQ, "straight_through": "identity", "vq_loss_coeff": 0.0}},
     "fsq-blend": {"vq": {**FSQ, "expert_input": "blend"}},
     "fsq-learned": {"vq": {**FSQ, "code_input": "learned"}},
     "lfq": {"vq": LFQ},
     "lfq-trained-discrete": {"vq": {**LFQ, "train_projection": True, "path": "discrete"}},
-    "lfq-group-no-entropy": {
-        "vq": {**LFQ, "straight_through": "group", "entropy_loss_coeff": 0.0}
-    },
+    "lfq-group-no-entropy": {"vq": {**LFQ, "straight_through": "group", "entropy_loss_coeff": 0.0}},
     "lfq-token-entropy-alone": {
         "vq": {**LFQ, "expert_input": "token", "vq_loss_coeff": 0.0, "entropy_loss_coeff": 0.3}
     },

@@ -21,6 +21,14 @@ pytestmark = pytest.mark.distributed
 TOPK = 2
 BASE = {"init": "uniform", "num_codes": 10, "dead_code_threshold": 0.0}  # N does not divide K
 LOW_DIM = {"quantizer": "low_dim", "code_dim": 3}
+RESIDUAL = {"quantizer": "residual", "num_code_slices": 3}
+FSQ = {
+    "quantizer": "fsq",
+    "code_dim": 2,
+    "fsq_levels": [5, 2],
+    "freeze_codebook": True,
+    "codebook_update": "gradient",
+}
 KINDS = (
     {},
     {"num_code_slices": 4, "quantizer": "product"},
@@ -30,28 +38,47 @@ KINDS = (
     {"execution": "code_space", "table_per_step": True},
     {"execution": "code_space", "table_per_step": True, **LOW_DIM},
 )
-CASES = [
-    {"path": "continuous"},
-    {"expert_input": "blend"},
-    {"path": "continuous", **LOW_DIM},
-    {"expert_input": "blend", **LOW_DIM},
-    {"expert_input": "token", **LOW_DIM},
-    {"path": "filled"},
-    {"path": "filled", "num_fill_experts": 3, **LOW_DIM},
-    {"path": "filled", "table_per_step": True, **LOW_DIM},
-    {"path": "filled", "fill_values": "detached", **LOW_DIM},
-    {"path": "filled", "fill_values": "direct", "table_per_step": True},
-] + [
-    {"path": path, "execution": execution, "norm": norm, "straight_through": mode, **kind}
-    for path, execution, norm, mode, kind in product(
-        ("dual", "discrete"),
-        ("tokens", "code_space"),
-        ("none", "separate"),
-        ("none", "identity", "token", "group"),
-        KINDS,
-    )
-    if execution == kind.get("execution", execution)
-]
+CASES = (
+    [
+        {"path": "continuous"},
+        {"expert_input": "blend"},
+        {"path": "continuous", **LOW_DIM},
+        {"expert_input": "blend", **LOW_DIM},
+        {"expert_input": "token", **LOW_DIM},
+        {"path": "filled"},
+        {"path": "filled", "num_fill_experts": 3, **LOW_DIM},
+        {"path": "filled", "table_per_step": True, **LOW_DIM},
+        {"path": "filled", "fill_values": "detached", **LOW_DIM},
+        {"path": "filled", "fill_values": "direct", "table_per_step": True},
+        {"path": "filled", **FSQ},
+        {"expert_input": "blend", **RESIDUAL},
+        {"expert_input": "token", **FSQ, "train_projection": True},
+    ]
+    + [
+        {"path": path, "execution": execution, "straight_through": mode, **kind}
+        for (path, execution), mode, kind in product(
+            (("dual", "tokens"), ("dual", "code_space"), ("discrete", "code_space")),
+            ("identity", "token", "group"),
+            (
+                RESIDUAL,
+                FSQ,
+                {**FSQ, "train_projection": True},
+                {**LOW_DIM, "train_projection": True},
+            ),
+        )
+    ]
+    + [
+        {"path": path, "execution": execution, "norm": norm, "straight_through": mode, **kind}
+        for path, execution, norm, mode, kind in product(
+            ("dual", "discrete"),
+            ("tokens", "code_space"),
+            ("none", "separate"),
+            ("none", "identity", "token", "group"),
+            KINDS,
+        )
+        if execution == kind.get("execution", execution)
+    ]
+)
 
 # Beside the settings: the number of experts and of selected ones, and whether one is shared.
 CONTROLS = [

@@ -22,6 +22,10 @@ RELEASED = [
     "model.norm_placement=post", "vq.norm=shared_with_block", "vq.expert_input=blend",
     "model.moe_router_freeze=true", "model.moe_router_pre_softmax=false", "model.moe_router_topk=1",
 ]  # fmt: skip
+FSQ = [
+    "vq.quantizer=fsq", "vq.code_dim=3", "vq.fsq_levels=[3, 2, 4]", "vq.num_codes=24",
+    "vq.freeze_codebook=true", "vq.codebook_update=gradient", "vq.init=uniform",
+]  # fmt: skip
 CASES = {
     "one rank": (1, {}, []),
     "bf16, rms, gated, gqa, low_dim, learned": (
@@ -96,6 +100,30 @@ CASES = {
         [
             *RELEASED, "model.moe_layer_freq=2", "vq.codebook_update=gradient",
             "model.position_embedding_type=learned_absolute", TIED,
+        ],
+    ),
+    "residual, bf16": (
+        2,
+        {},
+        [
+            "vq.quantizer=residual", "vq.num_code_slices=3", "vq.codebook_update=gradient",
+            "model.bf16=true", DISTRIBUTED,
+        ],
+    ),
+    "tp2 ep2, trained projection, bf16": (
+        2,
+        {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+        [*FSQ, "vq.train_projection=true", "model.bf16=true", DISTRIBUTED],
+    ),
+    "scale of cosine codes": (
+        1, {}, ["vq.quantizer=cosine", "vq.learn_code_scale=true", DISTRIBUTED],
+    ),
+    "lfq": (
+        1,
+        {},
+        [
+            "vq.quantizer=lfq", "vq.code_dim=4", "vq.num_codes=16", "vq.init=uniform",
+            "vq.freeze_codebook=true", "vq.codebook_update=gradient",
         ],
     ),
     "one expert": (1, {}, ["vq.path=continuous", *ONE_EXPERT]),

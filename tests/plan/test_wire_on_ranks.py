@@ -32,6 +32,15 @@ TOPK = 2
 BASE = {"init": "uniform", "num_codes": 10, "dead_code_threshold": 0.0}  # N does not divide K
 LOW_DIM = {"quantizer": "low_dim", "code_dim": 4}
 PRODUCT = {"num_code_slices": 4, "quantizer": "product"}
+RESIDUAL = {"num_code_slices": 2, "quantizer": "residual"}
+FSQ = {
+    "quantizer": "fsq",
+    "code_dim": 2,
+    "fsq_levels": [5, 2],
+    "freeze_codebook": True,
+    "codebook_update": "gradient",
+    "train_projection": True,
+}
 CASES = {
     "continuous": {"path": "continuous"},
     "tokens": {"execution": "tokens"},
@@ -52,6 +61,9 @@ CASES = {
     "code_space_low_dim_group": {"straight_through": "group", **LOW_DIM},
     "code_space_learned_low_dim": {"code_input": "learned", **LOW_DIM},
     "tokens_low_dim": {"execution": "tokens", **LOW_DIM},
+    "tokens_residual_group": {"execution": "tokens", "straight_through": "group", **RESIDUAL},
+    "code_space_residual": {"straight_through": "token", **RESIDUAL},
+    "code_space_fsq_group": {"straight_through": "group", **FSQ},
     "table_per_step": {"straight_through": "token", "table_per_step": True},
     "filled": {"path": "filled"},
     "filled_detached": {"path": "filled", "fill_values": "detached"},

@@ -44,6 +44,7 @@ QUANTIZERS = {
     "cosine": "vq.quantizer=cosine",
     "product": "vq.quantizer=product vq.num_code_slices=2",
     "low_dim": "vq.quantizer=low_dim vq.code_dim=8",
+    "residual": "vq.quantizer=residual vq.num_code_slices=2",
 }
 PATHS = {
     "softmax": "",

@@ -53,6 +53,12 @@ OPTIONS = {
     "cosine, one gradient per code": ("ep2 etp2", "vq.quantizer=cosine vq.straight_through=group"),
     "identity, discrete": ("ep2", "vq.straight_through=identity vq.path=discrete"),
     "none, tokens": ("tp2", f"vq.straight_through=none vq.execution=tokens {OVERLAP}"),
+    "residual": ("ep2 etp2", "vq.quantizer=residual vq.num_code_slices=2"),
+    "fsq, trained projection": (
+        "tp2 ep2",
+        "vq.quantizer=fsq vq.code_dim=2 vq.fsq_levels=[4,4] vq.num_codes=16 vq.init=uniform "
+        "vq.freeze_codebook=true vq.codebook_update=gradient vq.train_projection=true",
+    ),
     "blend": ("ep2", f"vq.expert_input=blend vq.combine=sigmoid {PRODUCT}"),
     "token, trained codes": (
         "tp2 etp2 ep2",

@@ -141,10 +141,49 @@ def test_the_released_curve_is_that_of_one_rank(name, ranks, stdlib_corpus, tmp_
     num_ranks, layout, overrides = RELEASED_LAYOUTS[name]
     every = [*SIX, *RELEASED]
     one = run_on(ranks(1), stdlib_corpus, tmp_path / "one", every, {})[0]["records"]
-    results = run_on(
-        ranks(num_ranks), stdlib_corpus, tmp_path / "n", [*every, *overrides], layout
-    )
+    results = run_on(ranks(num_ranks), stdlib_corpus, tmp_path / "n", [*every, *overrides], layout)
     check_curve(results, one)
+
+
+FIXED = ["vq.freeze_codebook=true", "vq.codebook_update=gradient", "vq.init=uniform"]
+QUANTIZERS = {
+    "residual": ["vq.quantizer=residual", "vq.num_code_slices=3", "vq.revival=error"],
+    "residual-gradient": [
+        "vq.quantizer=residual", "vq.num_code_slices=2", "vq.codebook_update=gradient",
+        "vq.init=kmeans",
+    ],
+    "fsq": [
+        "vq.quantizer=fsq", "vq.code_dim=3", "vq.fsq_levels=[4, 3, 5]", "vq.num_codes=60",
+        "vq.train_projection=true", *FIXED,
+    ],
+    "lfq": [
+        "vq.quantizer=lfq", "vq.code_dim=6", "vq.num_codes=64", "vq.entropy_loss_coeff=0.5", *FIXED,
+    ],
+    "low-dim-trained": [
+        "vq.quantizer=low_dim", "vq.code_dim=16", "vq.train_projection=true",
+    ],
+    "cosine-scale": ["vq.quantizer=cosine", "vq.learn_code_scale=true"],
+}  # fmt: skip
+QUANTIZER_LAYOUTS = {"ep2": (2, {EP: 2}, []), "tp2-ep2": (4, {TP: 2, EP: 2}, OVERLAP)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    only(
+        [f"{layout}-{kind}" for kind in QUANTIZERS for layout in QUANTIZER_LAYOUTS],
+        "tp2-ep2-residual",
+        "tp2-ep2-fsq",
+    ),
+)
+def test_the_curve_of_a_quantizer_is_that_of_one_rank(name, ranks, stdlib_corpus, tmp_path):
+    layout = next(one for one in QUANTIZER_LAYOUTS if name.startswith(f"{one}-"))
+    num_ranks, sizes, overrides = QUANTIZER_LAYOUTS[layout]
+    every = [*SIX, *QUANTIZERS[name.removeprefix(f"{layout}-")]]
+    one = run_on(ranks(1), stdlib_corpus, tmp_path / "one", every, {})[0]["records"]
+    every += overrides
+    results = run_on(ranks(num_ranks), stdlib_corpus, tmp_path / "n", every, sizes)
+    check_curve(results, one)
+    assert all(result["codebooks"] == results[0]["codebooks"] for result in results)
 
 
 FILLED = ["vq.path=filled", "optimizer.use_distributed_optimizer=true"]

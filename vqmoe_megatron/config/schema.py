@@ -146,8 +146,8 @@ class ModelConfig:
         if is_weighed_alone and not self.moe_router_freeze:
             raise ValueError(
                 "model.moe_router_topk=1 needs model.moe_router_pre_softmax=true: a softmax over "
-                "one selected logit is always 1, so the router would get no gradient from the task; "
-                "set it, or say that the router is frozen: model.moe_router_freeze=true"
+                "one selected logit is always 1, so the router would get no gradient from the "
+                "task; set it, or say that the router is frozen: model.moe_router_freeze=true"
             )
 
 

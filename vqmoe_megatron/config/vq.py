@@ -94,8 +94,8 @@ class VQConfig:
         self._check_moves()
         if self.num_code_slices > 1 and "num_code_slices" not in takes:
             raise ValueError(
-                f"vq.num_code_slices={self.num_code_slices} needs vq.quantizer=product or residual; "
-                f"{self.quantizer} gives one code per token"
+                f"vq.num_code_slices={self.num_code_slices} needs vq.quantizer=product or "
+                f"residual; {self.quantizer} gives one code per token"
             )
 
     def _check_moves(self) -> None:
@@ -244,8 +244,8 @@ class VQConfig:
             )
         if self.code_dim is not None and self.code_dim > hidden_size:
             raise ValueError(
-                f"vq.code_dim <= hidden_size fails: {self.code_dim} > {hidden_size}; {self.quantizer} codes "
-                "lie in a subspace of the hidden vectors"
+                f"vq.code_dim <= hidden_size fails: {self.code_dim} > {hidden_size}; "
+                f"{self.quantizer} codes lie in a subspace of the hidden vectors"
             )
         check_fill_model(self, num_experts)
         rows = self.num_code_slices * self.num_codes

@@ -52,9 +52,7 @@ class EvaluationWindows:
     ) -> None:
         window = seq_length if window_tokens is None else window_tokens
         if not 1 <= window <= seq_length:
-            raise ValueError(
-                f"window of {window} tokens must lie in 1..seq_length = {seq_length}"
-            )
+            raise ValueError(f"window of {window} tokens must lie in 1..seq_length = {seq_length}")
         stride = window if stride_tokens is None else stride_tokens
         if not 1 <= stride <= window:
             name = "seq_length" if window_tokens is None else "window_tokens"

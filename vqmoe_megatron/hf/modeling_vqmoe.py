@@ -65,7 +65,7 @@ class VQMoEConfig(PretrainedConfig):
         moe_shared_expert_intermediate_size: int | None = None,
         path: str = "continuous",  # continuous | discrete | dual | filled
         combine: str = "softmax",  # of path=dual: softmax | sigmoid
-        quantizer: str = "euclidean",  # euclidean | product | low_dim | cosine
+        quantizer: str = "euclidean",  # or product, residual, cosine, low_dim, fsq, lfq
         num_code_slices: int = 1,
         num_codes: int = 0,
         code_dim: int = 0,
@@ -246,6 +246,9 @@ class Router(nn.Module):
         return logits.softmax(dim=-1, dtype=exact)
 
 
+PROJECTED = ("low_dim", "fsq", "lfq")
+
+
 class CodeTable(nn.Module):
     """The discrete path: the output of every code, found once when the model was exported."""
 
@@ -255,23 +258,38 @@ class CodeTable(nn.Module):
         self.kind, self.num_codes = config.quantizer, codes
         self.register_buffer("codes", torch.zeros(slices, codes, config.code_dim))
         self.register_buffer("table", torch.zeros(num_rows, hidden))
-        if self.kind == "low_dim":
+        if self.kind in PROJECTED:
             self.register_buffer("projection", torch.zeros(config.code_dim, hidden))
         self.output_norm = new_norm(config) if config.norms_sum_of_slices else nn.Identity()
 
     def prepared(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens where distances are taken: ``[T, H]`` -> fp32 ``[T, C, D]``."""
+        """Tokens where distances are taken: ``[T, H]`` -> fp32 ``[T, C, D]``; of residual codes
+        ``[T, 1, H]``."""
         tokens = x.float()
-        if self.kind == "low_dim":
+        if self.kind in PROJECTED:
             tokens = tokens @ self.projection.t()
+        if self.kind == "fsq":
+            tokens = tokens.tanh()
+        if self.kind == "residual":
+            return tokens.unsqueeze(1)
         if self.kind == "cosine":
             tokens = F.normalize(tokens, dim=-1, eps=1e-12) * tokens.shape[-1] ** 0.5
         return tokens.view(x.shape[0], self.codes.shape[0], -1)
 
+    def ids(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Prepared tokens -> codes int64 ``[T, C]``; residual codes of what earlier ones left."""
+        if self.kind != "residual":
+            return nearest(tokens, self.codes)
+        found = []
+        for codes in self.codes:
+            found.append(nearest(tokens, codes.unsqueeze(0)))
+            tokens = tokens - codes[found[-1]]
+        return torch.cat(found, dim=1)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, H]`` -> ``[T, H]``."""
         slices = self.codes.shape[0]
-        ids = nearest(self.prepared(x), self.codes)
+        ids = self.ids(self.prepared(x))
         ids = ids + torch.arange(slices, device=ids.device) * self.num_codes
         rows = self.table[ids].sum(dim=1) * slices**-0.5
         return self.output_norm(rows.to(x.dtype))

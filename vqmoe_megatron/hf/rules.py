@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vqmoe_megatron.config import RunConfig
 
-OUR_QUANTIZERS = ("euclidean", "product", "low_dim", "cosine")
+OUR_QUANTIZERS = ("euclidean", "product", "residual", "low_dim", "cosine", "fsq", "lfq")
 
 
 def check_has_hf_form(config: RunConfig) -> None:

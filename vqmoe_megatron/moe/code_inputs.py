@@ -2,8 +2,9 @@
 
 T tokens, C code slices, K codes, D = H / C, R rows asked for. Row ids are ``slice * K + code``.
 
-vq.code_input = codebook: the code vector in the place of its slice, zeros elsewhere, or for
-codes that are added (residual) over the full width; the task never moves the codebook. learned: a vector of full width per row, trained by the task alone.
+vq.code_input = codebook: the code vector in the place of its slice, zeros elsewhere, or for codes
+that are added (residual) over the full width; the task never moves the codebook. learned: a vector
+of full width per row, trained by the task alone.
 """
 
 from __future__ import annotations

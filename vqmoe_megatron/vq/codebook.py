@@ -152,9 +152,15 @@ class Codebook(KeepsFloat32):
         return grads
 
     # 2. search and lookup
+    @staticmethod
+    def nearest(tokens: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """Prepared tokens ``[T, H]`` and ``[C, K, D]`` code vectors -> int64 ``[T, C]``, as
+        :func:`nearest_code`; of an exported table too."""
+        return nearest_code(tokens, vectors)
+
     def search(self, prepared: torch.Tensor) -> torch.Tensor:
         """Prepared tokens ``[T, H]`` -> code ids int64 ``[T, C]``; no gradient."""
-        return nearest_code(prepared.detach(), self.code_vectors().detach())
+        return self.nearest(prepared.detach(), self.code_vectors().detach())
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """Code ids ``[T, C]`` -> their vectors ``[T, H]``, differentiable to ``codes``."""

@@ -148,7 +148,9 @@ def vqmoe_oracle(
             else:
                 code = lifted(whole(vectors, vq).detach(), parameters, vq)
                 inputs = [_mixed_input(source, code, vq)] * len(codes)
-            y_discrete = _discrete(lifted(ready, parameters, vq), inputs, owners, vq, experts, norms)
+            y_discrete = _discrete(
+                lifted(ready, parameters, vq), inputs, owners, vq, experts, norms
+            )
             losses.append(errors(ready, vectors, vq))
             all_codes.append(codes)
             all_experts.append(owners)
@@ -332,7 +334,8 @@ def _code_inputs(
     if vq.code_input == "learned":
         learned = parameters["code_inputs.vectors"].flatten(0, 1)
         return [
-            learned[row] + lifted(zero, parameters, vq) for row, zero in zip(rows, passing, strict=True)
+            learned[row] + lifted(zero, parameters, vq)
+            for row, zero in zip(rows, passing, strict=True)
         ]
     if vq.quantizer == "residual":  # every code over the full width
         return [v.detach() + zero for v, zero in zip(vectors, passing, strict=True)]

@@ -7,7 +7,7 @@ Row ids are ``slice * K + code`` in ``[0, C * K)``.
 and safetensors, neither Megatron nor ranks. File contents:
 
     codes               [C, K, D]  in the space of the search (of length sqrt(H) for cosine)
-    projection          [D, H]     into that space, for low_dim
+    projection          [D, H]     into that space, for low_dim, fsq and lfq
     table               [C * K, H] the experts' outputs; with C = 1 through the output norm
     output_norm.weight  [H]        of the norm on a sum of C > 1 rows, where there is one
     output_norm.bias    [H]        for LayerNorm
@@ -32,7 +32,6 @@ from safetensors import SafetensorError, safe_open
 
 from vqmoe_megatron import registry
 from vqmoe_megatron.vq.combine import gather_scale_add
-from vqmoe_megatron.vq.search import nearest_code
 
 TABLE_FORMAT_VERSION = 2
 WITHOUT_MEMORY = "1"  # the format before, whose files know no code memory
@@ -239,7 +238,7 @@ class TableLayer(torch.nn.Module):
     def _row_ids(self, tokens: torch.Tensor) -> torch.Tensor:
         """``[T, H]`` -> int64 ``[T, C]``; as ``Codebook.prepare`` and ``CodeMap.row_ids``."""
         space = {name: getattr(self, name) for name in self.constants}
-        codes = nearest_code(self.quantizer.into_space(tokens, space), self.codes)
+        codes = self.quantizer.nearest(self.quantizer.into_space(tokens, space), self.codes)
         return codes + torch.arange(self.num_slices, device=codes.device) * self.num_codes
 
     def _gate(self, tokens: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -286,16 +285,18 @@ def _check_shapes(tensors: Mapping[str, torch.Tensor], settings: TableSettings) 
     """Refuse tensors that are missing, left over, or of a shape that the others exclude."""
     codes, table = tensors.get("codes"), tensors.get("table")
     quantizer = registry.load("quantizer", settings.quantizer)
-    is_projected = quantizer.is_projected
+    is_projected, is_sliced = quantizer.is_projected, quantizer.is_sliced
     if (
         codes is None
         or table is None
         or (codes.dim(), table.dim()) != (3, 2)
         or codes.shape[0] != settings.num_code_slices
         or table.shape[0] != codes.shape[0] * codes.shape[1]
-        or not (is_projected or table.shape[1] == codes.shape[0] * codes.shape[2])
+        or not (
+            is_projected or table.shape[1] == (codes.shape[0] if is_sliced else 1) * codes.shape[2]
+        )
     ):
-        of_width = "" if is_projected else " with H = C * D"
+        of_width = "" if is_projected else f" with H = {'C * D' if is_sliced else 'D'}"
         codes, table = ("none" if part is None else list(part.shape) for part in (codes, table))
         raise ValueError(
             f"codes {codes} and table {table} do not fit: need codes [C, K, D] with C = "

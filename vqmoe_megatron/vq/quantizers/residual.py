@@ -23,22 +23,15 @@ class Residual(Codebook):
 
     is_sliced = False
 
-    def search(self, prepared: torch.Tensor) -> torch.Tensor:
-        """Tokens ``[T, H]`` -> code ids int64 ``[T, C]``, depth after depth; no gradient."""
-        return self._walk(prepared.detach())[0]
-
-    def _walk(
-        self, x: torch.Tensor, ids: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The nearest codes, or ``ids``, int64 ``[T, C]``, and C residuals ``[T, H]`` in fp32
-        (fp64)."""
-        left, found, chosen = x if x.dtype == torch.float64 else x.float(), [], []
-        for depth, codes in enumerate(self.code_vectors().detach().unbind()):
-            of_depth = nearest_code(left.detach(), codes) if ids is None else ids[:, depth]
-            chosen.append(of_depth)
-            found.append(left)
-            left = left - codes.index_select(0, of_depth)
-        return torch.stack(chosen, dim=1), found
+    @staticmethod
+    def nearest(tokens: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """Tokens ``[T, H]`` and ``[C, K, H]`` codes -> int64 ``[T, C]``, depth after depth."""
+        left, found = _exact(tokens), []
+        with torch.no_grad():
+            for codes in vectors:
+                found.append(nearest_code(left, codes))
+                left = left - codes[found[-1]]
+        return torch.stack(found, dim=1)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """Code ids ``[T, C]`` -> the sum of their vectors ``[T, H]``, differentiable."""
@@ -46,8 +39,12 @@ class Residual(Codebook):
         return sum(codes.index_select(0, ids[:, c]) for c, codes in enumerate(vectors))
 
     def parts(self, prepared: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """The residuals ``[T, C, H]`` that the codes ``ids`` quantise."""
-        return torch.stack(self._walk(prepared, ids)[1], dim=1)
+        """The residuals ``[T, C, H]`` in fp32 (fp64) that the codes ``ids`` quantise; codes get no
+        gradient."""
+        found = [_exact(prepared)]
+        for depth, codes in enumerate(self.code_vectors().detach()[:-1]):
+            found.append(found[-1] - codes.index_select(0, ids[:, depth]))
+        return torch.stack(found, dim=1)
 
     def search_parts(self, parts: torch.Tensor) -> torch.Tensor:
         """Residuals ``[M, C, H]`` -> at each depth the nearest code, int64 ``[M, C]``."""
@@ -72,3 +69,7 @@ class Residual(Codebook):
             left = left - codes[nearest_code(left, codes)]
             depths.append(codes)
         self.adopt(torch.stack(depths))
+
+
+def _exact(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
