@@ -26,7 +26,10 @@ def changed(layer: LayerShape, **sizes_and_settings: Any) -> LayerShape:
 
 
 def _settings(settings: dict[str, Any]) -> VQConfig:
-    """With the quantiser that several slices, or a dimension of their own, ask for."""
+    """With the quantiser that several slices, or a dimension of their own, ask for, if no other of
+    those that have them is named."""
+    if settings.get("quantizer") in ("residual", "fsq", "lfq"):
+        return VQConfig(**settings)
     quantizer = "product" if settings.get("num_code_slices", 1) > 1 else "euclidean"
     quantizer = "low_dim" if settings.get("code_dim") is not None else quantizer
     return VQConfig(**settings | {"quantizer": quantizer})

@@ -17,6 +17,12 @@ def config(num_experts=8, num_codes=16, model=None, **vq) -> RunConfig:
     return RunConfig(model=ModelConfig(**settings), vq=VQConfig(num_codes=num_codes, **vq))
 
 
+FIXED = {"freeze_codebook": True, "codebook_update": "gradient", "init": "uniform"}
+LFQ = {**FIXED, "quantizer": "lfq", "code_dim": 3}
+FSQ = {**FIXED, "quantizer": "fsq", "code_dim": 2, "fsq_levels": [3, 2]}
+SCALED = {"quantizer": "cosine", "learn_code_scale": True}
+
+
 def told(stored: RunConfig, wanted: RunConfig) -> str:
     return "\n".join(check_remap(stored, wanted))
 
@@ -95,6 +101,13 @@ def test_settings_that_shape_nothing_are_named_and_allowed():
     assert "also different" not in told(stored, silent)
 
 
+def test_implicit_and_residual_codes_stay_what_they_are_with_more_experts():
+    for vq in (LFQ, FSQ, {"quantizer": "residual", "num_code_slices": 3}):
+        num_codes = {"lfq": 8, "fsq": 6}.get(vq["quantizer"], 16)
+        text = told(config(8, num_codes, **vq), config(16, num_codes, **vq))
+        assert "experts 8 -> 16" in text and "per slice" not in text
+
+
 @pytest.mark.parametrize(
     ("stored", "wanted", "reason"),
     [
@@ -109,6 +122,11 @@ def test_settings_that_shape_nothing_are_named_and_allowed():
         (config(8), config(16, norm="none"), "vq.norm"),
         (config(8), config(16, model={"hidden_size": 512}), "model.hidden_size"),
         (config(8), config(16, model={"vocab_size": 300}), "model.vocab_size"),
+        (config(8), config(16, model={"norm_placement": "post"}), "model.norm_placement"),
+        (config(8), config(16, quantizer="residual"), "codes of the one are no codes of the other"),
+        (config(8, 8, **LFQ), config(8, 16, **{**LFQ, "code_dim": 4}), "vq.code_dim"),
+        (config(8, 6, **FSQ), config(8, 9, **{**FSQ, "fsq_levels": [3, 3]}), "vq.fsq_levels"),
+        (config(8, **SCALED), config(16, quantizer="cosine"), "vq.learn_code_scale"),
         (config(8), config(16, model={"normalization": "RMSNorm"}), "model.normalization"),
     ],
 )

@@ -45,6 +45,40 @@ def curve(results):
             ],
             id="threshold",
         ),
+        pytest.param(
+            ["vq.quantizer=residual", "vq.num_code_slices=3"], id="residual", marks=pytest.mark.full
+        ),
+        pytest.param(
+            [
+                "vq.quantizer=lfq",
+                "vq.code_dim=5",
+                "vq.num_codes=32",
+                "vq.train_projection=true",
+                "vq.freeze_codebook=true",
+                "vq.codebook_update=gradient",
+                "vq.init=uniform",
+            ],
+            id="lfq-trained",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            [*OVERLAPPED, "vq.quantizer=cosine", "vq.learn_code_scale=true"],
+            id="bf16-scale",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            [
+                "model.norm_placement=post",
+                "vq.norm=shared_with_block",
+                "vq.expert_input=blend",
+                "model.moe_router_freeze=true",
+                "model.moe_router_pre_softmax=false",
+                "model.moe_router_topk=1",
+                "vq.codebook_update=gradient",
+            ],
+            id="released",
+            marks=pytest.mark.full,
+        ),
         # fp32 codes beside bf16 parameters
         pytest.param(
             [*OVERLAPPED, "vq.codebook_update=gradient"], id="bf16-gradient", marks=pytest.mark.full

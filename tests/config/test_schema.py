@@ -305,6 +305,11 @@ def test_a_run_can_say_how_the_discrete_path_is_evaluated(settings: dict, words:
     [
         ({}, "dual", "16 of width 512, top-1, every 1 layer(s)"),
         ({"moe_router_topk": 2}, "continuous", "16 of width 512, top-2, every 1 layer(s)"),
+        (
+            {"moe_router_freeze": True},
+            "dual",
+            "16 of width 512, top-1 of a frozen router, every 1 layer(s)",
+        ),
         ({}, "discrete", "16 of width 512, no router, every 1 layer(s)"),
         ({"num_moe_experts": 1}, "dual", "1 of width 512, no router, every 1 layer(s)"),
         (

@@ -48,6 +48,41 @@ CASES = {
         ["vq.path=filled", "vq.fill_values=direct"],
     ),
     "product": (1, {}, ["vq.quantizer=product", "vq.num_code_slices=4"]),
+    "residual": (1, {}, ["vq.quantizer=residual", "vq.num_code_slices=3"]),
+    "residual, tokens, bf16": (
+        1,
+        {},
+        [
+            "vq.quantizer=residual", "vq.num_code_slices=2", "vq.execution=tokens",
+            "model.bf16=true",
+        ],
+    ),
+    "fsq, trained projection": (
+        1,
+        {},
+        [
+            "vq.quantizer=fsq", "vq.code_dim=4", "vq.fsq_levels=[3,3,3,3]", "vq.num_codes=81",
+            "vq.train_projection=true", "vq.freeze_codebook=true", "vq.init=uniform",
+            "vq.codebook_update=gradient",
+        ],
+    ),
+    "lfq": (
+        1,
+        {},
+        [
+            "vq.quantizer=lfq", "vq.code_dim=6", "vq.num_codes=64", "vq.freeze_codebook=true",
+            "vq.init=uniform", "vq.codebook_update=gradient",
+        ],
+    ),
+    "as released": (
+        1,
+        {},
+        [
+            "model.norm_placement=post", "vq.norm=shared_with_block", "vq.expert_input=blend",
+            "model.moe_router_freeze=true", "model.moe_router_pre_softmax=false",
+            "model.moe_router_topk=1", "vq.codebook_update=gradient",
+        ],
+    ),
     "bf16 rms gated": (
         1,
         {},
@@ -112,7 +147,7 @@ CASES = {
     ),
     "tp2 ep2": (2, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}, []),
     "etp2": (2, {"expert_tensor_parallel_size": 2}, ["model.gated_linear_unit=true"]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.distributed

@@ -117,3 +117,15 @@ def test_the_plan_splits_what_the_package_splits() -> None:
     from vqmoe_megatron.vq.split_search import MIN_WIDTH
 
     assert LEAST_SPLIT_WIDTH == MIN_WIDTH
+
+
+def test_implicit_codes_are_rounded_and_residual_ones_searched_at_every_depth() -> None:
+    fixed = {"freeze_codebook": True, "codebook_update": "gradient", "init": "uniform"}
+    implicit = changed(BILLION, quantizer="lfq", code_dim=8, num_codes=256, **fixed)
+    found = search_kernels(implicit, "cuda")
+    assert [kernel.name for kernel in found] == ["tokens to fp32", "projection", "rounding"]
+    assert search_flops(implicit) == named(found, "projection").operations == 2 * 32768 * 8 * 1024
+    assert named(found, "rounding").read_bytes < 32768 * 8 * (4 + 16) + 1
+    depths = changed(BILLION, quantizer="residual", num_code_slices=3)
+    assert search_flops(depths) == 3 * ONE
+    assert named(plain_search(depths), "fp32 products").operations == 3 * ONE

@@ -34,6 +34,8 @@ JOURNEYS = {
         (4, {TP: 2, PP: 2}, DISTRIBUTED),
     ],
     "one-expert-etp2-tp2": [(2, {ETP: 2}, []), (2, {TP: 2}, DISTRIBUTED), (1, {}, [])],
+    "released": [(4, {TP: 2, EP: 2}, DISTRIBUTED), (2, {PP: 2, VPP: 2}, []), (1, {}, [])],
+    "residual": [(2, {TP: 2}, DISTRIBUTED), (2, {EP: 2}, []), (1, {}, [])],
     "filled": [(2, {EP: 2}, []), (2, {ETP: 2}, DISTRIBUTED), (2, {PP: 2, VPP: 2}, [])],
 }
 GATED = ["model.gated_linear_unit=true", "model.activation_func=silu"]
@@ -45,6 +47,14 @@ OPTIONS = {
         "model.moe_shared_expert_intermediate_size=32",
     ],
     "one-expert-etp2-tp2": ["model.num_moe_experts=1", "model.moe_router_topk=1"],
+    "released": [
+        *("model.norm_placement=post", "vq.norm=shared_with_block", "vq.expert_input=blend"),
+        *("model.moe_router_freeze=true", "model.moe_router_pre_softmax=false"),
+        *("model.moe_router_topk=1", "vq.codebook_update=gradient"),
+    ],
+    "residual": [
+        *("vq.quantizer=residual", "vq.num_code_slices=2", "vq.codebook_update=gradient"),
+    ],
     "filled": [
         *("vq.path=filled", "vq.threshold_routing=true", "model.moe_router_topk=1"),
         "vq.fill_values=direct",

@@ -356,6 +356,7 @@ class RunConfig:
             said += " for every token: dense, no router"
         elif vq.has_router(model.num_moe_experts):
             said += f", top-{model.moe_router_topk}"
+            said += " of a frozen router" if model.moe_router_freeze else ""
         else:
             said += ", no router"
         if model.moe_shared_expert_intermediate_size is not None:
