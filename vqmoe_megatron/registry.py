@@ -67,7 +67,29 @@ KINDS: dict[str, Kind] = {
     "router": Kind(
         "megatron.core.transformer.moe.router:Router",
         "model.moe_router",
-        {"topk": Part("vqmoe_megatron.moe.routers.topk:BalancedRouter")},
+        {
+            "topk": Part("vqmoe_megatron.moe.routers.topk:BalancedRouter"),
+            "x_moe": Part(
+                "vqmoe_megatron.moe.routers.x_moe:XMoERouter",
+                frozenset({"variant", "low_dim", "initial_temperature"}),
+            ),
+            "smoe_dropout": Part(
+                "vqmoe_megatron.moe.routers.smoe_dropout:SMoEDropoutRouter",
+                frozenset({"min_topk", "schedule_steps", "eval_topk"}),
+            ),
+            "hash": Part("vqmoe_megatron.moe.routers.hash:HashRouter"),
+            "switch": Part(
+                "vqmoe_megatron.moe.routers.switch:SwitchRouter", frozenset({"capacity_factor"})
+            ),
+            "loss_free": Part(
+                "vqmoe_megatron.moe.routers.loss_free:LossFreeRouter",
+                frozenset({"bias_update_rate"}),
+            ),
+            "stable_moe": Part(
+                "vqmoe_megatron.moe.routers.stable_moe:StableMoERouter",
+                frozenset({"variant", "stage_1_steps", "light_dim", "distill_coeff"}),
+            ),
+        },
     ),
     "task": Kind(
         "vqmoe_megatron.tasks.task:Task",

@@ -28,6 +28,7 @@ CHOICES = re.compile(r"choose one of ([^;]+)")
 SECTION_WORDS = {
     "model": "The transformer. Names are those of Megatron's `TransformerConfig`.",
     "vq": "The paper's layer: its codebook and the paths that use it.",
+    "router": "Of the routers beside `model.moe_router=topk`; each takes those that name it.",
     "code_memory": "Learned rows that a token reads by its code and by those before it.",
     "parallel": "The layout: over how many ranks the model is cut, and how.",
     "data": "The corpus to read, and how to score on it.",

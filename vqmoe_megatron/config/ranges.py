@@ -93,6 +93,16 @@ LEGAL_RANGES: dict[str, Range] = {
     "vq.vq_loss_coeff": COEFFICIENT,
     # A share of uniform usage: at 1 every code would be re-seeded at every step.
     "vq.dead_code_threshold": SHARE_BELOW_ONE,
+    "router.low_dim": WIDTH,
+    "router.initial_temperature": Range(0.01, 100),  # the learned one is held above 0.01, too
+    "router.min_topk": WIDTH,
+    "router.schedule_steps": STEPS,
+    "router.eval_topk": WIDTH,
+    "router.capacity_factor": Range(0, 1000, without_low=True),
+    "router.bias_update_rate": RATE,
+    "router.stage_1_steps": STEPS,
+    "router.light_dim": WIDTH,
+    "router.distill_coeff": COEFFICIENT,
     "code_memory.num_rows": Range(0, 2**24),
     "code_memory.num_codes": ROWS,
     "code_memory.max_order": Range(1, 8),  # longer runs of codes hardly come again

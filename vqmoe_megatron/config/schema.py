@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 from vqmoe_megatron import registry
 from vqmoe_megatron.config.checks import check_choice, check_settings
 from vqmoe_megatron.config.code_memory import CodeMemoryConfig
+from vqmoe_megatron.config.router import RouterConfig
+from vqmoe_megatron.config.router_rules import check_router
 from vqmoe_megatron.config.vq import VQConfig
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerSection",
     "ParallelConfig",
+    "RouterConfig",
     "RunConfig",
     "TrackingConfig",
     "TrainConfig",
@@ -87,6 +90,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_settings("model", self)
         registry.check_name("router", self.moe_router)
+        check_router(self)
         check_choice("model", "activation_func", self.activation_func, ("gelu", "relu", "silu"))
         check_choice("model", "normalization", self.normalization, ("LayerNorm", "RMSNorm"))
         check_choice("model", "norm_placement", self.norm_placement, ("pre", "post"))
@@ -339,6 +343,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     vq: VQConfig = field(default_factory=VQConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
     code_memory: CodeMemoryConfig = field(default_factory=CodeMemoryConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)

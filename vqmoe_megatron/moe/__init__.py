@@ -13,12 +13,14 @@ from vqmoe_megatron.moe.megatron_log import logged_names
 from vqmoe_megatron.moe.memory.attach import attach_code_stream
 from vqmoe_megatron.moe.memory.code_stream import CodeStream
 from vqmoe_megatron.moe.memory.path import LayerMemory
+from vqmoe_megatron.moe.routers.builder import LayerRouter
 from vqmoe_megatron.moe.routers.codebook import VQRouter
 from vqmoe_megatron.moe.spec import (
     get_vqmoe_block_spec,
     get_vqmoe_layer_spec,
     vqmoe_layer_spec,
 )
+from vqmoe_megatron.moe.token_stream import TokenStream, attach_token_stream
 from vqmoe_megatron.runtime.versions import warn_of_versions
 
 warn_of_versions()
@@ -29,9 +31,12 @@ __all__ = [
     "METRIC_NAMES",
     "GroupedExperts",
     "LayerMemory",
+    "LayerRouter",
+    "TokenStream",
     "VQMoELayer",
     "VQRouter",
     "attach_code_stream",
+    "attach_token_stream",
     "get_vqmoe_block_spec",
     "get_vqmoe_layer_spec",
     "synchronize_codebooks",

@@ -79,3 +79,26 @@ def own_spans(
         if begin < end:
             spans.append(Span(number * length + begin - half * length, end - begin, begin - first))
     return spans
+
+
+def own_shard(part: torch.Tensor, tp: torch.distributed.ProcessGroup, is_cut: bool) -> torch.Tensor:
+    """This rank's ``[S / (P TP), ...]`` of what its context-parallel rank holds, ``[S / P, ...]``.
+
+    ``is_cut``: sequence parallelism. No communication.
+    """
+    return part.chunk(tp.size(), dim=0)[tp.rank()] if is_cut else part
+
+
+def gathered_shards(
+    shard: torch.Tensor, tp: torch.distributed.ProcessGroup, is_cut: bool
+) -> torch.Tensor:
+    """What the context-parallel rank holds of this rank's shard, without gradients; undoes
+    :func:`own_shard`.
+
+    Communicates: one all-gather over ``tp``, where sequences are cut over several ranks.
+    """
+    if not is_cut or tp.size() == 1:
+        return shard
+    part = shard.new_empty(tp.size() * shard.shape[0], *shard.shape[1:])
+    torch.distributed.all_gather_into_tensor(part, shard.contiguous(), group=tp)
+    return part

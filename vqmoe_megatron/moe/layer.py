@@ -61,6 +61,7 @@ from vqmoe_megatron.moe.paths import (
     Path,
     SharedExpertPath,
 )
+from vqmoe_megatron.moe.routers.step_router import StepRouter
 from vqmoe_megatron.moe.routers.topk import BalancedRouter
 from vqmoe_megatron.moe.routing_threshold import RoutingThreshold
 from vqmoe_megatron.runtime.cpu_compat.missing_names import name_missing_functions
@@ -178,7 +179,7 @@ class VQMoELayer(LayerStep, MoELayer):
 
     def _filled_path(self, seed: int) -> FilledPath:
         config, vq = self.config, self.vq
-        if not isinstance(self.router, BalancedRouter):
+        if not isinstance(self.router, BalancedRouter) or isinstance(self.router, StepRouter):
             raise ValueError(
                 f"vq.path=filled needs the probabilities of all experts, which "
                 f"{type(self.router).__name__} does not give; use model.moe_router=topk, "
@@ -334,10 +335,11 @@ class VQMoELayer(LayerStep, MoELayer):
     def _select(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Router probabilities and experts of the k selected experts, ``[T, k]`` each.
 
-        A token that Megatron's capacity rule dropped keeps k rows; their weight is zero.
+        k is the router's own at this moment, where it has one. A token that a capacity rule dropped
+        keeps k rows; their weight is zero.
         """
         probs, routing_map = self.route(hidden_states)
-        k = self.config.moe_router_topk
+        k = getattr(self.router, "topk", self.config.moe_router_topk)
         selected = routing_map.to(torch.float32).add(probs.detach()).topk(k, dim=1).indices
         return probs.gather(1, selected), selected
 

@@ -23,6 +23,7 @@ from vqmoe_megatron.moe.executions.execution import Execution
 from vqmoe_megatron.moe.expert_engine import Result, TravellingRows, Work
 from vqmoe_megatron.moe.megatron_settings import refuse_trained_codes_in_half
 from vqmoe_megatron.moe.part import DensePart, Part, sum_slots
+from vqmoe_megatron.moe.routers.step_router import StepRouter
 
 
 def _as_it_is(output: torch.Tensor) -> torch.Tensor:
@@ -127,6 +128,30 @@ class ContinuousPath(Path):
     def set_layer_number(self, layer_number: int, model_layer_number: int) -> None:
         """The router's balance losses are logged under Megatron's number."""
         self.router.set_layer_number(layer_number)
+
+    @property
+    def _step(self) -> StepRouter | None:
+        """The router, where something of it ends once per step."""
+        return self.router if isinstance(self.router, StepRouter) else None
+
+    def local_parts(self) -> list[torch.Tensor]:
+        """The router's."""
+        return self._step.local_parts() if self._step else []
+
+    def scalars_of(self, parts: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The router's."""
+        return self._step.scalars_of(parts) if self._step else {}
+
+    def apply_parts(
+        self, reduced: Iterator[torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """Move the router by its sums."""
+        return (self._step.apply_parts(reduced) if self._step else {}), []
+
+    def clear_step(self) -> None:
+        """Forget what the router recorded."""
+        if self._step:
+            self._step.clear_step()
 
 
 class OneExpertPath(Path):

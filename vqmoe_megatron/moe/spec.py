@@ -34,7 +34,6 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from vqmoe_megatron import registry
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.moe.cpu_attention import CpuAttention
 from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
@@ -44,13 +43,14 @@ from vqmoe_megatron.moe.megatron_settings import is_moe_layer
 from vqmoe_megatron.moe.memory.path import LayerMemory
 from vqmoe_megatron.moe.norms import ParallelNorm
 from vqmoe_megatron.moe.post_norm import with_norms_behind
+from vqmoe_megatron.moe.routers.builder import DEFAULT_ROUTER, LayerRouter
 from vqmoe_megatron.plan.layout import CUT_ATTENTION_ON_CUDA
 from vqmoe_megatron.plan.rules import POST_IS_LOCAL, SHARED_NORM_IS_BEHIND
 from vqmoe_megatron.runtime.fused_parts import TE_LAYERS
 from vqmoe_megatron.runtime.graphs import Graph
 
 CONFIG_VARIABLE = "VQMOE_CONFIG"
-DEFAULT_ROUTER = "topk"
+DEFAULT_SEED = 1234
 
 
 def spec_backend(config: TransformerConfig | None = None) -> tuple[str, str]:
@@ -68,8 +68,8 @@ def spec_backend(config: TransformerConfig | None = None) -> tuple[str, str]:
 def get_vqmoe_layer_spec(
     config: TransformerConfig | None = None,
     vq: VQConfig | None = None,
-    seed: int = 1234,
-    router: str = DEFAULT_ROUTER,
+    seed: int = DEFAULT_SEED,
+    router: str | LayerRouter = DEFAULT_ROUTER,
 ) -> ModuleSpec:
     """Build the spec of one transformer layer whose MLP is a :class:`VQMoELayer`.
 
@@ -78,7 +78,7 @@ def get_vqmoe_layer_spec(
             own from Megatron.
         vq: the layer's settings; None takes the defaults, with K = 4 N.
         seed: of codebook initialisation and revival, the same on all ranks.
-        router: name of the continuous path's, as the registry knows it.
+        router: name of the continuous path's, as the registry knows it, or with its settings.
 
     Raises:
         ValueError: when ``vq`` does not fit ``config``, or for an unknown router.
@@ -91,10 +91,10 @@ def get_vqmoe_layer_spec(
 def get_vqmoe_block_spec(
     config: TransformerConfig,
     vq: VQConfig,
-    seed: int = 1234,
+    seed: int = DEFAULT_SEED,
     vp_stage: int | None = None,
     engine: EngineType = ExpertEngine,
-    router: str = DEFAULT_ROUTER,
+    router: str | LayerRouter = DEFAULT_ROUTER,
     local_norm: type = ParallelNorm,
     new_graph: Callable[[], Graph] | None = None,
     memory: LayerMemory | None = None,
@@ -103,7 +103,8 @@ def get_vqmoe_block_spec(
 ) -> TransformerBlockSubmodules:
     """Build this pipeline stage's layers: VQMoE every ``moe_layer_freq`` layers, dense between.
 
-    ``engine`` builds the expert engine of every layer; ``router`` names the continuous path's;
+    ``engine`` builds the expert engine of every layer; ``router`` is the continuous path's, by name
+    or with its settings, and its token stream is to be attached to the model;
     ``local_norm`` builds the norms around attention and MLP where modules are local, for instance
     Megatron's ``FusedLayerNorm``; ``new_graph`` the graphs of the discrete path, None: none;
     ``memory`` the code memory of the layers that carry one, whose stream is to be attached to the
@@ -214,10 +215,16 @@ def settings_from_environment() -> tuple[VQConfig | None, int]:
     """
     path = os.environ.get(CONFIG_VARIABLE)
     if not path:
-        return None, 1234
+        return None, DEFAULT_SEED
     from vqmoe_megatron.config.recipe import load_recipe
 
     recipe = load_recipe(Path(path), [])
+    if recipe.model.moe_router != DEFAULT_ROUTER:
+        raise ValueError(
+            f"{path}: vqmoe_layer_spec builds layers with Megatron's own router, not with "
+            f"model.moe_router={recipe.model.moe_router}; use {DEFAULT_ROUTER}, or build the model "
+            "with get_vqmoe_block_spec(config, vq, router=...)"
+        )
     if recipe.code_memory.is_on:
         raise ValueError(
             f"{path}: vqmoe_layer_spec builds layers alone, and code memory needs the model's "
@@ -231,15 +238,16 @@ def _layer_spec(
     config: TransformerConfig | None,
     layer: type[VQMoELayer],
     params: dict,
-    router: str,
+    router: str | LayerRouter,
     local_norm: type = ParallelNorm,
 ) -> ModuleSpec:
+    router = LayerRouter(router) if isinstance(router, str) else router
     spec = _dense_layer_spec(config, local_norm)
     spec.submodules.mlp = ModuleSpec(
         module=layer,
         params=params,
         submodules=MoESubmodules(
-            router=registry.load("router", router),
+            router=router.builder(params.get("seed", DEFAULT_SEED)),
             experts=_experts_spec(config),
             shared_experts=_shared_experts_spec(config),
         ),

@@ -152,6 +152,15 @@ def _moe(
     terms = (replace(term, part=f"moe {term.part}") for term in layer_terms(shape, *rows))
     yield from _again(terms, is_repeated)
     yield from _balance_loss(config, layout, is_repeated)
+    yield from _again(_capacity(shape, layout), is_repeated)
+
+
+def _capacity(shape: LayerShape, layout: ParallelLayout) -> Iterator[Term]:
+    """Switch with a capacity: fp32 probabilities [T, N] of every sequence shard."""
+    if shape.has_router and shape.moe_router == "switch" and shape.router.capacity_factor:
+        own = FP32_BYTES * shape.num_local_tokens * shape.num_moe_experts
+        sent = (layout.tensor_model_parallel_size - 1) * own
+        yield Term("moe capacity", "all_gather", "tp", sent)
 
 
 def _again(terms: Iterable[Term], is_repeated: bool) -> Iterator[Term]:

@@ -51,6 +51,7 @@ from vqmoe_megatron.plan.parameters import (
     is_moe_layer,
     padded_vocab_size,
 )
+from vqmoe_megatron.plan.router_cost import router_forward_flops
 from vqmoe_megatron.plan.shape import LayerShape
 
 ROW_PER_CODE_PARTS = ("code_rows", "lift")  # done once per step where one table serves all of it
@@ -226,7 +227,7 @@ def layer_flops(layer: LayerShape) -> dict[str, Flops]:
     code_rows_backward *= layer.has_table_gradient
     fill = 2 * layer.num_fill_block_rows * layer.num_moe_experts * layer.hidden_size
     per_logit = 2 * layer.num_local_tokens * layer.hidden_size
-    router = per_logit * layer.num_moe_experts if layer.has_router else 0
+    router = router_forward_flops(layer)
     shared = layer.num_local_tokens * shared_expert_forward_flops(layer)
     gate = per_logit * layer.num_gate_outputs
     return {

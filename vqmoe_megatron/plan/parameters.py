@@ -38,6 +38,7 @@ from math import prod
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
 from vqmoe_megatron.plan.layout import ParallelLayout, unsharded
+from vqmoe_megatron.plan.router_cost import num_rows_not_read, router_tensors
 from vqmoe_megatron.plan.shape import LayerShape
 
 PARTS = (
@@ -234,19 +235,15 @@ def _dense_mlp(
 def _moe(
     config: RunConfig, layer: LayerShape, element: int, prefix: str, has_memory: bool
 ) -> Iterator[Parameter]:
-    """Router [N, H], experts [N / EP, ...] cut over ETP, shared expert [c1 Fs / TP, H] and [H, Fs /
-    TP], codes [C, K, w] in fp32."""
+    """Router (``router_cost``), experts [N / EP, ...] cut over ETP, shared expert [c1 Fs / TP, H]
+    and [H, Fs / TP], codes [C, K, w] in fp32."""
     model, vq, hidden = config.model, config.vq, layer.hidden_size
     if layer.has_router:
-        shape = (layer.num_moe_experts, hidden)
-        yield from _linear(
-            f"{prefix}router",
-            "router",
-            shape,
-            element,
-            model.add_bias_linear,
-            not model.moe_router_freeze,
-        )
+        vocab_size = padded_vocab_size(model)
+        for tensor in router_tensors(layer, model.add_bias_linear, vocab_size):
+            name = f"{prefix}router.{tensor.name}"
+            is_trained = tensor.is_trained and not model.moe_router_freeze
+            yield Parameter(name, "router", tensor.shape, element, is_trained=is_trained)
     experts = layer.num_experts_per_rank
     inner = layer.moe_ffn_hidden_size // layer.expert_tensor_parallel_size
     outer = layer.fc1_width // layer.expert_tensor_parallel_size
@@ -363,11 +360,19 @@ def _active(config: RunConfig, total: dict[str, int]) -> dict[str, int]:
         else:
             num_rows = max(num_rows, num_answers)
     active["experts"] = _active_experts(config, total["experts"], num_rows)
+    if "router" in active:  # of words of a router's own, one
+        layer, places = LayerShape.from_config(config, unsharded()), [_whole_model(model)]
+        unread = num_rows_not_read(layer, padded_vocab_size(model))
+        active["router"] -= num_moe_layers(model, places) * unread
     if "learned_inputs" in active:  # one of K per slice
         active["learned_inputs"] //= vq.num_codes
     if "memory_rows" in active:  # one of M per address
         active["memory_rows"] //= config.code_memory.num_rows
     return active
+
+
+def _whole_model(model: ModelConfig) -> ChunkPlace:
+    return ChunkPlace(range(model.num_layers), is_first=True, is_last=True)
 
 
 def _active_experts(config: RunConfig, total: int, num_rows: int) -> int:

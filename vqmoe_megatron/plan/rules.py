@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vqmoe_megatron.config import ModelConfig, RunConfig, VQConfig
+from vqmoe_megatron.config.router_rules import router_errors
 from vqmoe_megatron.plan.engine_rules import engine_errors
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def run_errors(config: RunConfig, layout: ParallelLayout) -> list[str]:
         *_table_errors(config),
         *_fill_errors(config),
         *_norm_errors(config),
+        *router_errors(config),
         *_checkpoint_errors(config),
         *engine_errors(config, layout),
     ]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vqmoe_megatron.config import RunConfig, VQConfig
+from vqmoe_megatron.config import RouterConfig, RunConfig, VQConfig
 from vqmoe_megatron.plan.layout import ParallelLayout
 
 FILL_BLOCK = 32  # least tokens of a product that reads fill (vq/fill.py)
@@ -45,6 +45,8 @@ class LayerShape:
     tensor_model_parallel_size: int = 1
     num_microbatches: int = 1  # of an optimizer step
     moe_shared_expert_intermediate_size: int | None = None  # Fs
+    moe_router: str = "topk"
+    router: RouterConfig = RouterConfig()  # with its nulls filled in
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -87,6 +89,10 @@ class LayerShape:
             tensor_model_parallel_size=layout.tensor_model_parallel_size,
             num_microbatches=layout.num_microbatches(train),
             moe_shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size,
+            moe_router=model.moe_router,
+            router=config.router.for_run(
+                model.moe_router, model.num_moe_experts, train.train_iters
+            ),
         )
 
     @property

@@ -28,7 +28,14 @@ from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.plan.codebook_bytes import assigner_bytes
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.memory_state import memory_buffer_bytes
-from vqmoe_megatron.plan.parameters import Parameter, chunk_places, num_moe_layers, stage_parameters
+from vqmoe_megatron.plan.parameters import (
+    Parameter,
+    chunk_places,
+    num_moe_layers,
+    padded_vocab_size,
+    stage_parameters,
+)
+from vqmoe_megatron.plan.router_cost import router_buffer_bytes
 from vqmoe_megatron.plan.shape import LayerShape
 
 PARAMETER_ALIGNMENT = 64  # elements; of Megatron's _pad_start_of_param_if_needed
@@ -206,6 +213,7 @@ def layer_statistics_bytes(config: RunConfig, layout: ParallelLayout) -> int:
     rank of the layer keeps them all."""
     layer = LayerShape.from_config(config, layout)
     num_bytes = (layer.num_moe_experts + 2) * 4  # load per expert, gate
+    num_bytes += router_buffer_bytes(layer, padded_vocab_size(config.model))
     if layer.vq.threshold_routing:  # tau, the step's scores and tokens
         num_bytes += (1 + NUM_THRESHOLD_SUMS) * 4
     return num_bytes + assigner_bytes(layer) if layer.vq.has_codes else num_bytes

@@ -37,6 +37,7 @@ from vqmoe_megatron.plan.parameters import (
     padded_vocab_size,
     stage_parameters,
 )
+from vqmoe_megatron.plan.router_cost import num_router_sums
 from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.state_memory import (
     GRADIENT_BYTES,
@@ -173,13 +174,13 @@ def _sees_a_shard(parameter: Parameter) -> bool:
 
 
 def _statistics_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Iterator[Term]:
-    """CodebookSync: per MoE layer expert loads [N] and gate sums [2]; with a codebook also losses
-    [3], usage [C, K], the moving sums' tokens [C, K, D] and M candidates [M, C, D], with threshold
-    routing pairs by score and tokens; all fp32."""
+    """CodebookSync: per MoE layer expert loads [N], gate sums [2], what the router sums; with a
+    codebook also losses [3], usage [C, K], the moving sums' tokens [C, K, D] and M candidates
+    [M, C, D], with threshold routing pairs by score and tokens; all fp32."""
     model, vq = config.model, config.vq
     shape = LayerShape.from_config(config, layout)
     num_layers = num_moe_layers(model, chunk_places(model, layout, stage))
-    elements = num_layers * (model.num_moe_experts + 2)
+    elements = num_layers * (model.num_moe_experts + 2 + num_router_sums(shape))
     if vq.threshold_routing:
         elements += num_layers * NUM_THRESHOLD_SUMS
     if vq.has_codes:

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
+from vqmoe_megatron.config.router_rules import OF_TOKEN_IDS
 from vqmoe_megatron.engines.megatron.fast_path import start_before_attention
 from vqmoe_megatron.engines.megatron.layout_independent_init import redraw_parameters
 from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
@@ -27,7 +28,9 @@ from vqmoe_megatron.moe.memory.attach import attach_code_stream
 from vqmoe_megatron.moe.memory.code_stream import CodeStream
 from vqmoe_megatron.moe.memory.path import LayerMemory
 from vqmoe_megatron.moe.norms import ParallelNorm
+from vqmoe_megatron.moe.routers.builder import LayerRouter
 from vqmoe_megatron.moe.spec import get_vqmoe_block_spec
+from vqmoe_megatron.moe.token_stream import TokenStream, attach_token_stream
 from vqmoe_megatron.plan.capture import starts_rows, starts_tables
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.runtime.fused_parts import PLAIN, FusedParts
@@ -215,6 +218,15 @@ def _code_streams(
     return streams
 
 
+def _layer_router(config: RunConfig, transformer: TransformerConfig) -> LayerRouter:
+    """The router of one chunk's layers, with its nulls filled in and the chunk's token ids."""
+    model, tokens = config.model, None
+    if model.moe_router in OF_TOKEN_IDS:
+        tokens = TokenStream(transformer, padded_vocab_size(model), get_default_pg_collection())
+    name, steps = model.moe_router, config.train.train_iters
+    return LayerRouter(name, config.router.for_run(name, model.num_moe_experts, steps), tokens)
+
+
 def _build_chunk(
     config: RunConfig,
     transformer: TransformerConfig,
@@ -229,6 +241,7 @@ def _build_chunk(
     memory = None
     if stream is not None:
         memory = LayerMemory(config.code_memory, stream, config.train.seed)
+    router = _layer_router(config, transformer)
     model = GPTModel(
         transformer,
         get_vqmoe_block_spec(
@@ -237,7 +250,7 @@ def _build_chunk(
             config.train.seed,
             vp_stage,
             engine,
-            config.model.moe_router,
+            router,
             local_norm,
             new_graph,
             memory,
@@ -261,5 +274,7 @@ def _build_chunk(
             parameter.allreduce = False
     if stream is not None:
         attach_code_stream(model, stream)
+    if router.tokens is not None:
+        attach_token_stream(model, router.tokens)
     start_before_attention(model, starts_tables(config), starts_rows(config))
     return model.to(torch.cuda.current_device())

@@ -13,6 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from vqmoe_megatron.moe.memory.code_stream import CodeStream
 
+POSITIONAL = ("input_ids", "position_ids")  # of GPTModel, in front of others
 CACHES = ("inference_context", "inference_params")  # a call with one sees only the newest tokens
 
 
@@ -33,25 +34,29 @@ def attach_code_stream(model: torch.nn.Module, stream: CodeStream) -> None:
     embedding = getattr(model, "embedding", None)
     stream.bind(None if embedding is None else embedding.word_embeddings)
     model.register_forward_pre_hook(_begin_microbatch, with_kwargs=True)
-    model.decoder.register_forward_hook(_follow_output(stream))
+    model.decoder.register_forward_hook(follow_output(stream))
+
+
+def given_inputs(args: tuple[Any, ...], kwargs: dict, names: tuple[str, ...]) -> list[Any]:
+    """What a call of Megatron's GPTModel gives for ``names``; None for what it leaves out."""
+    given = dict(zip(POSITIONAL, args, strict=False)) | kwargs
+    return [given.get(name) for name in names]
 
 
 def _begin_microbatch(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict) -> None:
-    names = ("input_ids", "position_ids")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    token_ids, position_ids = (given.get(name) for name in names)
+    token_ids, position_ids = given_inputs(args, kwargs, POSITIONAL)
     if token_ids is None or position_ids is None:
         raise ValueError(
             "a model with code memory needs input_ids and position_ids on every pipeline stage: "
             "rows are found by token ids before the first layer runs"
         )
-    if any(given.get(name) is not None for name in CACHES):
+    if any(cache is not None for cache in given_inputs(args, kwargs, CACHES)):
         raise ValueError(
             "a model with code memory reads rows by earlier tokens of the same call; evaluate "
             "whole sequences, without a cache of keys and values (inference_context)"
         )
     starts = position_ids == 0
-    packed = given.get("packed_seq_params")
+    (packed,) = given_inputs(args, kwargs, ("packed_seq_params",))
     if packed is not None:
         if model.code_stream.pg_collection.cp.size() > 1:
             raise ValueError(
@@ -72,7 +77,9 @@ def _packed_starts(packed: PackedSeqParams, like: torch.Tensor) -> torch.Tensor:
     return starts[:-1].view_as(like)
 
 
-def _follow_output(stream: CodeStream) -> Any:
+def follow_output(stream: Any) -> Any:
+    """A forward hook of the decoder that tells ``stream`` its output."""
+
     def hook(_: torch.nn.Module, __: tuple, output: Any) -> None:
         stream.follow_output(output[0] if isinstance(output, tuple) else output)
 

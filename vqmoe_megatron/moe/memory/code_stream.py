@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from vqmoe_megatron.config import CodeMemoryConfig
-from vqmoe_megatron.moe.context_cut import gathered_in_order, own_part
+from vqmoe_megatron.moe.context_cut import gathered_in_order, own_part, own_shard
 from vqmoe_megatron.moe.foreign_loop import follow
 from vqmoe_megatron.moe.memory.code_search import CodeSearch
 from vqmoe_megatron.moe.memory.microbatches import Microbatches
@@ -135,9 +135,7 @@ class CodeStream(CodeSearch):
         """``[b, S, ...]`` of whole sequences -> ``[T, ...]`` of this rank's, in the order of hidden
         states ``[S, b]``."""
         by_place = own_part(of_sequences.transpose(0, 1), self.pg_collection.cp, 0)
-        if self.config.sequence_parallel:
-            tp = self.pg_collection.tp
-            by_place = by_place.chunk(tp.size(), dim=0)[tp.rank()]
+        by_place = own_shard(by_place, self.pg_collection.tp, self.config.sequence_parallel)
         return by_place.flatten(0, 1)
 
     def _contexts(self, token_ids: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:

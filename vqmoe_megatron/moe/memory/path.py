@@ -16,7 +16,12 @@ from vqmoe_megatron.config import CodeMemoryConfig, VQConfig
 from vqmoe_megatron.config.memory_codebooks import hidden_quantizer
 from vqmoe_megatron.moe.backward_hook import run_in_backward
 from vqmoe_megatron.moe.code_assigner import Assignment, CodeAssigner
-from vqmoe_megatron.moe.context_cut import gathered_in_order, own_part
+from vqmoe_megatron.moe.context_cut import (
+    gathered_in_order,
+    gathered_shards,
+    own_part,
+    own_shard,
+)
 from vqmoe_megatron.moe.expert_engine import ExpertEngine, Work
 from vqmoe_megatron.moe.megatron_settings import refuse_trained_codes_in_half
 from vqmoe_megatron.moe.memory.code_stream import CodeStream
@@ -76,16 +81,11 @@ class HiddenCodes:
         num_sequences = starts.shape[0]
         codes = codes.view(-1, num_sequences)
         tp, cp = self.assigner.pg_collection.tp, self.assigner.pg_collection.cp
-        is_cut = self.config.sequence_parallel and tp.size() > 1
-        if is_cut:  # whole sequences: ids are cheap
-            whole = codes.new_empty(tp.size() * codes.shape[0], num_sequences)
-            torch.distributed.all_gather_into_tensor(whole, codes.contiguous(), group=tp)
-            codes = whole
+        is_cut = self.config.sequence_parallel
+        codes = gathered_shards(codes, tp, is_cut)  # whole sequences: ids are cheap
         codes = gathered_in_order(codes, cp)
         rows = row_ids(codes.t(), starts, self.settings.num_rows, self.settings.max_order)
-        rows = own_part(rows.transpose(0, 1), cp, 0)
-        if is_cut:
-            rows = rows.chunk(tp.size(), dim=0)[tp.rank()]
+        rows = own_shard(own_part(rows.transpose(0, 1), cp, 0), tp, is_cut)
         return rows.flatten(0, 1)
 
     def attach(

@@ -1,0 +1,95 @@
+"""Runs with the baseline routers: the same curve at every layout, bitwise after a stop."""
+
+from __future__ import annotations
+
+import pytest
+from baseline_routers import CONTINUOUS, ROUTERS
+from fast_tier import only
+from small_run import TINY, run_on
+
+pytestmark = pytest.mark.distributed
+
+TP, PP, EP, CP = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    *("expert_model_parallel_size", "context_parallel_size"),
+)
+VPP = "virtual_pipeline_model_parallel_size"
+RECOMPUTE = [
+    "model.recompute_granularity=full",
+    "model.recompute_method=uniform",
+    "model.recompute_num_layers=1",
+]
+OVERLAP = [
+    "optimizer.use_distributed_optimizer=true",
+    "optimizer.overlap_grad_reduce=true",
+    "optimizer.overlap_param_gather=true",
+]
+LAYOUTS = {
+    "ep2": (2, {EP: 2}, []),
+    "tp2-ep2": (4, {TP: 2, EP: 2}, []),
+    "pp2-vpp2-recompute": (2, {PP: 2, VPP: 2}, RECOMPUTE),
+    "cp2-ep2": (2, {CP: 2, EP: 2}, []),
+    "overlap-dp2": (2, {}, OVERLAP),
+}
+SHORT = [*TINY, *CONTINUOUS, "train.train_iters=8", "train.exit_interval=6", "train.eval_iters=1"]
+SHORT += ["model.num_layers=4", "train.eval_interval=3"]
+STATEFUL = ("smoe_dropout", "loss_free", "stable_moe")
+
+
+def same_curve(ours: list[dict], theirs: list[dict], rel: float) -> None:
+    assert [record["iteration"] for record in ours] == [r["iteration"] for r in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        compared = {name for name in other if name.split("/")[0] in ("loss", "grad_norm", "val")}
+        compared |= {name for name in other if name.startswith("moe/") and "layer" not in name}
+        assert {"loss", "grad_norm"} <= compared or other["iteration"] == 0
+        for name in compared:
+            assert one[name] == pytest.approx(other[name], rel=rel, abs=1e-7), name
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("name", only(LAYOUTS, "tp2-ep2"))
+def test_short_curves_are_those_of_one_rank(name, router, ranks, small_corpus, tmp_path):
+    every = [*SHORT, *ROUTERS[router]]
+    one = run_on(ranks(1), small_corpus, tmp_path / "one", every, {})[0]["records"]
+    num_ranks, layout, overrides = LAYOUTS[name]
+    for result in run_on(
+        ranks(num_ranks), small_corpus, tmp_path / "n", [*every, *overrides], layout
+    ):
+        same_curve(result["records"], one, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_rank(ranks, stdlib_corpus, tmp_path_factory):
+    """By router: 20 steps of recipes/parity.yaml, both paths, on one rank."""
+    found = {}
+
+    def records(router: str) -> list[dict]:
+        if router not in found:
+            folder = tmp_path_factory.mktemp(router)
+            found[router] = run_on(ranks(1), stdlib_corpus, folder, ROUTERS[router], {})
+        return found[router][0]["records"]
+
+    return records
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("name", ["ep2", "tp2-ep2"])
+def test_twenty_steps_are_those_of_one_rank(name, router, ranks, one_rank, stdlib_corpus, tmp_path):
+    num_ranks, layout, _ = LAYOUTS[name]
+    results = run_on(ranks(num_ranks), stdlib_corpus, tmp_path, ROUTERS[router], layout)
+    for result in results:
+        same_curve(result["records"], one_rank(router), 1e-5)
+
+
+@pytest.mark.parametrize("router", STATEFUL)
+def test_a_stopped_run_goes_on_bitwise(router, ranks, small_corpus, tmp_path):
+    every = [*SHORT, *ROUTERS[router]]
+    whole = run_on(ranks(2), small_corpus, tmp_path / "whole", every, {EP: 2})[0]["records"]
+    cut = [*every, "train.exit_interval=3"]
+    for _ in range(2):
+        parts = run_on(ranks(2), small_corpus, tmp_path / "cut", cut, {EP: 2})[0]["records"]
+    exact = {name: value for name, value in whole[-1].items() if "per_second" not in name}
+    for name in ("loss", "grad_norm", "val/loss", *(n for n in exact if n.startswith("moe/"))):
+        assert parts[-1][name] == whole[-1][name], name
+    assert parts[-1]["iteration"] == 6
