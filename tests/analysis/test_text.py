@@ -28,7 +28,8 @@ def read(text: Text) -> tuple[torch.Tensor, np.ndarray]:
 
 def test_batches_have_no_empty_rows_and_places_are_those_of_the_tokens(text) -> None:
     tokens, places = read(text)
-    assert len(tokens) == 31 * 32  # whole windows, in microbatches of one
+    assert len(tokens) == 32 * 32  # whole windows, in microbatches of eight
+    assert text.windows.micro_batch_size == 8 and text.windows.num_scored_tokens == 32 * 32
     assert text.all_tokens[places].tolist() == tokens.tolist()
     assert text.say(tokens[:5].numpy()).encode() == bytes(tokens[:5].tolist())
 

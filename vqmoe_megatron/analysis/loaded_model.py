@@ -86,12 +86,15 @@ def analysed_config(folder: Path) -> RunConfig:
             "language models, which predict the next token (train.task=pretrain)"
         )
     vocab_size = config.model.vocab_size or int(stored_tokenizer(folder)["vocab_size"])
+    # Gradients are asked of single layers, which recomputation does not allow.
+    plain = {"bf16": False, "fp8": None, "recompute_granularity": None, "recompute_method": None}
+    plain |= {"recompute_num_layers": None, "recompute_modules": None}
     vq = config.vq
     if vq.path != "continuous":  # kept tables end with a schedule's step; there is none here
         vq = replace(vq, table_per_step=False, overlap_table=False)
     return replace(
         config,
-        model=replace(config.model, vocab_size=vocab_size, bf16=False, fp8=None),
+        model=replace(config.model, vocab_size=vocab_size, **plain),
         vq=vq,
         parallel=ParallelConfig(),
         train=replace(config.train, layout_independent_init=False),  # weights are loaded

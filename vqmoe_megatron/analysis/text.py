@@ -5,6 +5,7 @@ T tokens, S tokens per window.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from vqmoe_megatron.data.evaluation_windows import EvaluationWindows
 from vqmoe_megatron.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from vqmoe_megatron.tasks.task import Batch
 
-MICRO_BATCH_SIZES = (8, 4, 2, 1)
+MICRO_BATCH_SIZES = (8, 4, 2, 1)  # the first that divides the windows: no row is empty
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,16 @@ class Text:
     corpus: Corpus
     split: str
     seq_length: int
-    num_tokens: int  # wanted; at least one window
+    num_tokens: int  # wanted; whole windows that fill microbatches are read
 
     @cached_property
     def windows(self) -> EvaluationWindows:
         """In microbatches without empty rows."""
         whole = EvaluationWindows(self.corpus.split(self.split), self.seq_length)
-        num_windows = min(whole.num_windows, max(1, self.num_tokens // self.seq_length))
+        num_windows = math.ceil(self.num_tokens / self.seq_length)
+        if num_windows > MICRO_BATCH_SIZES[0]:
+            num_windows += -num_windows % MICRO_BATCH_SIZES[0]
+        num_windows = min(whole.num_windows, num_windows)
         size = next(size for size in MICRO_BATCH_SIZES if num_windows % size == 0)
         return EvaluationWindows(
             self.corpus.split(self.split),

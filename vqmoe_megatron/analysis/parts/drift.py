@@ -15,6 +15,7 @@ from vqmoe_megatron.analysis.observation import Observation, code_assigners, obs
 from vqmoe_megatron.analysis.part import Findings, Part, Subject, applying, reasons
 from vqmoe_megatron.analysis.parts.plots import draw_lines, mean
 from vqmoe_megatron.analysis.settings import Settings
+from vqmoe_megatron.analysis.text import Text
 from vqmoe_megatron.analysis.training import move_codebooks
 from vqmoe_megatron.analysis.usage import choice_counts, usage_of
 from vqmoe_megatron.moe.code_assigner import CodeAssigner
@@ -75,7 +76,7 @@ def _share(settings: Settings, number: int) -> float:
     return number / max(1, settings.drift_steps)
 
 
-def _endless(text) -> Iterator[Batch]:  # noqa: ANN001
+def _endless(text: Text) -> Iterator[Batch]:
     return itertools.chain.from_iterable(text.batches() for _ in itertools.count())
 
 
