@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 from vqmoe_megatron.analysis.observation import observe
 from vqmoe_megatron.analysis.part import Findings, Part, Subject, applying, reasons
-from vqmoe_megatron.analysis.parts.plots import draw_lines
+from vqmoe_megatron.analysis.parts.plots import draw_lines, name_lines
 from vqmoe_megatron.analysis.settings import Settings
 from vqmoe_megatron.analysis.training import train
 from vqmoe_megatron.study.report.page import Section, Table, drawn_section
-from vqmoe_megatron.study.report.plot_style import legend_above, panels
+from vqmoe_megatron.study.report.plot_style import panels
 
 PLOT = "adaptation.png"
 LEVELS = (1, 2, 4, 8, 16, 32, 64)  # batches after which the held-out loss is taken
@@ -58,7 +58,7 @@ def section(findings: Mapping[str, Findings], settings: Settings) -> Section:
     if cells:
         drawn, (axis,) = panels(1)
         draw_lines(axis, lines, "examples of the domain", "held-out loss (nats/token)")
-        legend_above(drawn, [axis], 2)
+        name_lines(drawn, [axis], 2)
     texts = [
         *reasons(findings),
         f"Protocol: {settings.adapt_batches} batches of the domain's training text, each one Adam "

@@ -20,12 +20,12 @@ from vqmoe_megatron.analysis.collapse import (
 )
 from vqmoe_megatron.analysis.observation import code_assigners, losses_of, watched
 from vqmoe_megatron.analysis.part import Findings, Part, Subject, applying, reasons
-from vqmoe_megatron.analysis.parts.plots import draw_lines, layer_axis
+from vqmoe_megatron.analysis.parts.plots import draw_lines, layer_axis, name_lines
 from vqmoe_megatron.analysis.settings import Settings
 from vqmoe_megatron.moe.expert_engine import ExpertEngine, Result, Work
 from vqmoe_megatron.moe.layer import VQMoELayer
 from vqmoe_megatron.study.report.page import Section, Table, drawn_section
-from vqmoe_megatron.study.report.plot_style import legend_above, panels
+from vqmoe_megatron.study.report.plot_style import panels
 
 PLOT = "collapse.png"
 MAX_INPUTS = 128  # that every expert is given
@@ -151,7 +151,7 @@ def section(findings: Mapping[str, Findings], settings: Settings) -> Section:
         for axis in axes:
             layer_axis(axis)
             axis.set_ylim(bottom=0)
-        legend_above(drawn, axes, 3)
+        name_lines(drawn, axes, 3)
     texts = [
         *reasons(findings),
         "The effective rank is exp of the entropy of singular values: n for n equal directions, 1 "

@@ -13,14 +13,14 @@ import torch
 
 from vqmoe_megatron.analysis.observation import Observation, code_assigners, observe
 from vqmoe_megatron.analysis.part import Findings, Part, Subject, applying, reasons
-from vqmoe_megatron.analysis.parts.plots import draw_lines, mean
+from vqmoe_megatron.analysis.parts.plots import draw_lines, mean, name_lines
 from vqmoe_megatron.analysis.settings import Settings
 from vqmoe_megatron.analysis.text import Text
 from vqmoe_megatron.analysis.training import move_codebooks
 from vqmoe_megatron.analysis.usage import choice_counts, usage_of
 from vqmoe_megatron.moe.code_assigner import CodeAssigner
 from vqmoe_megatron.study.report.page import Section, Table, drawn_section
-from vqmoe_megatron.study.report.plot_style import legend_above, panels
+from vqmoe_megatron.study.report.plot_style import panels
 from vqmoe_megatron.tasks.task import Batch
 
 PLOT = "drift.png"
@@ -133,7 +133,7 @@ def section(findings: Mapping[str, Findings], settings: Settings) -> Section:
         names = ("codes that changed", "code perplexity", "code error", "loss (nats/token)")
         for axis, figure, y_name in zip(axes, FIGURES, names, strict=True):
             draw_lines(axis, lines[figure], "step", y_name)
-        legend_above(drawn, axes, 2)
+        name_lines(drawn, axes, 2)
     texts = [
         *reasons(findings),
         f"Protocol: over {settings.drift_steps} steps the share of sequences from the new domain "

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from vqmoe_megatron.analysis.part import Findings, Part, Subject, applying, reasons
-from vqmoe_megatron.analysis.parts.plots import draw_lines, layer_axis
+from vqmoe_megatron.analysis.parts.plots import draw_lines, layer_axis, name_lines
 from vqmoe_megatron.analysis.settings import Settings
 from vqmoe_megatron.analysis.usage import choice_counts, usage_of
 from vqmoe_megatron.study.report.page import Section, Table, drawn_section
-from vqmoe_megatron.study.report.plot_style import legend_above, panels
+from vqmoe_megatron.study.report.plot_style import panels
 
 PLOT = "usage.png"
 
@@ -54,7 +54,7 @@ def section(findings: Mapping[str, Findings], settings: Settings) -> Section:
         axes[1].set_ylim(bottom=0)
         for axis in axes:
             layer_axis(axis)
-        legend_above(drawn, axes, 2)
+        name_lines(drawn, axes, 2)
     caption = (
         "Use of experts and codes by layer. Perplexity is exp of the entropy of their shares, "
         "here over their number."

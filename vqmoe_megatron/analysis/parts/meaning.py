@@ -13,11 +13,11 @@ import torch
 
 from vqmoe_megatron.analysis.meaning import meaning_of, table_of_counts
 from vqmoe_megatron.analysis.part import Findings, Part, Subject, applying, reasons
-from vqmoe_megatron.analysis.parts.plots import draw_lines, layer_axis
+from vqmoe_megatron.analysis.parts.plots import draw_lines, layer_axis, name_lines
 from vqmoe_megatron.analysis.settings import Settings
 from vqmoe_megatron.analysis.text import Text, parts_of_speech
 from vqmoe_megatron.study.report.page import Section, Table, drawn_section
-from vqmoe_megatron.study.report.plot_style import legend_above, panels
+from vqmoe_megatron.study.report.plot_style import panels
 
 PLOT = "meaning.png"
 TOKEN, POSITION, SPEECH = "token", "position", "part of speech"
@@ -137,7 +137,7 @@ def section(findings: Mapping[str, Findings], settings: Settings) -> Section:
             draw_lines(axis, of_class, "layer", f"share of {what}'s entropy")
             layer_axis(axis)
         axes[0].set_ylim(bottom=min(0.0, axes[0].get_ylim()[0]))
-        legend_above(drawn, axes, 2)
+        name_lines(drawn, axes, 2)
     said = {found["speech"] for found in applying(findings).values()}
     texts = [
         *reasons(findings),

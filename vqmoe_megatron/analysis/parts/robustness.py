@@ -7,7 +7,7 @@ from functools import partial
 
 from vqmoe_megatron.analysis.observation import observe
 from vqmoe_megatron.analysis.part import Findings, Part, Subject, applying, reasons
-from vqmoe_megatron.analysis.parts.plots import draw_lines
+from vqmoe_megatron.analysis.parts.plots import draw_lines, name_lines
 from vqmoe_megatron.analysis.perturbation import (
     PAPER_CLAIM,
     add_noise,
@@ -18,7 +18,7 @@ from vqmoe_megatron.analysis.perturbation import (
 )
 from vqmoe_megatron.analysis.settings import Settings
 from vqmoe_megatron.study.report.page import Section, Table, drawn_section
-from vqmoe_megatron.study.report.plot_style import legend_above, panels
+from vqmoe_megatron.study.report.plot_style import panels
 
 PLOT = "robustness.png"
 TOKENS, NOISE, DOMAIN = "token corruption", "embedding noise", "domain shift"
@@ -81,7 +81,7 @@ def section(findings: Mapping[str, Findings], settings: Settings) -> Section:
         drawn, axes = panels(2)
         draw_lines(axes[0], lines[TOKENS], "share of corrupted tokens", "loss (nats/token)")
         draw_lines(axes[1], lines[NOISE], "size of the embedding noise", "loss (nats/token)")
-        legend_above(drawn, axes, 3)
+        name_lines(drawn, axes, 3)
     texts = [*reasons(findings), *_protocol(settings, models)]
     headings = [
         "model",

@@ -9,11 +9,11 @@ from functools import partial
 from vqmoe_megatron.analysis.consistency import agreement
 from vqmoe_megatron.analysis.observation import Observation, observe
 from vqmoe_megatron.analysis.part import Findings, Part, Subject, applying, reasons
-from vqmoe_megatron.analysis.parts.plots import draw_lines, mean
+from vqmoe_megatron.analysis.parts.plots import draw_lines, mean, name_lines
 from vqmoe_megatron.analysis.perturbation import add_noise
 from vqmoe_megatron.analysis.settings import Settings
 from vqmoe_megatron.study.report.page import Section, Table, drawn_section
-from vqmoe_megatron.study.report.plot_style import legend_above, panels
+from vqmoe_megatron.study.report.plot_style import panels
 
 PLOT = "routing.png"
 CHECKPOINTS, NOISE = "earlier checkpoint", "embedding noise"
@@ -50,6 +50,7 @@ def _compared(subject: Subject, other: Observation, what: str, level: float) -> 
 def section(findings: Mapping[str, Findings], settings: Settings) -> Section:
     """Agreement over iterations and noise, means over layers; one row per model and comparison."""
     lines: dict[str, dict[str, list[tuple[float, float]]]] = {CHECKPOINTS: {}, NOISE: {}}
+    of_renamed: dict[str, list[tuple[float, float]]] = {}  # like the first of lines
     cells, texts = [], reasons(findings)
     for name, found in applying(findings).items():
         for what, level, kind in sorted({_group(row) for row in found["rows"]}):
@@ -58,9 +59,11 @@ def section(findings: Mapping[str, Findings], settings: Settings) -> Section:
                 mean([row[figure] for row in rows])
                 for figure in ("same", "renamed", "renamed_by_chance")
             )
-            lines[what].setdefault(f"{name}: {kind}", []).append((level, same))
+            for drawn_lines in (*lines.values(), of_renamed):
+                drawn_lines.setdefault(f"{name}: {kind}", [])
+            lines[what][f"{name}: {kind}"].append((level, same))
             if what == CHECKPOINTS:
-                lines[what].setdefault(f"{name}: {kind}, renamed", []).append((level, renamed))
+                of_renamed[f"{name}: {kind}"].append((level, renamed))
             where = f"iteration {level:,.0f}" if what == CHECKPOINTS else f"noise {level:g}"
             moved = sum(row["num_moved"] for row in rows)
             lowest = min(row["same"] for row in rows)
@@ -82,9 +85,10 @@ def section(findings: Mapping[str, Findings], settings: Settings) -> Section:
     if cells:
         drawn, axes = panels(2, share_y=True)
         draw_lines(axes[0], lines[CHECKPOINTS], "iteration compared with", "same choice")
+        draw_lines(axes[0], of_renamed, "iteration compared with", "same choice", "--")
         draw_lines(axes[1], lines[NOISE], "size of the embedding noise", "same choice")
         axes[0].set_ylim(0, 1.05)
-        legend_above(drawn, axes, 2)
+        name_lines(drawn, axes, 2)
     headings = ["model", "what", "compared with", "same", "lowest layer", "renamed", "by chance"]
     table = Table(
         [*headings, "names moved"],
@@ -93,8 +97,9 @@ def section(findings: Mapping[str, Findings], settings: Settings) -> Section:
         "best renaming calls otherwise, summed over layers.",
     )
     caption = (
-        "Share of choices that stay. Left: against earlier checkpoints of the same run; right: "
-        "under noise on the embedding, every size with the same draws for all models."
+        "Share of choices that stay. Left: against earlier checkpoints of the same run, dashed "
+        "after the best renaming; right: under noise on the embedding, every size with the same "
+        "draws for all models."
     )
     tables = [table] if cells else []
     return drawn_section("Routing consistency", [(PLOT, drawn, caption)], texts, tables)
