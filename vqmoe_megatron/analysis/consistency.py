@@ -39,11 +39,7 @@ def pair_counts(first: torch.Tensor, second: torch.Tensor, num_ids: int) -> torc
     Raises:
         ValueError: where the two are not of the same tokens.
     """
-    if first.shape != second.shape or first.dim() != 2:
-        raise ValueError(
-            f"choices of shapes {list(first.shape)} and {list(second.shape)} are not of the same "
-            "tokens; both must be [tokens, choices]"
-        )
+    _check_alike(first, second)
     pairs = first.unsqueeze(2) * num_ids + second.unsqueeze(1)  # [T, k, k]
     counts = torch.bincount(pairs.reshape(-1), minlength=num_ids * num_ids)
     return counts.view(num_ids, num_ids).double()
@@ -60,10 +56,10 @@ def best_renaming(counts: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(columns)
 
 
-def agreement(
-    first: torch.Tensor, second: torch.Tensor, num_ids: int, generator: torch.Generator
-) -> Agreement:
+def agreement(first: torch.Tensor, second: torch.Tensor, generator: torch.Generator) -> Agreement:
     """Compare two sets of choices of the same tokens, int64 ``[T, k]`` each.
+
+    Of n ids only those that one side chose are looked at, so that n may be large.
 
     ``generator`` shuffles tokens for the agreement by chance.
 
@@ -72,6 +68,9 @@ def agreement(
     """
     if not first.numel():
         raise ValueError("there is no choice to compare")
+    _check_alike(first, second)
+    used, (first, second) = torch.stack([first, second]).unique(return_inverse=True)
+    num_ids = len(used)
     counts = pair_counts(first, second, num_ids)
     renaming = best_renaming(counts)
     order = torch.randperm(first.shape[0], generator=generator)
@@ -83,6 +82,14 @@ def agreement(
         renamed_by_chance=_kept(shuffled, best_renaming(shuffled)) / first.numel(),
         num_moved=int(((renaming != torch.arange(num_ids)) & is_used).sum()),
     )
+
+
+def _check_alike(first: torch.Tensor, second: torch.Tensor) -> None:
+    if first.shape != second.shape or first.dim() != 2:
+        raise ValueError(
+            f"choices of shapes {list(first.shape)} and {list(second.shape)} are not of the same "
+            "tokens; both must be [tokens, choices]"
+        )
 
 
 def _kept(counts: torch.Tensor, renaming: torch.Tensor) -> float:

@@ -166,7 +166,8 @@ def _asked(
         experts = path.ask(hidden_states, x).experts
         if experts.numel() and num_experts > 1:
             kind = EXPERTS_OF_CODES if path.is_discrete else EXPERTS
-            is_per_token = experts.shape[0] == x.shape[0]
+            any_number = getattr(path, "threshold", None) is not None
+            is_per_token = experts.shape[0] == x.shape[0] and not any_number
             ids = experts.detach().cpu()
             yield Choices(layer.layer_number, kind, ids, num_experts, is_per_token), None
         for name, assigner in code_assigners(path).items():

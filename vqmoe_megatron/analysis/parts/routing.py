@@ -41,7 +41,7 @@ def _compared(subject: Subject, other: Observation, what: str, level: float) -> 
     for key, choices in subject.seen.choices.items():
         if choices.is_per_token and key in other.choices:
             theirs, draws = other.choices[key].ids, subject.settings.generator("shuffle")
-            found = agreement(theirs, choices.ids, choices.num_ids, draws)
+            found = agreement(theirs, choices.ids, draws)
             place = {"layer": choices.layer, "kind": choices.kind}
             rows.append({"compared": what, "level": level, **place, **asdict(found)})
     return rows
