@@ -52,7 +52,8 @@ SIDEWAYS = {
     "metrics": {"registry"},
     "plan": {"config"},
     "moe": {"runtime"},
-    "analysis": {"track"},  # reads metrics.jsonl
+    # reads metrics.jsonl; measures checkpoints of the recipe's task on a page like a study's
+    "analysis": {"bench", "checkpoint", "data", "engines", "study", "tasks", "track"},
     "bench": {"launch"},
     "tasks": {"data"},
     "engines": {"tasks"},  # what a batch is

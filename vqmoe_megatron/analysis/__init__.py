@@ -1,1 +1,1 @@
-"""What a run's records show: plots of loss, routing and code usage."""
+"""What a run's records show as plots, and what trained models do (``vqmoe analyze``)."""

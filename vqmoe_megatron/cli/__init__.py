@@ -20,6 +20,7 @@ with one_line_interrupt():  # these take a third of a second
 
     from vqmoe_megatron import __version__
     from vqmoe_megatron.cli import (
+        analyze,
         export,
         generate,
         import_run,
@@ -61,6 +62,7 @@ app.command()(export.export)
 app.command("import")(import_run.import_run)
 app.command()(generate.generate)
 app.command()(upcycle.upcycle)
+app.command()(analyze.analyze)
 app.command()(plan.plan)
 app.command("mlflow-sync")(mlflow_sync.mlflow_sync)
 app.command()(preflight.preflight)

@@ -103,6 +103,11 @@ class EvaluationWindows:
         return self.num_scored_tokens * self.split.bytes_per_token
 
     @property
+    def first_tokens(self) -> np.ndarray:
+        """int64 ``[num_windows]``: where in the split the chosen windows begin."""
+        return self._chosen * self.stride_tokens
+
+    @property
     def description(self) -> str:
         """How the split is read, for reports: 'window 256, stride 256 tokens'."""
         text = f"window {self.window_tokens}, stride {self.stride_tokens} tokens"

@@ -36,6 +36,9 @@ OPTIONAL_PACKAGES = {
     "matplotlib": OptionalPackage(
         "matplotlib>=3.9,<4", "plots are drawn", "no plots; what they show is still written"
     ),
+    "scipy": OptionalPackage(
+        "scipy>=1.11,<2", "vqmoe analyze works", "everything but vqmoe analyze works"
+    ),
     "deepspeed": OptionalPackage(
         "deepspeed>=0.19.8,<0.20", "train.engine=deepspeed works", "train.engine=megatron works"
     ),

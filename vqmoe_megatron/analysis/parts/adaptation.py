@@ -1,0 +1,75 @@
+"""Part ``adaptation``: how fast a model learns a new domain from a few batches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+from vqmoe_megatron.analysis.observation import observe
+from vqmoe_megatron.analysis.part import Findings, Part, Subject, applying, reasons
+from vqmoe_megatron.analysis.parts.plots import draw_lines, name_lines
+from vqmoe_megatron.analysis.settings import Settings
+from vqmoe_megatron.analysis.training import train
+from vqmoe_megatron.study.report.page import Section, Table, drawn_section
+from vqmoe_megatron.study.report.plot_style import panels
+
+PLOT = "adaptation.png"
+LEVELS = (1, 2, 4, 8, 16, 32, 64)  # batches after which the held-out loss is taken
+
+
+def measure(subject: Subject) -> Findings:
+    """Held-out loss after so many examples of the domain; the model is put back afterwards."""
+    settings, model = subject.settings, subject.model
+    start = model.at_start()
+    batches = itertools.islice(subject.domain_train.batches(), settings.adapt_batches)
+    size = subject.domain_train.windows.micro_batch_size
+    points = [[0, observe(model, subject.domain.batches()).loss]]
+
+    def after(number: int) -> None:
+        if number in LEVELS or number == settings.adapt_batches:
+            points.append([number * size, observe(model, subject.domain.batches()).loss])
+
+    try:
+        train(model, batches, settings.adapt_lr, after)
+        source = observe(model, subject.text.batches()).loss
+    finally:
+        model.go_back(start)
+    return {
+        "points": points,
+        "seq_length": subject.domain.seq_length,
+        "source_before": subject.seen.loss,
+        "source_after": source,
+    }
+
+
+def section(findings: Mapping[str, Findings], settings: Settings) -> Section:
+    """One curve and one row per model."""
+    models = applying(findings)
+    lines = {name: found["points"] for name, found in models.items()}
+    cells = []
+    for name, found in models.items():
+        (_, before), (num_examples, after) = found["points"][0], found["points"][-1]
+        forgotten = found["source_after"] - found["source_before"]
+        cells.append(
+            [name, str(num_examples), f"{num_examples * found['seq_length']:,}"]
+            + [f"{before:.4f}", f"{after:.4f}", f"{before - after:+.4f}", f"{forgotten:+.4f}"]
+        )
+    drawn = "no model was trained"
+    if cells:
+        drawn, (axis,) = panels(1)
+        draw_lines(axis, lines, "examples of the domain", "held-out loss (nats/token)")
+        name_lines(drawn, [axis], 2)
+    texts = [
+        *reasons(findings),
+        f"Protocol: {settings.adapt_batches} batches of the domain's training text, each one Adam "
+        f"update of all weights at a fixed rate of {settings.adapt_lr:g}, gradients clipped at 1, "
+        "codebooks by their own rules; the same text in the same order for every model. Nothing is "
+        "written: the model is put back. One order has no interval.",
+    ]
+    headings = ["model", "examples", "tokens", "before", "after", "gained", "lost on its own text"]
+    caption = "Held-out loss of the new domain by the number of examples that were trained on."
+    tables = [Table(headings, cells, "Losses in nats per token.")] if cells else []
+    return drawn_section("Rapid adaptation", [(PLOT, drawn, caption)], texts, tables)
+
+
+ADAPTATION = Part("adaptation", measure, section)
