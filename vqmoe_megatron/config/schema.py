@@ -16,12 +16,14 @@ from urllib.parse import urlsplit
 from vqmoe_megatron import registry
 from vqmoe_megatron.config.checks import check_choice, check_settings
 from vqmoe_megatron.config.code_memory import CodeMemoryConfig
+from vqmoe_megatron.config.finetune import FinetuneConfig
 from vqmoe_megatron.config.vq import VQConfig
 
 __all__ = [
     "CheckpointConfig",
     "CodeMemoryConfig",
     "DataConfig",
+    "FinetuneConfig",
     "ModelConfig",
     "OptimizerSection",
     "ParallelConfig",
@@ -335,6 +337,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     vq: VQConfig = field(default_factory=VQConfig)
     code_memory: CodeMemoryConfig = field(default_factory=CodeMemoryConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
