@@ -43,6 +43,7 @@ FLOORS = {
     "study": 3,
     "bench": 3,
     "upcycle": 3,
+    "finetune": 3,
     "gpu_proof": 4,
     "cli": 4,
 }
@@ -64,6 +65,8 @@ SIDEWAYS = {
     "study": {"bench", "data", "launch", "track"},
     # what it writes is a run, measured as runs are
     "upcycle": {"checkpoint", "data", "engines", "tasks", "train"},
+    # runs of one checkpoint, with intervals as a study has them
+    "finetune": {"checkpoint", "data", "study", "train"},
     "train": {"analysis", "checkpoint", "data", "engines", "launch", "tasks", "track"},
 }
 # Third-party packages by floor; from floor 3 up anything goes.

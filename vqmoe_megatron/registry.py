@@ -94,7 +94,10 @@ KINDS: dict[str, Kind] = {
     "task": Kind(
         "vqmoe_megatron.tasks.task:Task",
         "train.task",
-        {"pretrain": Part("vqmoe_megatron.tasks.pretrain:Pretrain")},
+        {
+            "pretrain": Part("vqmoe_megatron.tasks.pretrain:Pretrain"),
+            "finetune": Part("vqmoe_megatron.tasks.finetune:Finetune"),
+        },
     ),
     "engine": Kind(
         "vqmoe_megatron.engines.engine:Engine",

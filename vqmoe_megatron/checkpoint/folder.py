@@ -37,6 +37,7 @@ FREE_SETTINGS = (
     # What: but frozen codes are re-opened, or frozen now, this way.
     "vq.freeze_after_steps",
     "code_memory.freeze_after_steps",
+    "finetune.path",  # finetune.sha256 says which texts
 )
 FREE_PREFIXES = ("model.recompute_",)
 # What checkpoint.remap can change.
@@ -242,7 +243,7 @@ def _fixed_settings(config: RunConfig) -> dict[str, object]:
     config = replace(config, code_memory=config.code_memory.in_effect)
     settings = {
         f"{section}.{spec.name}": getattr(getattr(config, section), spec.name)
-        for section in ("model", "vq", "code_memory", "optimizer")
+        for section in ("model", "vq", "code_memory", "finetune", "optimizer")
         for spec in fields(getattr(config, section))
     }
     settings |= {f"train.{name}": getattr(config.train, name) for name in FIXED_TRAIN_SETTINGS}

@@ -1,4 +1,4 @@
-"""Start a model from a checkpoint with other numbers of codes and experts.
+"""Start a model from a checkpoint's weights: with other numbers of codes and experts, or as it is.
 
 K codes per slice, N experts. Only weights and codebooks are taken over.
 
@@ -10,7 +10,9 @@ K codes per slice, N experts. Only weights and codebooks are taken over.
 3. Rows of a code memory stay what they are: row j N + e is row j of expert e, stored [N, R / N, H].
    All are read into a temporary, and this rank's are picked.
 4. The code map is the new model's own (expert = row mod N). With other codes, usage is scaled to
-   sum to one per slice, and the EMA's sums follow it.
+   sum to one per slice, and the EMA's sums follow it. With equal numbers the map is read, too.
+5. What the new model does not have is not read; what of it is new, such as a classification head,
+   stays as it started.
 """
 
 from __future__ import annotations
@@ -68,33 +70,57 @@ def load_remapped(
     """
     stored_config = load_saved_recipe(folder / CONFIG_FILE)
     sentences = check_remap(stored_config, config)
-    reader = _RemappingReader(folder, stored_config, config)
-    with torch.no_grad():
-        asked = {
-            f"model{number}": reader.ask(chunk.module.sharded_state_dict(), (f"model{number}",))
-            for number, chunk in enumerate(model)
-        }
-        num_whole, num_remapped = reader.agree()
-        # Copies of an expert on several ranks read the same rows, which is no mistake here.
-        loaded = dist_checkpointing.load(asked, str(folder), validate_access_integrity=False)
-        for number, chunk in enumerate(model):
-            state = reader.take(loaded[f"model{number}"], (f"model{number}",))
-            chunk.module.load_state_dict(state)
-            if stored_config.vq.num_codes != config.vq.num_codes:
-                for name, module in chunk.named_modules():
-                    is_others = any(part in name for part in OF_OTHER_CODES)
-                    if isinstance(module, Codebook) and not is_others:
+    num_whole, num_remapped = load_weights(folder, model, config)
+    if stored_config.vq.num_codes != config.vq.num_codes:
+        for chunk in model:
+            for name, module in chunk.named_modules():
+                is_others = any(part in name for part in OF_OTHER_CODES)
+                if isinstance(module, Codebook) and not is_others:
+                    with torch.no_grad():
                         _rescale_usage(module)
     report(f"remapped {folder}: {num_whole} tensors as they are, {num_remapped} by index")
     for sentence in sentences:
         report(sentence)
 
 
+def load_weights(
+    folder: Path, model: list[torch.nn.Module], config: RunConfig, new: tuple[str, ...] = ()
+) -> tuple[int, int]:
+    """Fill ``model`` with weights and codebooks alone; arguments as for :func:`load_remapped`.
+
+    ``new``: how names of tensors begin that stay as they are, whatever the checkpoint holds.
+
+    Returns:
+        The numbers of global tensors read as they are, and by index.
+
+    Communicates over the world; all ranks call it together.
+
+    Raises:
+        ValueError: on all ranks alike, naming every tensor that does not fit.
+    """
+    reader = _RemappingReader(folder, load_saved_recipe(folder / CONFIG_FILE), config, new)
+    with torch.no_grad():
+        asked = {
+            f"model{number}": reader.ask(chunk.module.sharded_state_dict(), (f"model{number}",))
+            for number, chunk in enumerate(model)
+        }
+        counts = reader.agree()
+        # Copies of an expert on several ranks read the same rows, which is no mistake here.
+        loaded = dist_checkpointing.load(asked, str(folder), validate_access_integrity=False)
+        for number, chunk in enumerate(model):
+            state = reader.take(loaded[f"model{number}"], (f"model{number}",))
+            chunk.module.load_state_dict(state)
+    return counts
+
+
 class _RemappingReader:
     """What to ask a checkpoint for, and how the answer becomes this rank's state."""
 
-    def __init__(self, folder: Path, stored: RunConfig, wanted: RunConfig) -> None:
+    def __init__(
+        self, folder: Path, stored: RunConfig, wanted: RunConfig, new: tuple[str, ...] = ()
+    ) -> None:
         self.folder = folder
+        self.new = new
         self.stored_shapes = {
             name: tuple(tensor.global_shape)
             for name, tensor in dist_checkpointing.load_tensors_metadata(str(folder)).items()
@@ -121,12 +147,18 @@ class _RemappingReader:
         if isinstance(state, ShardedTensorFactory):
             self.merges[place] = state.merge_fn
             return self.ask(state.build(), place)
-        if isinstance(state, ShardedTensor) and not state.key.endswith(CODE_MAP):
+        if isinstance(state, ShardedTensor) and not self._keeps(state.key):
             return self._ask_tensor(state, place)
         if isinstance(state, ShardedTensor | ShardedObject):
             # The code map, and the extra state of linear layers (of fp8, which is refused).
             return LocalNonpersistentObject(state.data)
         return state
+
+    def _keeps(self, name: str) -> bool:
+        """Whether the tensor of that name stays the new model's own."""
+        sizes = (self.code_sizes, self.expert_sizes)
+        is_other_map = name.endswith(CODE_MAP) and any(old != new for old, new in sizes)
+        return is_other_map or name.startswith(self.new)
 
     def take(self, loaded: Any, place: Place) -> Any:
         """Return this rank's state from what the checkpoint answered to :meth:`ask`."""

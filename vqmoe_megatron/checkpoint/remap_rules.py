@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from vqmoe_megatron.config import CodeMemoryConfig, ModelConfig, RunConfig
+from vqmoe_megatron.config.finetune import path_of_mode
 from vqmoe_megatron.config.quantizer_rules import IMPLICIT, SUMMED
 from vqmoe_megatron.config.vq import VQConfig
 
@@ -132,6 +133,40 @@ def check_remap(stored: RunConfig, wanted: RunConfig) -> list[str]:
         "state and iteration start anew"
     )
     return sentences
+
+
+# What a fine-tuning run may have otherwise than its checkpoint, of the settings that shape tensors.
+OF_FINETUNING = ("vq.path", "model.untie_embeddings_and_output_weights")
+
+
+def check_backbone(stored: RunConfig, wanted: RunConfig) -> None:
+    """Raise ``ValueError`` where a fine-tuning run's model is not the checkpoint's but for its head
+    and the paths that its mode drops."""
+    if stored.finetune.is_on:
+        raise ValueError(
+            "this checkpoint is of a fine-tuning run and has a classification head already; start "
+            "from the pretrained one"
+        )
+    path = path_of_mode(stored.vq.path, wanted.finetune.mode)
+    theirs, ours = _settings(stored), _settings(wanted)
+    shaping = [name for name in SHAPING_SETTINGS if name not in OF_FINETUNING] + list(REMAPPED)
+    shaping += ["vq.quantizer", "vq.code_map"]
+    if wanted.vq.path == "continuous":
+        shaping = [name for name in shaping if not name.startswith("vq.")]
+    if ours["model.position_embedding_type"] == "learned_absolute":
+        shaping.append("model.seq_length")
+    problems = [
+        f"{name}: checkpoint {theirs[name]!r}, recipe {ours[name]!r}"
+        for name in shaping
+        if theirs[name] != ours[name]
+    ]
+    if wanted.vq.path != path:
+        problems.append(f"vq.path: the mode needs {path!r}, recipe {wanted.vq.path!r}")
+    if problems:
+        raise ValueError(
+            "the recipe's model is not the checkpoint's; set these back:\n  - "
+            + "\n  - ".join(problems)
+        )
 
 
 def _settings(config: RunConfig) -> dict[str, object]:

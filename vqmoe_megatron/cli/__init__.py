@@ -21,7 +21,9 @@ with one_line_interrupt():  # these take a third of a second
     from vqmoe_megatron import __version__
     from vqmoe_megatron.cli import (
         analyze,
+        evaluate,
         export,
+        finetune,
         generate,
         import_run,
         mlflow_sync,
@@ -46,7 +48,15 @@ with one_line_interrupt():  # these take a third of a second
 
 EXIT_CRASH, EXIT_USAGE = 1, 2
 # Not what they print.
-RESULTS_ARE_FILES = ("prepare", "pretrain", "export", "import", "upcycle", "mlflow-sync")
+RESULTS_ARE_FILES = (
+    "prepare",
+    "pretrain",
+    "export",
+    "import",
+    "upcycle",
+    "finetune",
+    "mlflow-sync",
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,6 +73,8 @@ app.command("import")(import_run.import_run)
 app.command()(generate.generate)
 app.command()(upcycle.upcycle)
 app.command()(analyze.analyze)
+app.command()(finetune.finetune)
+app.command()(evaluate.evaluate)
 app.command()(plan.plan)
 app.command("mlflow-sync")(mlflow_sync.mlflow_sync)
 app.command()(preflight.preflight)

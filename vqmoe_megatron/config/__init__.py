@@ -1,6 +1,7 @@
 """The configuration of a run: sections, ranges, rules, and the recipe that holds them."""
 
 from vqmoe_megatron.config.code_memory import CodeMemoryConfig
+from vqmoe_megatron.config.finetune import FinetuneConfig
 from vqmoe_megatron.config.router import RouterConfig
 from vqmoe_megatron.config.schema import (
     CheckpointConfig,
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointConfig",
     "CodeMemoryConfig",
     "DataConfig",
+    "FinetuneConfig",
     "ModelConfig",
     "OptimizerSection",
     "ParallelConfig",

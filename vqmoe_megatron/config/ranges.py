@@ -113,6 +113,7 @@ LEGAL_RANGES: dict[str, Range] = {
     "code_memory.layers": LAYERS,
     "code_memory.lr_mult": Range(0, 1000, without_low=True),
     "vq.freeze_after_steps": STEPS,
+    "finetune.num_classes": Range(2, 2**20),
     "parallel.tensor_model_parallel_size": RANKS,
     "parallel.pipeline_model_parallel_size": RANKS,
     "parallel.virtual_pipeline_model_parallel_size": LAYERS,

@@ -39,7 +39,11 @@ NULLS = ("null", "Null", "NULL", "~")  # of YAML, beside nothing at all
 QUOTES = ("'", '"')
 URI_CREDENTIALS = re.compile(r"://\S*@")
 SECTION_TYPES: dict[str, type] = declared_types(RunConfig)
-LATER_SECTIONS = ("code_memory", "router")  # recipes that older releases saved lack them
+LATER_SECTIONS = (
+    "code_memory",
+    "router",
+    "finetune",
+)  # recipes that older releases saved lack them
 # Declared type of every setting, by dotted key.
 LEGAL_TYPES: dict[str, Any] = {
     f"{section}.{name}": hint
@@ -65,8 +69,24 @@ def load_recipe(path: Path, overrides: list[str]) -> RunConfig:
     """
     problems: list[str] = []
     settings = _file_settings(Path(path), problems)
+    return _built(RunConfig(), settings, overrides, problems, str(path))
+
+
+def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
+    """Return ``config`` with ``overrides`` applied in order; raises as :func:`load_recipe`."""
+    return _built(config, [], overrides, [], "the overrides")
+
+
+def _built(
+    start: RunConfig,
+    settings: list[Setting],
+    overrides: list[str],
+    problems: list[str],
+    source: str,
+) -> RunConfig:
+    """Lay settings and overrides over ``start``: steps 2 to 5."""
     settings += [s for text in overrides if (s := _override_setting(text, problems)) is not None]
-    tree = OmegaConf.create(asdict(RunConfig()))
+    tree = OmegaConf.create(asdict(start))
     origins: dict[str, str] = {}
     for setting in settings:
         try:
@@ -83,7 +103,7 @@ def load_recipe(path: Path, overrides: list[str]) -> RunConfig:
         except ValueError as rule:
             problems.append(str(rule))
     if problems:
-        raise ValueError(_report(path, problems))
+        raise ValueError(_report(source, problems))
     return RunConfig(**sections)
 
 
@@ -265,9 +285,9 @@ def _unknown_key(key: str) -> str:
     return f"unknown key {key!r}: none is near. Keys of {section}: {names}"
 
 
-def _report(path: Path, problems: list[str]) -> str:
+def _report(source: str, problems: list[str]) -> str:
     """Join the problems; what stands between :// and @ may be a password and is left out."""
     problems = [URI_CREDENTIALS.sub("://***@", problem) for problem in problems]
     if len(problems) == 1:
         return problems[0]
-    return f"{len(problems)} problems in {path}:\n" + "\n".join(f"  - {p}" for p in problems)
+    return f"{len(problems)} problems in {source}:\n" + "\n".join(f"  - {p}" for p in problems)

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from vqmoe_megatron import registry
 from vqmoe_megatron.config.checks import check_choice, check_settings
 from vqmoe_megatron.config.code_memory import CodeMemoryConfig
+from vqmoe_megatron.config.finetune import FinetuneConfig
 from vqmoe_megatron.config.router import RouterConfig
 from vqmoe_megatron.config.router_rules import check_router
 from vqmoe_megatron.config.vq import VQConfig
@@ -24,6 +25,7 @@ __all__ = [
     "CheckpointConfig",
     "CodeMemoryConfig",
     "DataConfig",
+    "FinetuneConfig",
     "ModelConfig",
     "OptimizerSection",
     "ParallelConfig",
@@ -345,6 +347,7 @@ class RunConfig:
     vq: VQConfig = field(default_factory=VQConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     code_memory: CodeMemoryConfig = field(default_factory=CodeMemoryConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-PATH_KEYS = ("data.path", "data.cache_dir", "train.output_dir", "checkpoint.load")
+PATH_KEYS = ("data.path", "data.cache_dir", "train.output_dir", "checkpoint.load", "finetune.path")
 MOST_NAME_BYTES = 255  # of Linux' file systems
 MOST_PATH_BYTES = 4096 - 256  # the kernel's limit, less the names of what a run writes below it
 

@@ -64,7 +64,8 @@ class Engine(ABC):
         seq_length: int,
         micro_batch_size: int,
     ) -> torch.Tensor:
-        """Evaluate microbatches: fp64 ``[2]``, summed loss and scored tokens, on every rank."""
+        """Evaluate microbatches: fp64 ``[num_sums]`` of the task, summed loss and scored tokens
+        first, on every rank."""
 
     @property
     @abstractmethod

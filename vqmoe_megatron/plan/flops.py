@@ -116,6 +116,7 @@ def run_flops(config: RunConfig, layout: ParallelLayout) -> RunFlops:
         of_rank = Flops()
         for place in chunk_places(config.model, layout, stage):
             for part, of_step in _chunk_flops(config, layout, place):
+                of_step = _of_what_trains(config, part, of_step)
                 of_rank += of_step
                 by_part[part] = by_part.get(part, 0) + of_step.model * ranks_per_stage
         per_rank.append(of_rank)
@@ -126,6 +127,13 @@ def run_flops(config: RunConfig, layout: ParallelLayout) -> RunFlops:
         num_tokens=config.train.global_batch_size * config.model.seq_length,
         by_part=by_part,
     )
+
+
+def _of_what_trains(config: RunConfig, part: str, flops: Flops) -> Flops:
+    """A head that trains alone has a gradient of its weights, and nothing before it has one."""
+    if not config.finetune.is_on or config.finetune.mode != "head":
+        return flops
+    return Flops(flops.forward, flops.forward if part == "output_layer" else 0)
 
 
 @dataclass(frozen=True)
@@ -150,11 +158,14 @@ def module_flops(config: RunConfig, layout: ParallelLayout) -> ModuleFlops:
     width = (2 * heads + 2 * groups) * columns  # q, k, v and the output projection
     scores = 4 * tokens * model.seq_length * heads * columns // shards
     matrices = 3 if model.gated_linear_unit else 2
+    num_outputs = padded_vocab_size(model) // shards
+    if config.finetune.is_on:  # the head is whole on every tensor rank, and sees all positions
+        num_outputs = config.finetune.num_classes or 0
     return ModuleFlops(
         attention=2 * tokens * model.hidden_size * width // shards + scores,
         core_attention=scores,
         dense_mlp=2 * tokens * model.hidden_size * matrices * (dense_ffn_size(model) // shards),
-        output_layer=2 * tokens * model.hidden_size * (padded_vocab_size(model) // shards),
+        output_layer=2 * tokens * model.hidden_size * num_outputs,
     )
 
 

@@ -33,7 +33,7 @@ Tied embeddings count once, and whole, because the output layer uses all of them
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
@@ -135,7 +135,12 @@ def stage_parameters(
         ValueError: when the vocabulary size is not known.
     """
     places = chunk_places(config.model, layout, pipeline_rank)
-    return [list(_chunk(config, layout, place)) for place in places]
+    chunks = [list(_chunk(config, layout, place)) for place in places]
+    if config.finetune.is_on and config.finetune.mode == "head":
+        return [
+            [replace(p, is_trained=p.part == "output_layer") for p in chunk] for chunk in chunks
+        ]
+    return chunks
 
 
 def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iterator[Parameter]:
@@ -166,7 +171,10 @@ def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iter
     if place.is_last:
         if model.norm_placement == "pre":
             yield from _norm(model, element, "decoder.final_layernorm")
-        if not is_tied or is_tied_over_stages:
+        if config.finetune.is_on:  # every tensor rank holds the classification head whole
+            shape = (config.finetune.num_classes or 0, model.hidden_size)
+            yield from _linear("output_layer", "output_layer", shape, element, has_bias=True)
+        elif not is_tied or is_tied_over_stages:
             name = "output_layer.weight"
             yield Parameter(
                 name, "output_layer", table, element, is_shared_embedding=is_tied_over_stages
@@ -325,6 +333,16 @@ class ParameterCount:
     def per_rank(self) -> tuple[int, ...]:
         """On one rank of each pipeline stage."""
         return tuple(sum(parts.values()) for parts in self.per_rank_by_part)
+
+
+def count_trained(config: RunConfig) -> int:
+    """Elements of the model that an optimizer moves; replicas once.
+
+    Raises:
+        ValueError: when the vocabulary size is not known.
+    """
+    chunks = stage_parameters(config, unsharded(), 0)
+    return sum(p.num_elements for chunk in chunks for p in chunk if p.is_trained)
 
 
 def count_parameters(config: RunConfig, layout: ParallelLayout) -> ParameterCount:

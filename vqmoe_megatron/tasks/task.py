@@ -24,6 +24,8 @@ class Task(ABC):
     # Whether forward_step gives the model this context-parallel rank's part of a batch, as
     # Megatron's get_batch_on_this_cp_rank cuts it; without, context parallelism is refused.
     cuts_sequences = False
+    # Numbers in a report: summed loss, scored tokens, and what `scores` takes beside them.
+    num_sums = 2
 
     def __init__(self, config: RunConfig, corpus: Corpus | None) -> None:
         self.config = config
@@ -45,7 +47,7 @@ class Task(ABC):
 
         Returns:
             The model's output, and a function of it that returns ``(summed loss, number of scored
-            tokens int32, {"loss": fp64 [2]})``, the last both again, detached.
+            tokens int32, {"loss": fp64 [num_sums]})``, the last both again, detached.
         """
 
     @abstractmethod

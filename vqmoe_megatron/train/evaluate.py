@@ -29,8 +29,8 @@ def evaluate(
     sums = engine.forward(iterators, num_microbatches, windows.seq_length, windows.micro_batch_size)
     for chunk in engine.model:
         chunk.train()
-    loss, num_tokens = sums.tolist()
-    return task.scores(loss, int(num_tokens), windows)
+    loss, num_tokens, *others = sums.tolist()
+    return task.scores(loss, int(num_tokens), windows, *others)
 
 
 def _padded(windows: EvaluationWindows, num_microbatches: int):  # noqa: ANN202

@@ -16,7 +16,7 @@ from vqmoe_megatron.checkpoint.folder import (
     iteration_of,
     stored_tokenizer,
 )
-from vqmoe_megatron.checkpoint.remap_rules import check_remap
+from vqmoe_megatron.checkpoint.remap_rules import check_backbone, check_remap
 from vqmoe_megatron.checkpoint.room import check_checkpoint_room, check_some_room
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.recipe import load_saved_recipe
@@ -78,7 +78,10 @@ def check_run(
         check_format_version(folder, read_content(folder))
         check_tokenizer(corpus, config.model.vocab_size, stored_tokenizer(folder))
     # A remapped run that has saved is a run like any other, and goes on from its own checkpoints.
-    if folder is not None and config.checkpoint.remap and not is_own:
+    if folder is not None and config.finetune.is_on and not is_own:
+        check_backbone(load_saved_recipe(folder / CONFIG_FILE), config)
+        resume_from, remap_from = None, folder
+    elif folder is not None and config.checkpoint.remap and not is_own:
         check_remap(load_saved_recipe(folder / CONFIG_FILE), config)
         resume_from, remap_from = None, folder
     else:
@@ -147,6 +150,8 @@ def _check_same_data_order(folder: Path, config: RunConfig, corpus: Corpus) -> N
     stored = load_saved_recipe(folder / CONFIG_FILE).train
     ours, theirs = (train.train_iters * train.global_batch_size for train in (config.train, stored))
     pass_samples = (corpus.split("train").num_tokens - 1) // config.model.seq_length
+    if config.finetune.is_on:
+        return  # its passes follow from the seed alone
     if ours != theirs and max(ours, theirs) > pass_samples:
         raise ValueError(
             f"{folder} was trained with train.train_iters={stored.train_iters}, this recipe says "

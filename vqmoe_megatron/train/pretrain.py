@@ -14,7 +14,7 @@ import torch
 from vqmoe_megatron.checkpoint.folder import iteration_of
 from vqmoe_megatron.checkpoint.saver import SaveFailed
 from vqmoe_megatron.plan.memory_shape import MemoryShape
-from vqmoe_megatron.plan.parameters import count_parameters
+from vqmoe_megatron.plan.parameters import count_parameters, count_trained
 from vqmoe_megatron.rundir.status import read_status, write_status
 from vqmoe_megatron.runtime.fused_parts import choose_parts
 from vqmoe_megatron.runtime.rendezvous import RendezvousFailed, StoppedWhileWaiting
@@ -129,6 +129,8 @@ def _open_report(run: CheckedRun, trainer: Trainer) -> RunReport:
             f"{trainer.num_parameters:,} parameters on rank 0; by the plan {planned.total:,} in "
             f"all, {planned.active:,} used by one token"
         )
+        if run.config.finetune.is_on:
+            report.message(f"of these {count_trained(run.config):,} train")
         report.message(f"experts: {run.config.experts_in_words}")
         report.message(run.config.vq.execution_in_words)
         if run.config.code_memory.is_on:

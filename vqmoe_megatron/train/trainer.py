@@ -17,7 +17,7 @@ from vqmoe_megatron.checkpoint.checksums import check_data_together
 from vqmoe_megatron.checkpoint.content import readable
 from vqmoe_megatron.checkpoint.folder import find_checkpoint, has_same_layout
 from vqmoe_megatron.checkpoint.random_state import seed_generators
-from vqmoe_megatron.checkpoint.remap import load_remapped
+from vqmoe_megatron.checkpoint.remap import load_remapped, load_weights
 from vqmoe_megatron.checkpoint.saver import CheckpointSaver, SavedRun, SaveFailed
 from vqmoe_megatron.checkpoint.state import Progress, TrainingState, load_checkpoint
 from vqmoe_megatron.data.evaluation_windows import EvaluationWindows
@@ -37,6 +37,8 @@ from vqmoe_megatron.train.replica_check import check_replicas
 from vqmoe_megatron.train.run_report import RunReport
 from vqmoe_megatron.train.stop_requests import NO_REQUEST, REASONS, StopRequests
 from vqmoe_megatron.train.timed_iterator import TimedIterator
+
+HEAD = ("output_layer.",)  # tensors of a classification head, which pretraining does not know
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,13 @@ class Trainer:
         if self.run.remap_from is not None:
             check_data_together(self.run.remap_from)
             with readable(self.run.remap_from):
-                load_remapped(self.run.remap_from, self.model, self.config, done.append)
+                if self.config.finetune.is_on:
+                    load_weights(self.run.remap_from, self.model, self.config, HEAD)
+                    done.append(
+                        f"fine-tuning ({self.config.finetune.mode}) of {self.run.remap_from}"
+                    )
+                else:
+                    load_remapped(self.run.remap_from, self.model, self.config, done.append)
             self.engine.optimizer.reload_model_params()
         return done
 

@@ -83,6 +83,7 @@ class MegatronEngine(Engine):
             config.model.seq_length,
             train.micro_batch_size,
             train.global_batch_size,
+            task.num_sums,
         )
         built = cls(model, optimizer, scheduler, train_step)
         built.notes = fast.notes
@@ -110,6 +111,7 @@ class MegatronEngine(Engine):
             seq_length,
             micro_batch_size,
             forward_only=True,
+            num_sums=self.train_step.num_sums,
         )
 
     @property

@@ -21,6 +21,7 @@ from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
 from vqmoe_megatron.config.router_rules import OF_TOKEN_IDS
+from vqmoe_megatron.engines.megatron.classification_head import make_classifier
 from vqmoe_megatron.engines.megatron.fast_path import start_before_attention
 from vqmoe_megatron.engines.megatron.layout_independent_init import redraw_parameters
 from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
@@ -267,6 +268,8 @@ def _build_chunk(
         rotary_base=config.model.rotary_base,
         vp_stage=vp_stage,
     )
+    if config.finetune.is_on:
+        make_classifier(model, config.finetune)
     for name, parameter in model.named_parameters():
         # Megatron marks expert parameters so only when EP > 1; at EP = 1 with TP > ETP their
         # gradients would then not be reduced over TP ranks.

@@ -22,7 +22,7 @@ from vqmoe_megatron.engines.engine import StepResult
 from vqmoe_megatron.moe.codebook_sync import CodebookSync
 from vqmoe_megatron.tasks.task import Batch
 
-Sums = torch.Tensor  # fp64 [2]: summed loss in nats, number of scored tokens
+Sums = torch.Tensor  # fp64 [num_sums]: summed loss in nats, number of scored tokens, a task's own
 ForwardStep = Callable[[Iterator[Batch], torch.nn.Module], tuple[Any, Any]]  # of a Task
 
 
@@ -34,6 +34,7 @@ def run_microbatches(
     seq_length: int,
     micro_batch_size: int,
     forward_only: bool,
+    num_sums: int = 2,
 ) -> Sums:
     """Run Megatron's schedule and return the loss sums of the global batch on every rank.
 
@@ -48,17 +49,17 @@ def run_microbatches(
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
-    return sum_reports(reports)
+    return sum_reports(reports, num_sums)
 
 
-def sum_reports(reports: list[dict[str, Any]]) -> Sums:
+def sum_reports(reports: list[dict[str, Any]], num_sums: int = 2) -> Sums:
     """Add the losses of this rank's microbatches up over all ranks.
 
     Communicates: one all-reduce over the data- and context-parallel ranks and one broadcast from
     the last pipeline stage.
     """
     device = torch.cuda.current_device()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(num_sums, dtype=torch.float64, device=device)
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         sums = torch.stack([report["loss"] for report in reports]).sum(dim=0)
         replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -86,6 +87,7 @@ class TrainStep:
         seq_length: int,
         micro_batch_size: int,
         global_batch_size: int,
+        num_sums: int = 2,
     ) -> None:
         self.forward_step = forward_step
         self.model = model
@@ -96,6 +98,7 @@ class TrainStep:
         self.seq_length = seq_length
         self.micro_batch_size = micro_batch_size
         self.global_batch_size = global_batch_size
+        self.num_sums = num_sums
 
     def __call__(
         self, iterators: list[Iterator[Batch]], stop_request: int, save_request: bool
@@ -116,6 +119,7 @@ class TrainStep:
             self.seq_length,
             self.micro_batch_size,
             forward_only=False,
+            num_sums=self.num_sums,
         )
         flags = torch.stack(
             [
@@ -127,7 +131,7 @@ class TrainStep:
         )
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
         # The host synchronisation of the step: the loop must know whether it may go on.
-        (bad, stop, save), (total, num_tokens) = flags.tolist(), sums.tolist()
+        (bad, stop, save), (total, num_tokens, *_) = flags.tolist(), sums.tolist()
         learning_rate = self._learning_rate()
         grad_norm = float("nan")
         if bad:

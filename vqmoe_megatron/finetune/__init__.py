@@ -1,0 +1,1 @@
+"""Fine-tuning runs of one checkpoint: modes and seeds, and the table of all."""

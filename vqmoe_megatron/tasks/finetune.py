@@ -1,0 +1,128 @@
+"""Fine-tuning: the class of a text, read off the last of its tokens; scored by accuracy.
+
+b micro batch size, S sequence length, G classes.
+
+The model's output layer is a classification head (``engines/megatron/classification_head.py``),
+so its output are class logits ``[b, S, G]``; those of a text's last token count, whatever stands
+behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.data.corpus import Corpus
+from vqmoe_megatron.data.datasets import TrainBatches
+from vqmoe_megatron.data.labelled_samples import LabelledSamples, LabelledWindows, encode_splits
+from vqmoe_megatron.data.labelled_texts import LabelledTexts, load_labelled_texts
+from vqmoe_megatron.data.tokenizers import load_tokenizer
+from vqmoe_megatron.tasks.pretrain import to_device
+from vqmoe_megatron.tasks.task import Batch, Task
+
+
+class Finetune(Task):
+    """Batches hold tokens and position_ids int64 ``[b, S]``, labels and last int64 ``[b]``, and
+    loss_mask fp32 ``[b]``."""
+
+    num_sums = 3  # summed loss, texts, texts whose class was found
+
+    def __init__(self, config: RunConfig, corpus: Corpus | None) -> None:
+        super().__init__(config, corpus)
+        self._splits = None
+
+    @property
+    def splits(self):  # noqa: ANN201
+        """The encoded splits; read when first asked for."""
+        if self._splits is None:
+            texts = checked_texts(self.config)
+            tokenizer = load_tokenizer(self.corpus.path, self.corpus.tokenizer)
+            self._splits = encode_splits(texts, tokenizer)
+        return self._splits
+
+    def training_iterators(
+        self, num_chunks: int, consumed_samples: int, passed_over_samples: int
+    ) -> list[Iterator[Batch]]:
+        """No communication: every rank reads the texts."""
+        config, train = self.config, self.config.train
+        samples = LabelledSamples(
+            self.splits["train"],
+            config.model.seq_length,
+            train.train_iters * train.global_batch_size,
+            train.seed,
+        )
+        batches = TrainBatches(
+            samples,
+            consumed_samples=consumed_samples,
+            passed_over_samples=passed_over_samples,
+            micro_batch_size=train.micro_batch_size,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            num_workers=config.data.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        return [iter(batches) for _ in range(num_chunks)]
+
+    def forward_step(self, iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
+        """Sum the cross-entropy of the texts; Megatron divides by their number."""
+        batch = to_device(next(iterator))
+        output = model(batch["tokens"], batch["position_ids"], None)
+        return output, partial(class_loss, batch)
+
+    def evaluation_batches(self) -> LabelledWindows:
+        """All texts of the split, whatever ``train.eval_iters`` says."""
+        split = self.config.data.eval_split
+        if split not in self.splits:
+            raise ValueError(f"{self.config.finetune.path} has no {split} split to evaluate")
+        return LabelledWindows(
+            self.splits[split],
+            split,
+            self.config.model.seq_length,
+            self.config.train.micro_batch_size,
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+        )
+
+    def scores(
+        self, loss: float, num_tokens: int, batches: LabelledWindows, num_right: float
+    ) -> dict[str, float]:
+        """Nats per text, share of texts whose class was found. ``num_tokens`` are texts."""
+        return {"val/loss": loss / num_tokens, "val/accuracy": num_right / num_tokens}
+
+
+def checked_texts(config: RunConfig) -> LabelledTexts:
+    """Read the recipe's texts.
+
+    Raises:
+        ValueError: for texts that are wrong, or others than the recipe was made for.
+    """
+    tune = config.finetune
+    texts = load_labelled_texts(str(tune.dataset), Path(str(tune.path)))
+    if tune.sha256 is not None and texts.sha256 != tune.sha256:
+        raise ValueError(
+            f"the texts in {tune.path} have changed: sha256 {texts.sha256[:12]}, the recipe was "
+            f"made for {tune.sha256[:12]}; bring them back, or start another fine-tuning"
+        )
+    if tune.num_classes != len(texts.classes):
+        raise ValueError(
+            f"finetune.num_classes={tune.num_classes}, but {tune.path} has {len(texts.classes)}"
+        )
+    return texts
+
+
+def class_loss(batch: Batch, logits: torch.Tensor) -> tuple[Any, ...]:
+    """Cross-entropy of class logits ``[b, S, G]`` at each text's last token, summed."""
+    rows = torch.arange(logits.shape[0], device=logits.device)
+    chosen = logits[rows, batch["last"]].float()  # [b, G]
+    losses = torch.nn.functional.cross_entropy(chosen, batch["labels"], reduction="none")
+    mask = batch["loss_mask"]
+    total, num_texts = (losses * mask).sum(), mask.sum()
+    num_right = ((chosen.argmax(dim=1) == batch["labels"]) * mask).sum()
+    report = torch.stack([total.detach().double(), num_texts.double(), num_right.double()])
+    return total, num_texts.to(torch.int), {"loss": report}

@@ -1,0 +1,149 @@
+"""Score a checkpoint on a split, at any layout: what training's validation does, by itself.
+
+1. :func:`check_evaluation` judges by files alone, before any rank starts.
+2. :func:`evaluate_here` builds the model on this rank, fills it with the checkpoint's weights and
+   evaluates the task's windows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vqmoe_megatron import registry
+from vqmoe_megatron.checkpoint.content import check_format_version, read_content, readable
+from vqmoe_megatron.checkpoint.folder import find_checkpoint, iteration_of, stored_tokenizer
+from vqmoe_megatron.config import ParallelConfig, RunConfig
+from vqmoe_megatron.config.recipe import apply_overrides, load_saved_recipe
+from vqmoe_megatron.data.corpus import Corpus, check_tokenizer, load_corpus
+from vqmoe_megatron.plan.layout import ParallelLayout, check_layout, minimum_world_size
+from vqmoe_megatron.rundir.file_names import CONFIG_FILE
+from vqmoe_megatron.runtime.world import RankVariables, choose_device
+from vqmoe_megatron.train.preflight import check_parts
+
+ALL_WINDOWS = 10**9  # more than any split has
+FREE_TRAIN_KEYS = ("train.micro_batch_size", "train.device", "train.deterministic")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What may be evaluated; see :func:`check_evaluation`."""
+
+    folder: Path  # iter_ folder
+    config: RunConfig  # the checkpoint's, at the layout and on the split that were asked for
+    layout: ParallelLayout
+    corpus: Corpus
+    max_windows: int | None  # None: the whole split
+
+    @property
+    def read_as(self) -> RunConfig:
+        """The recipe that the task reads: train.eval_iters global batches are the windows."""
+        train = replace(
+            self.config.train, eval_iters=self.max_windows or ALL_WINDOWS, global_batch_size=1
+        )
+        return replace(self.config, train=train)
+
+    @property
+    def iteration(self) -> int:
+        """Of the checkpoint."""
+        return iteration_of(self.folder)
+
+
+def check_evaluation(
+    checkpoint: Path,
+    overrides: list[str],
+    split: str,
+    data: Path | None,
+    stride_tokens: int | None,
+    max_windows: int | None,
+    num_ranks: int | None,
+) -> Evaluation:
+    """Judge everything by files alone; writes nothing.
+
+    Args:
+        checkpoint: a run directory or one iter_ folder.
+        overrides: ``parallel.*``, and of ``train`` what decides how and not what is computed.
+        split: valid or test.
+        data: a corpus in the place of the checkpoint's; for a fine-tuned one a folder of texts.
+        stride_tokens: between windows; None: their length.
+        max_windows: so many, evenly spread; None: all.
+        num_ranks: None: the fewest that the layout fits on.
+
+    Raises:
+        ValueError: for whatever is wrong, with what to do about it.
+    """
+    folder = find_checkpoint(checkpoint)
+    if folder is None:
+        raise ValueError(f"{checkpoint} holds no complete checkpoint")
+    check_format_version(folder, read_content(folder))
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        if not (key.startswith("parallel.") or key in FREE_TRAIN_KEYS):
+            raise ValueError(
+                f"override {text!r}: a checkpoint is evaluated as it was trained; only parallel.*, "
+                f"{', '.join(FREE_TRAIN_KEYS)} can be set, and --data, --split, --stride"
+            )
+    stored = replace(load_saved_recipe(folder / CONFIG_FILE), parallel=ParallelConfig())
+    config = apply_overrides(stored, overrides)
+    is_tuned = config.finetune.is_on
+    if is_tuned and (stride_tokens or max_windows):
+        raise ValueError(
+            "--stride and --max-windows are for running text: a fine-tuned model is scored on "
+            "every text of the split"
+        )
+    if data is not None and is_tuned:
+        config = replace(config, finetune=replace(config.finetune, path=str(data), sha256=None))
+    elif data is not None:
+        config = replace(config, data=replace(config.data, path=str(data)))
+    num_ranks = num_ranks or minimum_world_size(config)
+    device, _ = choose_device(config.train.device)
+    section = replace(config.data, eval_split=split, eval_stride_tokens=stride_tokens)
+    config = replace(config, data=section)
+    parallel = config.parallel
+    # No step is taken: as many microbatches as every layout of these ranks takes.
+    batch = config.train.micro_batch_size * num_ranks * parallel.pipeline_model_parallel_size
+    config = replace(config, train=replace(config.train, global_batch_size=batch, eval_iters=1))
+    layout = check_layout(config, num_ranks, device)
+    check_parts(config, device)
+    corpus = load_corpus(Path(config.data.path))
+    check_tokenizer(corpus, config.model.vocab_size, stored_tokenizer(folder))
+    if not is_tuned:
+        corpus.split(split)
+    return Evaluation(folder, config, layout, corpus, max_windows)
+
+
+def evaluate_here(
+    evaluation: Evaluation, variables: RankVariables, device: str
+) -> tuple[str, dict[str, float]]:
+    """What was evaluated, in words, and the task's scores; the same on every rank.
+
+    Joins the world and leaves it. Communicates as training's validation does.
+
+    Raises:
+        ValueError: for tensors that do not fit the model, and a split that is not there.
+    """
+    if device == "cpu":
+        from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat
+
+        install_cpu_compat()
+    from vqmoe_megatron.checkpoint.checksums import check_data_together
+    from vqmoe_megatron.checkpoint.random_state import seed_generators
+    from vqmoe_megatron.checkpoint.remap import load_weights
+    from vqmoe_megatron.runtime.world import build_process_groups, join_world, leave_world
+    from vqmoe_megatron.train.evaluate import evaluate
+
+    config, layout = evaluation.config, evaluation.layout
+    join_world(variables, device)
+    try:
+        build_process_groups(layout)
+        seed_generators(config.train.seed)
+        task = registry.load("task", config.train.task)(evaluation.read_as, evaluation.corpus)
+        engine = registry.load("engine", config.train.engine).build(config, layout, task)
+        check_data_together(evaluation.folder)
+        with readable(evaluation.folder):
+            load_weights(evaluation.folder, engine.model, config)
+        windows = task.evaluation_batches()
+        scores = evaluate(engine, task, windows, layout.pipeline_model_parallel_size)
+        return windows.description, scores
+    finally:
+        leave_world()
