@@ -64,7 +64,10 @@ KINDS: dict[str, Kind] = {
     "task": Kind(
         "vqmoe_megatron.tasks.task:Task",
         "train.task",
-        {"pretrain": Part("vqmoe_megatron.tasks.pretrain:Pretrain")},
+        {
+            "pretrain": Part("vqmoe_megatron.tasks.pretrain:Pretrain"),
+            "images": Part("vqmoe_megatron.tasks.images:Images"),
+        },
     ),
     "engine": Kind(
         "vqmoe_megatron.engines.engine:Engine",

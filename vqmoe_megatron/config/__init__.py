@@ -11,6 +11,7 @@ from vqmoe_megatron.config.schema import (
     TrackingConfig,
     TrainConfig,
 )
+from vqmoe_megatron.config.vision import VisionConfig
 from vqmoe_megatron.config.vq import VQConfig
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "VQConfig",
+    "VisionConfig",
 ]

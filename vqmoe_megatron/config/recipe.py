@@ -39,7 +39,7 @@ NULLS = ("null", "Null", "NULL", "~")  # of YAML, beside nothing at all
 QUOTES = ("'", '"')
 URI_CREDENTIALS = re.compile(r"://\S*@")
 SECTION_TYPES: dict[str, type] = declared_types(RunConfig)
-LATER_SECTIONS = ("code_memory",)  # recipes that older releases saved lack them
+LATER_SECTIONS = ("code_memory", "vision")  # recipes that older releases saved lack them
 # Declared type of every setting, by dotted key.
 LEGAL_TYPES: dict[str, Any] = {
     f"{section}.{name}": hint

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from vqmoe_megatron import registry
 from vqmoe_megatron.config.checks import check_choice, check_settings
 from vqmoe_megatron.config.code_memory import CodeMemoryConfig
+from vqmoe_megatron.config.vision import VisionConfig
 from vqmoe_megatron.config.vq import VQConfig
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "VQConfig",
+    "VisionConfig",
 ]
 
 
@@ -335,6 +337,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     vq: VQConfig = field(default_factory=VQConfig)
     code_memory: CodeMemoryConfig = field(default_factory=CodeMemoryConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)

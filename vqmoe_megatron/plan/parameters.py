@@ -41,7 +41,7 @@ from vqmoe_megatron.plan.layout import ParallelLayout, unsharded
 from vqmoe_megatron.plan.shape import LayerShape
 
 PARTS = (
-    *("embeddings", "attention", "norms", "dense_mlp", "router", "experts"),
+    *("embeddings", "patches", "attention", "norms", "dense_mlp", "router", "experts"),
     *("shared_experts", "codebooks", "learned_inputs", "fill_rows", "gates", "memory_rows"),
     "output_layer",
 )
@@ -94,6 +94,16 @@ def padded_vocab_size(model: ModelConfig) -> int:
     return -(-model.vocab_size // multiple) * multiple
 
 
+def logits_shape(config: RunConfig, layout: ParallelLayout) -> tuple[int, int]:
+    """Rows and columns of a microbatch's logits on one rank: tokens and V / TP; of images, which
+    have one answer each and a head that is not cut, images and classes."""
+    batch = config.train.micro_batch_size
+    if config.vision.is_on:
+        return batch, config.vision.num_classes
+    vocab = padded_vocab_size(config.model) // layout.tensor_model_parallel_size
+    return batch * config.model.seq_length, vocab
+
+
 def is_moe_layer(model: ModelConfig, number: int) -> bool:
     """Whether the 0-based layer ``number`` holds experts; the first always does."""
     return number % model.moe_layer_freq == 0
@@ -137,10 +147,12 @@ def stage_parameters(
 def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iterator[Parameter]:
     model, tensor_ranks = config.model, layout.tensor_model_parallel_size
     element = 2 if model.bf16 else 4
-    table = (padded_vocab_size(model) // tensor_ranks, model.hidden_size)  # V / TP
     is_tied = not model.untie_embeddings_and_output_weights
     is_tied_over_stages = is_tied and layout.pipeline_model_parallel_size > 1
-    if place.is_first:
+    if config.vision.is_on:
+        yield from _patch_embedding(config, element) if place.is_first else ()
+    elif place.is_first:
+        table = (padded_vocab_size(model) // tensor_ranks, model.hidden_size)  # V / TP
         name = "embedding.word_embeddings.weight"
         yield Parameter(name, "embeddings", table, element, is_shared_embedding=is_tied_over_stages)
         if model.position_embedding_type == "learned_absolute":
@@ -158,7 +170,11 @@ def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iter
             yield from _dense_mlp(model, tensor_ranks, element, f"{prefix}mlp.")
     if place.is_last:
         yield from _norm(model, element, "decoder.final_layernorm")
-        if not is_tied or is_tied_over_stages:
+        if config.vision.is_on:
+            shape = (config.vision.num_classes, model.hidden_size)
+            yield from _linear("output_layer", "output_layer", shape, element, has_bias=True)
+        elif not is_tied or is_tied_over_stages:
+            table = (padded_vocab_size(model) // tensor_ranks, model.hidden_size)  # V / TP
             name = "output_layer.weight"
             yield Parameter(
                 name, "output_layer", table, element, is_shared_embedding=is_tied_over_stages
@@ -167,6 +183,15 @@ def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iter
     if place.is_first and memory.num_context_codes and memory.is_on:
         codes = (1, memory.num_context_codes, memory.context_dim)
         yield Parameter("code_stream.contexts.codes", "codebooks", codes, 4, is_trained=False)
+
+
+def _patch_embedding(config: RunConfig, element: int) -> Iterator[Parameter]:
+    """Of images: projection [H, C P P] with its bias, positions [S, H], whole on every rank."""
+    hidden, vision, name = config.model.hidden_size, config.vision, "embedding."
+    projection = (hidden, vision.patch_width)
+    positions = f"{name}position_embeddings.weight"
+    yield from _linear(f"{name}patch_projection", "patches", projection, element, has_bias=True)
+    yield Parameter(positions, "patches", (vision.num_patches, hidden), element)
 
 
 def _norm(model: ModelConfig, element: int, name: str) -> Iterator[Parameter]:
@@ -325,7 +350,9 @@ def count_parameters(config: RunConfig, layout: ParallelLayout) -> ParameterCoun
 def _active(config: RunConfig, total: dict[str, int]) -> dict[str, int]:
     model, vq = config.model, config.vq
     active = dict(total)
-    if model.untie_embeddings_and_output_weights:
+    if config.vision.is_on:  # one position of S
+        active["patches"] -= (model.seq_length - 1) * model.hidden_size
+    elif model.untie_embeddings_and_output_weights:
         num_tables = 2 if model.position_embedding_type == "learned_absolute" else 1
         active["embeddings"] = num_tables * model.hidden_size
     elif model.position_embedding_type == "learned_absolute":

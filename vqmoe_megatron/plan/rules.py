@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
 from vqmoe_megatron.plan.engine_rules import engine_errors
+from vqmoe_megatron.plan.vision_rules import vision_errors
 
 if TYPE_CHECKING:
     from vqmoe_megatron.plan.layout import ParallelLayout
@@ -85,6 +86,7 @@ def run_errors(config: RunConfig, layout: ParallelLayout) -> list[str]:
         *_fill_errors(config),
         *_checkpoint_errors(config),
         *engine_errors(config, layout),
+        *vision_errors(config),
     ]
 
 
