@@ -20,7 +20,7 @@ import copy
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnMaskType, ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
@@ -97,7 +97,8 @@ class VisionTransformer(MegatronModule):
         vp_stage: int | None,
     ) -> None:
         super().__init__(config)
-        # What Megatron asks of a model when it finishes gradients, and Float16Module of a chunk.
+        # What Megatron's schedules, end of gradients and Float16Module ask of a model.
+        self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = False
         self.num_patches = vision.num_patches
