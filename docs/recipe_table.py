@@ -26,6 +26,7 @@ GROUPS = {
     ".": "To start with",
     "paper_base": "The paper's base model",
     "scale": "64, 128 and 256 experts",
+    "vision": "Images",
 }
 PREFACE = """\
 # Recipes
@@ -76,12 +77,12 @@ def stated(path: Path, key: str) -> str | None:
 
 
 def plan_recipe(path: Path, overrides: list[str]) -> RunPlan:
-    """Plan a recipe on its stated ranks: H100, or the CPU for what reads data/stdlib."""
+    """Plan a recipe on its stated ranks: H100, or the CPU for what reads data/stdlib or digits."""
     config: RunConfig = load_recipe(path, overrides)
-    if config.model.vocab_size is None:
+    if config.model.vocab_size is None and not config.vision.is_on:
         config = replace(config, model=replace(config.model, vocab_size=256))
     ranks = int(stated(path, "ranks") or minimum_world_size(config))
-    is_laptop = config.data.path == "data/stdlib"
+    is_laptop = config.data.path in ("data/stdlib", "data/digits")
     return plan_run(config, ranks, "CPU" if is_laptop else "H100")
 
 

@@ -39,7 +39,10 @@ def shortened(words: list[str]) -> list[str]:
         elif key not in SMALL:
             kept.append(word)
     cut = [f"{key}={max(1, value // 10)}" for key, value in lengths.items()]
-    return [*kept, *cut, *(f"{key}={value}" for key, value in SMALL.items())]
+    small = dict(SMALL)
+    if any(word.startswith("recipes/vision/") for word in words):
+        del small["model.seq_length"]  # the number of an image's patches
+    return [*kept, *cut, *(f"{key}={value}" for key, value in small.items())]
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ SMOE, PAPER = "SMoE baseline", "The paper's layer"
 
 
 def is_of_paper(path: Path) -> bool:
-    """Whether a recipe is one of the paper's own, and so has no code memory."""
-    return path.parent.name == "paper_base"
+    """Whether a recipe trains the paper's layer, and so has no code memory."""
+    return path.parent.name in ("paper_base", "vision")
 
 
 def opening(path: Path) -> str:
@@ -50,6 +50,7 @@ def test_all_of_them_are_found() -> None:
         f"paper_base/{name}.yaml"
         for name in ("enwik8", "released_enwik8", "text8", "wikitext103", "lm1b")
     }
+    wanted |= {f"vision/{name}.yaml" for name in ("digits", "cifar10", "imagenet1k")}
     wanted |= {f"scale/{scale}_{experts}.yaml" for scale in SCALES for experts in EXPERTS}
     assert set(NAMES) == wanted
     elsewhere = {path for path in (ROOT / "recipes").rglob("*.yaml") if path not in RECIPES}

@@ -97,6 +97,7 @@ KINDS: dict[str, Kind] = {
         {
             "pretrain": Part("vqmoe_megatron.tasks.pretrain:Pretrain"),
             "finetune": Part("vqmoe_megatron.tasks.finetune:Finetune"),
+            "images": Part("vqmoe_megatron.tasks.images:Images"),
         },
     ),
     "engine": Kind(

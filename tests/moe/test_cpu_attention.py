@@ -93,6 +93,7 @@ def differences(dtype: str, groups: int, changes: dict) -> dict[str, float]:
     [
         ("float64", {}, 1e-12),
         ("float64", {"softmax_scale": 0.7}, 1e-12),
+        ("float64", {"attn_mask_type": "no_mask"}, 1e-12),
         ("float32", {}, 1e-5),
         ("bfloat16", {"bf16": True, "attention_softmax_in_fp32": True}, 3e-2),
     ],
@@ -117,8 +118,6 @@ def left_to_megatron(case: str) -> list[bool]:
         changes = {"window_size": (5, 0)}
     elif case == "scores scaled per layer":
         changes = {"apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True}
-    elif case == "no causal mask":
-        changes = {"attn_mask_type": "no_mask"}
     elif case == "sink":
         changes = {"softmax_type": "off-by-one"}
     elif case == "more keys":
@@ -137,9 +136,8 @@ def left_to_megatron(case: str) -> list[bool]:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "case",
-    ["dropout", "a mask", "window", "scores scaled per layer", "no causal mask", "sink",
-     "more keys"],
-)  # fmt: skip
+    ["dropout", "a mask", "window", "scores scaled per layer", "sink", "more keys"],
+)
 def test_the_rest_is_megatron_s(ranks, case: str) -> None:
     assert ranks(1).run(left_to_megatron, case) == [[True, True]]
 

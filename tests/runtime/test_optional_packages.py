@@ -82,6 +82,7 @@ def test_the_extras_of_setup_cfg_are_the_same() -> None:
     parser.read(ROOT / "setup.cfg")
     extras = parser["options.extras_require"]
     others = {"matplotlib": "plots", "scipy": "analysis", "transformers": "hf"}
+    others |= {"PIL": "images", "sklearn": "images"}
     for package in OPTIONAL_PACKAGES:
         extra = others.get(package, package)
         assert OPTIONAL_PACKAGES[package].requirement in extras[extra].split("\n")

@@ -48,7 +48,7 @@ def lowest() -> dict[str, float]:
     return {
         key: (1e-9 if legal.without_low else legal.low)
         for key, legal in LEGAL_RANGES.items()
-        if key not in OF_ANOTHER_PATH
+        if key not in OF_ANOTHER_PATH and not key.startswith("vision.")
     } | BOUND
 
 

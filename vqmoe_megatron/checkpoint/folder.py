@@ -243,7 +243,7 @@ def _fixed_settings(config: RunConfig) -> dict[str, object]:
     config = replace(config, code_memory=config.code_memory.in_effect)
     settings = {
         f"{section}.{spec.name}": getattr(getattr(config, section), spec.name)
-        for section in ("model", "vq", "code_memory", "finetune", "optimizer")
+        for section in ("model", "vq", "router", "code_memory", "finetune", "vision", "optimizer")
         for spec in fields(getattr(config, section))
     }
     settings |= {f"train.{name}": getattr(config.train, name) for name in FIXED_TRAIN_SETTINGS}

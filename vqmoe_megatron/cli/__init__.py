@@ -95,26 +95,40 @@ def _root(
 @app.command()
 def prepare(
     corpus: Annotated[
-        str, typer.Argument(help="stdlib, text, enwik8, text8, wikitext-103 or lm1b")
+        str,
+        typer.Argument(
+            help="text: stdlib, text, enwik8, text8, wikitext-103 or lm1b; images: digits, cifar10 "
+            "or images"
+        ),
     ],
     out: Annotated[Path, typer.Option(help="new or empty directory, or an older corpus")],
     input: Annotated[
         list[Path] | None,
         typer.Option(
-            help="text file(s), plain, gz, bz2, xz or zip; for a known corpus its archive or folder"
+            help="text file(s), plain, gz, bz2, xz or zip; for a known corpus its archive or "
+            "folder; of images their folder"
         ),
     ] = None,
     tokenizer: Annotated[str, typer.Option(help="byte, char, word or sentencepiece")] = "byte",
     vocab_size: Annotated[int | None, typer.Option(help="for word and sentencepiece")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="for images: pixels of height and width")
+    ] = None,
     download: Annotated[bool, typer.Option(help="fetch a known corpus, with checksum")] = False,
     overwrite: Annotated[
         bool, typer.Option(help="replace another corpus in --out when this is whole")
     ] = False,
 ) -> None:
-    """Turn text into Megatron .bin/.idx files.
+    """Turn text into Megatron .bin/.idx files, or images into mapped arrays.
 
     Example: vqmoe prepare stdlib --out data/stdlib
     """
+    if corpus in ("digits", "cifar10", "images"):
+        of_text = [tokenizer != "byte", vocab_size is not None, download, overwrite]
+        _prepare_images(corpus, out, input or [], image_size, has_text_options=any(of_text))
+        return
+    if image_size is not None:
+        raise ValueError(f"--image-size is for images, and {corpus} is text; leave it out")
     from vqmoe_megatron.data.prepare import prepare_corpus
 
     found = prepare_corpus(corpus, out, input or [], tokenizer, vocab_size, download, overwrite)
@@ -123,6 +137,22 @@ def prepare(
             f"{name}: {split.num_tokens:,} tokens, {split.num_documents:,} documents, "
             f"{split.num_bytes:,} bytes"
         )
+
+
+def _prepare_images(
+    name: str, out: Path, inputs: list[Path], image_size: int | None, has_text_options: bool
+) -> None:
+    from vqmoe_megatron.data.prepare_images import prepare_images
+
+    if has_text_options:
+        raise ValueError(
+            f"{name} is a set of images: --tokenizer, --vocab-size, --download and --overwrite are "
+            "for text; leave them out"
+        )
+    found = prepare_images(name, out, inputs, image_size)
+    size = f"{found.image_size} x {found.image_size} x {found.num_channels}"
+    for split in found.splits.values():
+        print(f"{split.name}: {split.num_images:,} images of {size}")
 
 
 @app.command()

@@ -142,7 +142,7 @@ def _fp8_parts(config: RunConfig) -> list[str]:
 
 def _with_vocabulary(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """Fill in ``model.vocab_size`` from the corpus; without one, assume a size and say so."""
-    if config.model.vocab_size is not None:
+    if config.model.vocab_size is not None or config.vision.is_on:
         return config, []
     assumptions = []
     try:

@@ -13,6 +13,7 @@ from vqmoe_megatron.config.schema import (
     TrackingConfig,
     TrainConfig,
 )
+from vqmoe_megatron.config.vision import VisionConfig
 from vqmoe_megatron.config.vq import VQConfig
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "VQConfig",
+    "VisionConfig",
 ]

@@ -47,6 +47,7 @@ LAYERS = Range(1, 2000)  # twice the deepest transformers that were published
 WIDTH = Range(1, 2**20)  # of vectors and matrices, and what they are cut into
 ROWS = Range(1, 2**24)  # of tables and batches
 RANKS = Range(1, MOST_RANKS)
+PIXELS = Range(1, 4096)
 STEPS = Range(1, 10**9)  # decades at a few steps a second; as an interval: never
 STEPS_OR_NONE = Range(0, 10**9)
 # At 10 one update is as large as any weight. Not higher: fp32 has to hold powers of these.
@@ -114,6 +115,11 @@ LEGAL_RANGES: dict[str, Range] = {
     "code_memory.lr_mult": Range(0, 1000, without_low=True),
     "vq.freeze_after_steps": STEPS,
     "finetune.num_classes": Range(2, 2**20),
+    "vision.image_size": PIXELS,
+    "vision.patch_size": PIXELS,
+    "vision.num_channels": Range(1, 4),  # Pillow's and released images have no more
+    "vision.num_classes": Range(2, 2**20),
+    "vision.crop_padding": Range(0, 4096),
     "parallel.tensor_model_parallel_size": RANKS,
     "parallel.pipeline_model_parallel_size": RANKS,
     "parallel.virtual_pipeline_model_parallel_size": LAYERS,

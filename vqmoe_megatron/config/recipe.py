@@ -39,11 +39,8 @@ NULLS = ("null", "Null", "NULL", "~")  # of YAML, beside nothing at all
 QUOTES = ("'", '"')
 URI_CREDENTIALS = re.compile(r"://\S*@")
 SECTION_TYPES: dict[str, type] = declared_types(RunConfig)
-LATER_SECTIONS = (
-    "code_memory",
-    "router",
-    "finetune",
-)  # recipes that older releases saved lack them
+# Recipes that older releases saved lack them.
+LATER_SECTIONS = ("code_memory", "router", "finetune", "vision")
 # Declared type of every setting, by dotted key.
 LEGAL_TYPES: dict[str, Any] = {
     f"{section}.{name}": hint

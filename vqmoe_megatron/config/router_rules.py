@@ -44,8 +44,8 @@ def check_router(model: ModelConfig) -> None:
         )
     if model.moe_router_freeze and name != "topk" and registry.is_ours("router", name):
         raise ValueError(
-            f"model.moe_router_freeze=true with model.moe_router={name}: it stands for the release's "
-            "top-k router, which never learns; use moe_router=topk, or leave it out"
+            f"model.moe_router_freeze=true with model.moe_router={name}: it stands for the "
+            "release's top-k router, which never learns; use moe_router=topk, or leave it out"
         )
     if name in WITHOUT_LOGITS and model.moe_z_loss_coeff:
         raise ValueError(

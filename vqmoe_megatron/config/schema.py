@@ -19,6 +19,7 @@ from vqmoe_megatron.config.code_memory import CodeMemoryConfig
 from vqmoe_megatron.config.finetune import FinetuneConfig
 from vqmoe_megatron.config.router import RouterConfig
 from vqmoe_megatron.config.router_rules import check_router
+from vqmoe_megatron.config.vision import VisionConfig
 from vqmoe_megatron.config.vq import VQConfig
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "VQConfig",
+    "VisionConfig",
 ]
 
 
@@ -348,6 +350,7 @@ class RunConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     code_memory: CodeMemoryConfig = field(default_factory=CodeMemoryConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)

@@ -10,6 +10,11 @@ OUR_QUANTIZERS = ("euclidean", "product", "residual", "low_dim", "cosine", "fsq"
 def check_has_hf_form(config: RunConfig) -> None:
     """Raise ``ValueError`` for what the modelling file does not compute."""
     vq, model = config.vq, config.model
+    if config.vision.is_on:
+        raise ValueError(
+            f"vision.image_size={config.vision.image_size} has no Hugging Face form: the modelling "
+            "file reads text; vqmoe export --tables writes the tables of its layers"
+        )
     if vq.path != "continuous":
         if vq.expert_input != "code":
             raise ValueError(

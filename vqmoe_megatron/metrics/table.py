@@ -50,6 +50,9 @@ OUR_METRICS: tuple[Metric, ...] = (
     Metric("val/bits_per_byte",
         "val/loss / ln 2 x evaluated tokens / evaluated bytes", "bits/byte",
         "from the summed loss, tokens and bytes", ".4f"),
+    Metric("val/accuracy",
+        "evaluated images whose most likely class is right (train.task=images)", "1",
+        "share of all evaluated images", ".4f"),
     Metric("val/perplexity", "exp(val/loss)", "1", "from the reduced val/loss", ".3f"),
     Metric("val/accuracy",
         "fine-tuning: share of the evaluation split's texts whose class was found; loss and "

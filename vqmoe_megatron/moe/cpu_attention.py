@@ -25,7 +25,7 @@ from vqmoe_megatron.moe.context_attention import attend_to_whole_sequences
 
 
 class CpuAttention(DotProductAttention):
-    """A ``DotProductAttention`` whose causal attention on the CPU is torch's.
+    """A ``DotProductAttention`` whose attention on the CPU, causal or to all tokens, is torch's.
 
     Megatron's own forward pass remains for everything else: dropout, masks that are given, windows,
     sinks, scores scaled per layer, biases, packed sequences, keys kept from earlier tokens, values
@@ -78,9 +78,10 @@ class CpuAttention(DotProductAttention):
             ValueError: with context parallelism, for what this attention leaves to Megatron's.
         """
         is_plain = attention_mask is None and all(other is None for other in others.values())
-        is_plain = is_plain and self._is_plain_causal() and is_square_on_cpu(query, key, value)
+        is_plain = is_plain and self._is_plain() and is_square_on_cpu(query, key, value)
+        is_causal = self.attn_mask_type == AttnMaskType.causal
         if self.cp_group is not None:
-            if not is_plain:
+            if not (is_plain and is_causal):
                 raise ValueError(
                     f"context_parallel_size={self.config.context_parallel_size}: outside "
                     "Transformer Engine's attention, which needs CUDA, cut sequences have plain "
@@ -93,17 +94,17 @@ class CpuAttention(DotProductAttention):
             return super().forward(query, key, value, attention_mask, attn_mask_type, **others)
         context = torch.nn.functional.scaled_dot_product_attention(
             *(states.permute(1, 2, 0, 3) for states in (query, key, value)),
-            is_causal=True,
+            is_causal=is_causal,
             scale=self.softmax_scale,
             enable_gqa=query.size(2) != key.size(2),
         )  # [b, A, S, d], which lies in memory as the query does
         return context.permute(2, 0, 1, 3).flatten(2).contiguous()
 
-    def _is_plain_causal(self) -> bool:
-        """Whether the softmax of this layer is the usual one under the causal mask."""
+    def _is_plain(self) -> bool:
+        """Whether the softmax of this layer is the usual one, under the causal mask or none."""
         softmax = self.scale_mask_softmax
         return (
-            self.attn_mask_type == AttnMaskType.causal
+            self.attn_mask_type in (AttnMaskType.causal, AttnMaskType.no_mask)
             and softmax.window_size is None
             and softmax.scale is None
             and self.softmax_offset is None

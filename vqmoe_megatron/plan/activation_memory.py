@@ -32,7 +32,7 @@ from vqmoe_megatron.plan.parameters import (
     dense_ffn_size,
     head_sizes,
     is_moe_layer,
-    padded_vocab_size,
+    logits_shape,
 )
 from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.state_memory import NUM_THRESHOLD_SUMS
@@ -146,9 +146,8 @@ def activation_bytes(config: RunConfig, layout: ParallelLayout, kernels: str) ->
     scores = _scores(config, layout, kernels)
     projections = _projections(config, layout, layer, kernels)
     norm = _norm(config, layer, kernels)
-    tokens = config.train.micro_batch_size * model.seq_length
-    vocab = padded_vocab_size(model) // layout.tensor_model_parallel_size
-    logits = tokens * vocab * SOFTMAX_BYTES + tokens * (ID_BYTES + 1)
+    answers, columns = logits_shape(config, layout)
+    logits = answers * columns * SOFTMAX_BYTES + answers * (ID_BYTES + 1)
     memory = None
     if config.code_memory.is_on:
         memory = MemoryShape.from_config(config, layout)

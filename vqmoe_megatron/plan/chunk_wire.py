@@ -11,6 +11,8 @@ bytes, and gathering or scattering the sequence moves (TP - 1) blocks.
                                                positions it all-reduces [b, S, H] instead
     cross entropy over the cut vocabulary      three fp32 all-reduces of [S, b]: the largest logit,
                                                the predicted one, the sum of exponentials
+    images                                     patches are cut before they are projected: nothing;
+                                               the mean over positions all-reduces fp32 [b, H]
 
 The MoE layer's own collectives are ``wire.layer_terms``; its router adds its counts of tokens per
 expert, which the balance loss needs whole. Those of a code memory are in ``memory_wire``. Recompute
@@ -56,7 +58,7 @@ def chunk_terms(
 
     ``traffic`` is of this rank; None: balanced.
     """
-    if place.is_first:
+    if place.is_first and not config.vision.is_on:
         yield from _embedding(config, layout)
     if config.code_memory.is_on:
         shape = MemoryShape.from_config(config, layout)
@@ -71,7 +73,9 @@ def chunk_terms(
         if kind not in of_kind:
             of_kind[kind] = list(_layer(config, layout, traffic, *kind))
         yield from of_kind[kind]
-    if place.is_last:
+    if place.is_last and config.vision.is_on:
+        yield from _pooling(config, layout)
+    elif place.is_last:
         yield from _linear(config, layout, "output", False, COLUMN_PARALLEL)
         yield from _cross_entropy(config, layout)
 
@@ -135,6 +139,13 @@ def _embedding(config: RunConfig, layout: ParallelLayout) -> Iterator[Term]:
     else:
         yield Term("embedding", "reduce_scatter", "tp", moved)
     yield Term("embedding", "all_gather", "tp", moved, is_backward=True)
+
+
+def _pooling(config: RunConfig, layout: ParallelLayout) -> Iterator[Term]:
+    ranks = layout.tensor_model_parallel_size
+    num_bytes = FP32_BYTES * config.train.micro_batch_size * config.model.hidden_size
+    if ranks > 1:
+        yield Term("output", "all_reduce", "tp", all_reduced(num_bytes, ranks))
 
 
 def _cross_entropy(config: RunConfig, layout: ParallelLayout) -> Iterator[Term]:

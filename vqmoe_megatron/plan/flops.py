@@ -8,6 +8,9 @@ D dense width, V padded vocabulary. Per layer, forward, of all tensor ranks toge
     dense MLP   2 t H (c1 + 1) D
     MoE         :func:`layer_flops`: experts, shared expert, search, router, gate, code rows
     head        2 t H V
+    images      2 t H C P P for the projection of patches, whose input needs no gradient, so that
+                its backward pass takes as much again; 2 b H N for the head over N classes of b
+                images, which every tensor rank multiplies whole
     memory      :func:`memory_flops`: rows that experts make, search of hidden states, gate; nothing
                 for rows that are learned: a token adds A of them, and adds are not counted
     code stream search of contexts on every chunk, and on the first stage until codes are frozen the
@@ -49,6 +52,7 @@ from vqmoe_megatron.plan.parameters import (
     dense_ffn_size,
     head_sizes,
     is_moe_layer,
+    logits_shape,
     padded_vocab_size,
 )
 from vqmoe_megatron.plan.router_cost import router_forward_flops
@@ -144,6 +148,7 @@ class ModuleFlops:
     core_attention: int  # scores and values
     dense_mlp: int  # of a layer
     output_layer: int
+    patches: int  # the projection of images, 0 of text
 
 
 def module_flops(config: RunConfig, layout: ParallelLayout) -> ModuleFlops:
@@ -158,14 +163,14 @@ def module_flops(config: RunConfig, layout: ParallelLayout) -> ModuleFlops:
     width = (2 * heads + 2 * groups) * columns  # q, k, v and the output projection
     scores = 4 * tokens * model.seq_length * heads * columns // shards
     matrices = 3 if model.gated_linear_unit else 2
-    num_outputs = padded_vocab_size(model) // shards
-    if config.finetune.is_on:  # the head is whole on every tensor rank, and sees all positions
-        num_outputs = config.finetune.num_classes or 0
+    answers, columns_of_head = logits_shape(config, layout)
+    patch_width = config.vision.patch_width if config.vision.is_on else 0
     return ModuleFlops(
         attention=2 * tokens * model.hidden_size * width // shards + scores,
         core_attention=scores,
         dense_mlp=2 * tokens * model.hidden_size * matrices * (dense_ffn_size(model) // shards),
-        output_layer=2 * tokens * model.hidden_size * num_outputs,
+        output_layer=2 * answers * model.hidden_size * columns_of_head,
+        patches=2 * (tokens // shards) * model.hidden_size * patch_width,
     )
 
 
@@ -183,6 +188,8 @@ def _chunk_flops(
     of_memory = memory_flops(memory) if memory else Flops()
     if memory:
         yield "code_stream", stream_flops(memory, padded_vocab_size(model), place)
+    if place.is_first and plain.patches:
+        yield "patches", Flops(plain.patches, plain.patches).times(layer.num_microbatches)
     for index, number in enumerate(place.layers):
         again = repeated_modules(model, index)
         repeated = plain.core_attention if "core_attn" in again else 0

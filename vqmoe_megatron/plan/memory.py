@@ -35,8 +35,8 @@ from vqmoe_megatron.plan.memory_shape import MemoryShape, num_memory_layers
 from vqmoe_megatron.plan.parameters import (
     chunk_places,
     is_moe_layer,
+    logits_shape,
     num_moe_layers,
-    padded_vocab_size,
 )
 from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.state_memory import StateBytes, state_bytes
@@ -136,11 +136,10 @@ def stage_memory(
     state = state or state_bytes(config, layout, pipeline_rank)
     workspace = state.largest_weight
     if places[-1].is_last:
-        tokens = train.micro_batch_size * model.seq_length
-        vocab = padded_vocab_size(model) // layout.tensor_model_parallel_size
+        answers, columns = logits_shape(config, layout)
         # Megatron's cross entropy turns fp32 logits into the softmax, which is kept, and that into
         # the gradient, in place; bf16 logits, and later their gradient, stand beside it.
-        workspace = max(workspace, tokens * vocab * 2 if model.bf16 else 0)
+        workspace = max(workspace, answers * columns * 2 if model.bf16 else 0)
     buffers = _dispatch_bytes(config, layout) if num_moe_layers(model, places) else 0
     if num_memory_layers(config, places):
         buffers += transient_bytes(MemoryShape.from_config(config, layout))

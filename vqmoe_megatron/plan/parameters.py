@@ -42,7 +42,7 @@ from vqmoe_megatron.plan.router_cost import num_rows_not_read, router_tensors
 from vqmoe_megatron.plan.shape import LayerShape
 
 PARTS = (
-    *("embeddings", "attention", "norms", "dense_mlp", "router", "experts"),
+    *("embeddings", "patches", "attention", "norms", "dense_mlp", "router", "experts"),
     *("shared_experts", "codebooks", "learned_inputs", "fill_rows", "gates", "memory_rows"),
     "output_layer",
 )
@@ -98,6 +98,23 @@ def padded_vocab_size(model: ModelConfig) -> int:
     return -(-model.vocab_size // multiple) * multiple
 
 
+def num_head_classes(config: RunConfig) -> int | None:
+    """Outputs of a classification head, which every tensor rank holds whole; None where the model
+    predicts tokens."""
+    if config.vision.is_on:
+        return config.vision.num_classes
+    return (config.finetune.num_classes or 0) if config.finetune.is_on else None
+
+
+def logits_shape(config: RunConfig, layout: ParallelLayout) -> tuple[int, int]:
+    """Rows and columns of a microbatch's logits on one rank: tokens and V / TP; classes where a
+    head tells them apart; images have one answer each, texts an unused one at every position."""
+    batch, num_columns = config.train.micro_batch_size, num_head_classes(config)
+    if num_columns is None:
+        num_columns = padded_vocab_size(config.model) // layout.tensor_model_parallel_size
+    return (batch if config.vision.is_on else batch * config.model.seq_length), num_columns
+
+
 def is_moe_layer(model: ModelConfig, number: int) -> bool:
     """Whether the 0-based layer ``number`` holds experts; the first always does."""
     return number % model.moe_layer_freq == 0
@@ -146,10 +163,12 @@ def stage_parameters(
 def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iterator[Parameter]:
     model, tensor_ranks = config.model, layout.tensor_model_parallel_size
     element = 2 if model.bf16 else 4
-    table = (padded_vocab_size(model) // tensor_ranks, model.hidden_size)  # V / TP
     is_tied = not model.untie_embeddings_and_output_weights
     is_tied_over_stages = is_tied and layout.pipeline_model_parallel_size > 1
-    if place.is_first:
+    if config.vision.is_on:
+        yield from _patch_embedding(config, element) if place.is_first else ()
+    elif place.is_first:
+        table = (padded_vocab_size(model) // tensor_ranks, model.hidden_size)  # V / TP
         name = "embedding.word_embeddings.weight"
         yield Parameter(name, "embeddings", table, element, is_shared_embedding=is_tied_over_stages)
         if model.position_embedding_type == "learned_absolute":
@@ -171,10 +190,11 @@ def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iter
     if place.is_last:
         if model.norm_placement == "pre":
             yield from _norm(model, element, "decoder.final_layernorm")
-        if config.finetune.is_on:  # every tensor rank holds the classification head whole
-            shape = (config.finetune.num_classes or 0, model.hidden_size)
+        if (num_classes := num_head_classes(config)) is not None:
+            shape = (num_classes, model.hidden_size)
             yield from _linear("output_layer", "output_layer", shape, element, has_bias=True)
         elif not is_tied or is_tied_over_stages:
+            table = (padded_vocab_size(model) // tensor_ranks, model.hidden_size)  # V / TP
             name = "output_layer.weight"
             yield Parameter(
                 name, "output_layer", table, element, is_shared_embedding=is_tied_over_stages
@@ -183,6 +203,15 @@ def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iter
     if place.is_first and memory.num_context_codes and memory.is_on:
         codes = (1, memory.num_context_codes, memory.context_dim)
         yield Parameter("code_stream.contexts.codes", "codebooks", codes, 4, is_trained=False)
+
+
+def _patch_embedding(config: RunConfig, element: int) -> Iterator[Parameter]:
+    """Of images: projection [H, C P P] with its bias, positions [S, H], whole on every rank."""
+    hidden, vision, name = config.model.hidden_size, config.vision, "embedding."
+    projection = (hidden, vision.patch_width)
+    positions = f"{name}position_embeddings.weight"
+    yield from _linear(f"{name}patch_projection", "patches", projection, element, has_bias=True)
+    yield Parameter(positions, "patches", (vision.num_patches, hidden), element)
 
 
 def _norm(model: ModelConfig, element: int, name: str) -> Iterator[Parameter]:
@@ -363,7 +392,9 @@ def count_parameters(config: RunConfig, layout: ParallelLayout) -> ParameterCoun
 def _active(config: RunConfig, total: dict[str, int]) -> dict[str, int]:
     model, vq = config.model, config.vq
     active = dict(total)
-    if model.untie_embeddings_and_output_weights:
+    if config.vision.is_on:  # one position of S
+        active["patches"] -= (model.seq_length - 1) * model.hidden_size
+    elif model.untie_embeddings_and_output_weights:
         num_tables = 2 if model.position_embedding_type == "learned_absolute" else 1
         active["embeddings"] = num_tables * model.hidden_size
     elif model.position_embedding_type == "learned_absolute":

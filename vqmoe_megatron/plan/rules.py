@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from vqmoe_megatron.config import ModelConfig, RunConfig, VQConfig
 from vqmoe_megatron.config.router_rules import router_errors
 from vqmoe_megatron.plan.engine_rules import engine_errors
+from vqmoe_megatron.plan.vision_rules import vision_errors
 
 if TYPE_CHECKING:
     from vqmoe_megatron.plan.layout import ParallelLayout
@@ -97,6 +98,7 @@ def run_errors(config: RunConfig, layout: ParallelLayout) -> list[str]:
         *router_errors(config),
         *_checkpoint_errors(config),
         *engine_errors(config, layout),
+        *vision_errors(config),
     ]
 
 

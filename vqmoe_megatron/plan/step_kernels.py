@@ -32,6 +32,7 @@ from vqmoe_megatron.plan.transformer_kernels import (
     embedding_kernels,
     layer_element_wise,
     output_layer_kernels,
+    patch_kernels,
 )
 
 
@@ -69,7 +70,11 @@ class StepKernels:
         self._source: list[Kernel] = []
         if config.code_memory.is_on:
             self._add_memory(hardware.device)
-        self._embedding = list(embedding_kernels(config, layer))
+        self._embedding = list(
+            patch_kernels(config, layout, layer)
+            if config.vision.is_on
+            else embedding_kernels(config, layer)
+        )
         self._head = list(output_layer_kernels(config, layout))
 
     def _add_memory(self, device: str) -> None:

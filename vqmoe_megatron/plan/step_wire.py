@@ -51,7 +51,7 @@ LOSS_SUM_BYTES = 16  # fp64: loss, scored tokens
 FLAG_BYTES = 12  # int32: a bad step, a stop request, a save request
 TOKEN_COUNT_BYTES = 4  # int32, with calculate_per_token_loss
 # Replicated over tensor ranks that see different shards of the sequence.
-SEQUENCE_PARALLEL_PARTS = ("norms", "router", "codebooks", "learned_inputs", "gates")
+SEQUENCE_PARALLEL_PARTS = ("norms", "router", "codebooks", "learned_inputs", "gates", "patches")
 ROW_PARALLEL_BIASES = ("linear_proj.bias", "linear_fc2.bias")
 BALANCED = "rows are spread evenly over the experts' ranks"
 

@@ -28,7 +28,7 @@ from vqmoe_megatron.plan.kernels import (
     products,
 )
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.plan.parameters import dense_ffn_size, head_sizes, padded_vocab_size
+from vqmoe_megatron.plan.parameters import dense_ffn_size, head_sizes, logits_shape
 from vqmoe_megatron.plan.shape import LayerShape
 
 CORE_ATTENTION = "core attention"  # name of the kernels that recompute_modules=core_attn repeats
@@ -130,19 +130,34 @@ def embedding_kernels(config: RunConfig, layer: LayerShape) -> Iterator[Kernel]:
     yield moved("element-wise", "embedding", BACKWARD, 2 * hidden, hidden, 12)
 
 
+def patch_kernels(config: RunConfig, layout: ParallelLayout, layer: LayerShape) -> Iterator[Kernel]:
+    """Of images: patches cut, projected and put beside their positions; none has a gradient."""
+    model, vision, element = config.model, config.vision, layer.bytes_per_element
+    flops = module_flops(config, layout).patches
+    inputs = layer.num_local_tokens * vision.patch_width * element
+    hidden = layer.num_local_tokens * model.hidden_size * element
+    weights = vision.patch_width * model.hidden_size
+    yield from products(
+        "element-wise", "patches", model_unit(element), Flops(flops, flops),
+        ProductBytes(inputs, hidden, weights, element),
+    )  # fmt: skip
+    yield moved("element-wise", "patches cut", FORWARD, inputs, inputs)
+    yield moved("element-wise", "positions", FORWARD, 2 * hidden, hidden)
+    yield moved("element-wise", "positions", BACKWARD, hidden, hidden)
+
+
 def output_layer_kernels(config: RunConfig, layout: ParallelLayout) -> Iterator[Kernel]:
     """The product with the vocabulary and the loss: forward logits to fp32, largest, difference,
     exponential, sum, quotient; backward product with the incoming gradient, and the cast."""
     model, element = config.model, 2 if config.model.bf16 else 4
     forward = module_flops(config, layout).output_layer
-    tokens = config.train.micro_batch_size * model.seq_length
-    vocabulary = padded_vocab_size(model) // layout.tensor_model_parallel_size
-    hidden, logits = tokens * model.hidden_size, tokens * vocabulary
+    answers, columns = logits_shape(config, layout)
+    hidden, logits = answers * model.hidden_size, answers * columns
     unit, part = model_unit(element), "output layer"
     yield from products(
         part, "product", unit, Flops(forward, 2 * forward),
         ProductBytes(
-            hidden * element, logits * element, model.hidden_size * vocabulary, element
+            hidden * element, logits * element, model.hidden_size * columns, element
         ),
     )  # fmt: skip
     cast = element if element != FP32_BYTES else 0
@@ -156,6 +171,6 @@ def output_layer_kernels(config: RunConfig, layout: ParallelLayout) -> Iterator[
     )  # fmt: skip
     if model.norm_placement == "post":
         return
-    norm = hidden * element
+    norm = config.train.micro_batch_size * model.seq_length * model.hidden_size * element
     yield moved("element-wise", "final norm", FORWARD, norm, norm)
     yield moved("element-wise", "final norm", BACKWARD, 2 * norm, norm, 2)

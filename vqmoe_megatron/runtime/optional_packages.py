@@ -19,7 +19,7 @@ class OptionalPackage(NamedTuple):
     without_it: str
 
 
-# By the module that is imported, which is the name of the package, too.
+# By the module that is imported, which is the name of the package, too, unless it is said.
 OPTIONAL_PACKAGES = {
     "mlflow": OptionalPackage(
         "mlflow>=3.5,<4", "runs are tracked", "runs are not tracked, metrics.jsonl is still written"
@@ -41,6 +41,12 @@ OPTIONAL_PACKAGES = {
     ),
     "deepspeed": OptionalPackage(
         "deepspeed>=0.19.8,<0.20", "train.engine=deepspeed works", "train.engine=megatron works"
+    ),
+    "PIL": OptionalPackage(
+        "pillow>=10,<14", "vqmoe prepare images works", "digits and cifar10 can be prepared"
+    ),
+    "sklearn": OptionalPackage(
+        "scikit-learn>=1.4,<2", "vqmoe prepare digits works", "other images can be prepared"
     ),
     "sentencepiece": OptionalPackage(
         "sentencepiece>=0.2,<0.3", "its vocabularies work", "byte, char and word work"

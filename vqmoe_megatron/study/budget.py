@@ -88,7 +88,7 @@ def with_vocabulary(config: RunConfig) -> RunConfig:
     Raises:
         ValueError: when it is unset and the corpus is not there.
     """
-    if config.model.vocab_size is not None:
+    if config.model.vocab_size is not None or config.vision.is_on:
         return config
     vocab_size = load_corpus(Path(config.data.path)).vocab_size
     return replace(config, model=replace(config.model, vocab_size=vocab_size))

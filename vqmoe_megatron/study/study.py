@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqmoe_megatron.data.corpus import load_corpus
+from vqmoe_megatron.data.image_set import load_image_set
 from vqmoe_megatron.study.planned_run import PlannedRun, StudyPlanner
 from vqmoe_megatron.study.study_file import StudyFile, listed, read_study_file
 from vqmoe_megatron.study.study_folder import StudyFolder, check_started_runs
@@ -54,8 +55,9 @@ class Study:
 
     def check_corpora(self) -> None:
         """Refuse a missing or cut corpus before any run starts; reads sizes, not tokens."""
-        for path in dict.fromkeys(run.config.data.path for run in self.runs.values()):
-            load_corpus(Path(path))
+        configs = [run.config for run in self.runs.values()]
+        for path, is_text in dict.fromkeys((c.data.path, not c.vision.is_on) for c in configs):
+            (load_corpus if is_text else load_image_set)(Path(path))
 
     def start(self) -> None:
         """Refuse changed runs, then write the study's directory; before any work starts.

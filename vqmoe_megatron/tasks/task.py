@@ -59,4 +59,7 @@ class Task(ABC):
 
     @abstractmethod
     def scores(self, loss: float, num_tokens: int, batches: EvaluationWindows) -> dict[str, float]:
-        """Metrics of the evaluation split by name, of its summed loss and scored tokens."""
+        """Metrics of the evaluation split by name, of its summed loss and scored tokens.
+
+        Every rank calls it, so it may communicate.
+        """

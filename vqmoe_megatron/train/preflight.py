@@ -21,6 +21,7 @@ from vqmoe_megatron.checkpoint.room import check_checkpoint_room, check_some_roo
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.recipe import load_saved_recipe
 from vqmoe_megatron.data.corpus import Corpus, check_tokenizer, load_corpus
+from vqmoe_megatron.data.image_set import ImageSet, load_image_set
 from vqmoe_megatron.data.sample_order import check_cache_dir, order_name
 from vqmoe_megatron.metrics.table import metric_table
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
@@ -36,7 +37,7 @@ class CheckedRun:
 
     config: RunConfig
     layout: ParallelLayout
-    corpus: Corpus
+    corpus: Corpus | ImageSet
     run_dir: RunDirectory
     resume_from: Path | None  # the checkpoint folder to go on from; None starts anew
     is_own: bool = True  # resume_from lies in this run's own directory
@@ -58,12 +59,7 @@ def check_run(
     """
     layout = check_layout(config, world_size, device)
     check_parts(config, device)
-    corpus = load_corpus(Path(config.data.path))
-    check_tokenizer(corpus, config.model.vocab_size, None)
-    if config.model.vocab_size is None:
-        model = dataclasses.replace(config.model, vocab_size=corpus.vocab_size)
-        config = dataclasses.replace(config, model=model)
-    check_enough_text(config, corpus)
+    corpus, config = _load_data(config)
     run_dir = RunDirectory(Path(config.train.output_dir))
     run_dir.create()
     if config.data.cache_dir is not None:
@@ -76,7 +72,8 @@ def check_run(
         folder, is_own = _checkpoint_to_load(config, run_dir)
     if folder is not None:
         check_format_version(folder, read_content(folder))
-        check_tokenizer(corpus, config.model.vocab_size, stored_tokenizer(folder))
+        if not config.vision.is_on:
+            check_tokenizer(corpus, config.model.vocab_size, stored_tokenizer(folder))
     # A remapped run that has saved is a run like any other, and goes on from its own checkpoints.
     if folder is not None and config.finetune.is_on and not is_own:
         check_backbone(load_saved_recipe(folder / CONFIG_FILE), config)
@@ -88,7 +85,8 @@ def check_run(
         resume_from, remap_from = folder, None
     if resume_from is not None:
         check_resumable(resume_from, config)
-        _check_same_data_order(resume_from, config, corpus)
+        if not config.vision.is_on:  # the order of images does not depend on the length
+            _check_same_data_order(resume_from, config, corpus)
         _check_length(resume_from, config)
         _check_same_corpus(resume_from, corpus)
     if looks_for_checkpoint:
@@ -125,6 +123,40 @@ def check_parts(config: RunConfig, device: str) -> None:
             "sequences; use 1, or let its forward_step cut batches with Megatron's "
             "get_batch_on_this_cp_rank and set cuts_sequences = True"
         )
+
+
+def _load_data(config: RunConfig) -> tuple[Corpus | ImageSet, RunConfig]:
+    """What the task reads, checked, and the recipe with what it leaves to the data filled in."""
+    path = Path(config.data.path)
+    if config.vision.is_on:
+        images = load_image_set(path)
+        check_images(config, images)
+        return images, config
+    corpus = load_corpus(path)
+    check_tokenizer(corpus, config.model.vocab_size, None)
+    if config.model.vocab_size is None:
+        model = dataclasses.replace(config.model, vocab_size=corpus.vocab_size)
+        config = dataclasses.replace(config, model=model)
+    check_enough_text(config, corpus)
+    return corpus, config
+
+
+def check_images(config: RunConfig, images: ImageSet) -> None:
+    """Refuse images of another size or other classes than the recipe's, and missing splits."""
+    vision = config.vision
+    for name, ours, theirs in (
+        ("image_size", vision.image_size, images.image_size),
+        ("num_channels", vision.num_channels, images.num_channels),
+        ("num_classes", vision.num_classes, len(images.class_names)),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"vision.{name}={ours}, but the images of {images.path} have {theirs}; set "
+                f"vision.{name}={theirs}, or name other images with data.path"
+            )
+    images.split("train")
+    if config.train.eval_iters:
+        images.split(config.data.eval_split)
 
 
 def check_enough_text(config: RunConfig, corpus: Corpus) -> None:

@@ -56,6 +56,11 @@ def check_target(target: RunConfig) -> None:
         *_memory_problems(target.code_memory),
         *_path_problems(target.vq, target.model),
     ]
+    if target.vision.is_on:
+        problems.append(
+            f"vision.image_size={target.vision.image_size}: only models of text are compared here; "
+            "train a model of images from its start"
+        )
     if target.model.fp8 is not None:
         problems.append(
             f"model.fp8={target.model.fp8}: Transformer Engine's experts round weights when they "

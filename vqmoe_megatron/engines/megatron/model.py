@@ -1,4 +1,4 @@
-"""From a recipe to this rank's model chunks: TransformerConfig, GPTModel, DDP.
+"""From a recipe to this rank's model chunks: TransformerConfig, a model of text or images, DDP.
 
 One chunk per virtual pipeline stage; without interleaving there is one.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -16,6 +17,7 @@ from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
@@ -24,6 +26,7 @@ from vqmoe_megatron.config.router_rules import OF_TOKEN_IDS
 from vqmoe_megatron.engines.megatron.classification_head import make_classifier
 from vqmoe_megatron.engines.megatron.fast_path import start_before_attention
 from vqmoe_megatron.engines.megatron.layout_independent_init import redraw_parameters
+from vqmoe_megatron.engines.megatron.vision_model import VisionTransformer
 from vqmoe_megatron.moe.expert_engine import EngineType, ExpertEngine
 from vqmoe_megatron.moe.memory.attach import attach_code_stream
 from vqmoe_megatron.moe.memory.code_stream import CodeStream
@@ -236,38 +239,35 @@ def _build_chunk(
     parts: FusedParts,
     new_graph: Callable[[], Graph] | None,
     stream: CodeStream | None,
-) -> GPTModel:
+) -> torch.nn.Module:
     place = {"ignore_virtual": False, "vp_stage": vp_stage}
     local_norm = FusedLayerNorm if parts.apex_norm else ParallelNorm
     memory = None
     if stream is not None:
         memory = LayerMemory(config.code_memory, stream, config.train.seed)
     router = _layer_router(config, transformer)
-    model = GPTModel(
+    spec = get_vqmoe_block_spec(
         transformer,
-        get_vqmoe_block_spec(
-            transformer,
-            config.vq,
-            config.train.seed,
-            vp_stage,
-            engine,
-            router,
-            local_norm,
-            new_graph,
-            memory,
-            config.model.norm_placement,
-            config.model.moe_router_freeze,
-        ),
-        vocab_size=padded_vocab_size(config.model),
-        max_sequence_length=config.model.seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(**place),
-        post_process=parallel_state.is_pipeline_last_stage(**place),
-        parallel_output=True,
-        share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
-        position_embedding_type=config.model.position_embedding_type,
-        rotary_base=config.model.rotary_base,
-        vp_stage=vp_stage,
+        config.vq,
+        config.train.seed,
+        vp_stage,
+        engine,
+        router,
+        local_norm,
+        new_graph,
+        memory,
+        config.model.norm_placement,
+        config.model.moe_router_freeze,
     )
+    ends = {
+        "pre_process": parallel_state.is_pipeline_first_stage(**place),
+        "post_process": parallel_state.is_pipeline_last_stage(**place),
+        "vp_stage": vp_stage,
+    }
+    if config.vision.is_on:
+        model = VisionTransformer(transformer, spec, config.vision, **ends)
+    else:
+        model = _gpt_model(config, transformer, spec, ends)
     if config.finetune.is_on:
         make_classifier(model, config.finetune)
     for name, parameter in model.named_parameters():
@@ -281,3 +281,22 @@ def _build_chunk(
         attach_token_stream(model, router.tokens)
     start_before_attention(model, starts_tables(config), starts_rows(config))
     return model.to(torch.cuda.current_device())
+
+
+def _gpt_model(
+    config: RunConfig,
+    transformer: TransformerConfig,
+    spec: TransformerBlockSubmodules,
+    ends: dict[str, Any],
+) -> GPTModel:
+    return GPTModel(
+        transformer,
+        spec,
+        vocab_size=padded_vocab_size(config.model),
+        max_sequence_length=config.model.seq_length,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
+        position_embedding_type=config.model.position_embedding_type,
+        rotary_base=config.model.rotary_base,
+        **ends,
+    )
