@@ -22,6 +22,11 @@ def check_has_hf_form(config: RunConfig) -> None:
                 f"vq.quantizer={vq.quantizer} has no Hugging Face form: the modelling file "
                 f"searches as {', '.join(OUR_QUANTIZERS)} do"
             )
+    if model.attention != "standard":
+        raise ValueError(
+            f"model.attention={model.attention} has no Hugging Face form: the modelling file has "
+            "Megatron's standard attention, with rope or learned positions and no memory"
+        )
     if model.moe_router != "topk":
         raise ValueError(
             f"model.moe_router={model.moe_router} has no Hugging Face form: the modelling file has "

@@ -14,6 +14,7 @@ import torch
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.data.corpus import Corpus
 from vqmoe_megatron.data.evaluation_windows import EvaluationWindows
+from vqmoe_megatron.data.text_streams import EvaluationStreams
 
 Batch = dict[str, torch.Tensor]
 
@@ -24,6 +25,10 @@ class Task(ABC):
     # Whether forward_step gives the model this context-parallel rank's part of a batch, as
     # Megatron's get_batch_on_this_cp_rank cuts it; without, context parallelism is refused.
     cuts_sequences = False
+
+    # Whether, with model.attention=transformer_xl, row r of every global batch goes on where row r
+    # of the last one ended; without, a model with that attention is refused.
+    reads_streams = False
 
     def __init__(self, config: RunConfig, corpus: Corpus | None) -> None:
         self.config = config
@@ -49,12 +54,14 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def evaluation_batches(self) -> EvaluationWindows:
+    def evaluation_batches(self) -> EvaluationWindows | EvaluationStreams:
         """This rank's share of the evaluation split; ``description`` says what it is.
 
         Raises ``ValueError`` when the corpus was replaced since it was loaded.
         """
 
     @abstractmethod
-    def scores(self, loss: float, num_tokens: int, batches: EvaluationWindows) -> dict[str, float]:
+    def scores(
+        self, loss: float, num_tokens: int, batches: EvaluationWindows | EvaluationStreams
+    ) -> dict[str, float]:
         """Metrics of the evaluation split by name, of its summed loss and scored tokens."""

@@ -55,6 +55,11 @@ def check_target(target: RunConfig) -> None:
         *_memory_problems(target.code_memory),
         *_path_problems(target.vq, target.model),
     ]
+    if target.model.attention != "standard":
+        problems.append(
+            f"model.attention={target.model.attention}: sources are read with Megatron's standard "
+            "attention; upcycle without it"
+        )
     if target.model.fp8 is not None:
         problems.append(
             f"model.fp8={target.model.fp8}: Transformer Engine's experts round weights when they "

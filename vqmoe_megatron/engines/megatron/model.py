@@ -28,6 +28,11 @@ from vqmoe_megatron.moe.memory.code_stream import CodeStream
 from vqmoe_megatron.moe.memory.path import LayerMemory
 from vqmoe_megatron.moe.norms import ParallelNorm
 from vqmoe_megatron.moe.spec import get_vqmoe_block_spec
+from vqmoe_megatron.moe.transformer_xl.attach import (
+    attach_segment_memory,
+    with_relative_attention,
+)
+from vqmoe_megatron.moe.transformer_xl.segment_memory import SegmentMemory
 from vqmoe_megatron.plan.capture import starts_rows, starts_tables
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.runtime.fused_parts import PLAIN, FusedParts
@@ -178,7 +183,14 @@ def build_chunks(
     streams = _code_streams(config, transformer, num_chunks)
     chunks: list[torch.nn.Module] = [
         _build_chunk(
-            config, transformer, stage if num_chunks > 1 else None, engine, parts, new_graph, stream
+            config,
+            transformer,
+            stage if num_chunks > 1 else None,
+            engine,
+            parts,
+            new_graph,
+            stream,
+            layout.num_microbatches(config.train),
         )
         for stage, stream in enumerate(streams)
     ]
@@ -220,32 +232,35 @@ def _build_chunk(
     parts: FusedParts,
     new_graph: Callable[[], Graph] | None,
     stream: CodeStream | None,
+    num_microbatches: int,
 ) -> GPTModel:
     place = {"ignore_virtual": False, "vp_stage": vp_stage}
     local_norm = FusedLayerNorm if parts.apex_norm else ParallelNorm
     memory = None
     if stream is not None:
         memory = LayerMemory(config.code_memory, stream, config.train.seed)
+    block = get_vqmoe_block_spec(
+        transformer,
+        config.vq,
+        config.train.seed,
+        vp_stage,
+        engine,
+        config.model.moe_router,
+        local_norm,
+        new_graph,
+        memory,
+    )
+    has_relative = config.model.attention == "transformer_xl"
     model = GPTModel(
         transformer,
-        get_vqmoe_block_spec(
-            transformer,
-            config.vq,
-            config.train.seed,
-            vp_stage,
-            engine,
-            config.model.moe_router,
-            local_norm,
-            new_graph,
-            memory,
-        ),
+        with_relative_attention(block) if has_relative else block,
         vocab_size=padded_vocab_size(config.model),
         max_sequence_length=config.model.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(**place),
         post_process=parallel_state.is_pipeline_last_stage(**place),
         parallel_output=True,
         share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
-        position_embedding_type=config.model.position_embedding_type,
+        position_embedding_type="none" if has_relative else config.model.position_embedding_type,
         rotary_base=config.model.rotary_base,
         vp_stage=vp_stage,
     )
@@ -256,5 +271,15 @@ def _build_chunk(
             parameter.allreduce = False
     if stream is not None:
         attach_code_stream(model, stream)
+    if config.model.memory_length_tokens:
+        tp_group = model.pg_collection.tp if transformer.sequence_parallel else None
+        segment_memory = SegmentMemory(
+            config.model.memory_length_tokens,
+            num_microbatches,
+            (config.train.micro_batch_size, config.model.hidden_size),
+            transformer.params_dtype,
+            tp_group,
+        )
+        attach_segment_memory(model, segment_memory)
     start_before_attention(model, starts_tables(config), starts_rows(config))
     return model.to(torch.cuda.current_device())
