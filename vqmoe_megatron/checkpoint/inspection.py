@@ -40,6 +40,7 @@ VQ_FIELDS = ("num_codes", "num_code_slices", "quantizer", "code_map", "codebook_
 GROUP_OF_NAME = {
     "optimizer state": ("optimizer.",),
     "random state": ("random_state.",),
+    "segment memory": ("segment_memory.",),
     "codebooks: codes": (".codebook.codes", "code_stream.contexts.codes"),
     "code memory: rows": (".code_memory.",),
     "code memory: codes of tokens": ("code_stream.",),
@@ -64,6 +65,7 @@ SHOWN_ORDER = (
     "codebooks: map and counters",
     "embeddings and output",
     "optimizer state",
+    "segment memory",
     "random state",
     "other",
 )

@@ -12,7 +12,9 @@ from vqmoe_megatron.runtime.node_facts import MINIMUM_FREE_BYTES
 
 
 def planned_bytes(config: RunConfig) -> int:
-    """Return the bytes of a checkpoint's weights and optimizer state, without the small rest.
+    """Return the bytes of a checkpoint's weights, optimizer state and segment memory.
+
+    The rest is small.
 
     ``config`` with ``model.vocab_size`` filled in. A checkpoint is the same at every layout.
     """
@@ -21,7 +23,7 @@ def planned_bytes(config: RunConfig) -> int:
     )
     whole = dataclasses.replace(config, parallel=ParallelConfig(), optimizer=optimizer)
     state = state_bytes(whole, ParallelLayout.from_config(whole, 1), pipeline_rank=0)
-    return state.weights + state.optimizer
+    return state.weights + state.optimizer + state.segment_memory
 
 
 def check_some_room(run_dir: RunDirectory) -> None:

@@ -6,7 +6,8 @@
    whether the optimizer is distributed. The main copies of fp32 training are the model's tensors
    and are stored once.
 3. Random state: one row per rank, restored at the same layout only.
-4. Schedule, progress and MLflow run id: plain values, equal on all ranks.
+4. Transformer-XL's memory, by the rows of a global batch (``segment_memory``), if there is one.
+5. Schedule, progress and MLflow run id: plain values, equal on all ranks.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 
 from vqmoe_megatron.checkpoint.content import FORMAT_VERSION
 from vqmoe_megatron.checkpoint.random_state import restore_random_states, sharded_random_states
+from vqmoe_megatron.checkpoint.segment_memory import (
+    restore_segment_memory,
+    sharded_segment_memory,
+)
 from vqmoe_megatron.engines.megatron.optimizer_state import (
     OPTIMIZER_METADATA,
     as_stored,
@@ -74,6 +79,7 @@ def sharded_state(state: TrainingState, progress: Progress) -> dict[str, Any]:
         "optimizer": {str(number): value for number, value in enumerate(optimizer)},
         "scheduler": state.scheduler.state_dict(),
         "random_state": sharded_random_states(),
+        **sharded_segment_memory(state.model),
         "progress": vars(progress).copy(),
         "num_updates": progress.num_updates,
         "format_version": FORMAT_VERSION,
@@ -105,6 +111,7 @@ def load_checkpoint(folder: Path, state: TrainingState, has_same_layout: bool) -
         requested: dict[str, Any] = {**models, "optimizer": own}
         if has_same_layout:
             requested["random_state"] = sharded_random_states()
+        requested |= sharded_segment_memory(state.model)
         loaded = dist_checkpointing.load(requested, str(folder))
         for number, chunk in enumerate(state.model):
             chunk.module.load_state_dict(loaded[f"model{number}"])
@@ -114,6 +121,7 @@ def load_checkpoint(folder: Path, state: TrainingState, has_same_layout: bool) -
             values |= second.get("optimizer", {})  # a rank may have nothing to borrow
         state.optimizer.load_state_dict(_filled(optimizer, iter([values[n] for n in wanted])))
         restore_adam_steps(state.optimizer, loaded["num_updates"])
+        restore_segment_memory(state.model, loaded)
     state.scheduler.num_steps = 0  # Megatron adds the stored number to it
     state.scheduler.load_state_dict(loaded["scheduler"])
     if has_same_layout:

@@ -256,7 +256,7 @@ def _parameters(plan: RunPlan) -> Table:
 def _memory(plan: RunPlan) -> Table:
     stages = _shown_stages(len(plan.figures.memory))
     by_part = [plan.figures.memory[stage].by_part() for stage in stages]
-    exact = ("weights", "gradients", "optimizer", "codebook_statistics")
+    exact = ("weights", "gradients", "optimizer", "codebook_statistics", "segment_memory")
     rows = (
         [part, *(bytes_text(of[part]) for of in by_part), "yes" if part in exact else "estimate"]
         for part in by_part[0]

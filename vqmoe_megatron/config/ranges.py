@@ -77,6 +77,7 @@ LEGAL_RANGES: dict[str, Range] = {
     "model.init_method_std": RATE,
     "model.embedding_init_method_std": RATE,
     "model.rotary_base": Range(1, 10**12),
+    "model.memory_length_tokens": Range(0, 2**24),
     "model.recompute_num_layers": LAYERS,
     "model.seq_length": ROWS,
     "model.vocab_size": ROWS,

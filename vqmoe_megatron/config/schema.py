@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from vqmoe_megatron import registry
+from vqmoe_megatron.config.attention import check_attention
 from vqmoe_megatron.config.checks import check_choice, check_settings
 from vqmoe_megatron.config.code_memory import CodeMemoryConfig
 from vqmoe_megatron.config.finetune import FinetuneConfig
@@ -80,8 +81,10 @@ class ModelConfig:
     # Of the three switches null means: where the kernel can be imported on CUDA, else not.
     fused_layer_norm: bool | None = None  # Apex's in local layers; TE's layers bring their own
     gradient_accumulation_fusion: bool | None = None  # Apex's, in linear layers; never the experts
-    position_embedding_type: str = "rope"  # rope | learned_absolute
+    position_embedding_type: str = "rope"  # rope | learned_absolute | relative
     rotary_base: int = 10000
+    attention: str = "standard"  # standard | transformer_xl: by relative positions, over streams
+    memory_length_tokens: int = 0  # of transformer_xl: hidden states before a segment; 0: none
     untie_embeddings_and_output_weights: bool = True
     recompute_granularity: str | None = None
     recompute_method: str | None = None
@@ -102,8 +105,9 @@ class ModelConfig:
             "model",
             "position_embedding_type",
             self.position_embedding_type,
-            ("rope", "learned_absolute"),
+            ("rope", "learned_absolute", "relative"),
         )
+        check_attention(self.attention, self.position_embedding_type, self.memory_length_tokens)
         check_choice(
             "model",
             "moe_router_load_balancing_type",

@@ -32,6 +32,11 @@ def check_has_hf_form(config: RunConfig) -> None:
             f"model.norm_placement={model.norm_placement} has no Hugging Face form: the modelling "
             "file has its norms in front of attention and experts (norm_placement=pre)"
         )
+    if model.attention != "standard":
+        raise ValueError(
+            f"model.attention={model.attention} has no Hugging Face form: the modelling file has "
+            "Megatron's standard attention, with rope or learned positions and no memory"
+        )
     if model.moe_router != "topk":
         raise ValueError(
             f"model.moe_router={model.moe_router} has no Hugging Face form: the modelling file has "

@@ -36,6 +36,12 @@ from vqmoe_megatron.plan.parameters import (
 )
 from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.state_memory import NUM_THRESHOLD_SUMS
+from vqmoe_megatron.plan.transformer_xl import (
+    RelativeShape,
+    is_relative,
+    kept_bytes,
+    score_bytes,
+)
 
 KERNELS = ("local", "cpu", "fused")
 ID_BYTES = 8  # of codes, experts and places: int64
@@ -245,6 +251,9 @@ def _projections(config: RunConfig, layout: ParallelLayout, layer: LayerShape, k
     in the output of the projection, and so do q and k without rope. With them q is a copy, and
     Megatron's own attention repeats k and v for every head; fused kernels are counted like it."""
     model = config.model
+    if is_relative(model):
+        norm = _norm(config, layer, kernels) * layout.tensor_model_parallel_size
+        return kept_bytes(RelativeShape.from_config(config, layout), norm)
     heads, groups, columns = head_sizes(model)
     is_rope = model.position_embedding_type == "rope"
     context = _heads_bytes(config, layout, heads)
@@ -259,11 +268,14 @@ def _projections(config: RunConfig, layout: ParallelLayout, layer: LayerShape, k
 
 def writes_scores(model: ModelConfig, kernels: str) -> bool:
     """Whether attention writes its scores: Megatron's own, to which a CPU leaves dropout."""
-    return kernels == "local" or (kernels == "cpu" and model.attention_dropout > 0)
+    is_own = kernels == "local" or is_relative(model)
+    return is_own or (kernels == "cpu" and model.attention_dropout > 0)
 
 
 def _scores(config: RunConfig, layout: ParallelLayout, kernels: str) -> int:
     model, batch = config.model, config.train.micro_batch_size
+    if is_relative(model):
+        return score_bytes(config, RelativeShape.from_config(config, layout))
     heads = model.num_attention_heads // layout.tensor_model_parallel_size
     rows = batch * heads * model.seq_length
     if not writes_scores(model, kernels):

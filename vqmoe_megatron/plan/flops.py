@@ -4,7 +4,7 @@ t tokens of a microbatch, S sequence length, H hidden size, A heads and G groups
 D dense width, V padded vocabulary. Per layer, forward, of all tensor ranks together:
 
     attention   projections 2 t H (A + 2 G) d + 2 t A d H, scores and values 4 t S A d (all pairs,
-                though half of them are masked)
+                though half of them are masked); of transformer_xl ``plan/transformer_xl``
     dense MLP   2 t H (c1 + 1) D
     MoE         :func:`layer_flops`: experts, shared expert, search, router, gate, code rows
     head        2 t H V
@@ -57,6 +57,7 @@ from vqmoe_megatron.plan.parameters import (
 )
 from vqmoe_megatron.plan.router_cost import router_forward_flops
 from vqmoe_megatron.plan.shape import LayerShape
+from vqmoe_megatron.plan.transformer_xl import RelativeShape, is_relative
 
 ROW_PER_CODE_PARTS = ("code_rows", "lift")  # done once per step where one table serves all of it
 
@@ -146,6 +147,7 @@ class ModuleFlops:
 
     attention: int  # of a layer, ``core_attention`` included
     core_attention: int  # scores and values
+    distances: int  # contained in both: of transformer_xl, whose input has no gradient
     dense_mlp: int  # of a layer
     output_layer: int
     patches: int  # the projection of images, 0 of text
@@ -165,9 +167,15 @@ def module_flops(config: RunConfig, layout: ParallelLayout) -> ModuleFlops:
     matrices = 3 if model.gated_linear_unit else 2
     answers, columns_of_head = logits_shape(config, layout)
     patch_width = config.vision.patch_width if config.vision.is_on else 0
+    of_memory = distances = 0
+    if is_relative(model):
+        shape = RelativeShape.from_config(config, layout)
+        of_memory, distances = shape.memory_flops, shape.distance_flops
+        scores = shape.score_flops + distances
     return ModuleFlops(
-        attention=2 * tokens * model.hidden_size * width // shards + scores,
+        attention=2 * tokens * model.hidden_size * width // shards + of_memory + scores,
         core_attention=scores,
+        distances=distances,
         dense_mlp=2 * tokens * model.hidden_size * matrices * (dense_ffn_size(model) // shards),
         output_layer=2 * answers * model.hidden_size * columns_of_head,
         patches=2 * (tokens // shards) * model.hidden_size * patch_width,
@@ -193,10 +201,9 @@ def _chunk_flops(
     for index, number in enumerate(place.layers):
         again = repeated_modules(model, index)
         repeated = plain.core_attention if "core_attn" in again else 0
-        yield (
-            "attention",
-            of_step(plain.attention, plain.attention if "layer" in again else repeated),
-        )
+        attention = of_step(plain.attention, plain.attention if "layer" in again else repeated)
+        half = Flops(backward=-plain.distances).times(layer.num_microbatches)
+        yield "attention", attention + half
         if is_moe_layer(model, number):
             is_repeated = again & {"layer", "moe"}
             yield "moe", Flops(moe.forward, moe.backward, moe.recompute if is_repeated else 0)

@@ -18,6 +18,7 @@ from math import lcm
 from vqmoe_megatron.config import ModelConfig, RunConfig, TrainConfig
 from vqmoe_megatron.config.finetune import finetune_errors
 from vqmoe_megatron.config.ranges import RANKS
+from vqmoe_megatron.plan.attention_rules import attention_errors
 from vqmoe_megatron.plan.rules import expert_width_errors, remainder, run_errors
 
 
@@ -138,6 +139,7 @@ def layout_errors(config: RunConfig, world_size: int, device: str | None = None)
         *_batch_errors(config, layout),
         *run_errors(config, layout),
         *finetune_errors(config),
+        *attention_errors(config, layout, device or config.train.device),
     ]
 
 

@@ -92,11 +92,13 @@ class StageMemory:
 
     def by_part(self) -> dict[str, int]:
         """Bytes by part, in the order of the report."""
+        remembered = self.state.segment_memory
         return {
             "weights": self.state.weights,
             "gradients": self.state.gradients,
             "optimizer": self.state.optimizer,
             "codebook_statistics": self.state.statistics,
+            **({"segment_memory": remembered} if remembered else {}),
             "activations": self.activations,
             "code_tables": self.code_tables,
             "dispatch_buffers": self.dispatch_buffers,

@@ -242,12 +242,17 @@ def head_sizes(model: ModelConfig) -> tuple[int, int, int]:
 def _attention(
     model: ModelConfig, tensor_ranks: int, element: int, prefix: str
 ) -> Iterator[Parameter]:
-    """proj [H, A d / TP], qkv [(A + 2 G) d / TP, H]."""
+    """proj [H, A d / TP], qkv [(A + 2 G) d / TP, H]; before them what ``transformer_xl`` adds."""
     heads, groups, columns = head_sizes(model)
     hidden, has_bias = model.hidden_size, model.add_bias_linear
     if model.norm_placement == "pre":
         yield from _norm(model, element, f"{prefix}input_layernorm")
     name, part = f"{prefix}self_attention.linear", "attention"
+    if model.attention == "transformer_xl":
+        core, width = f"{prefix}self_attention.core_attention", heads * columns // tensor_ranks
+        yield Parameter(f"{core}.position_weight", part, (width, hidden), element)
+        for bias in ("content_bias", "position_bias"):
+            yield Parameter(f"{core}.{bias}", part, (width,), element)
     shape = (hidden, heads * columns // tensor_ranks)
     yield from _linear(f"{name}_proj", part, shape, element, has_bias)
     shape = ((heads + 2 * groups) * columns // tensor_ranks, hidden)

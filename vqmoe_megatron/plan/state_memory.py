@@ -7,6 +7,7 @@
     moments     Adam's two, fp32, of this rank's elements
     statistics  usage, moving sums and step accumulators of the codebooks, the fixed projection of
                 low_dim, code maps, expert loads, codes of a code memory's vocabulary
+    memory      of Transformer-XL: hidden states of every microbatch and layer (``transformer_xl``)
 
 With the distributed optimizer main copies and moments are of the rank's shard. Adam's step counters
 (4 bytes per tensor, on the host) are left out.
@@ -37,6 +38,7 @@ from vqmoe_megatron.plan.parameters import (
 )
 from vqmoe_megatron.plan.router_cost import router_buffer_bytes
 from vqmoe_megatron.plan.shape import LayerShape
+from vqmoe_megatron.plan.transformer_xl import segment_memory_bytes
 
 PARAMETER_ALIGNMENT = 64  # elements; of Megatron's _pad_start_of_param_if_needed
 BUCKET_ALIGNMENT = 128  # elements; of Megatron's _pad_end_of_bucket_if_needed
@@ -155,6 +157,7 @@ class StateBytes:
     main_parameters: int
     moments: int
     statistics: int
+    segment_memory: int  # of Transformer-XL, full
     largest_weight: int  # contained in weights: its gradient is a tensor of its own for a moment
 
     @property
@@ -165,7 +168,8 @@ class StateBytes:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.statistics
+        kept = self.statistics + self.segment_memory
+        return self.weights + self.gradients + self.optimizer + kept
 
 
 def state_bytes(
@@ -204,6 +208,7 @@ def state_bytes(
         main_parameters=main,
         moments=moments,
         statistics=statistics + memory_buffer_bytes(config, layout, places),
+        segment_memory=segment_memory_bytes(config, layout, [n for p in places for n in p.layers]),
         largest_weight=largest,
     )
 

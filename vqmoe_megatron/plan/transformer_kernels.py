@@ -30,6 +30,7 @@ from vqmoe_megatron.plan.kernels import (
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.parameters import dense_ffn_size, head_sizes, logits_shape
 from vqmoe_megatron.plan.shape import LayerShape
+from vqmoe_megatron.plan.transformer_xl import RelativeShape, is_relative
 
 CORE_ATTENTION = "core attention"  # name of the kernels that recompute_modules=core_attn repeats
 
@@ -54,14 +55,26 @@ def attention_kernels(
         ProductBytes(hidden + context, mixed + hidden, weights, element), launches=2,
     )  # fmt: skip
     core = flops.core_attention
+    if is_relative(model):
+        keys = RelativeShape.from_config(config, layout).num_keys
+        mixed = mixed * keys // model.seq_length
     name, part = CORE_ATTENTION, "attention"
     has_scores = writes_scores(model, hardware.kernels)
     yield Kernel(part, name, FORWARD, unit, core, mixed, context, 2 if has_scores else 1)
     yield Kernel(
-        part, name, BACKWARD, unit, 2 * core, mixed + 2 * context, mixed, 4 if has_scores else 3
+        part,
+        name,
+        BACKWARD,
+        unit,
+        2 * core - flops.distances,
+        mixed + 2 * context,
+        mixed,
+        4 if has_scores else 3,
     )
     if has_scores:
         scores = tokens * model.seq_length * heads // shards * element
+        if is_relative(model):  # two kinds of scores, one of them shifted: two passes more each way
+            scores = RelativeShape.from_config(config, layout).num_scores * element * 5 // 3
         yield moved(part, f"{name} scores", FORWARD, 3 * scores, 3 * scores, 5)
         yield moved(part, f"{name} scores", BACKWARD, 5 * scores, 3 * scores, 5)
 

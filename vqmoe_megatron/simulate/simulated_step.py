@@ -131,7 +131,7 @@ def simulate_step(
             "without a simulation, which knows no such limit"
         )
     layout = check_layout(config, world_size, "cpu")
-    if reasons := list(uncounted(layout)):
+    if reasons := list(uncounted(config, layout)):
         raise ValueError("; ".join(reasons))
     if config.vision.is_on:
         raise ValueError(

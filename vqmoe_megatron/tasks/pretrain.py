@@ -1,5 +1,7 @@
 """Pretraining: the next token of a corpus, everywhere; scored on strided windows.
 
+With Transformer-XL's attention batches are parallel streams of the corpus, in evaluation too.
+
 S sequence length, b micro batch size. Every rank reads whole sequences; context-parallel ranks cut
 their part out of them.
 """
@@ -19,6 +21,7 @@ from vqmoe_megatron.data.corpus import current_corpus
 from vqmoe_megatron.data.datasets import TrainBatches, build_training_dataset
 from vqmoe_megatron.data.evaluation_windows import EvaluationWindows, bits_per_byte, perplexity
 from vqmoe_megatron.data.sample_order import cache_folders
+from vqmoe_megatron.data.text_streams import EvaluationStreams, StreamRows, training_streams
 from vqmoe_megatron.tasks.task import Batch, Task
 
 
@@ -26,12 +29,19 @@ class Pretrain(Task):
     """Batches hold tokens, labels, position_ids int64 and loss_mask fp32, each ``[b, S]``."""
 
     cuts_sequences = True
+    reads_streams = True
 
     def training_iterators(
         self, num_chunks: int, consumed_samples: int, passed_over_samples: int
     ) -> list[Iterator[Batch]]:
-        """Communicates: a barrier while rank 0 builds the sample order."""
+        """Communicates: a barrier while rank 0 builds the sample order; streams need none."""
         config, train = self.config, self.config.train
+        if self._are_streams:
+            rows = self._rows("train")
+            return [
+                training_streams(rows, consumed_samples, torch.cuda.is_available())
+                for _ in range(num_chunks)
+            ]
         dataset = build_training_dataset(
             self.corpus,
             seq_length=config.model.seq_length,
@@ -61,9 +71,19 @@ class Pretrain(Task):
             return output, partial(masked_loss, batch["loss_mask"])
         return output, partial(part_of_mean_loss, batch["loss_mask"], whole["loss_mask"], num_parts)
 
-    def evaluation_batches(self) -> EvaluationWindows:
-        """At most eval_iters microbatches per rank."""
+    def evaluation_batches(self) -> EvaluationWindows | EvaluationStreams:
+        """At most eval_iters microbatches per rank, of streams eval_iters segments of each row."""
         config = self.config
+        if self._are_streams:
+            split = current_corpus(self.corpus).split(config.data.eval_split)
+            streams = EvaluationStreams(
+                split,
+                self._rows(config.data.eval_split),
+                config.model.memory_length_tokens,
+                config.train.eval_iters,
+            )
+            current_corpus(self.corpus)
+            return streams
         windows = EvaluationWindows(
             current_corpus(self.corpus).split(config.data.eval_split),
             seq_length=config.model.seq_length,
@@ -77,7 +97,23 @@ class Pretrain(Task):
         current_corpus(self.corpus)
         return windows
 
-    def scores(self, loss: float, num_tokens: int, batches: EvaluationWindows) -> dict[str, float]:
+    @property
+    def _are_streams(self) -> bool:
+        return self.config.model.attention == "transformer_xl"
+
+    def _rows(self, split: str) -> StreamRows:
+        return StreamRows(
+            current_corpus(self.corpus).split(split),
+            self.config.model.seq_length,
+            self.config.train.global_batch_size,
+            self.config.train.micro_batch_size,
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+        )
+
+    def scores(
+        self, loss: float, num_tokens: int, batches: EvaluationWindows | EvaluationStreams
+    ) -> dict[str, float]:
         """Nats per token, bits per byte of the text, perplexity."""
         return {
             "val/loss": loss / num_tokens,

@@ -14,6 +14,7 @@ import torch
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.data.corpus import Corpus
 from vqmoe_megatron.data.evaluation_windows import EvaluationWindows
+from vqmoe_megatron.data.text_streams import EvaluationStreams
 
 Batch = dict[str, torch.Tensor]
 
@@ -26,6 +27,10 @@ class Task(ABC):
     cuts_sequences = False
     # Numbers in a report: summed loss, scored tokens, and what `scores` takes beside them.
     num_sums = 2
+
+    # Whether, with model.attention=transformer_xl, row r of every global batch goes on where row r
+    # of the last one ended; without, a model with that attention is refused.
+    reads_streams = False
 
     def __init__(self, config: RunConfig, corpus: Corpus | None) -> None:
         self.config = config
@@ -51,14 +56,16 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def evaluation_batches(self) -> EvaluationWindows:
+    def evaluation_batches(self) -> EvaluationWindows | EvaluationStreams:
         """This rank's share of the evaluation split; ``description`` says what it is.
 
         Raises ``ValueError`` when the corpus was replaced since it was loaded.
         """
 
     @abstractmethod
-    def scores(self, loss: float, num_tokens: int, batches: EvaluationWindows) -> dict[str, float]:
+    def scores(
+        self, loss: float, num_tokens: int, batches: EvaluationWindows | EvaluationStreams
+    ) -> dict[str, float]:
         """Metrics of the evaluation split by name, of its summed loss and scored tokens.
 
         Every rank calls it, so it may communicate.

@@ -116,6 +116,15 @@ def check_parts(config: RunConfig, device: str) -> None:
         for name in [chosen] if isinstance(chosen, str) else chosen:
             if not registry.is_ours(kind, name):
                 registry.load(kind, name)
+    if (
+        config.model.attention == "transformer_xl"
+        and not registry.load("task", config.train.task).reads_streams
+    ):
+        raise ValueError(
+            f"model.attention=transformer_xl: train.task={config.train.task} does not read "
+            "parallel streams of a text, which its memory needs; use model.attention=standard, or "
+            "let the task's rows go on where they ended and set reads_streams = True"
+        )
     num_parts, task = config.parallel.context_parallel_size, config.train.task
     if num_parts > 1 and not registry.load("task", task).cuts_sequences:
         raise ValueError(
@@ -162,6 +171,8 @@ def check_images(config: RunConfig, images: ImageSet) -> None:
 def check_enough_text(config: RunConfig, corpus: Corpus) -> None:
     """Refuse splits that are missing or hold less than one sample, or one scored token."""
     needed = {"train": config.model.seq_length + 1}
+    if config.model.attention == "transformer_xl":  # every row has a part of its own to read
+        needed["train"] = config.train.global_batch_size * config.model.seq_length + 1
     if config.train.eval_iters:
         needed[config.data.eval_split] = 2
     for name, num_tokens in needed.items():
@@ -177,8 +188,10 @@ def _check_same_data_order(folder: Path, config: RunConfig, corpus: Corpus) -> N
     """Refuse another length where it changes the order of the samples.
 
     Megatron shuffles all passes over a corpus together, so a longer run of several passes reads
-    other samples from the start on.
+    other samples from the start on. Streams are read in order, however long.
     """
+    if config.model.attention == "transformer_xl":
+        return
     stored = load_saved_recipe(folder / CONFIG_FILE).train
     ours, theirs = (train.train_iters * train.global_batch_size for train in (config.train, stored))
     pass_samples = (corpus.split("train").num_tokens - 1) // config.model.seq_length

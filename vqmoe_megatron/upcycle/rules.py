@@ -61,6 +61,11 @@ def check_target(target: RunConfig) -> None:
             f"vision.image_size={target.vision.image_size}: only models of text are compared here; "
             "train a model of images from its start"
         )
+    if target.model.attention != "standard":
+        problems.append(
+            f"model.attention={target.model.attention}: sources are read with Megatron's standard "
+            "attention; upcycle without it"
+        )
     if target.model.fp8 is not None:
         problems.append(
             f"model.fp8={target.model.fp8}: Transformer Engine's experts round weights when they "

@@ -22,8 +22,8 @@ from megatron.core.transformer import TransformerConfig
 OUTPUT_WEIGHTS = ("linear_proj.weight", "linear_fc2.weight")
 # Weights that it initialises with its embedding_init_method.
 EMBEDDING_WEIGHTS = ("embedding.word_embeddings.weight", "embedding.position_embeddings.weight")
-# Megatron draws this vector too, from the stream of its stage.
-DRAWN_VECTORS = ("router.bias",)
+# Vectors that are drawn too: Megatron's of a router, and the biases of Transformer-XL's scores.
+DRAWN_VECTORS = ("router.bias", "core_attention.content_bias", "core_attention.position_bias")
 # A codebook draws from (seed, layer number) by itself and is then initialised from data; rows of a
 # memory start at zero, or draw likewise, and its gate starts at one half.
 OWN_INITIALISATION = (".codebook.", ".code_memory.", ".memory_gate.")

@@ -35,6 +35,11 @@ from vqmoe_megatron.moe.norms import ParallelNorm
 from vqmoe_megatron.moe.routers.builder import LayerRouter
 from vqmoe_megatron.moe.spec import get_vqmoe_block_spec
 from vqmoe_megatron.moe.token_stream import TokenStream, attach_token_stream
+from vqmoe_megatron.moe.transformer_xl.attach import (
+    attach_segment_memory,
+    with_relative_attention,
+)
+from vqmoe_megatron.moe.transformer_xl.segment_memory import SegmentMemory
 from vqmoe_megatron.plan.capture import starts_rows, starts_tables
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.runtime.fused_parts import PLAIN, FusedParts
@@ -188,7 +193,14 @@ def build_chunks(
     streams = _code_streams(config, transformer, num_chunks)
     chunks: list[torch.nn.Module] = [
         _build_chunk(
-            config, transformer, stage if num_chunks > 1 else None, engine, parts, new_graph, stream
+            config,
+            transformer,
+            stage if num_chunks > 1 else None,
+            engine,
+            parts,
+            new_graph,
+            stream,
+            layout.num_microbatches(config.train),
         )
         for stage, stream in enumerate(streams)
     ]
@@ -239,6 +251,7 @@ def _build_chunk(
     parts: FusedParts,
     new_graph: Callable[[], Graph] | None,
     stream: CodeStream | None,
+    num_microbatches: int,
 ) -> torch.nn.Module:
     place = {"ignore_virtual": False, "vp_stage": vp_stage}
     local_norm = FusedLayerNorm if parts.apex_norm else ParallelNorm
@@ -279,6 +292,16 @@ def _build_chunk(
         attach_code_stream(model, stream)
     if router.tokens is not None:
         attach_token_stream(model, router.tokens)
+    if config.model.memory_length_tokens:
+        tp_group = model.pg_collection.tp if transformer.sequence_parallel else None
+        segment_memory = SegmentMemory(
+            config.model.memory_length_tokens,
+            num_microbatches,
+            (config.train.micro_batch_size, config.model.hidden_size),
+            transformer.params_dtype,
+            tp_group,
+        )
+        attach_segment_memory(model, segment_memory)
     start_before_attention(model, starts_tables(config), starts_rows(config))
     return model.to(torch.cuda.current_device())
 
@@ -289,14 +312,16 @@ def _gpt_model(
     spec: TransformerBlockSubmodules,
     ends: dict[str, Any],
 ) -> GPTModel:
+    model = config.model
+    has_relative = model.attention == "transformer_xl"
     return GPTModel(
         transformer,
-        spec,
-        vocab_size=padded_vocab_size(config.model),
-        max_sequence_length=config.model.seq_length,
+        with_relative_attention(spec) if has_relative else spec,
+        vocab_size=padded_vocab_size(model),
+        max_sequence_length=model.seq_length,
         parallel_output=True,
-        share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
-        position_embedding_type=config.model.position_embedding_type,
-        rotary_base=config.model.rotary_base,
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type="none" if has_relative else model.position_embedding_type,
+        rotary_base=model.rotary_base,
         **ends,
     )

@@ -1,0 +1,1 @@
+"""Transformer-XL: attention by relative positions, and the memory of the segments before."""
