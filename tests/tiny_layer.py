@@ -81,7 +81,7 @@ def draw_parameters(
             codes = torch.tensor([list(product(*levels))], dtype=torch.float64)
         drawn["assigner.codebook.codes"] = codes
         if vq.learn_code_scale:
-            drawn["assigner.codebook.scale"] = 0.7 + draw(1, scale=0.1)
+            drawn["assigner.codebook.scale"] = 0.7 + draw(1, 1, scale=0.1)
         if vq.quantizer == "lfq":
             shares = 0.2 + draw(1, vq.num_codes).abs()
             drawn["assigner.codebook.usage"] = shares / shares.sum()

@@ -63,7 +63,7 @@ CASES = {
     "tokens_low_dim": {"execution": "tokens", **LOW_DIM},
     "tokens_residual_group": {"execution": "tokens", "straight_through": "group", **RESIDUAL},
     "code_space_residual": {"straight_through": "token", **RESIDUAL},
-    "code_space_fsq_group": {"straight_through": "group", **FSQ},
+    "code_space_group_fsq": {"straight_through": "group", **FSQ},
     "table_per_step": {"straight_through": "token", "table_per_step": True},
     "filled": {"path": "filled"},
     "filled_detached": {"path": "filled", "fill_values": "detached"},

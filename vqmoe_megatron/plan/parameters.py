@@ -316,7 +316,7 @@ def _coded(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> I
     if vq.train_projection:
         yield Parameter(f"{name}projection", "codebooks", (layer.code_width, hidden), 4)
     if vq.learn_code_scale:
-        yield Parameter(f"{name}scale", "codebooks", (1,), 4)
+        yield Parameter(f"{name}scale", "codebooks", (1, 1), 4)
     if vq.fill_values == "direct":
         rows = (layer.num_experts_per_rank, vq.num_codes, hidden)
         name = f"{prefix}fill_rows.values"

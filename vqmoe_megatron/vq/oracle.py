@@ -83,8 +83,8 @@ def vqmoe_oracle(
             ``shared_experts.linear_fc1.weight [F or 2F, H]``,
             ``shared_experts.linear_fc2.weight [H, F]`` (absent: no shared expert; its F is its
             own), ``assigner.codebook.projection [D, H]`` (quantizer: low_dim, fsq, lfq),
-            ``assigner.codebook.scale [1]`` (learn_code_scale), ``assigner.codebook.usage [1, K]``
-            (quantizer: lfq),
+            ``assigner.codebook.scale [1, 1]`` (learn_code_scale),
+            ``assigner.codebook.usage [1, K]`` (quantizer: lfq),
             ``code_inputs.vectors [C, K, H]`` (code_input: learned), ``fill_rows.values [N, K, H]``
             (fill_values: direct),
             ``gate.linear.weight``, ``gate.linear.bias``, ``input_norm.weight``,

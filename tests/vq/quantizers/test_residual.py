@@ -115,6 +115,19 @@ def test_the_first_data_set_depth_after_depth(init: str) -> None:
     assert not codebook.needs_data_init
 
 
+def test_tokens_that_became_codes_start_no_code_at_zero() -> None:
+    codebook, x = make(init="data"), tokens(count=2 * K)  # half of them are codes of depth 0
+    codebook.initialize_from(x)
+    assert codebook.codes.norm(dim=2).min() > 0.1
+
+
+def test_what_is_left_of_a_token_that_is_its_own_code_is_offered_to_no_dead_code() -> None:
+    codebook, x = make(), tokens()
+    codebook.codes.data[0, 1] = x[3] * (1 + 2e-7)  # a code as its moving average rounds it
+    parts = codebook.parts(x, codebook.search(x))
+    assert not parts[3, 1].any() and parts[3, 0].any() and parts[4, 1].any()
+
+
 def test_one_depth_is_the_euclidean_codebook() -> None:
     one = build_codebook(VQConfig(quantizer="residual", num_codes=K, init="uniform"), HIDDEN, 3)
     plain = build_codebook(VQConfig(num_codes=K, init="uniform"), HIDDEN, 3)

@@ -23,7 +23,8 @@ class Cosine(Codebook):
         super().__init__(vq, hidden_size, seed)
         self.register_parameter("scale", None)
         if vq.learn_code_scale:
-            self.scale = torch.nn.Parameter(torch.ones(1))
+            # Megatron gives vectors, and so a single number, no weight decay: another group.
+            self.scale = torch.nn.Parameter(torch.ones(1, 1))
 
     @staticmethod
     def into_space(x: torch.Tensor, constants: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -17,6 +17,9 @@ from vqmoe_megatron.vq.codebook_init import data_codes, kmeans_codes
 from vqmoe_megatron.vq.losses import quantization_losses
 from vqmoe_megatron.vq.search import nearest_code
 
+LEAST_REST = 1e-3  # of a token's length: shorter residuals start no codes
+ROUNDING = 1e-6  # of a token's length: ten times what fp32 makes of equal vectors
+
 
 class Residual(Codebook):
     """Codes ``[C, K, H]``; their statistics, revival and start are those of the residuals."""
@@ -40,11 +43,14 @@ class Residual(Codebook):
 
     def parts(self, prepared: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The residuals ``[T, C, H]`` in fp32 (fp64) that the codes ``ids`` quantise; codes get no
-        gradient."""
+        gradient. What is left of a token that is its own code is zero, not the rounding of it,
+        which would be offered to dead codes."""
         found = [_exact(prepared)]
         for depth, codes in enumerate(self.code_vectors().detach()[:-1]):
             found.append(found[-1] - codes.index_select(0, ids[:, depth]))
-        return torch.stack(found, dim=1)
+        left = torch.stack(found, dim=1)
+        lengths = left.detach().norm(dim=2, keepdim=True)
+        return left.masked_fill(lengths <= ROUNDING * lengths[:, :1], 0.0)
 
     def search_parts(self, parts: torch.Tensor) -> torch.Tensor:
         """Residuals ``[M, C, H]`` -> at each depth the nearest code, int64 ``[M, C]``."""
@@ -60,12 +66,18 @@ class Residual(Codebook):
 
     @torch.no_grad()
     def initialize_from(self, sample: torch.Tensor) -> None:
-        """Set depth after depth from what is left of tokens ``[M, H]``; once."""
-        left = sample.detach().float().cpu()
+        """Set depth after depth from what is left of tokens ``[M, H]``; once.
+
+        Tokens of which nothing is left, since they were made codes themselves, start no further
+        ones: between several codes at zero rounding would choose.
+        """
+        tokens = left = sample.detach().float().cpu()
         build = kmeans_codes if self.vq.init == "kmeans" else data_codes
         depths = []
         for depth in range(self.num_slices):
-            codes = build(left.unsqueeze(1), self.num_codes, self.seed + depth)[0]
+            has_rest = left.norm(dim=1) > LEAST_REST * tokens.norm(dim=1)
+            rests = left[has_rest] if has_rest.any() else left
+            codes = build(rests.unsqueeze(1), self.num_codes, self.seed + depth)[0]
             left = left - codes[nearest_code(left, codes)]
             depths.append(codes)
         self.adopt(torch.stack(depths))
