@@ -239,3 +239,12 @@ def test_what_shapes_no_memory_may_differ():
     both = (replace(config(n), code_memory=of_experts) for n in (8, 16))
     assert "tokens read other values" in told(*both)
     assert "code memory" not in told(config(8), config(16))
+
+
+@pytest.mark.parametrize("side", ["stored", "wanted"])
+def test_only_megatrons_own_router_is_remapped(side: str) -> None:
+    sides = {"stored": config(8), "wanted": config(16)}
+    sides[side] = config(sides[side].model.num_moe_experts, model={"moe_router": "x_moe"})
+    with pytest.raises(ValueError, match="moe_router=x_moe: checkpoint.remap knows .*topk only"):
+        told(**sides)
+    told(config(8, model={"moe_router": "x_moe"}, path="discrete"), config(16, path="discrete"))

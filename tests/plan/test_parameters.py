@@ -8,11 +8,8 @@ from tiny_layer import FFN, HIDDEN, NUM_EXPERTS, draw_parameters
 
 from vqmoe_megatron.config import ModelConfig, RunConfig, VQConfig
 from vqmoe_megatron.plan.layout import check_layout, unsharded
-from vqmoe_megatron.plan.parameters import (
-    count_parameters,
-    padded_vocab_size,
-    stage_parameters,
-)
+from vqmoe_megatron.plan.parameter_count import count_parameters
+from vqmoe_megatron.plan.parameters import padded_vocab_size, stage_parameters
 from vqmoe_megatron.plan.state_memory import stage_buffers, state_bytes
 
 DISTRIBUTED = "optimizer.use_distributed_optimizer=true"

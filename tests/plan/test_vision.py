@@ -11,7 +11,8 @@ from vqmoe_megatron.config import VisionConfig
 from vqmoe_megatron.config.recipe import load_recipe
 from vqmoe_megatron.plan.flops import run_flops
 from vqmoe_megatron.plan.layout import check_layout, layout_errors
-from vqmoe_megatron.plan.parameters import count_parameters, stage_parameters
+from vqmoe_megatron.plan.parameter_count import count_parameters
+from vqmoe_megatron.plan.parameters import stage_parameters
 from vqmoe_megatron.plan.run_plan import plan_run
 
 TP2 = ["parallel.tensor_model_parallel_size=2"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from baseline_routers import ROUTERS
 from counted_ranks import SIZES, count_and_plan
 from fast_tier import only
 
@@ -118,6 +119,18 @@ CASES = {
             "code_memory.codes=random",
         ],
     ),
+    "TP2 x EP2, switch, everything recomputed": (
+        4,
+        {"tp": 2, "ep": 2},
+        [
+            *ROUTERS["switch"],
+            "model.recompute_granularity=full",
+            "model.recompute_method=uniform",
+            "model.recompute_num_layers=1",
+        ],
+    ),
+    "DP2 x TP2, loss-free router": (4, {"tp": 2}, ROUTERS["loss_free"]),
+    "TP2, StableMoE": (2, {"tp": 2}, [*ROUTERS["stable_moe"], *ZERO]),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from vqmoe_megatron.config.recipe import load_recipe
 from vqmoe_megatron.plan.flops import layer_flops
 from vqmoe_megatron.plan.layout import unsharded
-from vqmoe_megatron.plan.parameters import count_parameters
+from vqmoe_megatron.plan.parameter_count import count_parameters
 from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.study.planned_run import StudyPlanner
 from vqmoe_megatron.study.study_file import read_study_file

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from baseline_routers import CONTINUOUS, ROUTERS
-from fast_tier import only
+from fast_tier import only, tiered
 from small_run import TINY, run_on
 
 pytestmark = pytest.mark.distributed
@@ -46,8 +48,13 @@ def same_curve(ours: list[dict], theirs: list[dict], rel: float) -> None:
             assert one[name] == pytest.approx(other[name], rel=rel, abs=1e-7), name
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("name", only(LAYOUTS, "tp2-ep2"))
+@pytest.mark.parametrize(
+    "name, router",
+    tiered(
+        list(product(LAYOUTS, ROUTERS)),
+        [("tp2-ep2", "switch"), ("pp2-vpp2-recompute", "stable_moe")],
+    ),
+)
 def test_short_curves_are_those_of_one_rank(name, router, ranks, small_corpus, tmp_path):
     every = [*SHORT, *ROUTERS[router]]
     one = run_on(ranks(1), small_corpus, tmp_path / "one", every, {})[0]["records"]
@@ -82,7 +89,7 @@ def test_twenty_steps_are_those_of_one_rank(name, router, ranks, one_rank, stdli
         same_curve(result["records"], one_rank(router), 1e-5)
 
 
-@pytest.mark.parametrize("router", STATEFUL)
+@pytest.mark.parametrize("router", only(STATEFUL, "stable_moe"))
 def test_a_stopped_run_goes_on_bitwise(router, ranks, small_corpus, tmp_path):
     every = [*SHORT, *ROUTERS[router]]
     whole = run_on(ranks(2), small_corpus, tmp_path / "whole", every, {EP: 2})[0]["records"]

@@ -124,3 +124,9 @@ def test_a_vqmoe_is_no_source() -> None:
     for source in (RunConfig(vq=VQConfig(path="dual")), memory):
         with pytest.raises(ValueError, match="the source is a VQMoE already"):
             check_same_function(source, RunConfig(vq=CONTINUOUS))
+
+
+def test_only_megatrons_own_router_starts_silent() -> None:
+    model = ModelConfig(moe_router="x_moe", moe_router_topk=2)
+    with pytest.raises(ValueError, match="moe_router=x_moe: upcycling knows moe_router=topk only"):
+        check_target(RunConfig(model=model, vq=CONTINUOUS))

@@ -34,6 +34,7 @@ FREE_SETTINGS = (
     "vq.table_per_step",
     "vq.overlap_table",
     "code_memory.exchange",
+    "router.eval_topk",
     # What: but frozen codes are re-opened, or frozen now, this way.
     "vq.freeze_after_steps",
     "code_memory.freeze_after_steps",
@@ -240,7 +241,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _fixed_settings(config: RunConfig) -> dict[str, object]:
-    config = replace(config, code_memory=config.code_memory.in_effect)
+    model, steps = config.model, config.train.train_iters
+    router = config.router.for_run(model.moe_router, model.num_moe_experts, steps)
+    config = replace(config, code_memory=config.code_memory.in_effect, router=router)
     settings = {
         f"{section}.{spec.name}": getattr(getattr(config, section), spec.name)
         for section in ("model", "vq", "router", "code_memory", "finetune", "vision", "optimizer")

@@ -77,7 +77,8 @@ PARAMETER_GROUPS = (
     "codebooks: learned inputs",
     "embeddings and output",
 )
-BUFFER_NAMES = ("router.expert_bias",)  # Megatron's, in a group of parameters
+# Of routers, in a group of parameters.
+BUFFER_NAMES = ("router.expert_bias", "router.steps_taken", "router.expert_of_token")
 
 
 @dataclass(frozen=True)

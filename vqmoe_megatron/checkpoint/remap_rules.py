@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from vqmoe_megatron.config import CodeMemoryConfig, ModelConfig, RunConfig
 from vqmoe_megatron.config.finetune import path_of_mode
 from vqmoe_megatron.config.quantizer_rules import IMPLICIT, SUMMED
+from vqmoe_megatron.config.router_rules import other_router
 from vqmoe_megatron.config.vq import VQConfig
 
 REMAPPED = ("model.num_moe_experts", "vq.num_codes")
@@ -101,7 +102,9 @@ def check_remap(stored: RunConfig, wanted: RunConfig) -> list[str]:
         ValueError: listing everything that cannot be remapped.
     """
     theirs, ours = _settings(stored), _settings(wanted)
-    problems = list(_problems(theirs, ours))
+    advice = "start anew, or keep the numbers of codes and experts"
+    others = [other_router(config, "checkpoint.remap", advice) for config in (stored, wanted)]
+    problems = [*filter(None, dict.fromkeys(others)), *_problems(theirs, ours)]
     if problems:
         raise ValueError(
             "checkpoint.remap changes vq.num_codes and model.num_moe_experts only; this checkpoint "

@@ -34,6 +34,7 @@ from vqmoe_megatron.config import (
     VQConfig,
 )
 from vqmoe_megatron.config.recipe import load_saved_recipe
+from vqmoe_megatron.config.router_rules import other_router
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 from vqmoe_megatron.rundir.own_outputs import check_new_folder, new_folder
@@ -98,6 +99,9 @@ def export_tables(checkpoint: Path, out: Path) -> Export:
     config = load_saved_recipe(Path(contents.folder) / CONFIG_FILE)
     check_has_table(config.vq, config.code_memory)
     refuse_shared_expert(config.model)
+    advice = "export a run with topk"
+    if (problem := other_router(config, "an export of tables", advice)) is not None:
+        raise ValueError(problem)
     check_new_folder(out)
     with world_of_one(config) as layout, new_folder(out) as partial:
         return write_tables(contents, config, layout, partial, out)

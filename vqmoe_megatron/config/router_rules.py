@@ -54,6 +54,35 @@ def check_router(model: ModelConfig) -> None:
         )
 
 
+def router_in_words(config: RunConfig) -> str:
+    """How tokens choose experts; a few words for the user."""
+    model, router, name = config.model, config.router, config.model.moe_router
+    settings = router.for_run(name, model.num_moe_experts, config.train.train_iters)
+    words = f"top-{model.moe_router_topk}"
+    if name == "smoe_dropout":
+        words = f"top-{settings.min_topk} growing to {words} in {settings.schedule_steps} steps"
+    if name == "switch" and settings.capacity_factor is not None:
+        words += f" up to a capacity of {settings.capacity_factor} T / N tokens"
+    if name == "stable_moe" and settings.variant == "published":
+        words += f" frozen by token id after {settings.stage_1_steps} steps"
+    if name in ("x_moe", "stable_moe") and settings.variant != "published":
+        words += f" ({settings.variant} variant)"
+    return words if name == "topk" else f"{words} by moe_router={name}"
+
+
+def other_router(config: RunConfig, what: str, advice: str) -> str | None:
+    """Say that ``what`` is for Megatron's own router alone, where the layers have another of ours;
+    None where they have it or none. ``advice`` follows."""
+    name = config.model.moe_router
+    has_router = config.vq.has_router(config.model.num_moe_experts)
+    if not has_router or name == "topk" or not registry.is_ours("router", name):
+        return None
+    return (
+        f"model.moe_router={name}: {what} knows moe_router=topk only, whose weights are one row "
+        f"per expert; {advice}"
+    )
+
+
 def router_errors(config: RunConfig) -> Iterator[str]:
     """Yield every rule between ``router``, ``model`` and ``vq`` that the recipe breaks."""
     model, router, name = config.model, config.router, config.model.moe_router

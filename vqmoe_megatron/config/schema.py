@@ -19,7 +19,7 @@ from vqmoe_megatron.config.checks import check_choice, check_settings
 from vqmoe_megatron.config.code_memory import CodeMemoryConfig
 from vqmoe_megatron.config.finetune import FinetuneConfig
 from vqmoe_megatron.config.router import RouterConfig
-from vqmoe_megatron.config.router_rules import check_router
+from vqmoe_megatron.config.router_rules import check_router, router_in_words
 from vqmoe_megatron.config.vision import VisionConfig
 from vqmoe_megatron.config.vq import VQConfig
 
@@ -370,7 +370,7 @@ class RunConfig:
         if model.num_moe_experts == 1 and vq.path == "continuous":
             said += " for every token: dense, no router"
         elif vq.has_router(model.num_moe_experts):
-            said += f", top-{model.moe_router_topk}"
+            said += f", {router_in_words(self)}"
             said += " of a frozen router" if model.moe_router_freeze else ""
         else:
             said += ", no router"

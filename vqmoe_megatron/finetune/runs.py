@@ -28,7 +28,7 @@ from vqmoe_megatron.data.labelled_texts import load_labelled_texts
 from vqmoe_megatron.data.tokenizers import load_tokenizer
 from vqmoe_megatron.plan.flops import run_flops
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout, minimum_world_size
-from vqmoe_megatron.plan.parameters import count_parameters, count_trained
+from vqmoe_megatron.plan.parameter_count import count_parameters, count_trained
 from vqmoe_megatron.rundir.atomic import replace_file
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE, METRICS_FILE
 from vqmoe_megatron.rundir.own_outputs import check_new_folder, refuse_foreign

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.config.router_rules import other_router
 
 if TYPE_CHECKING:
     from vqmoe_megatron.plan.layout import ParallelLayout
@@ -72,6 +73,8 @@ def _setting_errors(config: RunConfig) -> Iterator[str]:
             )
     if train.cuda_graphs:
         yield "train.cuda_graphs with train.engine=deepspeed was never tried; set it to false"
+    if (problem := other_router(config, "train.engine=deepspeed", "use topk")) is not None:
+        yield problem
     if config.model.fp8:
         yield "model.fp8 with train.engine=deepspeed was never tried; leave it out"
     if config.model.bf16 and not train.zero_stage:

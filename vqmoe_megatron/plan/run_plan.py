@@ -24,7 +24,7 @@ from vqmoe_megatron.plan.kernels import Row
 from vqmoe_megatron.plan.layout import ParallelLayout, layout_errors
 from vqmoe_megatron.plan.memory import EXCLUDED, StageMemory, stage_memory
 from vqmoe_megatron.plan.memory_report import code_memory_json
-from vqmoe_megatron.plan.parameters import ParameterCount, count_parameters
+from vqmoe_megatron.plan.parameter_count import ParameterCount, count_parameters
 from vqmoe_megatron.plan.step_time import StepTime, step_time
 from vqmoe_megatron.plan.step_wire import step_wire
 from vqmoe_megatron.plan.uncounted import counted_layout_errors

@@ -33,7 +33,7 @@ from vqmoe_megatron.plan.parameters import (
     Parameter,
     chunk_places,
     num_moe_layers,
-    padded_vocab_size,
+    num_token_ids,
     stage_parameters,
 )
 from vqmoe_megatron.plan.router_cost import router_buffer_bytes
@@ -218,7 +218,7 @@ def layer_statistics_bytes(config: RunConfig, layout: ParallelLayout) -> int:
     rank of the layer keeps them all."""
     layer = LayerShape.from_config(config, layout)
     num_bytes = (layer.num_moe_experts + 2) * 4  # load per expert, gate
-    num_bytes += router_buffer_bytes(layer, padded_vocab_size(config.model))
+    num_bytes += router_buffer_bytes(layer, num_token_ids(config))
     if layer.vq.threshold_routing:  # tau, the step's scores and tokens
         num_bytes += (1 + NUM_THRESHOLD_SUMS) * 4
     return num_bytes + assigner_bytes(layer) if layer.vq.has_codes else num_bytes

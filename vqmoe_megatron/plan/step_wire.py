@@ -103,6 +103,11 @@ def _assumptions(config: RunConfig, layout: ParallelLayout) -> tuple[str, ...]:
             "without optimizer.overlap_param_gather every parameter is gathered twice: Megatron's "
             "dense and expert optimizers each gather all of them"
         )
+    layer = LayerShape.from_config(config, layout)
+    if layer.has_router and layer.moe_router == "smoe_dropout":
+        sentences.append(f"the last steps of the schedule, with k = {layer.moe_router_topk}")
+    if layer.has_router and layer.moe_router == "stable_moe" and num_router_sums(layer):
+        sentences.append(f"a step of stage 1, of {layer.router.stage_1_steps}")
     if config.code_memory.is_on:
         sentences.append(
             "a microbatch reads distinct rows of the code memory as if reads were spread evenly, "

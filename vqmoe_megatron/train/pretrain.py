@@ -14,7 +14,7 @@ import torch
 from vqmoe_megatron.checkpoint.folder import iteration_of
 from vqmoe_megatron.checkpoint.saver import SaveFailed
 from vqmoe_megatron.plan.memory_shape import MemoryShape
-from vqmoe_megatron.plan.parameters import count_parameters, count_trained
+from vqmoe_megatron.plan.parameter_count import count_parameters, count_trained
 from vqmoe_megatron.rundir.status import read_status, write_status
 from vqmoe_megatron.runtime.fused_parts import choose_parts
 from vqmoe_megatron.runtime.rendezvous import RendezvousFailed, StoppedWhileWaiting

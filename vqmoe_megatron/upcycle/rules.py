@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vqmoe_megatron.config import CodeMemoryConfig, ModelConfig, RunConfig, VQConfig
+from vqmoe_megatron.config.router_rules import other_router
 
 # What decides the function that a model computes; equal in source and recipe.
 FUNCTION_SETTINGS = (
@@ -66,6 +67,8 @@ def check_target(target: RunConfig) -> None:
             f"model.attention={target.model.attention}: sources are read with Megatron's standard "
             "attention; upcycle without it"
         )
+    if (problem := other_router(target, "upcycling", "use topk")) is not None:
+        problems.append(problem)
     if target.model.fp8 is not None:
         problems.append(
             f"model.fp8={target.model.fp8}: Transformer Engine's experts round weights when they "
