@@ -10,6 +10,11 @@ OUR_QUANTIZERS = ("euclidean", "product", "low_dim", "cosine")
 def check_has_hf_form(config: RunConfig) -> None:
     """Raise ``ValueError`` for what the modelling file does not compute."""
     vq, model = config.vq, config.model
+    if config.finetune.is_on:
+        raise ValueError(
+            "a fine-tuned checkpoint has no Hugging Face form: the modelling file writes text, and "
+            "this model has a classification head instead; export the pretrained one"
+        )
     if vq.path != "continuous":
         if vq.expert_input != "code":
             raise ValueError(

@@ -68,6 +68,8 @@ class Rank0Report(RunReport):
         is_same = is_same_run(run.run_dir, run.config)  # before the recipe is written
         save_recipe(run.config, self.run_dir.config)
         bytes_per_token = run.corpus.split("train").bytes_per_token
+        if run.config.finetune.is_on:
+            bytes_per_token = None  # its loss is of texts
         self.console = RunConsole(run.config.train.train_iters, start_iteration, bytes_per_token)
         self.console.__enter__()
         self.metrics_log = MetricsLog(self.run_dir.path)
