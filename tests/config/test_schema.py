@@ -246,7 +246,7 @@ def test_a_quoted_path_and_options_are_legal(uri) -> None:
 
 def test_sections_are_the_documented_ones() -> None:
     assert [section.name for section in fields(RunConfig)] == [
-        "model", "vq", "code_memory",
+        "model", "vq", "code_memory", "finetune",
         "parallel", "data", "optimizer", "train", "checkpoint", "tracking",
     ]  # fmt: skip
 
