@@ -14,6 +14,7 @@ from small_run import ROOT
 from vqmoe_megatron.finetune.runs import check_finetuning, write_recipes, write_table
 from vqmoe_megatron.finetune.table import table_rows
 from vqmoe_megatron.study.report.intervals import student_t_quantile
+from vqmoe_megatron.train.preflight import check_run
 
 pytestmark = pytest.mark.distributed
 
@@ -132,3 +133,13 @@ def test_the_command_trains_tests_and_goes_on(start, tmp_path) -> None:
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert again.returncode == 0 and again.stdout.count("done before") == 4
     assert json.loads((out / "finetune.json").read_text())["rows"] == rows
+
+
+def test_changed_texts_are_refused_before_ranks_start(start, tmp_path) -> None:
+    texts = write_sst2(tmp_path / "texts")
+    todo = recipes_of(start[0], texts, tmp_path / "out", ["full"])
+    config = todo.runs[0].config
+    assert check_run(config, 1, "cpu").remap_from == todo.checkpoint
+    (texts / "dev.tsv").write_text("other\t1\n")
+    with pytest.raises(ValueError, match="have changed"):
+        check_run(config, 1, "cpu")

@@ -103,12 +103,20 @@ def check_evaluation(
         config = replace(config, data=replace(config.data, path=str(data)))
     num_ranks = num_ranks or minimum_world_size(config)
     device, _ = choose_device(config.train.device)
+    if stride_tokens is not None and stride_tokens > config.model.seq_length:
+        raise ValueError(
+            f"--stride {stride_tokens} must lie in 1..seq_length = {config.model.seq_length}, or "
+            "tokens between windows would never be scored"
+        )
     section = replace(config.data, eval_split=split, eval_stride_tokens=stride_tokens)
     config = replace(config, data=section)
     parallel = config.parallel
     # No step is taken: as many microbatches as every layout of these ranks takes.
     batch = config.train.micro_batch_size * num_ranks * parallel.pipeline_model_parallel_size
-    config = replace(config, train=replace(config.train, global_batch_size=batch, eval_iters=1))
+    train = replace(config.train, global_batch_size=batch, eval_iters=1)
+    # Nothing of another engine's step is needed, and checkpoints are the same.
+    train = replace(train, engine="megatron", zero_stage=0, offload_optimizer=False)
+    config = replace(config, train=train)
     layout = check_layout(config, num_ranks, device)
     check_parts(config, device)
     corpus = load_corpus(Path(config.data.path))
