@@ -17,7 +17,7 @@ COMMANDS = """\
 
 What `vqmoe COMMAND --help` says, written out when this site is built. Every command ends with 0
 when it is done, 2 when it refuses what was asked for, and 1 when it crashes; `vqmoe pretrain`
-ends with 75 when it has saved on request and wants to be started again
+and `vqmoe finetune` end with 75 when a run has saved on request and wants to be started again
 ([Operations](../operations.md)).
 """
 METRICS = """\

@@ -252,7 +252,7 @@ def test_a_quoted_path_and_options_are_legal(uri) -> None:
 
 def test_sections_are_the_documented_ones() -> None:
     assert [section.name for section in fields(RunConfig)] == [
-        "model", "vq", "router", "code_memory",
+        "model", "vq", "router", "code_memory", "finetune", "vision",
         "parallel", "data", "optimizer", "train", "checkpoint", "tracking",
     ]  # fmt: skip
 

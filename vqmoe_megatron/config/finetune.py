@@ -124,6 +124,9 @@ def tuned_recipe(stored: RunConfig, load: str, finetune: FinetuneConfig, seq_len
         train=replace(
             stored.train,
             task=TASK,
+            engine="megatron",
+            zero_stage=0,
+            offload_optimizer=False,
             global_batch_size=32,
             micro_batch_size=8,
             eval_iters=1,

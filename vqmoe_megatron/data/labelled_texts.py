@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from vqmoe_megatron.config import FinetuneConfig
+
 TEXT_COLUMNS = ("text", "sentence", "review")
 LABEL_COLUMNS = ("label", "category", "sentiment")
 SPLIT_NAMES = {"train": ("train",), "valid": ("dev", "valid", "validation"), "test": ("test",)}
@@ -104,6 +106,25 @@ def load_labelled_texts(dataset: str, folder: Path) -> LabelledTexts:
             raise ValueError(f"the {name} split of {folder} holds no text")
     classes = tuple(names[0] for names in words)
     return LabelledTexts(dataset, splits, classes, digest.hexdigest(), tuple(notes))
+
+
+def checked_texts(tune: FinetuneConfig) -> LabelledTexts:
+    """Read the texts of a recipe's section ``finetune``.
+
+    Raises:
+        ValueError: for texts that are wrong, or others than the recipe was made for.
+    """
+    texts = load_labelled_texts(str(tune.dataset), Path(str(tune.path)))
+    if tune.sha256 is not None and texts.sha256 != tune.sha256:
+        raise ValueError(
+            f"the texts in {tune.path} have changed: sha256 {texts.sha256[:12]}, the recipe was "
+            f"made for {tune.sha256[:12]}; bring them back, or start another fine-tuning"
+        )
+    if tune.num_classes != len(texts.classes):
+        raise ValueError(
+            f"finetune.num_classes={tune.num_classes}, but {tune.path} has {len(texts.classes)}"
+        )
+    return texts
 
 
 def _labelled(

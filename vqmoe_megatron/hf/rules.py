@@ -15,6 +15,11 @@ def check_has_hf_form(config: RunConfig) -> None:
             f"vision.image_size={config.vision.image_size} has no Hugging Face form: the modelling "
             "file reads text; vqmoe export --tables writes the tables of its layers"
         )
+    if config.finetune.is_on:
+        raise ValueError(
+            "a fine-tuned checkpoint has no Hugging Face form: the modelling file writes text, and "
+            "this model has a classification head instead; export the pretrained one"
+        )
     if vq.path != "continuous":
         if vq.expert_input != "code":
             raise ValueError(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.data.corpus import Corpus
 from vqmoe_megatron.data.datasets import TrainBatches
 from vqmoe_megatron.data.labelled_samples import LabelledSamples, LabelledWindows, encode_splits
-from vqmoe_megatron.data.labelled_texts import LabelledTexts, load_labelled_texts
+from vqmoe_megatron.data.labelled_texts import checked_texts
 from vqmoe_megatron.data.tokenizers import load_tokenizer
 from vqmoe_megatron.tasks.pretrain import to_device
 from vqmoe_megatron.tasks.task import Batch, Task
@@ -41,7 +40,7 @@ class Finetune(Task):
     def splits(self):  # noqa: ANN201
         """The encoded splits; read when first asked for."""
         if self._splits is None:
-            texts = checked_texts(self.config)
+            texts = checked_texts(self.config.finetune)
             tokenizer = load_tokenizer(self.corpus.path, self.corpus.tokenizer)
             self._splits = encode_splits(texts, tokenizer)
         return self._splits
@@ -94,26 +93,6 @@ class Finetune(Task):
     ) -> dict[str, float]:
         """Nats per text, share of texts whose class was found. ``num_tokens`` are texts."""
         return {"val/loss": loss / num_tokens, "val/accuracy": num_right / num_tokens}
-
-
-def checked_texts(config: RunConfig) -> LabelledTexts:
-    """Read the recipe's texts.
-
-    Raises:
-        ValueError: for texts that are wrong, or others than the recipe was made for.
-    """
-    tune = config.finetune
-    texts = load_labelled_texts(str(tune.dataset), Path(str(tune.path)))
-    if tune.sha256 is not None and texts.sha256 != tune.sha256:
-        raise ValueError(
-            f"the texts in {tune.path} have changed: sha256 {texts.sha256[:12]}, the recipe was "
-            f"made for {tune.sha256[:12]}; bring them back, or start another fine-tuning"
-        )
-    if tune.num_classes != len(texts.classes):
-        raise ValueError(
-            f"finetune.num_classes={tune.num_classes}, but {tune.path} has {len(texts.classes)}"
-        )
-    return texts
 
 
 def class_loss(batch: Batch, logits: torch.Tensor) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """Score a checkpoint on a split, at any layout: what training's validation does, by itself.
 
 1. :func:`check_evaluation` judges by files alone, before any rank starts.
-2. :func:`evaluate_here` builds the model on this rank, fills it with the checkpoint's weights and
+2. :func:`scores_of` builds the model on this rank, fills it with the checkpoint's weights and
    evaluates the task's windows.
 """
 
@@ -18,7 +18,13 @@ from vqmoe_megatron.config.recipe import apply_overrides, load_saved_recipe
 from vqmoe_megatron.data.corpus import Corpus, check_tokenizer, load_corpus
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout, minimum_world_size
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
-from vqmoe_megatron.runtime.world import RankVariables, choose_device
+from vqmoe_megatron.runtime.world import (
+    RankVariables,
+    build_process_groups,
+    choose_device,
+    join_world,
+    leave_world,
+)
 from vqmoe_megatron.train.preflight import check_parts
 
 ALL_WINDOWS = 10**9  # more than any split has
@@ -97,12 +103,20 @@ def check_evaluation(
         config = replace(config, data=replace(config.data, path=str(data)))
     num_ranks = num_ranks or minimum_world_size(config)
     device, _ = choose_device(config.train.device)
+    if stride_tokens is not None and stride_tokens > config.model.seq_length:
+        raise ValueError(
+            f"--stride {stride_tokens} must lie in 1..seq_length = {config.model.seq_length}, or "
+            "tokens between windows would never be scored"
+        )
     section = replace(config.data, eval_split=split, eval_stride_tokens=stride_tokens)
     config = replace(config, data=section)
     parallel = config.parallel
     # No step is taken: as many microbatches as every layout of these ranks takes.
     batch = config.train.micro_batch_size * num_ranks * parallel.pipeline_model_parallel_size
-    config = replace(config, train=replace(config.train, global_batch_size=batch, eval_iters=1))
+    train = replace(config.train, global_batch_size=batch, eval_iters=1)
+    # Nothing of another engine's step is needed, and checkpoints are the same.
+    train = replace(train, engine="megatron", zero_stage=0, offload_optimizer=False)
+    config = replace(config, train=train)
     layout = check_layout(config, num_ranks, device)
     check_parts(config, device)
     corpus = load_corpus(Path(config.data.path))
@@ -115,35 +129,39 @@ def check_evaluation(
 def evaluate_here(
     evaluation: Evaluation, variables: RankVariables, device: str
 ) -> tuple[str, dict[str, float]]:
-    """What was evaluated, in words, and the task's scores; the same on every rank.
-
-    Joins the world and leaves it. Communicates as training's validation does.
-
-    Raises:
-        ValueError: for tensors that do not fit the model, and a split that is not there.
-    """
+    """Join the world, :func:`scores_of`, and leave it."""
     if device == "cpu":
         from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat
 
         install_cpu_compat()
+    join_world(variables, device)
+    try:
+        build_process_groups(evaluation.layout)
+        return scores_of(evaluation)
+    finally:
+        leave_world()
+
+
+def scores_of(evaluation: Evaluation) -> tuple[str, dict[str, float]]:
+    """What was evaluated, in words, and the task's scores; the same on every rank.
+
+    In a joined world with its process groups. Communicates as training's validation does.
+
+    Raises:
+        ValueError: for tensors that do not fit the model, and a split that is not there.
+    """
     from vqmoe_megatron.checkpoint.checksums import check_data_together
     from vqmoe_megatron.checkpoint.random_state import seed_generators
     from vqmoe_megatron.checkpoint.remap import load_weights
-    from vqmoe_megatron.runtime.world import build_process_groups, join_world, leave_world
     from vqmoe_megatron.train.evaluate import evaluate
 
     config, layout = evaluation.config, evaluation.layout
-    join_world(variables, device)
-    try:
-        build_process_groups(layout)
-        seed_generators(config.train.seed)
-        task = registry.load("task", config.train.task)(evaluation.read_as, evaluation.corpus)
-        engine = registry.load("engine", config.train.engine).build(config, layout, task)
-        check_data_together(evaluation.folder)
-        with readable(evaluation.folder):
-            load_weights(evaluation.folder, engine.model, config)
-        windows = task.evaluation_batches()
-        scores = evaluate(engine, task, windows, layout.pipeline_model_parallel_size)
-        return windows.description, scores
-    finally:
-        leave_world()
+    seed_generators(config.train.seed)
+    task = registry.load("task", config.train.task)(evaluation.read_as, evaluation.corpus)
+    engine = registry.load("engine", config.train.engine).build(config, layout, task)
+    check_data_together(evaluation.folder)
+    with readable(evaluation.folder):
+        load_weights(evaluation.folder, engine.model, config)
+    windows = task.evaluation_batches()
+    scores = evaluate(engine, task, windows, layout.pipeline_model_parallel_size)
+    return windows.description, scores

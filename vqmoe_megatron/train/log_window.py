@@ -50,7 +50,8 @@ class LogWindow:
 
     def add(self, result: StepResult, layers: list[LayerStatistics]) -> None:
         """Count one step. No communication."""
-        self._layers.add(layers)
+        if self.run.config.finetune.mode != "head":  # layers without a backward pass record nothing
+            self._layers.add(layers)
         self._core_seconds += result.core_seconds
         self._num_steps += 1
 

@@ -22,6 +22,7 @@ from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.recipe import load_saved_recipe
 from vqmoe_megatron.data.corpus import Corpus, check_tokenizer, load_corpus
 from vqmoe_megatron.data.image_set import ImageSet, load_image_set
+from vqmoe_megatron.data.labelled_texts import checked_texts
 from vqmoe_megatron.data.sample_order import check_cache_dir, order_name
 from vqmoe_megatron.metrics.table import metric_table
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout
@@ -60,6 +61,8 @@ def check_run(
     layout = check_layout(config, world_size, device)
     check_parts(config, device)
     corpus, config = _load_data(config)
+    if config.finetune.is_on and looks_for_checkpoint:  # one rank for all: texts may be many files
+        checked_texts(config.finetune)
     run_dir = RunDirectory(Path(config.train.output_dir))
     run_dir.create()
     if config.data.cache_dir is not None:

@@ -67,8 +67,8 @@ class Rank0Report(RunReport):
         self._iteration = start_iteration
         is_same = is_same_run(run.run_dir, run.config)  # before the recipe is written
         save_recipe(run.config, self.run_dir.config)
-        bytes_per_token = None  # of images
-        if not run.config.vision.is_on:
+        bytes_per_token = None  # of images, and of texts with one answer each
+        if not (run.config.vision.is_on or run.config.finetune.is_on):
             bytes_per_token = run.corpus.split("train").bytes_per_token
         self.console = RunConsole(run.config.train.train_iters, start_iteration, bytes_per_token)
         self.console.__enter__()

@@ -1,0 +1,84 @@
+"""What a fine-tuning recipe may ask for, and what its mode makes of the checkpoint's layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from vqmoe_megatron.config import FinetuneConfig, RunConfig, VQConfig
+from vqmoe_megatron.config.finetune import finetune_errors, path_of_mode, tuned_recipe, tuned_vq
+from vqmoe_megatron.config.recipe import apply_overrides
+
+SECTION = FinetuneConfig("sst2", "texts", "full", 2)
+
+
+def tuned(mode: str = "full", stored: RunConfig | None = None) -> RunConfig:
+    return tuned_recipe(stored or RunConfig(), "runs/x", replace(SECTION, mode=mode), 64)
+
+
+@pytest.mark.parametrize(
+    ("stored", "mode", "path"),
+    [
+        ("dual", "full", "dual"), ("dual", "head", "dual"), ("filled", "full", "filled"),
+        ("dual", "continuous", "continuous"), ("dual", "discrete", "discrete"),
+        ("discrete", "discrete", "discrete"), ("continuous", "head", "continuous"),
+        ("continuous", "discrete", None), ("discrete", "continuous", None),
+        ("filled", "discrete", None),
+    ],
+)  # fmt: skip
+def test_a_mode_needs_its_path(stored: str, mode: str, path: str | None) -> None:
+    if path is not None:
+        assert path_of_mode(stored, mode) == path
+        return
+    with pytest.raises(ValueError, match=f"mode {mode} cannot start .* vq.path={stored}"):
+        path_of_mode(stored, mode)
+
+
+@pytest.mark.parametrize("mode", ["full", "continuous", "discrete", "head"])
+def test_a_tuned_recipe_breaks_no_rule(mode: str) -> None:
+    assert list(finetune_errors(tuned(mode))) == []
+
+
+def test_settings_of_a_path_that_is_dropped_go_with_it() -> None:
+    vq = VQConfig(execution="code_space", table_per_step=True, freeze_after_steps=9)
+    assert tuned_vq(vq, "continuous").execution == "auto"
+    assert tuned_vq(vq, "discrete").table_per_step
+    assert tuned_vq(vq, "full").freeze_after_steps is None
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("vq.freeze_codebook=false", "vq.freeze_codebook=true and vq.vq_loss_coeff=0: texts are"),
+        ("vq.vq_loss_coeff=0.1", "vq.vq_loss_coeff=0"),
+        ("model.moe_aux_loss_coeff=0.01", "moe_aux_loss_coeff=0"),
+        ("train.task=pretrain", "train.task=pretrain with finetune.dataset=sst2"),
+        ("train.engine=deepspeed", "use train.engine=megatron"),
+        ("checkpoint.load=null", "starts from a checkpoint"),
+        ("finetune.mode=discrete", "vq.path=discrete, not dual"),
+        ("train.layout_independent_init=false", "all ranks draw the same head"),
+        ("model.untie_embeddings_and_output_weights=false", "it has a head"),
+    ],
+)
+def test_what_would_count_filling_is_refused(override: str, said: str) -> None:
+    assert any(said in error for error in finetune_errors(apply_overrides(tuned(), [override])))
+
+
+def test_memories_whose_codes_move_and_pipelines_of_a_head_alone_are_refused() -> None:
+    moving = ["code_memory.num_rows=64", "code_memory.codes=hidden"]
+    assert any("codes=tokens can" in e for e in finetune_errors(apply_overrides(tuned(), moving)))
+    ids = apply_overrides(tuned(), ["code_memory.num_rows=64"])
+    assert list(finetune_errors(ids)) == []
+    pipeline = apply_overrides(tuned("head"), ["parallel.pipeline_model_parallel_size=2"])
+    assert any("finetune.mode=head with pipeline" in e for e in finetune_errors(pipeline))
+    threshold = RunConfig(vq=VQConfig(path="filled", threshold_routing=True))
+    assert any("threshold" in error for error in finetune_errors(tuned(stored=threshold)))
+
+
+def test_a_pretraining_recipe_has_nothing_to_do_with_it() -> None:
+    assert list(finetune_errors(RunConfig())) == []
+    alone = apply_overrides(RunConfig(), ["train.task=finetune"])
+    assert any("belong together" in error for error in finetune_errors(alone))
+    with pytest.raises(ValueError, match="choose one of full, continuous, discrete, head"):
+        FinetuneConfig(mode="router")

@@ -1,0 +1,135 @@
+"""A checkpoint's scores are those that training logged, at other layouts too."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from labelled_folders import pretrained, recipes_of, tune_on, write_sst2
+from small_run import ROOT
+
+from vqmoe_megatron.train.evaluate_checkpoint import check_evaluation
+
+pytestmark = pytest.mark.distributed
+
+
+def scores_here(checkpoint: str, overrides: list[str], options: dict) -> list:
+    import torch
+
+    from vqmoe_megatron.train.evaluate_checkpoint import check_evaluation, scores_of
+
+    options = {"split": "valid", "data": None, "stride_tokens": None, "max_windows": None} | options
+    options["data"] = options["data"] and Path(options["data"])
+    world_size = torch.distributed.get_world_size()
+    asked = check_evaluation(Path(checkpoint), overrides, num_ranks=world_size, **options)
+    windows, scores = scores_of(asked)
+    return [windows, scores]
+
+
+@pytest.fixture(scope="module")
+def run(ranks, small_corpus, tmp_path_factory):
+    """A pretrained run and the record of its last validation, of 2 * 4 windows."""
+    out = tmp_path_factory.mktemp("evaluated") / "run"
+    return out, pretrained(ranks(1), small_corpus, out)[-1]
+
+
+def evaluated(pool, run_dir: Path, layout: dict[str, int], **options) -> list:
+    overrides = [f"parallel.{name}={size}" for name, size in layout.items()]
+    return pool.run(scores_here, str(run_dir), overrides, options, layout=layout)[0]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"),
+    [
+        (1, {}),
+        (2, {"expert_model_parallel_size": 2}),
+        (2, {"tensor_model_parallel_size": 2}),
+        (2, {"pipeline_model_parallel_size": 2}),
+    ],
+    ids=["one-rank", "ep2", "tp2", "pp2"],
+)
+def test_the_figure_is_that_of_training(num_ranks, layout, run, ranks) -> None:
+    run_dir, last = run
+    windows, scores = evaluated(ranks(num_ranks), run_dir, layout, max_windows=8)
+    assert windows.startswith("window 16, stride 16 tokens, 8 of ")
+    assert set(scores) == {"val/loss", "val/bits_per_byte", "val/perplexity"}
+    exact = {} if num_ranks > 1 else {"rel": 1e-12}
+    for name, value in scores.items():
+        assert value == pytest.approx(last[name], **({"rel": 1e-6} | exact))
+
+
+def test_other_splits_windows_and_texts(run, ranks, small_corpus) -> None:
+    pool, run_dir = ranks(1), run[0]
+    valid = evaluated(pool, run_dir, {})
+    test = evaluated(pool, run_dir, {}, split="test")
+    strided = evaluated(pool, run_dir, {}, stride_tokens=8)
+    again = evaluated(pool, run_dir, {}, data=str(small_corpus))
+    assert valid[0] == "window 16, stride 16 tokens"
+    assert strided[0] == "window 16, stride 8 tokens"
+    assert valid[1] == again[1]
+    assert len({found[1]["val/loss"] for found in (valid, test, strided)}) == 3
+
+
+def test_a_fine_tuned_checkpoint_has_an_accuracy(run, ranks, tmp_path) -> None:
+    texts = write_sst2(tmp_path / "texts")
+    todo = recipes_of(run[0], texts, tmp_path / "out", ["discrete"])
+    result = tune_on(ranks(1), todo.runs[0].recipe, todo.runs[0].run_dir, {})
+    last = result["records"][-1]
+    run_dir = todo.runs[0].run_dir
+    for num_ranks, layout in ((1, {}), (2, {"expert_model_parallel_size": 2})):
+        windows, scores = evaluated(ranks(num_ranks), run_dir, layout)
+        assert windows.startswith("6 texts of dev, each in a window of 16 tokens, ")
+        assert scores["val/accuracy"] == last["val/accuracy"]
+        assert scores["val/loss"] == pytest.approx(last["val/loss"], rel=1e-6)
+    windows, _ = evaluated(ranks(1), run_dir, {}, split="test")
+    assert windows.startswith("5 texts of test")
+    other = write_sst2(tmp_path / "other")
+    (other / "dev.tsv").write_text("good\t1\n")
+    windows, _ = evaluated(ranks(1), run_dir, {}, data=str(other))
+    assert windows.startswith("1 texts of dev")
+    with pytest.raises(ValueError, match="--stride and --max-windows are for running text"):
+        check_evaluation(run_dir, [], "valid", None, 8, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "said"),
+    [
+        (["vq.num_codes=4"], {}, "only parallel."),
+        ([], {"stride": 99}, "must lie in 1..seq_length"),
+        ([], {"split": "train"}, "data.eval_split"),
+        (["parallel.tensor_model_parallel_size=3"], {}, "cannot run on 3 ranks"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(overrides, options, said, run, ranks) -> None:
+    arguments = {"split": "valid", "stride": None} | options
+    with pytest.raises(ValueError) as refused:
+        check_evaluation(
+            run[0], overrides, arguments["split"], None, arguments["stride"], None, None
+        )
+    assert said in str(refused.value)
+
+
+def test_no_checkpoint(tmp_path) -> None:
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        check_evaluation(tmp_path, [], "valid", None, None, None, None)
+
+
+@pytest.mark.full
+def test_the_command_starts_its_ranks_and_writes_what_it_prints(run, tmp_path) -> None:
+    out = tmp_path / "scores.json"
+    command = [sys.executable, "-m", "vqmoe_megatron.cli", "evaluate", str(run[0])]
+    command += ["--max-windows", "8", "--nproc", "2", "--json", str(out)]
+    command += ["parallel.expert_model_parallel_size=2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["scores"]["val/loss"] == pytest.approx(run[1]["val/loss"], rel=1e-6)
+    assert f"{found['scores']['val/loss']:.6f}" in done.stdout
+    assert found["windows"] in done.stdout
+    out.write_text("mine")
+    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert again.returncode == 2 and "is there already" in again.stderr
+    assert out.read_text() == "mine"
