@@ -73,8 +73,8 @@ def input_gradients(
 ) -> torch.Tensor:
     """Return rows ``v^T J_t`` of random directions v, for every token and probe: ``[P * T, H]``.
 
-    J_t is the Jacobian of a function that maps every token by itself. One backward pass (a
-    vector-Jacobian product) per probe serves all tokens.
+    J_t is the Jacobian of a function that maps every token by itself. One forward and backward pass
+    (a vector-Jacobian product) per probe serves all tokens.
 
     Args:
         function: ``[T, H]`` to ``[T, D]``, differentiable.
@@ -84,13 +84,10 @@ def input_gradients(
     """
     rows = []
     with torch.enable_grad():
-        leaf = x.detach().clone().requires_grad_()
-        output = function(leaf)
-        for number in range(num_probes):
+        for _ in range(num_probes):  # each a pass of its own: codes' gradients can be taken once
+            leaf = x.detach().clone().requires_grad_()
+            output = function(leaf)
             probe = torch.randn(output.shape, generator=generator).to(output)
-            keeps = number + 1 < num_probes
-            (grad,) = torch.autograd.grad(
-                output, leaf, probe, retain_graph=keeps, materialize_grads=True
-            )
+            (grad,) = torch.autograd.grad(output, leaf, probe, materialize_grads=True)
             rows.append(grad.detach())
     return torch.cat(rows)
