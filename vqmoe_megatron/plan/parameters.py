@@ -39,6 +39,7 @@ from math import prod
 from vqmoe_megatron.config import ModelConfig, RunConfig
 from vqmoe_megatron.plan.layout import ParallelLayout, unsharded
 from vqmoe_megatron.plan.shape import LayerShape
+from vqmoe_megatron.plan.vision_tensors import head_tensors, patch_tensors
 
 PARTS = (
     *("embeddings", "patches", "attention", "norms", "dense_mlp", "router", "experts"),
@@ -94,16 +95,6 @@ def padded_vocab_size(model: ModelConfig) -> int:
     return -(-model.vocab_size // multiple) * multiple
 
 
-def logits_shape(config: RunConfig, layout: ParallelLayout) -> tuple[int, int]:
-    """Rows and columns of a microbatch's logits on one rank: tokens and V / TP; of images, which
-    have one answer each and a head that is not cut, images and classes."""
-    batch = config.train.micro_batch_size
-    if config.vision.is_on:
-        return batch, config.vision.num_classes
-    vocab = padded_vocab_size(config.model) // layout.tensor_model_parallel_size
-    return batch * config.model.seq_length, vocab
-
-
 def is_moe_layer(model: ModelConfig, number: int) -> bool:
     """Whether the 0-based layer ``number`` holds experts; the first always does."""
     return number % model.moe_layer_freq == 0
@@ -150,7 +141,8 @@ def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iter
     is_tied = not model.untie_embeddings_and_output_weights
     is_tied_over_stages = is_tied and layout.pipeline_model_parallel_size > 1
     if config.vision.is_on:
-        yield from _patch_embedding(config, element) if place.is_first else ()
+        for name, part, shape in patch_tensors(config) if place.is_first else ():
+            yield Parameter(name, part, shape, element)
     elif place.is_first:
         table = (padded_vocab_size(model) // tensor_ranks, model.hidden_size)  # V / TP
         name = "embedding.word_embeddings.weight"
@@ -171,8 +163,8 @@ def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iter
     if place.is_last:
         yield from _norm(model, element, "decoder.final_layernorm")
         if config.vision.is_on:
-            shape = (config.vision.num_classes, model.hidden_size)
-            yield from _linear("output_layer", "output_layer", shape, element, has_bias=True)
+            for name, part, shape in head_tensors(config):
+                yield Parameter(name, part, shape, element)
         elif not is_tied or is_tied_over_stages:
             table = (padded_vocab_size(model) // tensor_ranks, model.hidden_size)  # V / TP
             name = "output_layer.weight"
@@ -183,15 +175,6 @@ def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iter
     if place.is_first and memory.num_context_codes and memory.is_on:
         codes = (1, memory.num_context_codes, memory.context_dim)
         yield Parameter("code_stream.contexts.codes", "codebooks", codes, 4, is_trained=False)
-
-
-def _patch_embedding(config: RunConfig, element: int) -> Iterator[Parameter]:
-    """Of images: projection [H, C P P] with its bias, positions [S, H], whole on every rank."""
-    hidden, vision, name = config.model.hidden_size, config.vision, "embedding."
-    projection = (hidden, vision.patch_width)
-    positions = f"{name}position_embeddings.weight"
-    yield from _linear(f"{name}patch_projection", "patches", projection, element, has_bias=True)
-    yield Parameter(positions, "patches", (vision.num_patches, hidden), element)
 
 
 def _norm(model: ModelConfig, element: int, name: str) -> Iterator[Parameter]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vqmoe_megatron import registry
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.config.vision import routes_by_token_ids
 
 TASK = "images"  # the task that reads images, and no other
 NO_TOKEN_IDS = "an image has no token ids"
@@ -48,8 +48,7 @@ def vision_errors(config: RunConfig) -> Iterator[str]:
         section, _, name = key.partition(".")
         if (value := getattr(getattr(config, section), name)) != unset:
             yield f"{key}={value} with vision.image_size: {reason}; leave it out"
-    router = model.moe_router
-    if registry.is_ours("router", router) and "token_ids" in registry.takes("router", router):
+    if routes_by_token_ids(model.moe_router):
         yield (
             f"moe_router={model.moe_router} with vision.image_size: it routes by token ids, and "
             f"{NO_TOKEN_IDS}; use topk"
