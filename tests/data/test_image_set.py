@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from images_run import prepare_digits
+from images_run import cifar_folder, prepare_digits
 
 from vqmoe_megatron.data.image_set import IMAGES_FILE, load_image_set
 from vqmoe_megatron.data.prepare_images import prepare_images
@@ -65,8 +65,6 @@ def test_damage_is_named(digits: Path) -> None:
 
 
 def test_nothing_of_others_is_replaced(digits: Path, tmp_path: Path) -> None:
-    from test_image_sources import cifar_folder
-
     folder, *_ = cifar_folder(tmp_path / "cifar")
     with pytest.raises(ValueError, match="holds another set of images .*corpus"):
         prepare_images("cifar10", digits, [folder])

@@ -6,32 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from images_run import cifar_folder, write_records
 
 from vqmoe_megatron.data.image_sources import CIFAR_NAMES, folder_split, open_images
 from vqmoe_megatron.data.prepare_images import prepare_images
 
 RECORD_BYTES = 3073
-
-
-def write_records(path: Path, labels: list[int], seed: int = 0) -> np.ndarray:
-    """A file of CIFAR-10's binary version, byte by byte; its pixels uint8 [n, 3, 32, 32]."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (len(labels), 3, 32, 32), np.uint8)
-    with path.open("wb") as stream:
-        for label, image in zip(labels, pixels, strict=True):
-            stream.write(bytes([label]))
-            for colour in image:
-                for row in colour:
-                    stream.write(bytes(row.tolist()))
-    return pixels
-
-
-def cifar_folder(folder: Path) -> tuple[Path, np.ndarray, np.ndarray]:
-    """Two training files of ten images, and a test file of four."""
-    folder.mkdir()
-    first = write_records(folder / "data_batch_1.bin", list(range(10)), 1)
-    second = write_records(folder / "data_batch_2.bin", list(range(9, -1, -1)), 2)
-    test = write_records(folder / "test_batch.bin", [3, 1, 4, 1], 3)
-    return folder, np.concatenate([first, second]), test
 
 
 def test_digits_are_split_by_the_stated_rule() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from images_run import VISION
-from small_run import PARITY
+from small_run import PARITY, layout_overrides
 
 from vqmoe_megatron.config import VisionConfig
 from vqmoe_megatron.config.recipe import load_recipe
@@ -15,8 +15,8 @@ from vqmoe_megatron.plan.parameter_count import count_parameters
 from vqmoe_megatron.plan.parameters import stage_parameters
 from vqmoe_megatron.plan.run_plan import plan_run
 
-TP2 = ["parallel.tensor_model_parallel_size=2"]
-PP2 = ["parallel.pipeline_model_parallel_size=2"]
+TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+TP2 = [f"parallel.{TP}=2"]
 
 
 def measured(overrides: list[str]) -> dict:
@@ -50,47 +50,38 @@ def measured(overrides: list[str]) -> dict:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", [[], TP2, PP2], ids=["one", "tp2", "pp2"])
-def test_parameters_are_those_of_the_real_model(ranks, layout: list[str]) -> None:  # noqa: ANN001
+@pytest.mark.parametrize("layout", [{}, {TP: 2}, {PP: 2}], ids=["one", "tp2", "pp2"])
+def test_parameters_are_those_of_the_real_model(ranks, layout: dict[str, int]) -> None:  # noqa: ANN001
     world = 2 if layout else 1
-    config = load_recipe(PARITY, [*VISION, *layout])
+    overrides = layout_overrides(layout)
+    config = load_recipe(PARITY, [*VISION, *overrides])
     checked = check_layout(config, world, "cpu")
-    for rank, found in enumerate(ranks(world).run(measured, layout)):
-        stage = rank if layout == PP2 else 0
-        (chunk,) = stage_parameters(config, checked, stage)
-        planned = [(p.name, p.shape) for p in chunk if p.is_trained]
-        real = [(name, shape) for name, shape in found["parameters"]]
-        assert sum(map(_size, real)) == sum(map(_size, planned))
-        edges = ("embedding.", "output_layer.")
-        assert _named(real, edges) == _named(planned, edges)
+    for rank, found in enumerate(ranks(world).run(measured, overrides, layout=layout)):
+        (chunk,) = stage_parameters(config, checked, rank if PP in layout else 0)
+        assert [(p.name, p.shape) for p in chunk] == found["parameters"]
     if not layout:
-        total = count_parameters(config, checked)
-        codes = total.total_by_part.get("codebooks", 0)  # EMA's are buffers
-        assert total.total - codes == sum(map(_size, real))
-        assert total.total - total.active >= 15 * config.model.hidden_size
-
-
-def _size(parameter: tuple[str, tuple[int, ...]]) -> int:
-    return torch.Size(parameter[1]).numel()
-
-
-def _named(parameters: list, prefixes: tuple[str, ...]) -> list:
-    return sorted(p for p in parameters if p[0].startswith(prefixes))
+        count = count_parameters(config, checked)
+        real = [torch.Size(shape).numel() for _, shape in found["parameters"]]
+        assert count.total == sum(real)
+        patches = {name: parts["patches"] for name, parts in (
+            ("all", count.total_by_part), ("one", count.active_by_part)
+        )}  # fmt: skip
+        assert patches == {"all": (4 + 1 + 16) * 32, "one": (4 + 1 + 1) * 32}
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", [[], TP2], ids=["one", "tp2"])
-def test_operations_are_those_that_torch_counts(ranks, layout: list[str]) -> None:  # noqa: ANN001
+@pytest.mark.parametrize("layout", [{}, {TP: 2}], ids=["one", "tp2"])
+def test_operations_are_those_that_torch_counts(ranks, layout: dict[str, int]) -> None:  # noqa: ANN001
     """As tests/plan/test_flops_on_ranks.py has it: of the dense path, where rows cannot vary."""
     world = 2 if layout else 1
     overrides = [
         "vq.path=continuous", "model.num_moe_experts=1", "model.moe_router_topk=1",
-        "model.moe_router_dtype=fp64", *layout,
+        "model.moe_router_dtype=fp64", *layout_overrides(layout),
     ]  # fmt: skip
     config = load_recipe(PARITY, [*VISION, *overrides])
     planned = run_flops(config, check_layout(config, world, "cpu")).per_rank[0]
     number = check_layout(config, world, "cpu").num_microbatches(config.train)
-    for found in ranks(world).run(measured, overrides):
+    for found in ranks(world).run(measured, overrides, layout=layout):
         assert found["forward"] * number == planned.forward
         assert found["backward"] * number == planned.backward
 

@@ -10,7 +10,10 @@ from small_run import run_on
 
 TP, PP, EP = (f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "expert"))
 VPP = "virtual_pipeline_model_parallel_size"
-FOUR = ["train.train_iters=20", "train.exit_interval=4", "data.eval_split=test"]
+FOUR = [
+    *("train.train_iters=20", "train.exit_interval=4", "data.eval_split=test"),
+    *("train.micro_batch_size=4", "train.eval_iters=8"),  # 128 images of the test split
+]
 LAYOUTS = {
     "ep2": (2, {EP: 2}, []),
     "tp2": (2, {TP: 2}, []),

@@ -26,13 +26,13 @@ from dataclasses import dataclass
 from vqmoe_megatron.config import ModelConfig, RunConfig
 from vqmoe_megatron.plan import memory_activations
 from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.logits import logits_shape
 from vqmoe_megatron.plan.memory_shape import MemoryShape, carries_memory, num_memory_layers
 from vqmoe_megatron.plan.parameters import (
     ChunkPlace,
     dense_ffn_size,
     head_sizes,
     is_moe_layer,
-    logits_shape,
 )
 from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.state_memory import NUM_THRESHOLD_SUMS

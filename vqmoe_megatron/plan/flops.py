@@ -45,6 +45,7 @@ from dataclasses import dataclass
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
 from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.logits import logits_shape
 from vqmoe_megatron.plan.memory_shape import MemoryShape, carries_memory
 from vqmoe_megatron.plan.parameters import (
     ChunkPlace,
@@ -52,7 +53,6 @@ from vqmoe_megatron.plan.parameters import (
     dense_ffn_size,
     head_sizes,
     is_moe_layer,
-    logits_shape,
     padded_vocab_size,
 )
 from vqmoe_megatron.plan.router_cost import router_forward_flops

@@ -30,12 +30,12 @@ from vqmoe_megatron.plan.activation_memory import (
     saved_bytes,
 )
 from vqmoe_megatron.plan.layout import ParallelLayout
+from vqmoe_megatron.plan.logits import logits_shape
 from vqmoe_megatron.plan.memory_activations import transient_bytes
 from vqmoe_megatron.plan.memory_shape import MemoryShape, num_memory_layers
 from vqmoe_megatron.plan.parameters import (
     chunk_places,
     is_moe_layer,
-    logits_shape,
     num_moe_layers,
 )
 from vqmoe_megatron.plan.shape import LayerShape

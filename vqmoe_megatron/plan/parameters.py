@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
+from vqmoe_megatron.plan.ends import head_tensors, num_head_classes, patch_tensors
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.router_cost import router_tensors
 from vqmoe_megatron.plan.shape import LayerShape
@@ -83,23 +84,6 @@ def num_token_ids(config: RunConfig) -> int:
     return 0 if config.vision.is_on else padded_vocab_size(config.model)
 
 
-def num_head_classes(config: RunConfig) -> int | None:
-    """Outputs of a classification head, which every tensor rank holds whole; None where the model
-    predicts tokens."""
-    if config.vision.is_on:
-        return config.vision.num_classes
-    return (config.finetune.num_classes or 0) if config.finetune.is_on else None
-
-
-def logits_shape(config: RunConfig, layout: ParallelLayout) -> tuple[int, int]:
-    """Rows and columns of a microbatch's logits on one rank: tokens and V / TP; classes where a
-    head tells them apart; images have one answer each, texts an unused one at every position."""
-    batch, num_columns = config.train.micro_batch_size, num_head_classes(config)
-    if num_columns is None:
-        num_columns = padded_vocab_size(config.model) // layout.tensor_model_parallel_size
-    return (batch if config.vision.is_on else batch * config.model.seq_length), num_columns
-
-
 def is_moe_layer(model: ModelConfig, number: int) -> bool:
     """Whether the 0-based layer ``number`` holds experts; the first always does."""
     return number % model.moe_layer_freq == 0
@@ -151,7 +135,8 @@ def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iter
     is_tied = not model.untie_embeddings_and_output_weights
     is_tied_over_stages = is_tied and layout.pipeline_model_parallel_size > 1
     if config.vision.is_on:
-        yield from _patch_embedding(config, element) if place.is_first else ()
+        for name, part, shape in patch_tensors(config) if place.is_first else ():
+            yield Parameter(name, part, shape, element)
     elif place.is_first:
         table = (padded_vocab_size(model) // tensor_ranks, model.hidden_size)  # V / TP
         name = "embedding.word_embeddings.weight"
@@ -175,9 +160,9 @@ def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iter
     if place.is_last:
         if model.norm_placement == "pre":
             yield from _norm(model, element, "decoder.final_layernorm")
-        if (num_classes := num_head_classes(config)) is not None:
-            shape = (num_classes, model.hidden_size)
-            yield from _linear("output_layer", "output_layer", shape, element, has_bias=True)
+        if num_head_classes(config) is not None:
+            for name, part, shape in head_tensors(config):
+                yield Parameter(name, part, shape, element)
         elif not is_tied or is_tied_over_stages:
             table = (padded_vocab_size(model) // tensor_ranks, model.hidden_size)  # V / TP
             name = "output_layer.weight"
@@ -188,15 +173,6 @@ def _chunk(config: RunConfig, layout: ParallelLayout, place: ChunkPlace) -> Iter
     if place.is_first and memory.num_context_codes and memory.is_on:
         codes = (1, memory.num_context_codes, memory.context_dim)
         yield Parameter("code_stream.contexts.codes", "codebooks", codes, 4, is_trained=False)
-
-
-def _patch_embedding(config: RunConfig, element: int) -> Iterator[Parameter]:
-    """Of images: projection [H, C P P] with its bias, positions [S, H], whole on every rank."""
-    hidden, vision, name = config.model.hidden_size, config.vision, "embedding."
-    projection = (hidden, vision.patch_width)
-    positions = f"{name}position_embeddings.weight"
-    yield from _linear(f"{name}patch_projection", "patches", projection, element, has_bias=True)
-    yield Parameter(positions, "patches", (vision.num_patches, hidden), element)
 
 
 def _norm(model: ModelConfig, element: int, name: str) -> Iterator[Parameter]:

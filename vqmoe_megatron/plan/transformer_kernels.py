@@ -28,7 +28,8 @@ from vqmoe_megatron.plan.kernels import (
     products,
 )
 from vqmoe_megatron.plan.layout import ParallelLayout
-from vqmoe_megatron.plan.parameters import dense_ffn_size, head_sizes, logits_shape
+from vqmoe_megatron.plan.logits import logits_shape
+from vqmoe_megatron.plan.parameters import dense_ffn_size, head_sizes
 from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.transformer_xl import RelativeShape, is_relative
 

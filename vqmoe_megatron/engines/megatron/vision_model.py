@@ -138,7 +138,7 @@ class VisionTransformer(MegatronModule):
         hidden = self.decoder(hidden_states=hidden, attention_mask=None)
         if not self.post_process:
             return hidden
-        total = hidden.float().sum(dim=0)
+        total = hidden.sum(dim=0, dtype=torch.promote_types(hidden.dtype, torch.float32))
         if self.config.sequence_parallel:
             total = tensor_parallel.reduce_from_tensor_model_parallel_region(total)
         return self.output_layer((total / self.num_patches).to(self.output_layer.weight.dtype))
