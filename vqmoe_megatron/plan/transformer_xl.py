@@ -91,10 +91,10 @@ class RelativeShape:
 
 
 def score_bytes(config: RunConfig, shape: RelativeShape) -> int:
-    """The softmax in fp32, in bf16 its cast, mask and result of dropout, and the causal mask."""
+    """The softmax in fp32, its cast in bf16 or mask and result of dropout, and the causal mask."""
     per_score = FP32_BYTES + (shape.element if config.model.bf16 else 0)
     if config.model.attention_dropout > 0:
-        per_score += 2 * shape.element
+        per_score = FP32_BYTES + 2 * shape.element
     return shape.num_scores * per_score + shape.length * shape.num_keys * MASK_BYTES
 
 
