@@ -46,7 +46,8 @@ def opening(path: Path) -> str:
 
 def test_all_of_them_are_found() -> None:
     wanted = {"quickstart.yaml", "parity.yaml"}
-    wanted |= {f"paper_base/{name}.yaml" for name in ("enwik8", "text8", "wikitext103", "lm1b")}
+    corpora = ("enwik8", "text8", "wikitext103", "lm1b")
+    wanted |= {f"paper_base/{name}{of}.yaml" for name in corpora for of in ("", "_txl")}
     wanted |= {f"scale/{scale}_{experts}.yaml" for scale in SCALES for experts in EXPERTS}
     assert set(NAMES) == wanted
     elsewhere = {path for path in (ROOT / "recipes").rglob("*.yaml") if path not in RECIPES}
