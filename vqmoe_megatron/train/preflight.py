@@ -115,9 +115,10 @@ def check_parts(config: RunConfig, device: str) -> None:
         for name in [chosen] if isinstance(chosen, str) else chosen:
             if not registry.is_ours(kind, name):
                 registry.load(kind, name)
-    if config.model.attention == "transformer_xl" and not registry.load(
-        "task", config.train.task
-    ).reads_streams:
+    if (
+        config.model.attention == "transformer_xl"
+        and not registry.load("task", config.train.task).reads_streams
+    ):
         raise ValueError(
             f"model.attention=transformer_xl: train.task={config.train.task} does not read "
             "parallel streams of a text, which its memory needs; use model.attention=standard, or "
