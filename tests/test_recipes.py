@@ -46,10 +46,9 @@ def opening(path: Path) -> str:
 
 def test_all_of_them_are_found() -> None:
     wanted = {"quickstart.yaml", "parity.yaml"}
-    wanted |= {
-        f"paper_base/{name}.yaml"
-        for name in ("enwik8", "released_enwik8", "text8", "wikitext103", "lm1b")
-    }
+    corpora = ("enwik8", "text8", "wikitext103", "lm1b")
+    wanted |= {f"paper_base/{name}{of}.yaml" for name in corpora for of in ("", "_txl")}
+    wanted |= {"paper_base/released_enwik8.yaml"}
     wanted |= {f"vision/{name}.yaml" for name in ("digits", "cifar10", "imagenet1k")}
     wanted |= {f"scale/{scale}_{experts}.yaml" for scale in SCALES for experts in EXPERTS}
     assert set(NAMES) == wanted

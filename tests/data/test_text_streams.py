@@ -7,9 +7,21 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from test_evaluation_windows import make_split
 
+from vqmoe_megatron.data.corpus import CorpusSplit
+from vqmoe_megatron.data.indexed_writer import IndexedWriter
 from vqmoe_megatron.data.text_streams import EvaluationStreams, StreamRows, training_streams
+
+
+def make_split(folder, num_tokens, num_bytes=None):
+    """Tokens 0, 1, 2, ..., so that a label says which token it is."""
+    folder.mkdir(exist_ok=True)
+    with IndexedWriter(folder / "valid", "uint16") as writer:
+        writer.write(np.arange(num_tokens))
+        writer.end_document()
+    num_bytes = num_bytes or num_tokens
+    prefix = folder / "valid"
+    return CorpusSplit("valid", prefix, "uint16", num_tokens, 1, num_bytes, 2 * num_tokens, 0)
 
 
 def batches_of(split, consumed, count, rows=3, length=2, micro=1, rank=0, size=1):

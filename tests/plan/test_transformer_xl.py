@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from real_model import measure_activations, measure_flops, measure_state, recipe
+from real_model import (
+    measure_activations,
+    measure_flops,
+    measure_peak,
+    measure_state,
+    recipe,
+)
 
 from vqmoe_megatron.checkpoint.room import planned_bytes
 from vqmoe_megatron.plan.activation_memory import activation_bytes, chunk_activation_bytes
 from vqmoe_megatron.plan.flops import run_flops
 from vqmoe_megatron.plan.layout import check_layout
+from vqmoe_megatron.plan.memory import stage_memory
 from vqmoe_megatron.plan.parameters import chunk_places, stage_parameters
 from vqmoe_megatron.plan.run_plan import plan_run
 from vqmoe_megatron.plan.state_memory import state_bytes
@@ -62,6 +69,20 @@ def test_activations_are_those_that_are_saved(overrides: list[str], ranks) -> No
     (place,) = chunk_places(config.model, layout, 0)
     planned = chunk_activation_bytes(config, place, activation_bytes(config, layout, "cpu"))
     assert planned == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.distributed
+def test_the_peak_of_a_step(ranks) -> None:  # noqa: ANN001
+    """Long segments, few layers: scores within a pass are most of it."""
+    every = [
+        *MEMORY, "model.num_layers=1", "model.seq_length=128", "model.memory_length_tokens=128",
+        "vq.path=continuous",
+    ]  # fmt: skip
+    (found,) = ranks(1).run(measure_peak, every)
+    config = recipe(every)
+    planned = stage_memory(config, check_layout(config, 1, "cpu"), 0, "cpu")
+    # The new memory stands beside the old one, which the plan counts with the state.
+    assert planned.step_peak - planned.state.total == pytest.approx(found, rel=0.25)
 
 
 def test_the_memory_is_kept_for_every_microbatch_and_layer() -> None:

@@ -35,3 +35,13 @@ def test_a_task_that_does_not_cut_its_batches_is_refused(monkeypatch) -> None:  
     with pytest.raises(ValueError, match="context_parallel_size=2: train.task=pretrain gives"):
         check_parts(config, "cpu")
     check_parts(load_recipe(PARITY, []), "cpu")
+
+
+def test_a_task_that_reads_no_streams_is_refused(monkeypatch) -> None:  # noqa: ANN001
+    relative = ["model.attention=transformer_xl", "model.position_embedding_type=relative"]
+    config = load_recipe(PARITY, relative)
+    check_parts(config, "cpu")
+    monkeypatch.setattr(Pretrain, "reads_streams", False)
+    with pytest.raises(ValueError, match="train.task=pretrain does not read parallel streams"):
+        check_parts(config, "cpu")
+    check_parts(load_recipe(PARITY, []), "cpu")

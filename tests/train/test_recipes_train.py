@@ -35,6 +35,7 @@ STAGES = {PP: 2, VPP: 2}
 TWO_LAYERS = ["model.num_layers=2", "code_memory.layers=[1]", "code_memory.num_rows=256"]
 FOUR_LAYERS = ["model.num_layers=4", "code_memory.num_rows=256"]
 WORDS = ["model.kv_channels=16", "data.eval_stride_tokens=16", "model.num_layers=2"]
+SEGMENTS = ["model.kv_channels=16", "model.num_layers=2", "model.memory_length_tokens=64"]
 LOW_DIM = ["vq.num_codes=512", "vq.code_dim=8"]
 OF_PAPER = "code_memory.num_rows=0 vq.path=dual vq.code_input=learned".split()
 CUTS = {
@@ -45,6 +46,10 @@ CUTS = {
     "paper_base/text8.yaml": (1, {}, WORDS, False),
     "paper_base/wikitext103.yaml": (1, {}, WORDS[:2], True),
     "paper_base/lm1b.yaml": (1, {}, WORDS, False),
+    "paper_base/enwik8_txl.yaml": (1, {}, SEGMENTS, True),
+    "paper_base/text8_txl.yaml": (1, {}, SEGMENTS, False),
+    "paper_base/wikitext103_txl.yaml": (1, {}, SEGMENTS, False),
+    "paper_base/lm1b_txl.yaml": (1, {}, SEGMENTS, False),
     "scale/tiny_64.yaml": (*EP2, TWO_LAYERS, False),
     "scale/tiny_128.yaml": (*EP2, TWO_LAYERS, False),
     "scale/tiny_256.yaml": (*EP2, TWO_LAYERS, False),

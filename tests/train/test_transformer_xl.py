@@ -29,7 +29,7 @@ RELATIVE = [
     "train.micro_batch_size=2",
 ]
 MEMORY = [*RELATIVE, "model.memory_length_tokens=40"]
-TWENTY = ["train.eval_interval=10", "train.eval_iters=3"]
+TWENTY = ["vq.path=continuous", "train.eval_interval=10", "train.eval_iters=3"]
 LAYOUTS = {
     "tp2": (2, {TP: 2}, []),
     "pp2": (2, {PP: 2}, []),
@@ -60,6 +60,16 @@ def test_the_curve_is_that_of_one_rank(name, ranks, one_rank, stdlib_corpus, tmp
             assert compared
             for metric in compared:
                 assert ours[metric] == pytest.approx(theirs[metric], rel=LIMIT), metric
+
+
+def test_codes_agree_too(ranks, stdlib_corpus, tmp_path):
+    """Of codes that are drawn: among those of one microbatch's data some are equally near."""
+    every = [*MEMORY, *TINY, "vq.init=uniform", "train.train_iters=20", "train.exit_interval=6"]
+    one = curve(run_on(ranks(1), stdlib_corpus, tmp_path / "one", every, {}))
+    two = curve(run_on(ranks(2), stdlib_corpus, tmp_path / "two", every, {TP: 2}))
+    assert sorted(one) == sorted(two) == list(range(1, 7))
+    for iteration, found in two.items():
+        assert found == pytest.approx(one[iteration], rel=LIMIT)
 
 
 def curve(results):

@@ -42,6 +42,13 @@ def test_what_can_start_silent(recipe: RunConfig) -> None:
         (RunConfig(vq=VQConfig(path="discrete")), "use path=continuous with a code memory"),
         (RunConfig(vq=VQConfig(path="filled")), "use fill_values=direct"),
         (
+            RunConfig(
+                model=ModelConfig(attention="transformer_xl", position_embedding_type="relative"),
+                vq=CONTINUOUS,
+            ),
+            "model.attention=transformer_xl: sources are read",
+        ),
+        (
             RunConfig(vq=VQConfig(path="filled", num_fill_experts=0, threshold_routing=True)),
             "threshold_routing=false",
         ),

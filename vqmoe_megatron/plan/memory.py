@@ -45,6 +45,7 @@ from vqmoe_megatron.plan.step_end_memory import (
     save_bytes,
     step_end_bytes,
 )
+from vqmoe_megatron.plan.transformer_xl import transient_bytes as score_transient_bytes
 
 EXCLUDED = (
     "fragmentation and caching of the allocator",
@@ -67,7 +68,7 @@ class StageMemory:
     code_tables: int  # code rows and tables of code outputs, of all microbatches in flight
     recomputed: int  # made anew at one time in the backward pass
     dispatch_buffers: int  # rows on their way, of one layer at a time, those of a memory included
-    workspace: int  # the largest weight gradient, or logits in bf16 beside their fp32 softmax
+    workspace: int  # largest weight gradient, bf16 logits beside their softmax, relative scores
     head: int  # contained in activations: gone when the backward pass comes to a layer
     candidates: int  # tokens kept for dead codes while microbatches follow
     step_end: int  # temporaries of codebooks and optimizer, when activations are gone
@@ -136,7 +137,7 @@ def stage_memory(
     in_flight = peak_in_flight(chunks, *schedule)
     tables_in_flight = peak_in_flight(tables, *schedule)
     state = state or state_bytes(config, layout, pipeline_rank)
-    workspace = state.largest_weight
+    workspace = max(state.largest_weight, score_transient_bytes(config, layout))
     if places[-1].is_last:
         answers, columns = logits_shape(config, layout)
         # Megatron's cross entropy turns fp32 logits into the softmax, which is kept, and that into

@@ -62,16 +62,9 @@ def attention_kernels(
     name, part = CORE_ATTENTION, "attention"
     has_scores = writes_scores(model, hardware.kernels)
     yield Kernel(part, name, FORWARD, unit, core, mixed, context, 2 if has_scores else 1)
-    yield Kernel(
-        part,
-        name,
-        BACKWARD,
-        unit,
-        2 * core - flops.distances,
-        mixed + 2 * context,
-        mixed,
-        4 if has_scores else 3,
-    )
+    backward = 2 * core - flops.distances
+    launches = 4 if has_scores else 3
+    yield Kernel(part, name, BACKWARD, unit, backward, mixed + 2 * context, mixed, launches)
     if has_scores:
         scores = tokens * model.seq_length * heads // shards * element
         if is_relative(model):  # two kinds of scores, one of them shifted: two passes more each way

@@ -23,6 +23,9 @@ from vqmoe_megatron.plan.layout import ParallelLayout
 
 MASK_BYTES = 1
 FP32_BYTES = 4
+# Tensors of scores that are alive at once within a pass beside what is kept, counted in the code:
+# by content, by distance, shifted, scaled, masked; backward as many gradients of them.
+NUM_SCORE_TENSORS = 4
 
 
 def is_relative(model: ModelConfig) -> bool:
@@ -91,11 +94,19 @@ class RelativeShape:
 
 
 def score_bytes(config: RunConfig, shape: RelativeShape) -> int:
-    """The softmax in fp32, in bf16 its cast, mask and result of dropout, and the causal mask."""
+    """The softmax in fp32, its cast in bf16 or mask and result of dropout, and the causal mask."""
     per_score = FP32_BYTES + (shape.element if config.model.bf16 else 0)
     if config.model.attention_dropout > 0:
-        per_score += 2 * shape.element
+        per_score = FP32_BYTES + 2 * shape.element
     return shape.num_scores * per_score + shape.length * shape.num_keys * MASK_BYTES
+
+
+def transient_bytes(config: RunConfig, layout: ParallelLayout) -> int:
+    """Made within a pass of one layer; 0 for another attention, whose scores are counted."""
+    if not is_relative(config.model):
+        return 0
+    shape = RelativeShape.from_config(config, layout)
+    return NUM_SCORE_TENSORS * shape.num_scores * shape.element
 
 
 def kept_bytes(shape: RelativeShape, norm_bytes_of_segment: int) -> int:

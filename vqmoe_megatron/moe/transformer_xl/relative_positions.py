@@ -12,7 +12,7 @@ BASE = 10000.0  # of the sinusoids in "Attention Is All You Need", which Transfo
 
 
 def distance_vectors(num_keys: int, width: int, like: torch.Tensor) -> torch.Tensor:
-    """Return ``[L, H]`` in the dtype and on the device of ``like``: row c is the distance L - 1 - c.
+    """Return ``[L, H]`` in the dtype and on the device of ``like``; row c is of L - 1 - c.
 
     The first half are sines, the second cosines, as in Transformer-XL. Angles are taken in fp64,
     since fp32 has no digit left of the fastest ones at long distances.
