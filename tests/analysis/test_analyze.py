@@ -81,7 +81,8 @@ def test_copies_of_one_expert_and_a_permuted_codebook_are_seen(run, ranks, small
         assert after["output_cosine"] == pytest.approx(1.0, abs=1e-5)
         assert after["weight_cosine"] == pytest.approx(1.0, abs=1e-5)
         assert before["claim"] == 8 + before["num_codes"] + 2
-    codes = [row for row in found["permuted"] if row["kind"] == "codes" and row["level"] == 1]
+    of_codes = [row for row in found["permuted"] if row["kind"] == "codes"]
+    codes = [row for row in of_codes if row["compared"] == "earlier checkpoint"]
     assert len(codes) == 2
     for row in codes:
         assert row["renamed"] > 0.999 > 0.5 > row["same"]
