@@ -59,7 +59,7 @@ def test_the_class_is_read_off_the_last_token_alone() -> None:
     assert torch.equal(class_loss(batch, other)[0], total)
 
 
-@pytest.mark.parametrize("mode", ["full", "discrete"])
+@pytest.mark.parametrize("mode", ["full", pytest.param("discrete", marks=pytest.mark.full)])
 def test_a_run_does_not_depend_on_how_far_texts_are_filled(mode, one_rank, ranks, tmp_path) -> None:
     planned, _, short = one_rank(mode)
     assert planned.config.model.seq_length == 16  # the checkpoint's; texts have 3 to 25 bytes
@@ -136,7 +136,7 @@ LAYOUTS = {
     "pp2": (2, {"pipeline_model_parallel_size": 2}, "discrete"),
     "pp2-full": (2, {"pipeline_model_parallel_size": 2}, "full"),
 }
-FAST = ("ep2", "ep2-discrete", "tp2", "pp2")
+FAST = ("ep2", "tp2", "pp2")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_layout_is_one_rank(case, one_rank, ranks, tmp_path) -> None:
             assert here["val/accuracy"] == there["val/accuracy"]
 
 
-@pytest.mark.parametrize("mode", ["full", "head"])
+@pytest.mark.parametrize("mode", ["full", pytest.param("head", marks=pytest.mark.full)])
 def test_a_run_goes_on_bitwise(mode, one_rank, ranks, tmp_path) -> None:
     planned, _, whole = one_rank(mode)
     first = tune_on(ranks(1), planned.recipe, tmp_path / "run", {}, "train.exit_interval=3")

@@ -99,7 +99,9 @@ def tuned_model(model: ModelConfig, seq_length: int) -> ModelConfig:
     )
 
 
-def tuned_recipe(stored: RunConfig, load: str, finetune: FinetuneConfig, seq_length: int):  # noqa: ANN201
+def tuned_recipe(
+    stored: RunConfig, load: str, finetune: FinetuneConfig, seq_length: int
+) -> RunConfig:
     """The recipe of a fine-tuning run from a checkpoint's; one rank, a modest learning rate.
 
     Raises:

@@ -19,7 +19,12 @@ from megatron.core import parallel_state
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.data.corpus import Corpus
 from vqmoe_megatron.data.datasets import TrainBatches
-from vqmoe_megatron.data.labelled_samples import LabelledSamples, LabelledWindows, encode_splits
+from vqmoe_megatron.data.labelled_samples import (
+    EncodedTexts,
+    LabelledSamples,
+    LabelledWindows,
+    encode_splits,
+)
 from vqmoe_megatron.data.labelled_texts import checked_texts
 from vqmoe_megatron.data.tokenizers import load_tokenizer
 from vqmoe_megatron.tasks.pretrain import to_device
@@ -34,10 +39,10 @@ class Finetune(Task):
 
     def __init__(self, config: RunConfig, corpus: Corpus | None) -> None:
         super().__init__(config, corpus)
-        self._splits = None
+        self._splits: dict[str, EncodedTexts] | None = None
 
     @property
-    def splits(self):  # noqa: ANN201
+    def splits(self) -> dict[str, EncodedTexts]:
         """The encoded splits; read when first asked for."""
         if self._splits is None:
             texts = checked_texts(self.config.finetune)
