@@ -110,7 +110,7 @@ def test_what_is_no_stream_is_refused(tmp_path):
             StreamRows(split, 8, rows, micro, rank, size)
     with pytest.raises(ValueError, match="a row needs two"):
         StreamRows(make_split(tmp_path / "short", 1), 8, 4, 2, 0, 1)
-    with pytest.raises(ValueError, match="consumed_samples=6 is no multiple of the 4 rows"):
+    with pytest.raises(ValueError, match="num_read_samples=6 is no multiple of the 4 rows"):
         next(training_streams(StreamRows(split, 8, 4, 2, 0, 1), 6))
 
 

@@ -70,9 +70,9 @@ class StreamRows:
 
 
 def training_streams(
-    rows: StreamRows, consumed_samples: int, pin_memory: bool = False
+    rows: StreamRows, num_read_samples: int, pin_memory: bool = False
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the microbatches of a rank behind ``consumed_samples``, without end.
+    """Yield the microbatches of a rank behind ``num_read_samples``, without end.
 
     Each is a dict of ``tokens``, ``labels``, ``position_ids`` int64 and ``loss_mask`` fp32, ``[b,
     S]``.
@@ -81,13 +81,13 @@ def training_streams(
         ValueError: when the samples are no whole number of global batches.
     """
     num_rows, length = len(rows.starts) - 1, rows.seq_length
-    if consumed_samples % num_rows:
+    if num_read_samples % num_rows:
         raise ValueError(
-            f"consumed_samples={consumed_samples} is no multiple of the {num_rows} rows of a "
+            f"num_read_samples={num_read_samples} is no multiple of the {num_rows} rows of a "
             "global batch: every row has read equally much; was the checkpoint written with "
             "another train.global_batch_size?"
         )
-    step = consumed_samples // num_rows
+    step = num_read_samples // num_rows
     mask = np.ones((rows.micro_batch_size, length))
     while True:
         for numbers in rows.rows:

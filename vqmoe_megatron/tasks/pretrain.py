@@ -37,9 +37,9 @@ class Pretrain(Task):
         """Communicates: a barrier while rank 0 builds the sample order; streams need none."""
         config, train = self.config, self.config.train
         if self._are_streams:
-            rows = self._rows("train")
+            rows, num_read = self._rows("train"), consumed_samples + passed_over_samples
             return [
-                training_streams(rows, consumed_samples, torch.cuda.is_available())
+                training_streams(rows, num_read, torch.cuda.is_available())
                 for _ in range(num_chunks)
             ]
         dataset = build_training_dataset(
