@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vqmoe_megatron import registry
 from vqmoe_megatron.config.checks import check_settings
 
 
@@ -45,9 +44,3 @@ class VisionConfig:
     def patch_width(self) -> int:
         """Numbers of one patch: C P P."""
         return self.num_channels * self.patch_size**2
-
-
-def routes_by_token_ids(router: str) -> bool:
-    """Whether one of our routers says that it reads token ids, which an image has not; a package's
-    is not loaded, and finds out when it is built."""
-    return registry.is_ours("router", router) and "token_ids" in registry.takes("router", router)

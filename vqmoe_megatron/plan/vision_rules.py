@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vqmoe_megatron.config import RunConfig
-from vqmoe_megatron.config.vision import routes_by_token_ids
 
 TASK = "images"  # the task that reads images, and no other
 NO_TOKEN_IDS = "an image has no token ids"
+TOKEN_ID_ROUTERS = ("hash",)  # an expert is a function of the token's id
 # Settings of text that a recipe must leave out: key -> value where it does, and why.
 OF_TEXT = {
     "model.vocab_size": (None, f"{NO_TOKEN_IDS}, the head has vision.num_classes outputs"),
@@ -48,7 +48,7 @@ def vision_errors(config: RunConfig) -> Iterator[str]:
         section, _, name = key.partition(".")
         if (value := getattr(getattr(config, section), name)) != unset:
             yield f"{key}={value} with vision.image_size: {reason}; leave it out"
-    if routes_by_token_ids(model.moe_router):
+    if model.moe_router in TOKEN_ID_ROUTERS:
         yield (
             f"moe_router={model.moe_router} with vision.image_size: it routes by token ids, and "
             f"{NO_TOKEN_IDS}; use topk"
