@@ -129,6 +129,8 @@ def _open_report(run: CheckedRun, trainer: Trainer) -> RunReport:
             f"{trainer.num_parameters:,} parameters on rank 0; by the plan {planned.total:,} in "
             f"all, {planned.active:,} used by one token"
         )
+        if run.config.vision.is_on:
+            report.message(run.config.vision.in_words)
         report.message(f"experts: {run.config.experts_in_words}")
         report.message(run.config.vq.execution_in_words)
         if run.config.code_memory.is_on:
