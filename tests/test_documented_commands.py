@@ -189,6 +189,8 @@ PAGE_NAMES = {page: page.relative_to(ROOT / "docs").as_posix() for page in PAGES
 # Fences `sh`: what a test cannot have, and what shows that it is right all the same.
 ELSEWHERE = {
     "vqmoe checkpoint inspect RUN_DIR": "run in the quickstart, on a real directory",
+    "vqmoe prepare images": "needs images; tests/data/test_image_sources.py makes some",
+    "vqmoe prepare cifar10": "needs CIFAR-10; tests/data/test_image_sources.py writes its records",
     "torchrun ... pretrain_gpt.py": "needs Megatron-LM; tests/train/test_inside_megatron_lm.py",
 }
 

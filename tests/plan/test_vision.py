@@ -14,6 +14,7 @@ from vqmoe_megatron.plan.layout import check_layout, layout_errors
 from vqmoe_megatron.plan.parameter_count import count_parameters
 from vqmoe_megatron.plan.parameters import stage_parameters
 from vqmoe_megatron.plan.run_plan import plan_run
+from vqmoe_megatron.plan.vision_rules import vision_errors
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 TP2 = [f"parallel.{TP}=2"]
@@ -106,6 +107,13 @@ def test_operations_are_those_that_torch_counts(ranks, layout: dict[str, int]) -
 def test_what_does_not_apply_to_images_is_refused(override: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         check_layout(load_recipe(PARITY, [*VISION, override]), 1, "cpu")
+
+
+def test_a_router_by_token_ids_is_refused() -> None:
+    config = load_recipe(PARITY, VISION)
+    assert layout_errors(config, 1, "cpu") == []
+    config.model.moe_router = "hash"
+    assert any("routes by token ids, and an image has no" in e for e in vision_errors(config))
 
 
 def test_cut_sequences_and_odd_layouts_are_refused() -> None:

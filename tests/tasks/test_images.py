@@ -12,7 +12,7 @@ TP, PP, EP = (f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "
 VPP = "virtual_pipeline_model_parallel_size"
 FOUR = [
     *("train.train_iters=20", "train.exit_interval=4", "data.eval_split=test"),
-    *("train.micro_batch_size=4", "train.eval_iters=8"),  # 128 images of the test split
+    *("train.micro_batch_size=4", "train.eval_iters=8", "train.eval_interval=4"),  # 128 images
 ]
 LAYOUTS = {
     "ep2": (2, {EP: 2}, []),
@@ -50,20 +50,32 @@ def test_the_loss_is_the_cross_entropy_of_images_under_the_mask() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", only(LAYOUTS, "ep2", "tp2", "pp2", "dp2-distributed-optimizer"))
+@pytest.mark.parametrize("name", only(LAYOUTS, "ep2", "tp2", "pp2"))
 def test_the_curve_is_that_of_one_rank(name, ranks, one_rank, digits, tmp_path):
     num_ranks, layout, overrides = LAYOUTS[name]
     results = run_on(ranks(num_ranks), digits, tmp_path, [*VISION, *FOUR, *overrides], layout)
     expected = one_rank["records"]
     assert [record["iteration"] for record in expected] == [0, 1, 2, 3, 4]
     assert 0 < expected[0]["val/accuracy"] < 1
-    assert expected[-1]["val/loss"] < expected[0]["val/loss"]
+    assert expected[-1]["val/loss"] != expected[0]["val/loss"]
     for result in results:
         for ours, theirs in zip(result["records"], expected, strict=True):
             for metric in {"loss", "grad_norm", "val/loss"} & set(theirs):
                 assert ours[metric] == pytest.approx(theirs[metric], rel=1e-5), metric
             assert ours.get("val/accuracy") == theirs.get("val/accuracy")
             assert "val/bits_per_byte" not in ours
+
+
+@pytest.mark.distributed
+def test_it_learns_the_digits(ranks, digits, tmp_path):
+    """Chance is 0.1; two passes over a thousand digits are enough to be far from it."""
+    learn = ["train.train_iters=80", "train.global_batch_size=32", "train.micro_batch_size=32"]
+    learn += ["train.eval_iters=12", "data.eval_split=test", "optimizer.lr=3e-3"]
+    (found,) = run_on(ranks(1), digits, tmp_path, [*VISION, *learn, "model.num_layers=2"], {})
+    records = found["records"]
+    assert records[0]["val/accuracy"] < 0.3
+    assert records[-1]["val/accuracy"] > 0.6
+    assert records[-1]["val/loss"] < 0.6 * records[0]["val/loss"]
 
 
 @pytest.mark.distributed

@@ -168,14 +168,15 @@ def _ends(rows: list[list[object]]) -> list[list[object]]:
 
 def _configuration(plan: RunPlan) -> Table:
     model, vq, train = plan.config.model, plan.config.vq, plan.config.train
-    layout = plan.layout
+    layout, vision = plan.layout, plan.config.vision
     num_microbatches = layout.num_microbatches(train)
+    reads = vision.in_words if vision.is_on else f"vocabulary {model.vocab_size}"
     rows = (
         (
             "model",
             f"{model.num_layers} layers, hidden {model.hidden_size}, heads "
-            f"{model.num_attention_heads}, sequence {model.seq_length}, vocabulary "
-            f"{model.vocab_size}, {'bf16' if model.bf16 else 'fp32'}",
+            f"{model.num_attention_heads}, sequence {model.seq_length}, {reads}, "
+            f"{'bf16' if model.bf16 else 'fp32'}",
         ),
         ("experts", plan.config.experts_in_words),
         ("codes", f"{vq.num_codes} x {vq.num_code_slices} ({vq.quantizer}), path {vq.path}"),

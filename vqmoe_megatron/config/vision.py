@@ -36,6 +36,15 @@ class VisionConfig:
         return self.image_size is not None
 
     @property
+    def in_words(self) -> str:
+        """What is read, and what is answered; of a model of images only."""
+        image, patch = (f"{size} x {size}" for size in (self.image_size, self.patch_size))
+        return (
+            f"images of {image} x {self.num_channels} in {self.num_patches} patches of {patch}, "
+            f"{self.num_classes} classes from their mean"
+        )
+
+    @property
     def num_patches(self) -> int:
         """S, positions of the sequence; of a model of images only."""
         return (self.image_size // self.patch_size) ** 2

@@ -131,6 +131,8 @@ def _open_report(run: CheckedRun, trainer: Trainer) -> RunReport:
         )
         if run.config.finetune.is_on:
             report.message(f"of these {count_trained(run.config):,} train")
+        if run.config.vision.is_on:
+            report.message(run.config.vision.in_words)
         report.message(f"experts: {run.config.experts_in_words}")
         report.message(run.config.vq.execution_in_words)
         if run.config.code_memory.is_on:
