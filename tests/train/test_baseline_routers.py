@@ -100,3 +100,14 @@ def test_a_stopped_run_goes_on_bitwise(router, ranks, small_corpus, tmp_path):
     for name in ("loss", "grad_norm", "val/loss", *(n for n in exact if n.startswith("moe/"))):
         assert parts[-1][name] == whole[-1][name], name
     assert parts[-1]["iteration"] == 6
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("router", ["x_moe", "hash", *STATEFUL])
+def test_a_run_goes_on_at_another_layout(router, ranks, small_corpus, tmp_path):
+    every = [*SHORT, *ROUTERS[router], "train.eval_iters=0"]
+    whole = run_on(ranks(1), small_corpus, tmp_path / "whole", every, {})[0]["records"]
+    cut = [*every, "train.exit_interval=3"]
+    run_on(ranks(4), small_corpus, tmp_path / "cut", cut, {TP: 2, EP: 2})
+    (moved, _) = run_on(ranks(2), small_corpus, tmp_path / "cut", cut, {PP: 2})
+    same_curve(moved["records"], [r for r in whole if r["iteration"] > 3], 1e-5)

@@ -307,7 +307,8 @@ def _moe(config: RunConfig, layer: LayerShape) -> int:
         total += (layer.num_dispatched_rows + slots // layer.expert_tensor_parallel_size) * inner
     # Rows without a router's weights are not kept when they come back; of a dense layer nobody but
     # a shared expert then keeps the input.
-    unweighed = 0 if layer.has_router else layer.num_continuous_rows - layer.num_staying_rows
+    is_weighed = layer.has_router and layer.moe_router != "hash"  # whose weight is always one
+    unweighed = 0 if is_weighed else layer.num_continuous_rows - layer.num_staying_rows
     if layer.vq.path == "continuous" and not layer.shared_expert_width:
         total -= unweighed * hidden * element
     if rows:
@@ -322,7 +323,7 @@ def _moe(config: RunConfig, layer: LayerShape) -> int:
     width = layer.shared_expert_width  # TP ranks' tokens, 1 / TP of its columns
     total += (5 if config.model.gated_linear_unit else 2) * tokens * width * element
     if layer.has_router:
-        total += 3 * tokens * layer.num_moe_experts * 4  # router scores, fp32
+        total += is_weighed * 3 * tokens * layer.num_moe_experts * 4  # router scores, fp32
         total += tokens * layer.moe_router_topk * (2 * ID_BYTES + 2 * 4)
     if not layer.vq.has_codes:
         return total

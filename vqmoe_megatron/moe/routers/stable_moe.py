@@ -141,11 +141,12 @@ class StableMoERouter(CountsSteps):
     def _attach_balance(
         self, probs: torch.Tensor, routing_map: torch.Tensor, coeff: float
     ) -> torch.Tensor:
-        counts, num_local, num_tokens = get_tokens_per_expert_and_token_count(
+        counts, num_local, _ = get_tokens_per_expert_and_token_count(
             routing_map=routing_map, reduce_group=self.tp_cp_group, topk=self.topk
         )
-        mean = num_tokens / self.num_experts
-        over = (counts - mean) / mean  # [N]
+        counts = counts.to(probs.dtype)
+        num_tokens = counts.sum()  # T
+        over = counts * self.num_experts / num_tokens - 1.0  # [N]
         loss = coeff * (probs.sum(dim=0) * over).sum() / num_tokens  # probs are zero elsewhere
         return self.attach_and_log_load_balancing_loss(
             probs,
