@@ -9,7 +9,6 @@ from vqmoe_megatron.config.router_rules import OF_TOKEN_IDS
 
 TASK = "images"  # the task that reads images, and no other
 NO_TOKEN_IDS = "an image has no token ids"
-TOKEN_ID_ROUTERS = ("hash",)  # an expert is a function of the token's id
 # Settings of text that a recipe must leave out: key -> value where it does, and why.
 OF_TEXT = {
     "model.vocab_size": (None, f"{NO_TOKEN_IDS}, the head has vision.num_classes outputs"),
