@@ -253,7 +253,7 @@ MUTANTS = (
     Mutant(
         "attention: tokens see those behind them",
         "moe/cpu_attention.py",
-        "is_causal=True,",
+        "is_causal=is_causal,",
         "is_causal=False,",
         "tests/moe/test_cpu_attention.py",
     ),
