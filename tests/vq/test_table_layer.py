@@ -200,7 +200,7 @@ BROKEN = {
     "memory illegal": (one_slice(), {"code_memory": "some"}, "code_memory='some'"),
     "foreign": (one_slice(), {"format_version": None}, "table format None"),
     "setting missing": (one_slice(), {"combine": None}, "lack combine"),
-    "setting illegal": (one_slice(), {"quantizer": "fsq"}, "quantizer='fsq'"),
+    "setting illegal": (one_slice(), {"quantizer": "grid"}, "quantizer='grid'"),
     "number of slices": (one_slice(), {"num_code_slices": "2"}, "with C = 2"),
     "no codes": ({"table": torch.zeros(3, 2)}, {}, "codes none"),
     "table of other rows": (one_slice() | {"table": torch.zeros(4, 2)}, {}, r"table \[4, 2\]"),
