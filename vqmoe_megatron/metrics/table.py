@@ -50,13 +50,11 @@ OUR_METRICS: tuple[Metric, ...] = (
     Metric("val/bits_per_byte",
         "val/loss / ln 2 x evaluated tokens / evaluated bytes", "bits/byte",
         "from the summed loss, tokens and bytes", ".4f"),
-    Metric("val/accuracy",
-        "evaluated images whose most likely class is right (train.task=images)", "1",
-        "share of all evaluated images", ".4f"),
     Metric("val/perplexity", "exp(val/loss)", "1", "from the reduced val/loss", ".3f"),
     Metric("val/accuracy",
-        "fine-tuning: share of the evaluation split's texts whose class was found; loss and "
-        "val/loss are then of texts, not tokens", "1", "from the counts of all ranks", ".4f"),
+        "share of the evaluation split's texts (train.task=finetune) or images (images) whose class "
+        "was found; loss and val/loss are then of those, not of tokens", "1",
+        "from the counts of all ranks", ".4f"),
     LayerMetric("vq/code_perplexity",
         "exp of the entropy of code usage, num_codes when usage is uniform; mean over slices of "
         "product codes", "codes", console_format=".1f"),

@@ -23,9 +23,9 @@ from vqmoe_megatron.plan.layout import ParallelLayout
 
 MASK_BYTES = 1
 FP32_BYTES = 4
-# Tensors of scores that are alive at once within a pass beside what is kept, counted in the code:
-# by content, by distance, shifted, scaled, masked; backward as many gradients of them.
-NUM_SCORE_TENSORS = 4
+# Tensors of scores that are alive at once within a pass beside what is kept: by content, by distance
+# and shifted are three, when the softmax, which is counted as kept, is not there yet.
+NUM_SCORE_TENSORS = 2
 
 
 def is_relative(model: ModelConfig) -> bool:
