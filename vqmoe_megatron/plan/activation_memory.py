@@ -343,8 +343,10 @@ def _moe(config: RunConfig, layer: LayerShape) -> int:
         total += tokens * (hidden * element + 5 * layer.vq.num_code_slices * ID_BYTES)
     if in_code_space:
         return total + num_norms * slots * hidden * layer.sum_bytes_per_element
-    if num_norms and layer.vq.expert_input != "token":  # codes and blends, before the norm
-        total += layer.num_discrete_rows * hidden * element
+    if num_norms and layer.has_code_inputs:
+        total += layer.num_discrete_rows * hidden * element  # before the norm
     if layer.vq.path == "dual":
         total += tokens * hidden * element  # the discrete output
+        if num_norms and layer.vq.expert_input.startswith("blend"):
+            total += tokens * hidden * element  # before the norm; alone it stands for the tokens
     return total + (tokens * hidden * element if num_norms else 0)
