@@ -61,8 +61,8 @@ MUTANTS = (
     Mutant(
         "loss: not divided by TP under sequence parallelism",
         "moe/code_assigner.py",
-        "self.vq.vq_loss_coeff / self.pg_collection.tp_cp.size()",
-        "self.vq.vq_loss_coeff / 1",
+        "loss = mean * (coeff / num_parts)",
+        "loss = mean * coeff",
         "tests/moe/test_layer_equality.py",
     ),
     Mutant(

@@ -88,6 +88,9 @@ def input_gradients(
             leaf = x.detach().clone().requires_grad_()
             output = function(leaf)
             probe = torch.randn(output.shape, generator=generator).to(output)
+            if not output.requires_grad:  # of nothing in x, as where a path keeps it constant
+                rows.append(torch.zeros_like(leaf))
+                continue
             (grad,) = torch.autograd.grad(output, leaf, probe, materialize_grads=True)
             rows.append(grad.detach())
     return torch.cat(rows)
