@@ -332,7 +332,7 @@ MUTANTS = (
     Mutant(
         "evaluation: tokens that two windows share are scored twice",
         "data/evaluation_windows.py",
-        "starts = np.where(windows == 0, 0, self.seq_length - self.stride_tokens)",
+        "starts = np.where(windows == 0, 0, self.window_tokens - self.stride_tokens)",
         "starts = np.where(windows == 0, 0, 0)",
         "tests/data/test_evaluation_windows.py",
     ),

@@ -52,8 +52,8 @@ OUR_METRICS: tuple[Metric, ...] = (
         "from the summed loss, tokens and bytes", ".4f"),
     Metric("val/perplexity", "exp(val/loss)", "1", "from the reduced val/loss", ".3f"),
     Metric("val/accuracy",
-        "share of the evaluation split's texts (train.task=finetune) or images (images) whose class "
-        "was found; loss and val/loss are then of those, not of tokens", "1",
+        "share of the evaluation split's texts (train.task=finetune) or images (images) whose "
+        "class was found; loss and val/loss are then of those, not of tokens", "1",
         "from the counts of all ranks", ".4f"),
     LayerMetric("vq/code_perplexity",
         "exp of the entropy of code usage, num_codes when usage is uniform; mean over slices of "

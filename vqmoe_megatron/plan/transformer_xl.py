@@ -23,8 +23,8 @@ from vqmoe_megatron.plan.layout import ParallelLayout
 
 MASK_BYTES = 1
 FP32_BYTES = 4
-# Tensors of scores that are alive at once within a pass beside what is kept: by content, by distance
-# and shifted are three, when the softmax, which is counted as kept, is not there yet.
+# Tensors of scores that are alive at once within a pass beside what is kept: by content, by
+# distance and shifted are three, when the softmax, which is counted as kept, is not there yet.
 NUM_SCORE_TENSORS = 2
 
 

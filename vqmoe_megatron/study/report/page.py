@@ -25,6 +25,14 @@ class Table:
     lines: Sequence[Sequence[str]]
     caption: str = ""
 
+    def __post_init__(self) -> None:
+        for line in self.lines:
+            if len(line) != len(self.headings):
+                raise ValueError(
+                    f"a table's line has {len(line)} cells for {len(self.headings)} headings: "
+                    f"{', '.join(line)}; {', '.join(self.headings)}"
+                )
+
 
 @dataclass(frozen=True)
 class Plot:
