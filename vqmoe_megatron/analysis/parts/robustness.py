@@ -93,7 +93,7 @@ def section(findings: Mapping[str, Findings], settings: Settings) -> Section:
         "less than the first",
     ]
     table = Table(
-        [*headings, "less than the first"],
+        headings,
         cells,
         "Losses in nats per token. Area: the mean over the range of levels, by trapezoids. Added: "
         "area less the clean loss; of the domain its loss less the clean one. Less than the first: "
