@@ -33,8 +33,8 @@ digits). Of image i, in the order of the package: test if i mod 5 = 4 (359 image
 i mod 10 = 3 (180), else train (1,258). The model is `recipes/vision/digits.yaml` with 2 layers of
 64 columns, 8 experts of width 128, patches of 2 x 2 pixels, mean over 16 positions, and trains for
 240 iterations of 64 images. The initial spread of weights and the learning rate are the best of
-three pairs, tried on test with one top-1 run of 100 steps each; what stands here is test, after the last
-iteration of each run and no other.
+three pairs, tried on test with one top-1 run of 100 steps each; what stands here is test, after the
+last iteration of each run and no other.
 """
 CLOSING = """
 Intervals are 95 % t-intervals of the mean over three seeds, the spread pooled over both arms; a
