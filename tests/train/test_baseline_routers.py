@@ -38,14 +38,20 @@ SHORT += ["model.num_layers=4", "train.eval_interval=3"]
 STATEFUL = ("smoe_dropout", "loss_free", "stable_moe")
 
 
-def same_curve(ours: list[dict], theirs: list[dict], rel: float) -> None:
+# Switch drops by microbatch, and data ranks make other microbatches of the validation windows. Steps
+# are not touched by it: their microbatches are the same at every layout of these tests.
+OTHER_DROPS = {"switch": 1e-4}
+
+
+def same_curve(ours: list[dict], theirs: list[dict], rel: float, rel_of_val: float = 0.0) -> None:
     assert [record["iteration"] for record in ours] == [r["iteration"] for r in theirs]
     for one, other in zip(ours, theirs, strict=True):
         compared = {name for name in other if name.split("/")[0] in ("loss", "grad_norm", "val")}
         compared |= {name for name in other if name.startswith("moe/") and "layer" not in name}
         assert {"loss", "grad_norm"} <= compared or other["iteration"] == 0
         for name in compared:
-            assert one[name] == pytest.approx(other[name], rel=rel, abs=1e-7), name
+            allowed = max(rel, rel_of_val) if name.startswith("val/") else rel
+            assert one[name] == pytest.approx(other[name], rel=allowed, abs=1e-7), name
 
 
 @pytest.mark.parametrize(
@@ -62,7 +68,7 @@ def test_short_curves_are_those_of_one_rank(name, router, ranks, small_corpus, t
     for result in run_on(
         ranks(num_ranks), small_corpus, tmp_path / "n", [*every, *overrides], layout
     ):
-        same_curve(result["records"], one, 1e-5)
+        same_curve(result["records"], one, 1e-5, OTHER_DROPS.get(router, 0.0))
 
 
 @pytest.fixture(scope="module")
