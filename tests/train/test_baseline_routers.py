@@ -38,9 +38,9 @@ SHORT += ["model.num_layers=4", "train.eval_interval=3"]
 STATEFUL = ("smoe_dropout", "loss_free", "stable_moe")
 
 
-# Switch drops by microbatch, and data ranks make other microbatches of the validation windows. Steps
+# Switch drops by microbatch, and data ranks make other microbatches of validation windows. Steps
 # are not touched by it: their microbatches are the same at every layout of these tests.
-OTHER_DROPS = {"switch": 1e-4}
+OTHER_DROPS = {"switch": 5e-4}
 
 
 def same_curve(ours: list[dict], theirs: list[dict], rel: float, rel_of_val: float = 0.0) -> None:
