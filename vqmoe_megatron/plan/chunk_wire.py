@@ -33,7 +33,7 @@ from vqmoe_megatron.plan.parameters import ChunkPlace, is_moe_layer
 from vqmoe_megatron.plan.shape import LayerShape
 from vqmoe_megatron.plan.wire import COUNT_BYTES, RowTraffic, Term, all_reduced, layer_terms
 
-FP32_BYTES = 4
+FP32_BYTES = INT32_BYTES = 4
 COLUMN_PARALLEL = ("all_gather",), ("all_gather", "reduce_scatter")  # forward, backward
 ROW_PARALLEL = ("reduce_scatter",), ("all_gather",)
 
@@ -167,9 +167,9 @@ def _moe(
 
 
 def _capacity(shape: LayerShape, layout: ParallelLayout) -> Iterator[Term]:
-    """Switch with a capacity: fp32 probabilities [T, N] of every sequence shard."""
+    """Switch with a capacity: int32 choices [T, N] of every sequence shard."""
     if shape.has_router and shape.moe_router == "switch" and shape.router.capacity_factor:
-        own = FP32_BYTES * shape.num_local_tokens * shape.num_moe_experts
+        own = INT32_BYTES * shape.num_local_tokens * shape.num_moe_experts
         sent = (layout.tensor_model_parallel_size - 1) * own
         yield Term("moe capacity", "all_gather", "tp", sent)
 

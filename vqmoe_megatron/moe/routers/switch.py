@@ -2,13 +2,16 @@
 
 S sequence length, B batch, T tokens of the whole microbatch, N experts, c capacity factor.
 
-An expert takes at most ceil(T / N * c) tokens of a microbatch, those with the highest probability;
-the others pass the layer by: their weight is zero. Probabilities are the softmax over all experts.
+An expert takes at most ceil(T / N * c) tokens of a microbatch, the first that come, as published:
+by place in their sequences, then by sequence. The others pass the layer by: their weight is zero.
+Probabilities are the softmax over all experts.
 
-Megatron's ``moe_expert_capacity_factor`` does the same among the tokens of one rank, so which
-tokens are dropped would depend on the layout: a sequence cut over ranks is several small batches
-there. Here the ranks of a microbatch (``tp_cp``) bring their probabilities together, and Megatron's
-own function drops among all of them. Microbatches are a setting of the training, not of the layout.
+Megatron's ``moe_expert_capacity_factor`` drops among the tokens of one rank, so which tokens are
+dropped would depend on the layout: a sequence cut over ranks is several small batches there. It
+keeps the most likely, so that later tokens decide about earlier ones, and repeated tokens, which
+are equally likely but for rounding, are dropped by their rounding. Here the ranks of a microbatch
+(``tp_cp``) bring their choices together. Microbatches are a setting of the training, not of the
+layout.
 
 A dropped token's row still goes to its expert, with weight zero, as rows have fixed numbers here;
 the metric ``moe/dropped_tokens`` says how many, and expert loads are what tokens asked for.
@@ -20,7 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
+from megatron.core.transformer.moe.moe_utils import get_capacity
 
 from vqmoe_megatron.moe.backward_hook import run_in_backward
 from vqmoe_megatron.moe.context_cut import (
@@ -60,26 +63,26 @@ class SwitchRouter(StepRouter):
         """Hidden states ``[S, B, H]`` -> probabilities, zero where dropped, and the map of what
         tokens asked for, ``[T, N]`` of this rank.
 
-        Communicates as Megatron's router, and one all-gather of probabilities over ``tp`` and one
+        Communicates as Megatron's router, and one all-gather of choices over ``tp`` and one
         over ``cp`` where sequences are cut.
         """
         probs, routing_map = super().forward(input, *args, **kwargs)
         if self.settings.capacity_factor is None:
             return probs, routing_map
-        kept = self._kept(probs.detach(), input.shape[:2])
+        kept = self._kept(routing_map, input.shape[:2])
         if self.is_trained_now:
             counts = torch.stack([(routing_map & ~kept).sum(), routing_map.sum()])
             probs = run_in_backward(probs, lambda: self._record(counts))
         return probs * kept, routing_map
 
-    def _kept(self, probs: torch.Tensor, places: torch.Size) -> torch.Tensor:
+    def _kept(self, routing_map: torch.Tensor, places: torch.Size) -> torch.Tensor:
         """bool ``[T, N]`` of this rank: which pairs an expert has room for."""
         is_cut = self.config.sequence_parallel
-        by_place = gathered_shards(probs.view(*places, -1), self.tp_group, is_cut)
+        by_place = gathered_shards(routing_map.int().view(*places, -1), self.tp_group, is_cut)
         whole = gathered_in_order(by_place, self.cp_group)  # [S, B, N]
         flat = whole.flatten(0, 1)
-        factor, policy = self.settings.capacity_factor, self.config.moe_token_drop_policy
-        _, kept = apply_router_token_dropping(flat, flat > 0, self.topk, factor, policy)
+        capacity = get_capacity(*flat.shape, self.settings.capacity_factor)
+        kept = (flat > 0) & (flat.cumsum(dim=0) <= capacity)
         part = own_part(kept.view_as(whole), self.cp_group, 0)
         return own_shard(part, self.tp_group, is_cut).flatten(0, 1)
 
