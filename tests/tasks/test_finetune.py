@@ -7,7 +7,7 @@ import torch
 from labelled_folders import losses, pretrained, recipes_of, tune_on, write_sst2
 from upcycle_source import stored_tensors
 
-from vqmoe_megatron.tasks.finetune import class_loss
+from vqmoe_megatron.tasks.finetune import last_token_loss
 
 pytestmark = pytest.mark.distributed
 
@@ -49,14 +49,14 @@ def test_the_class_is_read_off_the_last_token_alone() -> None:
         "labels": torch.tensor([1, 1, 0]),
         "loss_mask": torch.tensor([1.0, 1.0, 0.0]),
     }
-    total, count, report = class_loss(batch, logits)
+    total, count, report = last_token_loss(batch, logits)
     expected = -torch.log_softmax(logits[[0, 1], [1, 3]], dim=1)[:, 1].sum()
     torch.testing.assert_close(total, expected)
     assert (int(count), count.dtype) == (2, torch.int32)
     assert report["loss"].tolist()[1:] == [2.0, 1.0]
     other = logits.clone()
     other[0, 2:] = 9.0  # behind the last token
-    assert torch.equal(class_loss(batch, other)[0], total)
+    assert torch.equal(last_token_loss(batch, other)[0], total)
 
 
 @pytest.mark.parametrize("mode", ["full", pytest.param("discrete", marks=pytest.mark.full)])

@@ -18,7 +18,6 @@ from megatron.core import parallel_state
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.data.corpus import Corpus
-from vqmoe_megatron.data.datasets import TrainBatches
 from vqmoe_megatron.data.labelled_samples import (
     EncodedTexts,
     LabelledSamples,
@@ -27,6 +26,7 @@ from vqmoe_megatron.data.labelled_samples import (
 )
 from vqmoe_megatron.data.labelled_texts import checked_texts
 from vqmoe_megatron.data.tokenizers import load_tokenizer
+from vqmoe_megatron.tasks.class_loss import NUM_SUMS, class_loss, class_scores
 from vqmoe_megatron.tasks.pretrain import to_device
 from vqmoe_megatron.tasks.task import Batch, Task
 
@@ -35,7 +35,7 @@ class Finetune(Task):
     """Batches hold tokens and position_ids int64 ``[b, S]``, labels and last int64 ``[b]``, and
     loss_mask fp32 ``[b]``."""
 
-    num_sums = 3  # summed loss, texts, texts whose class was found
+    num_sums = NUM_SUMS
 
     def __init__(self, config: RunConfig, corpus: Corpus | None) -> None:
         super().__init__(config, corpus)
@@ -61,23 +61,13 @@ class Finetune(Task):
             train.train_iters * train.global_batch_size,
             train.seed,
         )
-        batches = TrainBatches(
-            samples,
-            consumed_samples=consumed_samples,
-            passed_over_samples=passed_over_samples,
-            micro_batch_size=train.micro_batch_size,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=parallel_state.get_data_parallel_world_size(),
-            num_workers=config.data.num_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
-        return [iter(batches) for _ in range(num_chunks)]
+        return self.dealt(samples, num_chunks, consumed_samples, passed_over_samples)
 
     def forward_step(self, iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
         """Sum the cross-entropy of the texts; Megatron divides by their number."""
         batch = to_device(next(iterator))
         output = model(batch["tokens"], batch["position_ids"], None)
-        return output, partial(class_loss, batch)
+        return output, partial(last_token_loss, batch)
 
     def evaluation_batches(self) -> LabelledWindows:
         """All texts of the split, whatever ``train.eval_iters`` says."""
@@ -97,16 +87,10 @@ class Finetune(Task):
         self, loss: float, num_tokens: int, batches: LabelledWindows, num_right: float
     ) -> dict[str, float]:
         """Nats per text, share of texts whose class was found. ``num_tokens`` are texts."""
-        return {"val/loss": loss / num_tokens, "val/accuracy": num_right / num_tokens}
+        return class_scores(loss, num_tokens, num_right)
 
 
-def class_loss(batch: Batch, logits: torch.Tensor) -> tuple[Any, ...]:
-    """Cross-entropy of class logits ``[b, S, G]`` at each text's last token, summed."""
+def last_token_loss(batch: Batch, logits: torch.Tensor) -> tuple[Any, ...]:
+    """:func:`class_loss` of class logits ``[b, S, G]`` at each text's last token."""
     rows = torch.arange(logits.shape[0], device=logits.device)
-    chosen = logits[rows, batch["last"]].float()  # [b, G]
-    losses = torch.nn.functional.cross_entropy(chosen, batch["labels"], reduction="none")
-    mask = batch["loss_mask"]
-    total, num_texts = (losses * mask).sum(), mask.sum()
-    num_right = ((chosen.argmax(dim=1) == batch["labels"]) * mask).sum()
-    report = torch.stack([total.detach().double(), num_texts.double(), num_right.double()])
-    return total, num_texts.to(torch.int), {"loss": report}
+    return class_loss(batch["labels"], batch["loss_mask"], logits[rows, batch["last"]])

@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from vqmoe_megatron.data.corpus import current_corpus
-from vqmoe_megatron.data.datasets import TrainBatches, build_training_dataset
+from vqmoe_megatron.data.datasets import build_training_dataset
 from vqmoe_megatron.data.evaluation_windows import EvaluationWindows, bits_per_byte, perplexity
 from vqmoe_megatron.data.sample_order import cache_folders
 from vqmoe_megatron.data.text_streams import EvaluationStreams, StreamRows, training_streams
@@ -49,17 +49,7 @@ class Pretrain(Task):
             seed=train.seed,
             cache_dirs=cache_folders(self.corpus, config.data.cache_dir, Path(train.output_dir)),
         )
-        batches = TrainBatches(
-            dataset,
-            consumed_samples=consumed_samples,
-            passed_over_samples=passed_over_samples,
-            micro_batch_size=train.micro_batch_size,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=parallel_state.get_data_parallel_world_size(),
-            num_workers=config.data.num_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
-        return [iter(batches) for _ in range(num_chunks)]
+        return self.dealt(dataset, num_chunks, consumed_samples, passed_over_samples)
 
     def forward_step(self, iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
         """Sum the token losses under the mask; Megatron divides by the token count."""

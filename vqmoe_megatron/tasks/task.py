@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.data.corpus import Corpus
+from vqmoe_megatron.data.datasets import TrainBatches
 from vqmoe_megatron.data.evaluation_windows import EvaluationWindows
 from vqmoe_megatron.data.text_streams import EvaluationStreams
 
@@ -46,6 +48,24 @@ class Task(ABC):
         asks for what comes after so many samples, and must get what it would have got.
         """
 
+    def dealt(
+        self, samples: Any, num_chunks: int, consumed_samples: int, passed_over_samples: int
+    ) -> list[Iterator[Batch]]:
+        """What :meth:`training_iterators` returns, of samples that :class:`TrainBatches` can deal:
+        with ``num_samples``, by number. No communication."""
+        train = self.config.train
+        batches = TrainBatches(
+            samples,
+            consumed_samples=consumed_samples,
+            passed_over_samples=passed_over_samples,
+            micro_batch_size=train.micro_batch_size,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            num_workers=self.config.data.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        return [iter(batches) for _ in range(num_chunks)]
+
     @abstractmethod
     def forward_step(self, iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
         """Evaluate one microbatch, in the shape that Megatron's schedules expect.
@@ -66,7 +86,4 @@ class Task(ABC):
     def scores(
         self, loss: float, num_tokens: int, batches: EvaluationWindows | EvaluationStreams
     ) -> dict[str, float]:
-        """Metrics of the evaluation split by name, of its summed loss and scored tokens.
-
-        Every rank calls it, so it may communicate.
-        """
+        """Metrics of the evaluation split by name, of its summed loss and scored tokens."""
