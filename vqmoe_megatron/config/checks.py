@@ -33,3 +33,14 @@ def check_choice(section: str, name: str, value: object, legal: tuple[str, ...])
         raise ValueError(
             f"{section}.{name}={shown(value)} is not legal; choose one of {', '.join(legal)}"
         )
+
+
+def settled(value: int | None, name: str) -> int:
+    """A setting that is null in recipes alone, behind the place where its number is filled in.
+
+    Raises:
+        ValueError: when nothing filled it in; ``name`` is the setting's.
+    """
+    if value is None:
+        raise ValueError(f"{name} is null; give a number")
+    return value

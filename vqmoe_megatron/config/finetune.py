@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vqmoe_megatron.config.checks import check_choice, check_settings
 
@@ -70,7 +70,7 @@ def path_of_mode(stored_path: str, mode: str) -> str:
 def tuned_vq(vq: VQConfig, mode: str) -> VQConfig:
     """The layer's settings: the mode's path, codes frozen, no loss that counts tokens."""
     path = path_of_mode(vq.path, mode)
-    still = {
+    still: dict[str, Any] = {
         "path": path,
         "freeze_codebook": True,
         "freeze_after_steps": None,

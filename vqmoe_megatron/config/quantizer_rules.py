@@ -9,6 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from vqmoe_megatron import registry
+from vqmoe_megatron.config.checks import settled
 
 if TYPE_CHECKING:
     from vqmoe_megatron.config.vq import VQConfig
@@ -39,11 +40,13 @@ def check_quantizer(vq: VQConfig) -> None:
         _check_implicit(vq)
     if vq.quantizer == "fsq":
         _check_levels(vq)
-    if vq.quantizer == "lfq" and vq.num_codes != 2**vq.code_dim:
-        raise ValueError(
-            f"vq.num_codes == 2 ** vq.code_dim fails: {vq.num_codes} != 2 ** {vq.code_dim} = "
-            f"{2**vq.code_dim}; lfq has a code for every choice of {vq.code_dim} signs"
-        )
+    if vq.quantizer == "lfq":
+        signs = settled(vq.code_dim, "vq.code_dim")
+        if vq.num_codes != 2**signs:
+            raise ValueError(
+                f"vq.num_codes == 2 ** vq.code_dim fails: {vq.num_codes} != 2 ** {signs} = "
+                f"{2**signs}; lfq has a code for every choice of {signs} signs"
+            )
     _check_trained(vq)
 
 

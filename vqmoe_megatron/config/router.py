@@ -8,6 +8,7 @@ settings are in :mod:`vqmoe_megatron.config.router_rules`.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from vqmoe_megatron import registry
 from vqmoe_megatron.config.checks import check_choice, check_settings
@@ -62,5 +63,7 @@ class RouterConfig:
             "schedule_steps": train_iters,
             "stage_1_steps": max(1, train_iters // STAGE_1_SHARE),
         }
-        unset = {n: v for n, v in numbers.items() if n in takes and getattr(self, n) is None}
+        unset: dict[str, Any] = {
+            n: v for n, v in numbers.items() if n in takes and getattr(self, n) is None
+        }
         return replace(self, **unset)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vqmoe_megatron import registry
+from vqmoe_megatron.config.checks import settled
 
 if TYPE_CHECKING:
     from vqmoe_megatron.config.schema import ModelConfig, RunConfig
@@ -97,13 +98,13 @@ def router_errors(config: RunConfig) -> Iterator[str]:
             "softmax over all of them; use moe_router=topk, or another path"
         )
     settings = router.for_run(name, model.num_moe_experts, config.train.train_iters)
-    if name == "x_moe" and settings.low_dim > model.hidden_size:
+    if name == "x_moe" and settled(settings.low_dim, "router.low_dim") > model.hidden_size:
         yield (
             f"router.low_dim <= model.hidden_size fails: {settings.low_dim} > {model.hidden_size}; "
             "it is the width of a subspace of the hidden vectors"
         )
     if name == "smoe_dropout":
-        yield from _schedule_errors(config, settings.min_topk)
+        yield from _schedule_errors(config, settled(settings.min_topk, "router.min_topk"))
     if name == "stable_moe":
         yield from _stable_errors(config)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vqmoe_megatron.config.checks import check_settings
+from vqmoe_megatron.config.checks import check_settings, settled
 
 
 @dataclass
@@ -47,7 +47,7 @@ class VisionConfig:
     @property
     def num_patches(self) -> int:
         """S, positions of the sequence; of a model of images only."""
-        return (self.image_size // self.patch_size) ** 2
+        return (settled(self.image_size, "vision.image_size") // self.patch_size) ** 2
 
     @property
     def patch_width(self) -> int:

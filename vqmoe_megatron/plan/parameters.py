@@ -242,10 +242,10 @@ def _moe(
     and [H, Fs / TP], codes [C, K, w] in fp32."""
     model, vq, hidden = config.model, config.vq, layer.hidden_size
     if layer.has_router:
-        for tensor in router_tensors(layer, model.add_bias_linear, num_token_ids(config)):
-            name = f"{prefix}router.{tensor.name}"
-            is_trained = tensor.is_trained and not model.moe_router_freeze
-            yield Parameter(name, "router", tensor.shape, element, is_trained=is_trained)
+        for own in router_tensors(layer, model.add_bias_linear, num_token_ids(config)):
+            name = f"{prefix}router.{own.name}"
+            is_trained = own.is_trained and not model.moe_router_freeze
+            yield Parameter(name, "router", own.shape, element, is_trained=is_trained)
     experts = layer.num_experts_per_rank
     inner = layer.moe_ffn_hidden_size // layer.expert_tensor_parallel_size
     outer = layer.fc1_width // layer.expert_tensor_parallel_size

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vqmoe_megatron.config.checks import settled
 from vqmoe_megatron.plan.shape import LayerShape
 
 ID_BYTES = COUNTER_BYTES = 8
@@ -40,9 +41,10 @@ def router_tensors(layer: LayerShape, has_bias: bool, vocab_size: int) -> list[R
     if name == "hash":
         return []
     if name == "x_moe":
+        low_dim = settled(router.low_dim, "router.low_dim")
         found = [
-            RouterTensor("projection_weight", (router.low_dim, hidden)),
-            RouterTensor("expert_weight", (experts, router.low_dim)),
+            RouterTensor("projection_weight", (low_dim, hidden)),
+            RouterTensor("expert_weight", (experts, low_dim)),
         ]
         return [*found, RouterTensor("temperature", (1,))] if is_published else found
     if name == "stable_moe":
@@ -69,7 +71,7 @@ def router_forward_flops(layer: LayerShape) -> int:
     experts, hidden, router = layer.num_moe_experts, layer.hidden_size, layer.router
     columns = experts * hidden
     if layer.moe_router == "x_moe":
-        columns = router.low_dim * (hidden + experts)
+        columns = settled(router.low_dim, "router.low_dim") * (hidden + experts)
     elif layer.moe_router == "stable_moe" and router.variant == "published":
         columns = experts * (hidden + router.light_dim)
     return 2 * layer.num_local_tokens * columns
