@@ -6,11 +6,12 @@ import math
 from typing import get_origin
 
 import pytest
-from small_run import run_on
+from small_run import TINY, run_on
 
 from vqmoe_megatron.config.declared_types import alternatives
 from vqmoe_megatron.config.ranges import LEGAL_RANGES
 from vqmoe_megatron.config.recipe import LEGAL_TYPES
+from vqmoe_megatron.registry import is_ours, names, takes
 
 pytestmark = pytest.mark.distributed
 
@@ -26,7 +27,9 @@ BOUND = {
     "checkpoint.keep_last": 1,
     "code_memory.num_rows": 8,  # one for each expert; 0 is none
 }
-OF_ANOTHER_PATH = ("vq.num_fill_experts",)
+# Of a path, quantizer or task that the recipe does not have; those of routers are below.
+OF_ANOTHER = ("vq.num_fill_experts", "vq.fsq_levels", "vq.entropy_loss_coeff")
+OF_OTHERS = ("router.", "finetune.", "vision.")
 # What the numbers need beside them to be read at all.
 READ = [
     "vq.quantizer=low_dim",
@@ -48,7 +51,7 @@ def lowest() -> dict[str, float]:
     return {
         key: (1e-9 if legal.without_low else legal.low)
         for key, legal in LEGAL_RANGES.items()
-        if key not in OF_ANOTHER_PATH and not key.startswith("vision.")
+        if key not in OF_ANOTHER and not key.startswith(OF_OTHERS)
     } | BOUND
 
 
@@ -57,7 +60,9 @@ def highest() -> dict[str, float]:
     return {
         key: legal.high - 1e-6 if legal.without_high else legal.high
         for key, legal in LEGAL_RANGES.items()
-        if key in COSTLESS or float in alternatives(LEGAL_TYPES[key])
+        if (key in COSTLESS or float in alternatives(LEGAL_TYPES[key]))
+        and key not in OF_ANOTHER
+        and not key.startswith(OF_OTHERS)
     }
 
 
@@ -91,3 +96,35 @@ def test_it_trains_at_the_borders(numbers, beside, ranks, small_corpus, tmp_path
     losses = [record["loss"] for record in result["records"] if "loss" in record]
     assert len(losses) == 2 and all(map(math.isfinite, losses))
     assert result["finite_codebooks"]
+
+
+ROUTERS = [
+    name
+    for name in names("router")
+    if is_ours("router", name)
+    and any(f"router.{key}" in LEGAL_RANGES for key in takes("router", name))
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("end", ["lowest", "highest"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_router_trains_at_the_borders_of_its_settings(router, end, ranks, small_corpus, tmp_path):
+    """At its lowest numbers, and at the highest of those that take no memory."""
+    every = [*TINY, "vq.path=continuous", f"model.moe_router={router}"]
+    every += ["train.train_iters=20", "train.exit_interval=2", "model.moe_router_topk=1"]
+    if router in ("smoe_dropout", "loss_free"):
+        every.append("model.moe_router_load_balancing_type=none")
+    for key in takes("router", router):
+        legal = LEGAL_RANGES.get(f"router.{key}")
+        if legal is None or (
+            end == "highest" and float not in alternatives(LEGAL_TYPES[f"router.{key}"])
+        ):
+            continue
+        number = legal.high if end == "highest" else (1e-9 if legal.without_low else legal.low)
+        every.append(f"router.{key}={number}")
+    if router == "smoe_dropout":
+        every.append("router.min_topk=1")
+    (result,) = run_on(ranks(1), small_corpus, tmp_path / "run", every, {})
+    assert (result["state"], result["error"]) == ("completed", "")
+    assert all(math.isfinite(r["loss"]) for r in result["records"] if "loss" in r)
