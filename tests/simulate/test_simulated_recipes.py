@@ -77,6 +77,11 @@ OPTIONS = {
         "vq.freeze_codebook=true model.position_embedding_type=learned_absolute "
         "model.hidden_dropout=0.1 model.moe_z_loss_coeff=0.001 vq.code_map=balanced",
     ),
+    "classes of texts": (
+        "pp2 ep2",
+        "train.task=finetune finetune.dataset=sst2 finetune.path=texts finetune.num_classes=2 "
+        "checkpoint.load=run model.moe_aux_loss_coeff=0 vq.freeze_codebook=true vq.vq_loss_coeff=0",
+    ),
     "fewer codes than experts, tied": (
         "pp2",
         "vq.num_codes=3 model.untie_embeddings_and_output_weights=false "
@@ -103,6 +108,10 @@ def small(sizes: str, overrides: str) -> list[str]:
 
 
 COMMANDS = {path.relative_to(ROOT / "recipes").as_posix(): shallow(path) for path in RECIPES}
+COMMANDS["images at every axis"] = [
+    *("plan", str(ROOT / "recipes" / "vision" / "digits.yaml"), "model.num_layers=2"),
+    *(f"parallel.{SIZES[axis]}=2" for axis in ("tp", "pp", "ep")),
+]
 COMMANDS |= {name: small(*option) for name, option in OPTIONS.items()}
 NUM_WORKERS = 2
 NUMBERS = {name: str(number) for number, name in enumerate(COMMANDS)}

@@ -27,6 +27,7 @@ from vqmoe_megatron.plan.chunk_wire import (
     sequence_block_bytes,
 )
 from vqmoe_megatron.plan.codebook_bytes import MAX_CANDIDATES
+from vqmoe_megatron.plan.ends import num_head_classes
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.memory_shape import MemoryShape, num_memory_layers
 from vqmoe_megatron.plan.memory_wire import stream_terms
@@ -47,7 +48,7 @@ from vqmoe_megatron.plan.state_memory import (
 )
 from vqmoe_megatron.plan.wire import StageWire, StepWire, Term, all_reduced, others_share, summed
 
-LOSS_SUM_BYTES = 16  # fp64: loss, scored tokens
+SUM_BYTES = 8  # fp64: loss, scored tokens; with classes also how many were found
 FLAG_BYTES = 12  # int32: a bad step, a stop request, a save request
 TOKEN_COUNT_BYTES = 4  # int32, with calculate_per_token_loss
 # Replicated over tensor ranks that see different shards of the sequence.
@@ -234,9 +235,9 @@ def _control_terms(config: RunConfig, layout: ParallelLayout, stage: int) -> Ite
     stages, replicas = layout.pipeline_model_parallel_size, layout.data_parallel_size
     is_last = stage == stages - 1
     if is_last:
-        sums = all_reduced(LOSS_SUM_BYTES, replicas)
-        yield Term("loss", "all_reduce", "dp", sums)
-        yield Term("loss", "broadcast", "pp", (stages - 1) * LOSS_SUM_BYTES)
+        sent = SUM_BYTES * (2 if num_head_classes(config) is None else 3)
+        yield Term("loss", "all_reduce", "dp", all_reduced(sent, replicas))
+        yield Term("loss", "broadcast", "pp", (stages - 1) * sent)
     if config.model.calculate_per_token_loss:
         if is_last:
             yield Term("token count", "broadcast", "pp", (stages - 1) * TOKEN_COUNT_BYTES)

@@ -74,22 +74,21 @@ def simulate_rank(
     from vqmoe_megatron.engines.megatron.engine import MegatronEngine
     from vqmoe_megatron.runtime.collective_counter import process_group_axes
     from vqmoe_megatron.runtime.cpu_compat.fake_world import fake_world
+    from vqmoe_megatron.simulate.empty_batches import empty_batches, task_of
     from vqmoe_megatron.simulate.engines import SimulatedEngine
     from vqmoe_megatron.simulate.fake_collectives import SimulatedCollectives
     from vqmoe_megatron.simulate.fake_tensors import FakeValues
     from vqmoe_megatron.simulate.row_planners import SimulatedPlanner, use_planner
-    from vqmoe_megatron.tasks.pretrain import Pretrain
 
     counter = SimulatedCollectives(process_group_axes())
     with fake_world(), mode, FakeValues(), counter:
         # Gloo groups beside fake ones would look for the other ranks.
-        task = Pretrain(config, corpus=None)  # its loss; nothing is read
-        parts = MegatronEngine.build(config, layout, task, SimulatedEngine, False, PLAIN)
+        parts = MegatronEngine.build(config, layout, task_of(config), SimulatedEngine, False, PLAIN)
         use_planner(parts.model, SimulatedPlanner())
         for chunk in parts.model:
             chunk.train()
         counter.reset()
-        parts.step([_batches(config) for _ in parts.model], 0, False)
+        parts.step([empty_batches(config) for _ in parts.model], 0, False)
     found = {
         "rank": rank,
         "pipeline_rank": parallel_state.get_pipeline_model_parallel_rank(),
@@ -106,12 +105,12 @@ def simulate_rank(
 
 
 def without_values(config: RunConfig) -> RunConfig:
-    """Nothing is drawn, and no codebook waits for the first tokens; neither sends in a step.
-    Experts in fp8 are sent the same rows."""
+    """Nothing is drawn (but a head of classes, whose rule asks for it), and no codebook waits for
+    the first tokens; neither sends in a step. Experts in fp8 are sent the same rows."""
     return replace(
         config,
         model=replace(config.model, fp8=None),
-        train=replace(config.train, layout_independent_init=False),
+        train=replace(config.train, layout_independent_init=config.finetune.is_on),
         vq=replace(config.vq, init="uniform", code_map="mod"),
     )
 
@@ -137,14 +136,6 @@ def join_fake_world(layout: ParallelLayout, rank: int, backend: str = "fake") ->
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-
-
-def _batches(config: RunConfig) -> Any:
-    shape = config.train.micro_batch_size, config.model.seq_length
-    while True:
-        ids = torch.zeros(shape, dtype=torch.int64)
-        mask = torch.ones(shape)
-        yield {"tokens": ids, "labels": ids, "position_ids": ids, "loss_mask": mask}
 
 
 if __name__ == "__main__":

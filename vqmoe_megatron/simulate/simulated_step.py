@@ -133,11 +133,6 @@ def simulate_step(
     layout = check_layout(config, world_size, "cpu")
     if reasons := [*uncounted(config, layout), *_other_than_planned(config)]:
         raise ValueError("; ".join(reasons))
-    if config.vision.is_on:
-        raise ValueError(
-            f"vision.image_size={config.vision.image_size}: the step that is simulated reads text; "
-            "plan images without a simulation"
-        )
     _check_rows(config, layout)
     num_of_run = layout.num_microbatches(config.train)
     simulated = config if all_microbatches else _shortened(config, layout)
