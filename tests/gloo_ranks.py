@@ -74,7 +74,7 @@ class RankPool:
             "MASTER_PORT": str(_free_port()),
             "WORLD_SIZE": str(world_size),
         }
-        context = _context()
+        context = warm_context()
         self.ranks, self.jobs = [], []
         for rank in range(world_size):
             receiving, sending = context.Pipe(duplex=False)
@@ -201,7 +201,7 @@ def run_ranks(
         pool.close()
 
 
-def _context() -> ForkServerContext:
+def warm_context() -> ForkServerContext:
     """Ranks are forked from a process of their own, started at first use in its environment."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rank_server"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,51 +12,79 @@ from typing import Any
 import torch
 
 READER = """
-import sys, torch
+import json, sys, torch
 for hidden in ("vqmoe_megatron", "megatron", "omegaconf"):
     sys.modules[hidden] = None  # importing one is an error, as where they are not installed
 from transformers import AutoModelForCausalLM
-folder, asked, found = sys.argv[1:]
-asked = torch.load(asked, weights_only=True)
-model, loading = AutoModelForCausalLM.from_pretrained(
-    folder, trust_remote_code=True, output_loading_info=True
-)
-unread = {kind: names for kind, names in loading.items() if names}
-assert not unread, unread
-model.eval()
-with torch.no_grad():
-    answers = {"logits": model(asked["tokens"]).logits.float()}
+
+def answers(folder, asked):
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True
+    )
+    unread = {kind: names for kind, names in loading.items() if names}
+    assert not unread, unread
+    model.eval()
+    found = {"logits": model(asked["tokens"]).logits.float()}
     prompt, count = asked["tokens"][:, : asked["prompt"]], asked["count"]
     for name, use_cache in (("cached", True), ("uncached", False)):
         if use_cache and not asked["has_cache"]:
             continue
-        answers[name] = model.generate(
+        found[name] = model.generate(
             prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False,
             use_cache=use_cache, pad_token_id=0,
         )[:, prompt.shape[1]:]
-torch.save(answers, found)
+    return found
+
+with torch.no_grad():
+    for line in sys.stdin:
+        folder, asked, found = json.loads(line)
+        torch.save(answers(folder, torch.load(asked, weights_only=True)), found)
+        print("done", flush=True)
 """
 PROMPT, COUNT = 5, 10
 
 
-def read_with_transformers(
-    folder: Path, tokens: torch.Tensor, scratch: Path, has_cache: bool = True
-) -> dict[str, torch.Tensor]:
-    """fp32 logits of tokens ``[B, S]`` and greedy continuations of their first ``PROMPT``."""
-    asked, found = scratch / "asked.pt", scratch / "found.pt"
-    torch.save({"tokens": tokens, "prompt": PROMPT, "count": COUNT, "has_cache": has_cache}, asked)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hf_home")}
-    env.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [sys.executable, "-c", READER, str(folder), str(asked), str(found)],
-        capture_output=True,
-        text=True,
-        cwd=scratch,
-        env=env,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(found, weights_only=True)
+class Reader:
+    """A process with transformers, one for many models: what takes long is to start it."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch, self.num_asked = scratch, 0
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hf_home")}
+        env |= {"OMP_NUM_THREADS": "1"}
+        env.pop("PYTHONPATH", None)
+        self.errors = scratch / "errors.txt"
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", READER],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                cwd=scratch,
+                env=env,
+            )
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def answers(
+        self, folder: Path, tokens: torch.Tensor, has_cache: bool = True
+    ) -> dict[str, torch.Tensor]:
+        """fp32 logits of tokens ``[B, S]`` and greedy continuations of their first ``PROMPT``."""
+        self.num_asked += 1
+        asked, found = (self.scratch / f"{word}_{self.num_asked}.pt" for word in ("asked", "found"))
+        torch.save(
+            {"tokens": tokens, "prompt": PROMPT, "count": COUNT, "has_cache": has_cache}, asked
+        )
+        print(json.dumps([str(path) for path in (folder, asked, found)]), file=self.process.stdin)
+        self.process.stdin.flush()
+        while (line := self.process.stdout.readline()) != "done\n":
+            assert line, self.errors.read_text()[-3000:]  # it has ended
+        return torch.load(found, weights_only=True)
 
 
 def answers_of_megatron(recipe: str, overrides: list[str]) -> dict[str, Any]:

@@ -16,8 +16,7 @@ pytestmark = pytest.mark.distributed
 
 EP2 = {"expert_model_parallel_size": 2}
 NUM_ITERS = 44
-MEMORY = [  # its codes move, and are frozen in the middle of the hits
-    "vq.path=continuous",
+MEMORY = [  # beside the codebook; its codes move, and are frozen in the middle of the hits
     "code_memory.num_rows=64",
     "code_memory.codes=embedding",
     "code_memory.num_codes=64",
@@ -30,14 +29,13 @@ MEMORY = [  # its codes move, and are frozen in the middle of the hits
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("extra", [[], MEMORY], ids=["codes", "code-memory"])
 def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_left_alone(
-    extra, ranks, endurance_corpus, tmp_path
+    ranks, endurance_corpus, tmp_path
 ):
     from small_run import run_on  # on the path since kill_rounds is imported
 
     num_iters = f"train.train_iters={NUM_ITERS}"
-    killed = KilledRun(tmp_path / "killed", endurance_corpus, 2, EP2, num_iters, *extra)
+    killed = KilledRun(tmp_path / "killed", endurance_corpus, 2, EP2, num_iters, *MEMORY)
     rounds = hit_rounds(killed, len(ACTIONS), seed=8, show=lambda row: print(row))
     assert [row.problems for row in rounds] == [[]] * len(ACTIONS), killed.log.read_text()[-3000:]
     assert sorted(row.action for row in rounds) == sorted(ACTIONS)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from fast_tier import only
-from hf_model import answers_of_megatron, read_with_transformers
-from small_run import PARITY, ROOT, TINY, run_on
+from forked_vqmoe import vqmoe
+from hf_model import Reader, answers_of_megatron
+from small_run import PARITY, TINY, run_on
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = pytest.mark.distributed
@@ -78,22 +76,24 @@ MODELS = {
 }  # fmt: skip
 
 
-def exported(run_dir: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
-    """By the real command."""
-    command = [sys.executable, "-m", "vqmoe_megatron.cli", "export", str(run_dir), "--hf", str(out)]
-    return subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    with Reader(tmp_path_factory.mktemp("reader")) as started:
+        yield started
 
 
 @pytest.mark.parametrize("name", only(MODELS, "default-ep4", "dual-tp2-ep2"))
-def test_logits_and_greedy_continuations_are_the_checkpoint_s(name, ranks, small_corpus, tmp_path):
+def test_logits_and_greedy_continuations_are_the_checkpoint_s(
+    name, ranks, reader, small_corpus, tmp_path
+):
     num_ranks, layout, overrides = MODELS[name]
     every = [*STEPS, *overrides]
     run_on(ranks(num_ranks), small_corpus, tmp_path / "run", every, layout)
-    done = exported(tmp_path / "run", tmp_path / "hf", "--max-shard-bytes", "40000")
+    done = vqmoe("export", tmp_path / "run", "--hf", tmp_path / "hf", "--max-shard-bytes", 40000)
     assert done.returncode == 0, done.stderr
     where = [f"data.path={small_corpus}", f"train.output_dir={tmp_path / 'run'}"]
     (ours,) = ranks(1).run(answers_of_megatron, str(PARITY), [*every, *where])
-    found = read_with_transformers(tmp_path / "hf", ours["tokens"], tmp_path, name != "hidden")
+    found = reader.answers(tmp_path / "hf", ours["tokens"], name != "hidden")
     difference = float((found["logits"] - ours["logits"]).abs().max())
     assert difference < 1e-5 * max(1.0, float(ours["logits"].abs().max()))
     for kind in ("cached", "uncached"):
@@ -107,11 +107,11 @@ def test_a_model_without_such_a_form_is_refused_before_anything_is_written(
     ranks, small_corpus, tmp_path
 ):
     run_on(ranks(1), small_corpus, tmp_path / "run", [*STEPS, "vq.expert_input=blend"], {})
-    done = exported(tmp_path / "run", tmp_path / "hf")
+    done = vqmoe("export", tmp_path / "run", "--hf", tmp_path / "hf")
     assert done.returncode == 2 and "vq.expert_input=blend has no Hugging Face form" in done.stderr
     assert not (tmp_path / "hf").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
-    done = exported(tmp_path / "run", tmp_path / "mine")
+    done = vqmoe("export", tmp_path / "run", "--hf", tmp_path / "mine")
     assert done.returncode == 2
     assert (tmp_path / "mine" / "file").read_text() == "mine"

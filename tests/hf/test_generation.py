@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
-from small_run import ROOT, TINY, run_on
+from forked_vqmoe import vqmoe
+from small_run import TINY, run_on
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = pytest.mark.distributed
 
 STEPS = [*TINY, "train.train_iters=8", "optimizer.lr_warmup_iters=0", "optimizer.lr=1e-2"]
 MEMORY = ["vq.path=continuous", "code_memory.num_rows=64"]
-
-
-def vqmoe(*words: object, text: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "vqmoe_megatron.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, input=text)
 
 
 def test_text_of_a_checkpoint_and_of_its_export(ranks, small_corpus, tmp_path):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from fast_tier import only
+from forked_vqmoe import vqmoe
 from safetensors.torch import load_file, save_file
 from small_run import ROOT, TINY, run_on
 
@@ -65,23 +64,14 @@ MODELS = {
 }  # fmt: skip
 
 
-# One process for several commands: what takes long is to start one.
-COMMANDS = """
-import json, sys
-from vqmoe_megatron.cli import app
-for words in json.loads(sys.argv[1]):
-    app(words, standalone_mode=False)
-"""
-
-
-def vqmoe(*commands: tuple[object, ...]) -> str:
+def all_done(*commands: tuple[object, ...]) -> str:
     """Run ``vqmoe`` commands one after the other; return what they print."""
-    words = json.dumps([[str(word) for word in command] for command in commands])
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, words], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    printed = ""
+    for command in commands:
+        done = vqmoe(*command)
+        assert done.returncode == 0, done.stderr[-3000:]
+        printed += done.stdout
+    return printed
 
 
 def tensors(folder: Path) -> dict:
@@ -98,7 +88,7 @@ def test_an_imported_run_is_the_exported_one(name, ranks, small_corpus, tmp_path
     every = [*STEPS, *overrides]
     run, again = tmp_path / "run", tmp_path / "again"
     run_on(ranks(num_ranks), small_corpus, run, [*every, "train.train_iters=6"], layout)
-    printed = vqmoe(
+    printed = all_done(
         ("export", run, "--hf", tmp_path / "hf"),
         ("import", tmp_path / "hf", "--out", again),
         ("export", again, "--hf", tmp_path / "second"),
@@ -132,7 +122,7 @@ def imported(ranks, small_corpus, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("imported")
     every = [*STEPS, *SMOE, *MEMORY, "train.train_iters=6"]
     run_on(ranks(1), small_corpus, folder / "run", every, {})
-    vqmoe(
+    all_done(
         ("export", folder / "run", "--hf", folder / "hf"),
         ("import", folder / "hf", "--out", folder / "again"),
     )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import pytest
 from baseline_routers import CONTINUOUS, ROUTERS
-from fast_tier import only, tiered
+from fast_tier import only, spread, tiered
 from small_run import TINY, run_on
 
 pytestmark = pytest.mark.distributed
@@ -28,7 +26,6 @@ OVERLAP = [
 ]
 LAYOUTS = {
     "ep2": (2, {EP: 2}, []),
-    "tp2-ep2": (4, {TP: 2, EP: 2}, []),
     "pp2-vpp2-recompute": (2, {PP: 2, VPP: 2}, RECOMPUTE),
     "cp2-ep2": (2, {CP: 2, EP: 2}, []),
     "overlap-dp2": (2, {}, OVERLAP),
@@ -48,45 +45,44 @@ def same_curve(ours: list[dict], theirs: list[dict], rel: float) -> None:
             assert one[name] == pytest.approx(other[name], rel=rel, abs=1e-7), name
 
 
-@pytest.mark.parametrize(
-    "name, router",
-    tiered(
-        list(product(LAYOUTS, ROUTERS)),
-        [("tp2-ep2", "switch"), ("pp2-vpp2-recompute", "stable_moe")],
-    ),
-)
-def test_short_curves_are_those_of_one_rank(name, router, ranks, small_corpus, tmp_path):
-    every = [*SHORT, *ROUTERS[router]]
-    one = run_on(ranks(1), small_corpus, tmp_path / "one", every, {})[0]["records"]
-    num_ranks, layout, overrides = LAYOUTS[name]
-    for result in run_on(
-        ranks(num_ranks), small_corpus, tmp_path / "n", [*every, *overrides], layout
-    ):
-        same_curve(result["records"], one, 1e-5)
-
-
 @pytest.fixture(scope="module")
-def one_rank(ranks, stdlib_corpus, tmp_path_factory):
-    """By router: 20 steps of recipes/parity.yaml, both paths, on one rank."""
+def one_rank(ranks, tmp_path_factory):
+    """Records of a router on one rank, trained once for every corpus and overrides."""
     found = {}
 
-    def records(router: str) -> list[dict]:
-        if router not in found:
-            folder = tmp_path_factory.mktemp(router)
-            found[router] = run_on(ranks(1), stdlib_corpus, folder, ROUTERS[router], {})
-        return found[router][0]["records"]
+    def records(corpus, router: str, overrides=()) -> list[dict]:
+        key = (corpus, router, *overrides)
+        if key not in found:
+            every = [*overrides, *ROUTERS[router]]
+            (result,) = run_on(ranks(1), corpus, tmp_path_factory.mktemp(router), every, {})
+            found[key] = result["records"]
+        return found[key]
 
     return records
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("name", ["ep2", "tp2-ep2"])
-def test_twenty_steps_are_those_of_one_rank(name, router, ranks, one_rank, stdlib_corpus, tmp_path):
-    num_ranks, layout, _ = LAYOUTS[name]
+# Every router over two ranks of experts, and at two of the other three.
+SHORT_CASES = [(router, "ep2") for router in ROUTERS]
+SHORT_CASES += spread([*ROUTERS, *ROUTERS], ("pp2-vpp2-recompute", "cp2-ep2", "overlap-dp2"))
+
+
+@pytest.mark.parametrize(
+    "router, name",
+    tiered(SHORT_CASES, [("switch", "cp2-ep2"), ("stable_moe", "pp2-vpp2-recompute")]),
+)
+def test_short_curves_are_those_of_one_rank(router, name, ranks, one_rank, small_corpus, tmp_path):
+    num_ranks, layout, overrides = LAYOUTS[name]
+    every = [*SHORT, *ROUTERS[router], *overrides]
+    for result in run_on(ranks(num_ranks), small_corpus, tmp_path, every, layout):
+        same_curve(result["records"], one_rank(small_corpus, router, SHORT), 1e-5)
+
+
+@pytest.mark.parametrize("router", only(ROUTERS, "switch"))
+def test_twenty_steps_are_those_of_one_rank(router, ranks, one_rank, stdlib_corpus, tmp_path):
+    num_ranks, layout = 4, {TP: 2, EP: 2}
     results = run_on(ranks(num_ranks), stdlib_corpus, tmp_path, ROUTERS[router], layout)
     for result in results:
-        same_curve(result["records"], one_rank(router), 1e-5)
+        same_curve(result["records"], one_rank(stdlib_corpus, router), 1e-5)
 
 
 @pytest.mark.parametrize("router", only(STATEFUL, "stable_moe"))
@@ -104,10 +100,9 @@ def test_a_stopped_run_goes_on_bitwise(router, ranks, small_corpus, tmp_path):
 
 @pytest.mark.full
 @pytest.mark.parametrize("router", ["x_moe", "hash", *STATEFUL])
-def test_a_run_goes_on_at_another_layout(router, ranks, small_corpus, tmp_path):
-    every = [*SHORT, *ROUTERS[router], "train.eval_iters=0"]
-    whole = run_on(ranks(1), small_corpus, tmp_path / "whole", every, {})[0]["records"]
-    cut = [*every, "train.exit_interval=3"]
+def test_a_run_goes_on_at_another_layout(router, ranks, one_rank, small_corpus, tmp_path):
+    whole = one_rank(small_corpus, router, SHORT)
+    cut = [*SHORT, *ROUTERS[router], "train.exit_interval=3"]
     run_on(ranks(4), small_corpus, tmp_path / "cut", cut, {TP: 2, EP: 2})
     (moved, _) = run_on(ranks(2), small_corpus, tmp_path / "cut", cut, {PP: 2})
     same_curve(moved["records"], [r for r in whole if r["iteration"] > 3], 1e-5)
