@@ -123,7 +123,7 @@ def test_the_command_trains_tests_and_goes_on(start, tmp_path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "vqmoe_megatron.cli", "finetune", str(start[0])]
     command += ["--task", "sst2", "--data", str(start[1]), "--out", str(out)]
-    command += ["--mode", "full,discrete", "--seeds", "1,2", *TUNING]
+    command += ["--mode", "full,discrete", "--seeds", "1,2", *TUNING, "checkpoint.save_interval=0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "discrete minus full, paired by seed: dev" in done.stdout

@@ -34,7 +34,7 @@ MEMORY = [
     "code_memory.exchange=rows",
     "code_memory.lr_mult=5",
 ]
-SIX = ["train.train_iters=20", "train.exit_interval=6", *MEMORY]
+SIX = ["train.train_iters=20", "train.exit_interval=6", "train.global_batch_size=8", *MEMORY]
 LAYOUTS = {
     "ep2": (2, {EP: 2}, []),
     "tp2-moe-recompute": (2, {TP: 2}, MOE),

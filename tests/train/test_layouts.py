@@ -11,7 +11,8 @@ pytestmark = pytest.mark.distributed
 TP, PP, EP = (f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "expert"))
 ETP = "expert_tensor_parallel_size"
 VPP = "virtual_pipeline_model_parallel_size"
-SIX = ["train.train_iters=20", "train.exit_interval=6"]  # the schedule of the whole recipe
+# The schedule of the whole recipe; four microbatches, or more, of every rank of data.
+SIX = ["train.train_iters=20", "train.exit_interval=6", "train.global_batch_size=8"]
 RECOMPUTE = [
     "model.recompute_granularity=full",
     "model.recompute_method=uniform",

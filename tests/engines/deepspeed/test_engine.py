@@ -15,7 +15,7 @@ pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]  # its first start compiles
 
 EP = "expert_model_parallel_size"
-SIX = ["train.train_iters=20", "train.exit_interval=6"]
+SIX = ["train.train_iters=20", "train.exit_interval=6", "train.global_batch_size=8"]
 DEEPSPEED = "train.engine=deepspeed"
 MEMORY = ["vq.path=continuous", "code_memory.num_rows=64"]
 FROZEN = ["vq.codebook_update=gradient", "vq.freeze_after_steps=3"]
