@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,34 @@ def test_a_whole_session_without_its_axes_fails_by_name(tmp_path, arguments):
 def test_a_session_of_some_tests_is_not_judged(tmp_path, arguments):
     ended = session(tmp_path, *arguments)
     assert ended.returncode == 0 and "NOT PASSED" not in ended.stdout
+
+
+GROUPED = """
+import pytest
+
+@pytest.fixture
+def ranks(): pass
+
+@pytest.mark.parametrize("number", range(4))
+def test_plain(number): pass
+
+@pytest.mark.parametrize("number", range(4))
+def test_with(number, ranks): pass
+"""
+
+
+def test_one_process_has_all_worlds_of_ranks_and_a_file_is_not_torn(tmp_path):
+    files = ("test_first.py", "test_second.py")
+    for file in files:
+        (tmp_path / file).write_text(GROUPED)
+    ended = session(tmp_path, *files, "-n", "2", "--dist", "loadgroup")
+    passed = re.findall(r"^\[(gw\d)\].* PASSED (\S+)::(test_\w+)", ended.stdout, re.MULTILINE)
+    assert len(passed) == 16, ended.stdout
+    workers = {
+        of: {worker for worker, file, test in passed if of in (test, (file, test))}
+        for of in ("test_with", *((file, "test_plain") for file in files))
+    }
+    assert all(len(found) == 1 for found in workers.values()), workers
 
 
 def test_the_tests_of_the_axes_are_in_the_fast_tier():

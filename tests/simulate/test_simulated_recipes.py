@@ -19,8 +19,12 @@ from counted_ranks import SIZES, SMALL
 from vqmoe_megatron.config.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
+# Those of a scale differ in experts, codes and ranks alone (tests/test_recipes.py).
+OF_A_SCALE = ("tiny_64", "small_128", "billion_256", "multi_billion_64")
 RECIPES = [
-    path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path.parent.name != "studies"
+    path
+    for path in sorted((ROOT / "recipes").rglob("*.yaml"))
+    if path.parent.name != "studies" and (path.parent.name != "scale" or path.stem in OF_A_SCALE)
 ]
 BYTES = "model.vocab_size=256"
 SELECTIVE = "model.recompute_granularity=selective model.recompute_modules="
