@@ -18,17 +18,19 @@ top of its file; the ranks load that file by its path, with this folder on ``sys
 A function that raises, dies or hangs on any rank ends the whole world: its ranks are killed, and
 ``RanksFailed`` carries the output of the first rank that failed. Ranks end with the process that
 holds their pool, also when that is killed. Output goes to files, never through pipes, so that no
-orphan can hold one open.
+orphan can hold one open. Between two jobs ranks stand still (SIGSTOP).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import inspect
 import multiprocessing
 import os
 import select
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -53,7 +55,8 @@ _FOR_ALL_RANKS = {
 POLL_SECONDS = 0.005
 GRACE_SECONDS = 1.0  # for the other ranks to report their own failure after one died
 SHOWN_LINES = 60  # of a failed rank's output
-MAX_THREADS = 300  # of a rank; every gloo group that is still held polls in its own
+MAX_THREADS = 200  # of a rank; every gloo group that is still held polls in its own
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class RanksFailed(Exception):
@@ -107,6 +110,7 @@ class RankPool:
             RanksFailed: with the failing rank's output; the pool is then closed.
         """
         self.num_jobs += 1
+        self._signal(signal.SIGCONT)
         job = {
             "file": inspect.getfile(function),
             "function": function.__name__,
@@ -120,6 +124,7 @@ class RankPool:
                 with contextlib.suppress(BrokenPipeError):  # it died just now: _wait tells
                     jobs.send(self.num_jobs)
         self._wait(function.__name__, time.monotonic() + timeout_seconds)
+        self._signal(signal.SIGSTOP)  # gloo's threads poll, a hundred times a second each
         files = [self._result_file(rank) for rank in range(self.world_size)]
         results = [torch.load(file, weights_only=True) for file in files]
         for file in files:
@@ -141,6 +146,7 @@ class RankPool:
 
     def close(self) -> None:
         """End the ranks, by force after a grace, and remove their files. Repeatable."""
+        self._signal(signal.SIGCONT)
         for jobs in self.jobs:
             jobs.close()
         deadline = time.monotonic() + 5.0
@@ -151,6 +157,13 @@ class RankPool:
                 rank.join()
         self.ranks = []
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Ranks stand still between two jobs."""
+        for rank in self.ranks:
+            if rank.exitcode is None:
+                with contextlib.suppress(ProcessLookupError):  # it died just now
+                    os.kill(rank.pid, number)
 
     def _wait(self, name: str, deadline: float) -> None:
         while not all(self._result_file(rank).exists() for rank in range(self.world_size)):
@@ -226,6 +239,8 @@ def _rank(folder: Path, output: Path, environment: dict[str, str], jobs: Connect
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+    # With the process it was forked from, which ends with the pool's, a rank that stands still goes on.
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
     threading.Thread(target=_end_with_pool, args=(jobs, folder), daemon=True).start()
     try:
         from rank_server import serve
