@@ -79,10 +79,12 @@ def test_short_curves_are_those_of_one_rank(router, name, ranks, one_rank, small
 
 @pytest.mark.parametrize("router", only(ROUTERS, "switch"))
 def test_twenty_steps_are_those_of_one_rank(router, ranks, one_rank, stdlib_corpus, tmp_path):
-    num_ranks, layout = 4, {TP: 2, EP: 2}
-    results = run_on(ranks(num_ranks), stdlib_corpus, tmp_path, ROUTERS[router], layout)
+    """Routers alone: beside a codebook some token, as near to one code as to another by rounding,
+    took the other one at TP2 x EP2 (hash: perplexity 9.013 and 9.010 in step 2)."""
+    every = [*CONTINUOUS, *ROUTERS[router]]
+    results = run_on(ranks(4), stdlib_corpus, tmp_path, every, {TP: 2, EP: 2})
     for result in results:
-        same_curve(result["records"], one_rank(stdlib_corpus, router), 1e-5)
+        same_curve(result["records"], one_rank(stdlib_corpus, router, tuple(CONTINUOUS)), 1e-5)
 
 
 @pytest.mark.parametrize("router", only(STATEFUL, "stable_moe"))
