@@ -59,12 +59,13 @@ def test_a_tie_and_what_lies_outside_go_where_the_nearest_code_would() -> None:
     assert codebook.search(prepared)[:, 0].tolist() == [0, 2, 4, 1]
 
 
-def test_a_token_that_is_not_finite_has_a_code_too() -> None:
-    codebook = make([5, 3])
+@pytest.mark.parametrize("levels", [[3], [5, 4], [8, 5, 5]])
+def test_a_token_that_is_not_finite_has_a_code_too(levels: list[int]) -> None:
+    codebook = make(levels)
     x = torch.randn(3, HIDDEN)
     x[0, 0], x[1, 0] = float("nan"), float("inf")
     ids = codebook.search(codebook.prepare(x))
-    assert codebook.lookup(ids).shape == (3, 2)  # a broken step shows in its loss, not in an index
+    assert codebook.lookup(ids).shape == (3, len(levels))  # a broken step shows in its loss, not in an index
 
 
 def test_the_gradient_of_the_space_is_that_of_tanh_behind_the_projection() -> None:
