@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
+from vqmoe_megatron.config.memory_codebooks import hidden_quantizer
 from vqmoe_megatron.plan.ends import head_tensors, num_head_classes, patch_tensors
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.router_cost import router_tensors
@@ -302,4 +303,5 @@ def _memory(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> 
         vq = config.vq
         name = f"{prefix}memory_assigner.codebook.codes"
         codes = (1, memory.num_codes, hidden)
-        yield Parameter(name, "codebooks", codes, 4, is_trained=vq.trains_codes)
+        is_trained = hidden_quantizer(vq, memory).trains_codes
+        yield Parameter(name, "codebooks", codes, 4, is_trained=is_trained)
