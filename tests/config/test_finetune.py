@@ -95,6 +95,25 @@ def test_a_router_that_would_count_filling_is_refused(name: str, override: str, 
     assert list(finetune_errors(discrete)) == []  # has no router
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantizer": "cosine", "learn_code_scale": True},
+        {"quantizer": "low_dim", "code_dim": 4, "train_projection": True},
+    ],
+    ids=["scale", "projection"],
+)
+def test_what_was_trained_of_a_codebook_is_held_still(settings: dict) -> None:
+    stored = RunConfig(vq=VQConfig(**settings))
+    kept = tuned("discrete", stored)
+    assert layout_errors(kept, 1, "cpu") == [] and not kept.vq.trains_codebook
+    assert kept.vq.learn_code_scale or kept.vq.train_projection  # the tensors are there
+    gone = tuned("continuous", stored)
+    assert not (gone.vq.learn_code_scale or gone.vq.train_projection)
+    again = replace(stored, vq=replace(stored.vq, freeze_codebook=True))
+    assert any("nothing of a frozen codebook" in e for e in layout_errors(again, 1, "cpu"))
+
+
 def test_lfq_loses_its_entropy_loss_and_windows_are_as_long_as_texts() -> None:
     vq = VQConfig(
         quantizer="lfq", code_dim=4, num_codes=16, init="uniform",

@@ -93,6 +93,8 @@ def tuned_vq(vq: VQConfig, mode: str) -> VQConfig:
             "code_input": "codebook",
             "table_per_step": False,
             "overlap_table": False,
+            "learn_code_scale": False,
+            "train_projection": False,
         }
     return replace(vq, **still)
 

@@ -275,9 +275,10 @@ def _coded(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> I
     name, shape = f"{prefix}assigner.codebook.", (*codes, layer.code_width)
     yield Parameter(f"{name}codes", "codebooks", shape, 4, is_trained=vq.trains_codes)
     if vq.train_projection:
-        yield Parameter(f"{name}projection", "codebooks", (layer.code_width, hidden), 4)
+        shape, is_trained = (layer.code_width, hidden), vq.trains_projection
+        yield Parameter(f"{name}projection", "codebooks", shape, 4, is_trained=is_trained)
     if vq.learn_code_scale:
-        yield Parameter(f"{name}scale", "codebooks", (1, 1), 4)
+        yield Parameter(f"{name}scale", "codebooks", (1, 1), 4, is_trained=vq.trains_scale)
     if vq.fill_values == "direct":
         rows = (layer.num_experts_per_rank, vq.num_codes, hidden)
         name = f"{prefix}fill_rows.values"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vqmoe_megatron.config import ModelConfig, RunConfig, VQConfig
 from vqmoe_megatron.config.memory_codebooks import hidden_quantizer
+from vqmoe_megatron.config.quantizer_rules import frozen_errors
 from vqmoe_megatron.config.router_rules import router_errors
 from vqmoe_megatron.plan.engine_rules import engine_errors
 from vqmoe_megatron.plan.vision_rules import vision_errors
@@ -92,6 +93,7 @@ def run_errors(config: RunConfig, layout: ParallelLayout) -> list[str]:
         *_recompute_errors(config.model, layout),
         *_schedule_errors(config),
         *_optimizer_errors(config),
+        *(() if config.finetune.is_on else frozen_errors(config.vq)),
         *_fp8_errors(config, layout),
         *_table_errors(config),
         *_fill_errors(config),
@@ -195,8 +197,8 @@ def _trained_of(vq: VQConfig, of_memory: bool) -> str:
     """The settings by which an optimizer moves a codebook."""
     moves_codes = vq.trains_codes or of_memory
     names = [f"vq.codebook_update={vq.codebook_update}"] if moves_codes else []
-    switches = ("learn_code_scale", "train_projection")
-    return " and ".join(names + [f"vq.{name}=true" for name in switches if getattr(vq, name)])
+    switches = {"learn_code_scale": vq.trains_scale, "train_projection": vq.trains_projection}
+    return " and ".join(names + [f"vq.{name}=true" for name, trains in switches.items() if trains])
 
 
 def _fp8_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:

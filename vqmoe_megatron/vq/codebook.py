@@ -84,7 +84,8 @@ class Codebook(KeepsFloat32):
         self.hidden_size = hidden_size
         for name, constant in self.draw_constants(seed).items():
             if vq.train_projection:
-                self.register_parameter(name, torch.nn.Parameter(constant))
+                trained_constant = torch.nn.Parameter(constant, requires_grad=vq.trains_projection)
+                self.register_parameter(name, trained_constant)
             else:
                 self.register_buffer(name, constant)
         if self.keeps_sums:

@@ -65,7 +65,8 @@ def test_a_token_that_is_not_finite_has_a_code_too(levels: list[int]) -> None:
     x = torch.randn(3, HIDDEN)
     x[0, 0], x[1, 0] = float("nan"), float("inf")
     ids = codebook.search(codebook.prepare(x))
-    assert codebook.lookup(ids).shape == (3, len(levels))  # a broken step shows in its loss, not in an index
+    # A broken step shows in its loss, not in an index.
+    assert codebook.lookup(ids).shape == (3, len(levels))
 
 
 def test_the_gradient_of_the_space_is_that_of_tanh_behind_the_projection() -> None:
