@@ -59,6 +59,19 @@ def read_twice(path: str, corpus: str) -> tuple[str, float, float]:
     return subject.model.kind, first, second
 
 
+def moved_by_a_codebooks_step(path: str, corpus: str) -> list[str]:
+    """Names of what one batch that only codebooks follow moves."""
+    import torch
+
+    from vqmoe_megatron.analysis.training import move_codebooks
+
+    subject = loaded(path, corpus, 512)
+    start = subject.model.at_start()
+    move_codebooks(subject.model, next(subject.text.batches()))
+    now = subject.model.at_start()
+    return [n for n, t in now.items() if torch.is_tensor(t) and not torch.equal(t, start[n])]
+
+
 def planted(path: str, corpus: str) -> dict:
     """What parts find before and after experts and codebooks were tampered with."""
     import torch
