@@ -50,6 +50,28 @@ def loss_of(path: str, corpus: str, num_tokens: int) -> float:
     return loaded(path, corpus, num_tokens).seen.loss
 
 
+def read_twice(path: str, corpus: str) -> tuple[str, float, float]:
+    """What the model is, and nats per token of the same windows, read once and again."""
+    from vqmoe_megatron.analysis.observation import observe
+
+    subject = loaded(path, corpus, 512)
+    first, second = (observe(subject.model, subject.text.batches()).loss for _ in range(2))
+    return subject.model.kind, first, second
+
+
+def moved_by_a_codebooks_step(path: str, corpus: str) -> list[str]:
+    """Names of what one batch that only codebooks follow moves."""
+    import torch
+
+    from vqmoe_megatron.analysis.training import move_codebooks
+
+    subject = loaded(path, corpus, 512)
+    start = subject.model.at_start()
+    move_codebooks(subject.model, next(subject.text.batches()))
+    now = subject.model.at_start()
+    return [n for n, t in now.items() if torch.is_tensor(t) and not torch.equal(t, start[n])]
+
+
 def planted(path: str, corpus: str) -> dict:
     """What parts find before and after experts and codebooks were tampered with."""
     import torch

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from analysis_job import analysed, loss_of, planted
+from analysis_job import analysed, loss_of, moved_by_a_codebooks_step, planted, read_twice
 from small_run import TINY, run_on
 
 from vqmoe_megatron.analysis.analyze import check_request
@@ -24,6 +24,17 @@ RUNS = {
     "filled": ["vq.path=filled", "vq.threshold_routing=true"],
     "memory": ["vq.path=continuous", "code_memory.num_rows=64", "code_memory.layers=[1]"],
     "dense": ["vq.path=continuous", "model.num_moe_experts=1"],
+    "biased": [
+        "vq.path=dual",
+        "vq.codebook_update=ema",
+        "model.moe_router=loss_free",
+        "model.moe_router_load_balancing_type=none",
+    ],
+    "streams": [
+        "model.attention=transformer_xl",
+        "model.position_embedding_type=relative",
+        "model.memory_length_tokens=24",
+    ],
 }
 
 
@@ -71,6 +82,18 @@ def test_the_loss_is_the_run_s_whatever_layout_wrote_it(
     run_dir, loss = run(name, world_size, **layout)
     found = ranks(1).run(loss_of, str(run_dir), str(small_corpus), 4 * 4 * 16)[0]
     assert found == pytest.approx(loss, rel=2e-6)
+
+
+def test_no_window_is_remembered_by_the_next(run, ranks, small_corpus) -> None:
+    kind, first, second = ranks(1).run(read_twice, str(run("streams")[0]), str(small_corpus))[0]
+    assert first == second
+    assert kind.endswith("each window read without the text before")
+
+
+def test_a_step_of_codebooks_alone_moves_no_router(run, ranks, small_corpus) -> None:
+    names = ranks(1).run(moved_by_a_codebooks_step, str(run("biased")[0]), str(small_corpus))[0]
+    assert any(name.endswith("codebook.codes") for name in names)
+    assert not [name for name in names if ".router." in name]
 
 
 def test_copies_of_one_expert_and_a_permuted_codebook_are_seen(run, ranks, small_corpus) -> None:

@@ -120,8 +120,15 @@ def test_summary_says_what_was_run(run_dir):
         (["model.gated_linear_unit=true", "model.moe_layer_freq=2"], 1, {}),
         (["vq.path=discrete", "vq.codebook_update=gradient"], 1, {}),
         (["vq.codebook_update=gradient", "vq.quantizer=product", "vq.num_code_slices=2"], 1, {}),
+        (["vq.quantizer=low_dim", "vq.code_dim=8", "vq.train_projection=true"], 1, {}),
+        pytest.param(
+            *(["vq.quantizer=cosine", "vq.learn_code_scale=true"], 1, {}), marks=pytest.mark.full
+        ),
     ],
-    ids=["ep2", "tied-pp2", "bf16-distributed", "gated-dense", "discrete", "product"],
+    ids=[
+        *("ep2", "tied-pp2", "bf16-distributed", "gated-dense", "discrete", "product"),
+        *("trained-projection", "learned-scale"),
+    ],
 )
 def test_parameters_are_those_of_the_model_at_any_layout(
     overrides, num_ranks, layout, ranks, small_corpus, tmp_path
@@ -292,6 +299,7 @@ def test_common_values_that_are_not_plain_are_left_out_and_not_run(broken, vqmoe
         ("decoder.layers.3.mlp.experts.experts.linear_fc2.bias", "experts"),
         ("decoder.layers.mlp.router.assigner.codebook.codes", "codebooks: codes"),
         ("decoder.layers.mlp.assigner.codebook.num_steps", "codebooks: map and counters"),
+        ("decoder.layers.mlp.assigner.codebook.scale", "codebooks: codes"),
         ("decoder.layers.mlp.router.weight", "dense layers"),
         ("embedding.position_embeddings.weight", "embeddings and output"),
         ("something.else", "other"),

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from vqmoe_megatron.config import FinetuneConfig, RunConfig, VQConfig
+from vqmoe_megatron.config import FinetuneConfig, RouterConfig, RunConfig, VQConfig
 from vqmoe_megatron.config.finetune import finetune_errors, path_of_mode, tuned_recipe, tuned_vq
 from vqmoe_megatron.config.recipe import apply_overrides
+from vqmoe_megatron.config.schema import DataConfig
+from vqmoe_megatron.plan.layout import layout_errors
 
 SECTION = FinetuneConfig("sst2", "texts", "full", 2)
 
@@ -45,6 +47,84 @@ def test_settings_of_a_path_that_is_dropped_go_with_it() -> None:
     assert tuned_vq(vq, "continuous").execution == "auto"
     assert tuned_vq(vq, "discrete").table_per_step
     assert tuned_vq(vq, "full").freeze_after_steps is None
+
+
+ROUTERS = {
+    "switch": ["model.moe_router=switch"],
+    "loss_free": ["model.moe_router=loss_free", "model.moe_router_load_balancing_type=none"],
+    "stable_moe": ["model.moe_router=stable_moe"],
+    "stable_moe_released": ["model.moe_router=stable_moe", "router.variant=released"],
+    "smoe_dropout": [
+        "model.moe_router=smoe_dropout",
+        "model.moe_router_load_balancing_type=none",
+        "model.num_moe_experts=8",
+        "model.moe_router_topk=8",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_s_schedule_goes_on_and_nothing_of_it_counts_filling(name: str) -> None:
+    top1 = ["model.moe_router_topk=1", "train.train_iters=400"]
+    stored = apply_overrides(RunConfig(), [*top1, *ROUTERS[name]])
+    config = tuned(stored=stored)
+    config = replace(config, train=replace(config.train, train_iters=60))
+    assert not [e for e in layout_errors(config, 1, "cpu") if "router" in e]
+    router = config.router
+    assert router.schedule_steps == (400 if name == "smoe_dropout" else None)
+    assert router.stage_1_steps == (40 if name == "stable_moe" else None)
+    default = RouterConfig()
+    assert router.capacity_factor == (None if name == "switch" else default.capacity_factor)
+    assert router.bias_update_rate == (0 if name == "loss_free" else default.bias_update_rate)
+    assert router.distill_coeff == (0 if name == "stable_moe" else default.distill_coeff)
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "said"),
+    [
+        ("switch", "router.capacity_factor=1.25", "router.capacity_factor=null: texts are"),
+        ("loss_free", "router.bias_update_rate=0.001", "router.bias_update_rate=0.0: texts are"),
+        ("stable_moe", "router.distill_coeff=1.0", "router.distill_coeff=0.0: texts are"),
+    ],
+)
+def test_a_router_that_would_count_filling_is_refused(name: str, override: str, said: str) -> None:
+    stored = apply_overrides(RunConfig(), ["model.moe_router_topk=1", *ROUTERS[name]])
+    config = apply_overrides(tuned(stored=stored), [override])
+    assert any(said in error for error in finetune_errors(config))
+    discrete = apply_overrides(tuned("discrete", stored), [override])
+    assert list(finetune_errors(discrete)) == []  # has no router
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantizer": "cosine", "learn_code_scale": True},
+        {"quantizer": "low_dim", "code_dim": 4, "train_projection": True},
+    ],
+    ids=["scale", "projection"],
+)
+def test_what_was_trained_of_a_codebook_is_held_still(settings: dict) -> None:
+    stored = RunConfig(vq=VQConfig(**settings))
+    kept = tuned("discrete", stored)
+    assert layout_errors(kept, 1, "cpu") == [] and not kept.vq.trains_codebook
+    assert kept.vq.learn_code_scale or kept.vq.train_projection  # the tensors are there
+    gone = tuned("continuous", stored)
+    assert not (gone.vq.learn_code_scale or gone.vq.train_projection)
+    again = replace(stored, vq=replace(stored.vq, freeze_codebook=True))
+    assert any("nothing of a frozen codebook" in e for e in layout_errors(again, 1, "cpu"))
+
+
+def test_lfq_loses_its_entropy_loss_and_windows_are_as_long_as_texts() -> None:
+    vq = VQConfig(
+        quantizer="lfq", code_dim=4, num_codes=16, init="uniform",
+        freeze_codebook=True, codebook_update="gradient",
+    )  # fmt: skip
+    stored = replace(RunConfig(vq=vq), data=DataConfig(eval_window_tokens=128))
+    config = tuned(stored=stored)
+    assert list(finetune_errors(config)) == []
+    assert config.data.eval_window_tokens is None  # texts are shorter: 64 tokens
+    counting = apply_overrides(config, ["vq.entropy_loss_coeff=0.1"])
+    assert any("vq.entropy_loss_coeff=0: texts" in e for e in finetune_errors(counting))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from vqmoe_megatron.config import VQConfig
 from vqmoe_megatron.config.code_memory import CodeMemoryConfig
 from vqmoe_megatron.config.memory_codebooks import hidden_quantizer
+from vqmoe_megatron.config.quantizer_rules import frozen_errors
 
 FIXED = {"freeze_codebook": True, "codebook_update": "gradient", "init": "uniform"}
 FSQ = {**FIXED, "quantizer": "fsq", "code_dim": 2, "fsq_levels": [5, 3], "num_codes": 15}
@@ -32,7 +33,6 @@ SCALED = {"quantizer": "cosine", "learn_code_scale": True}
         ({**LFQ, "code_dim": None}, "vq.code_dim=None with vq.quantizer=lfq"),
         ({**LFQ, "entropy_loss_coeff": -1.0}, "vq.entropy_loss_coeff=-1.0 must be at least 0"),
         ({**TRAINED, "freeze_after_steps": 5}, "vq.train_projection=true with vq.freeze_after_s"),
-        ({**SCALED, "freeze_codebook": True}, "vq.learn_code_scale=true with vq.freeze_codebook"),
         ({**SCALED, "vq_loss_coeff": 0.0}, "the codebook loss is the scale's only gradient"),
         (
             {**TRAINED, "straight_through": "none", "commitment_coeff": 0.0},
@@ -65,6 +65,17 @@ def test_what_applies_is_taken(settings: dict) -> None:
     # a memory's codebook of hidden states is the plain one, whatever the layer's is
     of_memory = hidden_quantizer(vq, CodeMemoryConfig(num_rows=64, codes="hidden", num_codes=12))
     assert (of_memory.quantizer, of_memory.code_dim) == ("euclidean", None)
+
+
+@pytest.mark.parametrize("settings", [SCALED, TRAINED], ids=["scale", "projection"])
+def test_a_codebook_that_is_loaded_may_be_held_still(settings: dict) -> None:
+    (name,) = {"learn_code_scale", "train_projection"} & set(settings)
+    vq = VQConfig(**settings, freeze_codebook=True, vq_loss_coeff=0.0)
+    assert not vq.trains_codebook and VQConfig(**settings).trains_codebook
+    (error,) = frozen_errors(vq)
+    assert error.startswith(f"vq.{name}=true with vq.freeze_codebook=true: nothing of a frozen")
+    assert list(frozen_errors(VQConfig(**settings))) == []
+    assert list(frozen_errors(VQConfig(**FSQ, train_projection=True))) == []
 
 
 def test_residual_codes_do_not_cut_the_hidden_vector() -> None:

@@ -1,4 +1,4 @@
-"""A VQ loss that is off costs nothing."""
+"""A VQ loss that is off costs nothing; weights are read when they have arrived."""
 
 from __future__ import annotations
 
@@ -56,3 +56,38 @@ def test_a_loss_of_coefficient_0_is_off_and_only_measured(ranks, update: str) ->
         assert not none["codes"].any()
     for other in (none, without):
         assert other["measured"] == on["measured"] > 0
+
+
+def read_before_a_gather(settings: dict) -> bool:
+    """In a rank: whether tokens were prepared by weights that a hook on the codebook still brings,
+    as those of Megatron's overlapped gather do."""
+    vq = VQConfig(num_codes=12, init="uniform", **settings)
+    layer = build_layer(vq, {n: p.float() for n, p in draw_parameters(vq).items()})
+    codebook, x = layer.assigner.codebook, torch.randn(6, HIDDEN)
+    arrived = {name: p.detach().clone() for name, p in codebook.named_parameters()}
+    expected = layer.assigner(x)
+    for parameter in codebook.parameters():
+        parameter.data.normal_()
+
+    def bring(*_: object) -> None:
+        for name, parameter in codebook.named_parameters():
+            parameter.data.copy_(arrived[name])
+
+    codebook.register_forward_pre_hook(bring)
+    found = layer.assigner(x)
+    return not (
+        torch.equal(found.prepared, expected.prepared) and torch.equal(found.codes, expected.codes)
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"codebook_update": "gradient"},
+        {"quantizer": "low_dim", "code_dim": 4, "train_projection": True},
+    ],
+    ids=["codes", "projection"],
+)
+def test_nothing_of_a_codebook_is_read_before_its_hooks_ran(ranks, settings: dict) -> None:  # noqa: ANN001
+    assert ranks(1).run(read_before_a_gather, settings) == [False]

@@ -33,6 +33,7 @@ def test_it_runs_on_both_devices() -> None:
         (["model.fp8=hybrid"], "cpu", "model.fp8=hybrid"),
         (["train.cuda_graphs=true"], "cpu", "train.cuda_graphs was never tried"),
         (["data.eval_stride_tokens=8"], "cpu", "data.eval_stride_tokens=8: evaluation reads"),
+        (["data.eval_window_tokens=8"], "cpu", "data.eval_window_tokens=8: evaluation reads"),
         (["train.engine=deepspeed"], "cpu", "train.engine=deepspeed: its memory"),
         (["train.nan_policy=skip"], "cpu", "train.nan_policy=skip: the memory would keep"),
         (

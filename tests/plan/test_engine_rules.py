@@ -56,3 +56,23 @@ def test_zero_3_is_no_stage():
 def test_data_and_expert_parallel_layouts_may_run(world_size, expert_size):
     layout = f"parallel.expert_model_parallel_size={expert_size}"
     assert layout_errors(load_recipe(PARITY, [*ZERO1, layout]), world_size) == []
+
+
+FSQ = ["vq.quantizer=fsq", "vq.code_dim=2", "vq.fsq_levels=[4, 4]", "vq.num_codes=16"]
+FSQ += ["vq.freeze_codebook=true", "vq.codebook_update=gradient", "vq.init=uniform"]
+HIDDEN = ["code_memory.num_rows=64", "code_memory.codes=hidden"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_refused"),
+    [
+        (["vq.path=continuous", "vq.codebook_update=gradient"], False),  # no codebook is there
+        (FSQ, False),  # codes that follow from their numbers, which nothing trains
+        ([*FSQ, "vq.train_projection=true"], True),
+        ([*FSQ, *HIDDEN], True),  # the memory's own codes follow their gradient
+    ],
+    ids=["no-codes", "frozen-codes", "projection", "codes-of-a-memory"],
+)
+def test_bf16_is_refused_for_what_an_optimizer_moves_of_codebooks(overrides, is_refused):
+    errors = layout_errors(load_recipe(PARITY, [*ZERO1, "model.bf16=true", *overrides]), 1)
+    assert len(errors) == is_refused and all("stay fp32" in error for error in errors)

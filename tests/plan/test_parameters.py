@@ -159,6 +159,22 @@ CASES = {
             "code_memory.max_order=2", "vq.codebook_update=gradient",
         ],
     ),
+    "memory on hidden states beside fsq": (  # the layer's codes stay, the memory's are trained
+        1,
+        {},
+        [
+            "code_memory.num_rows=64", "code_memory.num_codes=20", "code_memory.codes=hidden",
+            *FSQ, "model.bf16=true", DISTRIBUTED,
+        ],
+    ),
+    "memory on hidden states that are fixed": (
+        1,
+        {},
+        [
+            "code_memory.num_rows=64", "code_memory.num_codes=20", "code_memory.codes=hidden",
+            "code_memory.freeze_after_steps=0", "vq.codebook_update=gradient",
+        ],
+    ),
 }  # fmt: skip
 
 

@@ -36,6 +36,17 @@ from vqmoe_megatron.plan.layout import layout_errors
         ),
         (
             [
+                "model.bf16=true",
+                "vq.codebook_update=gradient",
+                "vq.freeze_codebook=true",  # of the layer; the memory has a codebook of its own
+                "code_memory.num_rows=64",
+                "code_memory.codes=hidden",
+            ],
+            ["optimizer.use_distributed_optimizer=true"],
+            "vq.codebook_update=gradient needs optimizer.use_distributed_optimizer=true",
+        ),
+        (
+            [
                 "model.recompute_granularity=selective",
                 "model.recompute_modules=[mlp]",
                 "model.moe_layer_freq=2",

@@ -97,6 +97,7 @@ def test_operations_are_those_that_torch_counts(ranks, layout: dict[str, int]) -
         ("model.untie_embeddings_and_output_weights=false", "patches and classes share no weights"),
         ("model.calculate_per_token_loss=true", "the loss counts images"),
         ("data.eval_stride_tokens=4", "every image is scored once"),
+        ("data.eval_window_tokens=4", "an image is read whole"),
         ("data.cache_dir=/tmp/x", "the order of images follows from the seed"),
         ("checkpoint.remap=true", "it was never tried with a model of images"),
         ("train.engine=deepspeed", "train.engine=deepspeed with vision.image_size was never tried"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fast_tier import only
 from labelled_folders import losses, pretrained, recipes_of, tune_on, write_sst2
 from upcycle_source import stored_tensors
 
@@ -163,6 +164,32 @@ def test_a_run_goes_on_bitwise(mode, one_rank, ranks, tmp_path) -> None:
     second = tune_on(ranks(1), planned.recipe, tmp_path / "run", {})
     assert losses(first) + losses(second) == losses(whole)
     assert second["records"][-1]["val/loss"] == whole["records"][-1]["val/loss"]
+
+
+STILL = {
+    "scale": (["vq.quantizer=cosine", "vq.learn_code_scale=true"], "codebook.scale"),
+    "loss_free": (
+        ["model.moe_router=loss_free", "model.moe_router_load_balancing_type=none"],
+        "router.expert_bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", only(STILL, "scale"))
+def test_what_would_count_filling_stays_as_it_was_trained(
+    name, start, ranks, small_corpus, tmp_path
+) -> None:
+    overrides, tensor = STILL[name]
+    pretrained(ranks(1), small_corpus, tmp_path / "run", *overrides)
+    todo = recipes_of(tmp_path / "run", start[1], tmp_path / "out", ["full"])
+    run_dir = todo.runs[0].run_dir
+    tune_on(ranks(1), todo.runs[0].recipe, run_dir, {})
+    (before,), (after,) = (
+        [value for key, value in stored_tensors(folder).items() if key.endswith(tensor)]
+        for folder in (tmp_path / "run" / LAST, run_dir / TUNED)
+    )
+    assert before.abs().max() > 0 and before.unique().numel() > 1  # it had moved
+    assert torch.equal(before, after)
 
 
 def test_it_learns(start, ranks, tmp_path) -> None:

@@ -16,6 +16,11 @@ from vqmoe_megatron.train.evaluate_checkpoint import check_evaluation
 pytestmark = pytest.mark.distributed
 
 
+# Two microbatches of two rows; a memory longer than a segment.
+STREAMS = ["model.attention=transformer_xl", "model.position_embedding_type=relative"]
+STREAMS += ["model.memory_length_tokens=24", "train.micro_batch_size=2", "train.eval_iters=3"]
+
+
 def scores_here(checkpoint: str, overrides: list[str], options: dict) -> list:
     import torch
 
@@ -59,6 +64,28 @@ def test_the_figure_is_that_of_training(num_ranks, layout, run, ranks) -> None:
     exact = {} if num_ranks > 1 else {"rel": 1e-12}
     for name, value in scores.items():
         assert value == pytest.approx(last[name], **({"rel": 1e-6} | exact))
+
+
+@pytest.fixture(scope="module")
+def streams(ranks, small_corpus, tmp_path_factory):
+    """A run with a memory, and the record of its last validation, of 3 segments of 4 rows."""
+    out = tmp_path_factory.mktemp("streams") / "run"
+    return out, pretrained(ranks(1), small_corpus, out, *STREAMS)[-1]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"),
+    [(1, {}), (2, {}), (2, {"pipeline_model_parallel_size": 2})],
+    ids=["one-rank", "dp2", "pp2"],
+)
+def test_rows_are_read_with_their_memory(num_ranks, layout, streams, ranks) -> None:
+    run_dir, last = streams
+    said, scores = evaluated(ranks(num_ranks), run_dir, layout, max_windows=12)
+    assert said.startswith("4 rows in order, segments of 16 tokens with up to 24 of memory")
+    for name, value in scores.items():
+        assert value == pytest.approx(last[name], rel=1e-6)
+    with pytest.raises(ValueError, match="6 % 4 = 2; text is read in 4 rows as in training"):
+        check_evaluation(run_dir, [], "valid", None, None, 6, None)
 
 
 def test_other_splits_windows_and_texts(run, ranks, small_corpus) -> None:

@@ -56,6 +56,8 @@ class LoadedModel:
             kind += f", path {vq.path}, {vq.num_codes} codes"
         if self.config.code_memory.is_on:
             kind += ", code memory"
+        if model.attention == "transformer_xl":
+            kind += ", Transformer-XL, each window read without the text before"
         return kind
 
     def at_start(self) -> dict[str, torch.Tensor]:
@@ -89,6 +91,7 @@ def analysed_config(folder: Path) -> RunConfig:
     # Gradients are asked of single layers, which recomputation does not allow.
     plain = {"bf16": False, "fp8": None, "recompute_granularity": None, "recompute_method": None}
     plain |= {"recompute_num_layers": None, "recompute_modules": None}
+    plain |= {"memory_length_tokens": 0}  # windows lie anywhere: none is the text before another
     vq = config.vq
     if vq.path != "continuous":  # kept tables end with a schedule's step; there is none here
         vq = replace(vq, table_per_step=False, overlap_table=False)

@@ -6,6 +6,7 @@ when told (``synchronize_codebooks``). Callers put the model back to where it wa
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 
 import torch
@@ -51,12 +52,17 @@ def move_codebooks(model: LoadedModel, batch: Batch) -> None:
     """Let one batch move the codebooks by their EMA, and nothing else.
 
     Layers with experts are in training for it, since only there codebooks record what they see, the
-    rest is in evaluation. Communicates within this process' world.
+    rest is in evaluation. What a router moves with a step (biases, a count of steps) is put back.
+    Communicates within this process' world.
     """
+    routers = [layer.router for layer in model.layers if layer.router is not None]
+    before = [copy.deepcopy(router.state_dict()) for router in routers]
     for layer in model.layers:
         layer.train()
     with torch.enable_grad():
         mean_loss(model, batch).backward()
     synchronize_codebooks(model.module)
+    for router, state in zip(routers, before, strict=True):
+        router.load_state_dict(state)
     model.module.zero_grad(set_to_none=True)
     model.module.eval()

@@ -41,7 +41,7 @@ GROUP_OF_NAME = {
     "optimizer state": ("optimizer.",),
     "random state": ("random_state.",),
     "segment memory": ("segment_memory.",),
-    "codebooks: codes": (".codebook.codes", "code_stream.contexts.codes"),
+    "codebooks: codes": (".codebook.codes", ".codebook.scale", "code_stream.contexts.codes"),
     "code memory: rows": (".code_memory.",),
     "code memory: codes of tokens": ("code_stream.",),
     "codebooks: learned inputs": (".code_inputs.",),
@@ -77,6 +77,7 @@ PARAMETER_GROUPS = (
     "codebooks: learned inputs",
     "embeddings and output",
 )
+PROJECTION, PROJECTIONS_GROUP = "assigner.codebook.projection", "codebooks: map and counters"
 # Of routers, in a group of parameters.
 BUFFER_NAMES = ("router.expert_bias", "router.steps_taken", "router.expert_of_token")
 
@@ -142,7 +143,7 @@ def inspect_checkpoint(path: Path) -> CheckpointContents:
     content = read_content(folder)
     num_verified_files = check_all_files(folder)
     config, stored, common, corpus = content.config, content.stored, content.common, content.corpus
-    groups = _groups(stored.tensors)
+    groups = _groups(stored.tensors, config.vq.train_projection)
     return CheckpointContents(
         folder=str(folder),
         iteration=int(FOLDER_PATTERN.match(folder.name)[1]),
@@ -229,7 +230,8 @@ def _disk_bytes(folder: Path) -> int:
     return total
 
 
-def _groups(tensors: list[StoredTensor]) -> list[Group]:
+def _groups(tensors: list[StoredTensor], trains_projection: bool) -> list[Group]:
+    """``trains_projection``: projections of codebooks are parameters, and else buffers."""
     members: dict[str, list[StoredTensor]] = {name: [] for name in SHOWN_ORDER}
     for tensor in tensors:
         members[group_of(tensor.name)].append(tensor)
@@ -237,7 +239,7 @@ def _groups(tensors: list[StoredTensor]) -> list[Group]:
         Group(
             name=name,
             num_tensors=len(part),
-            num_parameters=_num_parameters(name, part),
+            num_parameters=_num_parameters(name, part, trains_projection),
             num_bytes=sum(tensor.num_bytes for tensor in part),
             dtypes=sorted({tensor.dtype for tensor in part}),
         )
@@ -246,7 +248,9 @@ def _groups(tensors: list[StoredTensor]) -> list[Group]:
     ]
 
 
-def _num_parameters(group: str, tensors: list[StoredTensor]) -> int:
+def _num_parameters(group: str, tensors: list[StoredTensor], trains_projection: bool) -> int:
+    if group == PROJECTIONS_GROUP and trains_projection:
+        return sum(t.num_elements for t in tensors if t.name.endswith(PROJECTION))
     if group not in PARAMETER_GROUPS:
         return 0
     return sum(t.num_elements for t in tensors if not t.name.endswith(BUFFER_NAMES))

@@ -42,7 +42,12 @@ def evaluate(
         typer.Option(min=1, help="tokens between windows; default: their length, no overlap"),
     ] = None,
     max_windows: Annotated[
-        int | None, typer.Option(min=1, help="so many, evenly spread; default: the whole split")
+        int | None,
+        typer.Option(
+            min=1,
+            help="so many, evenly spread, of a Transformer-XL the first of each row; default: the "
+            "whole split",
+        ),
     ] = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="local ranks to start")] = None,
     json_file: Annotated[

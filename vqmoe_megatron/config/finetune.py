@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from vqmoe_megatron import registry
 from vqmoe_megatron.config.checks import check_choice, check_settings
 
 if TYPE_CHECKING:
+    from vqmoe_megatron.config.router import RouterConfig
     from vqmoe_megatron.config.schema import ModelConfig, RunConfig
     from vqmoe_megatron.config.vq import VQConfig
 
@@ -23,6 +25,12 @@ TASK = "finetune"  # train.task of a fine-tuning run
 DATASETS = ("sst2", "sst5", "imdb", "banking77")
 MODES = ("full", "continuous", "discrete", "head")
 PADDING = "texts are filled up with tokens that this would count"
+# What of a router counts tokens, and the value at which it does not.
+COUNTING_ROUTER_SETTINGS = {
+    "capacity_factor": None,
+    "bias_update_rate": 0.0,
+    "distill_coeff": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -77,12 +85,16 @@ def tuned_vq(vq: VQConfig, mode: str) -> VQConfig:
         "revival": "random",
         "vq_loss_coeff": 0.0,
     }
+    if vq.quantizer == "lfq":
+        still["entropy_loss_coeff"] = 0.0
     if path == "continuous":  # what only a discrete path has
         still |= {
             "execution": "auto",
             "code_input": "codebook",
             "table_per_step": False,
             "overlap_table": False,
+            "learn_code_scale": False,
+            "train_projection": False,
         }
     return replace(vq, **still)
 
@@ -99,6 +111,24 @@ def tuned_model(model: ModelConfig, seq_length: int) -> ModelConfig:
     )
 
 
+def counting_router_settings(model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
+    """Settings of this router that count tokens, each with the value at which it does not."""
+    if not registry.is_ours("router", model.moe_router) or router.variant == "released":
+        return {}
+    takes = registry.takes("router", model.moe_router)
+    return {name: still for name, still in COUNTING_ROUTER_SETTINGS.items() if name in takes}
+
+
+def tuned_router(stored: RunConfig) -> RouterConfig:
+    """The router's settings: schedules as the pretrained run had them, whose steps go on to be
+    counted; nothing that counts tokens."""
+    model, router = stored.model, stored.router
+    if router.variant != "released":  # which has no schedule
+        iters = stored.train.train_iters
+        router = router.for_run(model.moe_router, model.num_moe_experts, iters)
+    return replace(router, **counting_router_settings(model, router))
+
+
 def tuned_recipe(
     stored: RunConfig, load: str, finetune: FinetuneConfig, seq_length: int
 ) -> RunConfig:
@@ -111,9 +141,16 @@ def tuned_recipe(
         stored,
         model=tuned_model(stored.model, seq_length),
         vq=tuned_vq(stored.vq, finetune.mode),
+        router=tuned_router(stored),
         finetune=finetune,
         parallel=type(stored.parallel)(),
-        data=replace(stored.data, eval_split="valid", eval_stride_tokens=None, cache_dir=None),
+        data=replace(
+            stored.data,
+            eval_split="valid",
+            eval_window_tokens=None,
+            eval_stride_tokens=None,
+            cache_dir=None,
+        ),
         optimizer=replace(
             stored.optimizer,
             lr=1e-3,
@@ -161,6 +198,14 @@ def finetune_errors(config: RunConfig) -> Iterator[str]:
         yield f"fine-tuning needs moe_aux_loss_coeff=0 and moe_z_loss_coeff=null: {PADDING}"
     if vq.path != "continuous" and not (vq.freeze_codebook and vq.vq_loss_coeff == 0):
         yield f"fine-tuning needs vq.freeze_codebook=true and vq.vq_loss_coeff=0: {PADDING}"
+    if vq.path != "continuous" and vq.quantizer == "lfq" and vq.entropy_loss_coeff:
+        yield f"fine-tuning needs vq.entropy_loss_coeff=0: {PADDING}"
+    for name, still in counting_router_settings(config.model, config.router).items():
+        if config.vq.has_router(config.model.num_moe_experts) and (
+            getattr(config.router, name) != still
+        ):
+            value = "null" if still is None else still
+            yield f"fine-tuning needs router.{name}={value}: {PADDING}"
     if vq.threshold_routing:
         yield f"vq.threshold_routing cannot be fine-tuned: its threshold follows tokens, {PADDING}"
     if memory.is_on and (memory.codes in ("embedding", "hidden") or memory.num_context_codes):

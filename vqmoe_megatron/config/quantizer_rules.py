@@ -5,6 +5,7 @@ H hidden size, D = ``vq.code_dim``, K = ``vq.num_codes``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -80,6 +81,17 @@ def _check_levels(vq: VQConfig) -> None:
         )
 
 
+def frozen_errors(vq: VQConfig) -> Iterator[str]:
+    """Yield what a run that draws its codebook anew cannot both train and freeze; one that loads it
+    may hold still what was trained."""
+    for name in ("learn_code_scale", "train_projection"):
+        if getattr(vq, name) and vq.freeze_codebook and vq.quantizer not in IMPLICIT:
+            yield (
+                f"vq.{name}=true with vq.freeze_codebook=true: nothing of a frozen codebook is "
+                "trained; leave one of them out"
+            )
+
+
 def _check_trained(vq: VQConfig) -> None:
     """What is trained beside the codes: by which gradient, and until when."""
     trained = [name for name in ("learn_code_scale", "train_projection") if getattr(vq, name)]
@@ -90,19 +102,14 @@ def _check_trained(vq: VQConfig) -> None:
             f"vq.{trained[0]}=true with vq.freeze_after_steps={vq.freeze_after_steps}: codes would "
             "stay and what they are compared by would move on; leave one of them out"
         )
-    if vq.freeze_codebook and vq.quantizer not in IMPLICIT:
-        raise ValueError(
-            f"vq.{trained[0]}=true with vq.freeze_codebook=true: the codebook would not stay; "
-            "leave one of them out"
-        )
-    if vq.learn_code_scale and vq.vq_loss_coeff == 0:
+    if vq.trains_scale and vq.vq_loss_coeff == 0:
         raise ValueError(
             "vq.learn_code_scale=true with vq.vq_loss_coeff=0: the codebook loss is the scale's "
             "only gradient; set it above 0"
         )
     passes = vq.has_discrete_path and vq.expert_input == "code" and vq.straight_through != "none"
     pulls = vq.vq_loss_coeff > 0 and vq.commitment_coeff > 0
-    if vq.train_projection and not (passes or pulls):
+    if vq.trains_projection and not (passes or pulls):
         raise ValueError(
             "vq.train_projection=true has no gradient here: it gets the tokens', by "
             "straight_through with expert_input=code, or by the commitment loss (vq_loss_coeff and "

@@ -203,7 +203,18 @@ class VQConfig:
     @property
     def trains_codebook(self) -> bool:
         """Whether it moves anything of the codebook, all of which stays fp32."""
-        return self.trains_codes or self.learn_code_scale or self.train_projection
+        return self.trains_codes or self.trains_scale or self.trains_projection
+
+    @property
+    def trains_scale(self) -> bool:
+        """Whether it moves the codes' length. In a frozen codebook that stays as it is loaded."""
+        return self.learn_code_scale and not self.freeze_codebook
+
+    @property
+    def trains_projection(self) -> bool:
+        """Whether it turns the projection. Implicit codes are always frozen, and say nothing of
+        it."""
+        return self.train_projection and (self.has_implicit_codes or not self.freeze_codebook)
 
     @property
     def has_fill_table(self) -> bool:

@@ -77,10 +77,10 @@ class CodeAssigner(KeepsStatistics):
         Communicates only at the first call on an uninitialised codebook (over ``tp_cp``
         and ``tp_dp_cp``).
         """
-        prepared = self.codebook.prepare(x)
+        prepared = self.codebook(x)
         if self.codebook.needs_data_init:
             initialize_codebook(self.codebook, self.code_map, prepared, self.pg_collection)
-        codes = self.codebook(prepared)
+        codes = self.codebook.search(prepared)
         return Assignment(
             prepared=prepared,
             codes=codes,

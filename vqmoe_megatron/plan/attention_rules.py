@@ -57,12 +57,14 @@ def _kernel_errors(config: RunConfig, device: str) -> Iterator[str]:
 
 
 def _reading_errors(config: RunConfig) -> Iterator[str]:
-    model, stride = config.model, config.data.eval_stride_tokens
-    if stride is not None and stride != model.seq_length:
-        yield (
-            f"{NAME} with data.eval_stride_tokens={stride}: evaluation reads segments one behind "
-            "the other, so that memory carries over; leave it out"
-        )
+    model = config.model
+    for name in ("eval_window_tokens", "eval_stride_tokens"):
+        value = getattr(config.data, name)
+        if value is not None and value != model.seq_length:
+            yield (
+                f"{NAME} with data.{name}={value}: evaluation reads segments one behind the other, "
+                "so that memory carries over; leave it out"
+            )
     if config.code_memory.is_on and config.code_memory.num_context_codes:
         yield (
             f"{NAME} with code_memory.num_context_codes={config.code_memory.num_context_codes}: "

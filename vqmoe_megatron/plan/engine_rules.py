@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vqmoe_megatron.config import RunConfig
+from vqmoe_megatron.config.memory_codebooks import hidden_quantizer
 from vqmoe_megatron.config.router_rules import other_router
 
 if TYPE_CHECKING:
@@ -82,15 +83,20 @@ def _setting_errors(config: RunConfig) -> Iterator[str]:
             "model.bf16 with train.zero_stage=0: without ZeRO DeepSpeed keeps gradients of bf16 "
             "weights in another form, which was never proved here; use train.zero_stage=1"
         )
-    if config.model.bf16 and (config.vq.learn_code_scale or config.vq.train_projection):
+    vq, memory = config.vq, config.code_memory
+    if config.model.bf16 and vq.has_codes and (vq.trains_scale or vq.trains_projection):
         yield (
             "vq.learn_code_scale or vq.train_projection in bf16 with train.engine=deepspeed: "
             "DeepSpeed casts every trained parameter, of codebooks too, which must stay fp32; set "
             "both to false, or use fp32"
         )
-    if config.model.bf16 and config.vq.codebook_update != "ema":
+    of_memory = memory.is_on and memory.codes == "hidden"
+    if config.model.bf16 and (
+        (vq.has_codes and vq.trains_codes)
+        or (of_memory and hidden_quantizer(vq, memory).trains_codes)
+    ):
         yield (
-            f"vq.codebook_update={config.vq.codebook_update} in bf16 with train.engine=deepspeed: "
+            f"vq.codebook_update={vq.codebook_update} in bf16 with train.engine=deepspeed: "
             "DeepSpeed casts every trained parameter, codes too, which must stay fp32; use ema or "
             "fp32"
         )

@@ -362,7 +362,7 @@ def _projection_backward_flops(layer: LayerShape) -> int:
     the commitment loss's, to every token."""
     if not layer.vq.has_codes:
         return 0
-    num_rows = layer.num_local_tokens * (2 if layer.vq.train_projection else 1)
+    num_rows = layer.num_local_tokens * (2 if layer.vq.trains_projection else 1)
     num_rows += _num_lowered_rows(layer)
     return num_rows * projection_flops(layer)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from vqmoe_megatron.config import ModelConfig, RunConfig
+from vqmoe_megatron.config.memory_codebooks import hidden_quantizer
 from vqmoe_megatron.plan.ends import head_tensors, num_head_classes, patch_tensors
 from vqmoe_megatron.plan.layout import ParallelLayout
 from vqmoe_megatron.plan.router_cost import router_tensors
@@ -274,9 +275,10 @@ def _coded(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> I
     name, shape = f"{prefix}assigner.codebook.", (*codes, layer.code_width)
     yield Parameter(f"{name}codes", "codebooks", shape, 4, is_trained=vq.trains_codes)
     if vq.train_projection:
-        yield Parameter(f"{name}projection", "codebooks", (layer.code_width, hidden), 4)
+        shape, is_trained = (layer.code_width, hidden), vq.trains_projection
+        yield Parameter(f"{name}projection", "codebooks", shape, 4, is_trained=is_trained)
     if vq.learn_code_scale:
-        yield Parameter(f"{name}scale", "codebooks", (1, 1), 4)
+        yield Parameter(f"{name}scale", "codebooks", (1, 1), 4, is_trained=vq.trains_scale)
     if vq.fill_values == "direct":
         rows = (layer.num_experts_per_rank, vq.num_codes, hidden)
         name = f"{prefix}fill_rows.values"
@@ -302,4 +304,5 @@ def _memory(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> 
         vq = config.vq
         name = f"{prefix}memory_assigner.codebook.codes"
         codes = (1, memory.num_codes, hidden)
-        yield Parameter(name, "codebooks", codes, 4, is_trained=vq.trains_codes)
+        is_trained = hidden_quantizer(vq, memory).trains_codes
+        yield Parameter(name, "codebooks", codes, 4, is_trained=is_trained)

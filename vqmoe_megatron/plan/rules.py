@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vqmoe_megatron.config import ModelConfig, RunConfig, VQConfig
+from vqmoe_megatron.config.memory_codebooks import hidden_quantizer
+from vqmoe_megatron.config.quantizer_rules import frozen_errors
 from vqmoe_megatron.config.router_rules import router_errors
 from vqmoe_megatron.plan.engine_rules import engine_errors
 from vqmoe_megatron.plan.vision_rules import vision_errors
@@ -91,6 +93,7 @@ def run_errors(config: RunConfig, layout: ParallelLayout) -> list[str]:
         *_recompute_errors(config.model, layout),
         *_schedule_errors(config),
         *_optimizer_errors(config),
+        *(() if config.finetune.is_on else frozen_errors(config.vq)),
         *_fp8_errors(config, layout),
         *_table_errors(config),
         *_fill_errors(config),
@@ -175,7 +178,8 @@ def _checkpoint_errors(config: RunConfig) -> Iterator[str]:
 def _optimizer_errors(config: RunConfig) -> Iterator[str]:
     vq, memory = config.vq, config.code_memory
     of_layers = vq.path != "continuous" and vq.trains_codebook
-    of_memory = memory.is_on and memory.codes == "hidden" and vq.trains_codes
+    has_hidden_codes = memory.is_on and memory.codes == "hidden"
+    of_memory = has_hidden_codes and hidden_quantizer(vq, memory).trains_codes
     if (
         config.model.bf16
         and config.train.engine == "megatron"
@@ -183,17 +187,18 @@ def _optimizer_errors(config: RunConfig) -> Iterator[str]:
         and not config.optimizer.use_distributed_optimizer
     ):
         yield (
-            f"model.bf16 with {_trained_of(vq)} needs "
+            f"model.bf16 with {_trained_of(vq, of_memory)} needs "
             "optimizer.use_distributed_optimizer=true: codes stay fp32, and Megatron's plain "
             "mixed-precision optimizer cannot save bf16 and fp32 parameters of one group"
         )
 
 
-def _trained_of(vq: VQConfig) -> str:
+def _trained_of(vq: VQConfig, of_memory: bool) -> str:
     """The settings by which an optimizer moves a codebook."""
-    names = [f"vq.codebook_update={vq.codebook_update}"] if vq.trains_codes else []
-    switches = ("learn_code_scale", "train_projection")
-    return " and ".join(names + [f"vq.{name}=true" for name in switches if getattr(vq, name)])
+    moves_codes = vq.trains_codes or of_memory
+    names = [f"vq.codebook_update={vq.codebook_update}"] if moves_codes else []
+    switches = {"learn_code_scale": vq.trains_scale, "train_projection": vq.trains_projection}
+    return " and ".join(names + [f"vq.{name}=true" for name, trains in switches.items() if trains])
 
 
 def _fp8_errors(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:

@@ -13,6 +13,7 @@ NO_TOKEN_IDS = "an image has no token ids"
 OF_TEXT = {
     "model.vocab_size": (None, f"{NO_TOKEN_IDS}, the head has vision.num_classes outputs"),
     "model.untie_embeddings_and_output_weights": (True, "patches and classes share no weights"),
+    "data.eval_window_tokens": (None, "an image is read whole"),
     "data.eval_stride_tokens": (None, "every image is scored once"),
     "data.cache_dir": (None, "the order of images follows from the seed, nothing is kept of it"),
     "code_memory.num_rows": (0, f"rows are found by token ids, and {NO_TOKEN_IDS}"),

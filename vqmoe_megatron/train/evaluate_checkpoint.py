@@ -44,9 +44,9 @@ class Evaluation:
     @property
     def read_as(self) -> RunConfig:
         """The recipe that the task reads: train.eval_iters global batches are the windows."""
-        train = replace(
-            self.config.train, eval_iters=self.max_windows or ALL_WINDOWS, global_batch_size=1
-        )
+        num_rows = _num_rows(self.config) or 1
+        num_batches = (self.max_windows or ALL_WINDOWS) // num_rows
+        train = replace(self.config.train, eval_iters=num_batches, global_batch_size=num_rows)
         return replace(self.config, train=train)
 
     @property
@@ -72,7 +72,7 @@ def check_evaluation(
         split: valid or test.
         data: a corpus in the place of the checkpoint's; for a fine-tuned one a folder of texts.
         stride_tokens: between windows; None: their length.
-        max_windows: so many, evenly spread; None: all.
+        max_windows: so many, evenly spread, or of rows in order the first of each; None: all.
         num_ranks: None: the fewest that the layout fits on.
 
     Raises:
@@ -111,8 +111,16 @@ def check_evaluation(
     section = replace(config.data, eval_split=split, eval_stride_tokens=stride_tokens)
     config = replace(config, data=section)
     parallel = config.parallel
+    num_rows = _num_rows(config)
+    if num_rows and max_windows is not None and max_windows % num_rows:
+        raise ValueError(
+            f"--max-windows % train.global_batch_size != 0: {max_windows} % {num_rows} = "
+            f"{max_windows % num_rows}; text is read in {num_rows} rows as in training, each with "
+            f"its memory, and every row reads as many windows; use a multiple of {num_rows}"
+        )
     # No step is taken: as many microbatches as every layout of these ranks takes.
     batch = config.train.micro_batch_size * num_ranks * parallel.pipeline_model_parallel_size
+    batch = num_rows or batch
     train = replace(config.train, global_batch_size=batch, eval_iters=1)
     # Nothing of another engine's step is needed, and checkpoints are the same.
     train = replace(train, engine="megatron", zero_stage=0, offload_optimizer=False)
@@ -124,6 +132,11 @@ def check_evaluation(
     if not is_tuned:
         corpus.split(split)
     return Evaluation(folder, config, layout, corpus, max_windows)
+
+
+def _num_rows(config: RunConfig) -> int | None:
+    """Rows that text is read in, where a memory belongs to a row; None: windows stand alone."""
+    return config.train.global_batch_size if config.model.attention == "transformer_xl" else None
 
 
 def evaluate_here(

@@ -84,7 +84,8 @@ class Codebook(KeepsFloat32):
         self.hidden_size = hidden_size
         for name, constant in self.draw_constants(seed).items():
             if vq.train_projection:
-                self.register_parameter(name, torch.nn.Parameter(constant))
+                trained_constant = torch.nn.Parameter(constant, requires_grad=vq.trains_projection)
+                self.register_parameter(name, trained_constant)
             else:
                 self.register_buffer(name, constant)
         if self.keeps_sums:
@@ -166,12 +167,13 @@ class Codebook(KeepsFloat32):
         """Code ids ``[T, C]`` -> their vectors ``[T, H]``, differentiable to ``codes``."""
         return look_up_codes(self.code_vectors(), ids)
 
-    def forward(self, prepared: torch.Tensor) -> torch.Tensor:
-        """Prepared tokens ``[T, H]`` -> code ids int64 ``[T, C]``.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens ``[T, H]`` -> prepared ones, as :meth:`prepare`.
 
-        Called as a module, so that Megatron's overlapped gather of ``codes`` has finished.
+        Called as a module before anything else of it in a pass, so that Megatron's overlapped
+        gather of codes, scale and projection has finished.
         """
-        return self.search(prepared)
+        return self.prepare(x)
 
     def parts(self, prepared: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """What of prepared tokens each of their codes ``[T, C]`` quantises: ``[T, C, D]``."""

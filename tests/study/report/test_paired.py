@@ -135,6 +135,16 @@ def test_runs_on_other_data_are_no_pair_but_under_equal_flops_lengths_may_differ
     assert len(comparison(equal_flops, 64, "vq").pairs) == 4
 
 
+def test_streams_are_no_pair_of_shuffled_samples(study) -> None:
+    for row in study.rows:
+        if row.point["router"] == "vq" and row.point["experts"] == 4:
+            row.config.model.attention = "transformer_xl"
+    found = comparison(study, 4, "vq")
+    assert not found.pairs
+    assert "has model.attention=transformer_xl" in next(iter(found.left_out.values()))
+    assert len(comparison(study, 64, "vq").pairs) == 4
+
+
 def test_a_gain_is_compared_between_sizes_seed_by_seed(study) -> None:
     # gains at 4 experts 0.1, 0.1, 0.2, 0.2, at 64 0.3, 0.4, 0.4, 0.5: changes 0.2, 0.3, 0.2, 0.3;
     # their mean 0.25, standard error sqrt(0.01 / 3 / 4) = 0.028868, half width 0.091868

@@ -41,5 +41,10 @@ def test_it_goes_to_the_mean_cosine_and_changes_no_assignment(update: str) -> No
     torch.testing.assert_close(lengths, (codebook.scale * HIDDEN**0.5).expand_as(lengths))
 
 
+def test_a_frozen_codebook_holds_it_still() -> None:
+    codebook = make(learn_code_scale=True, freeze_codebook=True)
+    assert "scale" in codebook.state_dict() and not codebook.scale.requires_grad
+
+
 def test_it_stays_fp32_in_half_precision_models() -> None:
     assert make(learn_code_scale=True).bfloat16().scale.dtype == torch.float32

@@ -59,6 +59,16 @@ def test_a_tie_and_what_lies_outside_go_where_the_nearest_code_would() -> None:
     assert codebook.search(prepared)[:, 0].tolist() == [0, 2, 4, 1]
 
 
+@pytest.mark.parametrize("levels", [[3], [5, 4], [8, 5, 5]])
+def test_a_token_that_is_not_finite_has_a_code_too(levels: list[int]) -> None:
+    codebook = make(levels)
+    x = torch.randn(3, HIDDEN)
+    x[0, 0], x[1, 0] = float("nan"), float("inf")
+    ids = codebook.search(codebook.prepare(x))
+    # A broken step shows in its loss, not in an index.
+    assert codebook.lookup(ids).shape == (3, len(levels))
+
+
 def test_the_gradient_of_the_space_is_that_of_tanh_behind_the_projection() -> None:
     codebook = make([5, 3]).double()
     x = torch.randn(6, HIDDEN, dtype=torch.float64).requires_grad_()

@@ -30,6 +30,12 @@ def test_it_starts_as_the_fixed_one_and_is_a_parameter_under_the_same_name() -> 
     assert trained.projection.requires_grad
 
 
+def test_in_a_frozen_codebook_it_is_there_and_stays() -> None:
+    frozen, trained = make(train_projection=True, freeze_codebook=True), make(train_projection=True)
+    assert not frozen.projection.requires_grad
+    assert frozen.state_dict().keys() == trained.state_dict().keys()
+
+
 def test_its_length_does_not_matter() -> None:
     codebook, x = make(train_projection=True).double(), torch.randn(20, HIDDEN).double()
     before, lifted = codebook.prepare(x), codebook.lift(torch.eye(WIDTH).double())

@@ -27,6 +27,7 @@ FINAL_BITS = "final_bits_per_byte"
 # What decides which text a loss is of, and what the seed begins.
 SAME_TEXT = (
     "train.task",
+    "model.attention",  # with transformer_xl rows of a batch are streams, in evaluation too
     "train.seed",
     "data.path",
     "data.eval_split",

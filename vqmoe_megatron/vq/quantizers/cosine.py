@@ -24,7 +24,7 @@ class Cosine(Codebook):
         self.register_parameter("scale", None)
         if vq.learn_code_scale:
             # Megatron gives vectors, and so a single number, no weight decay: another group.
-            self.scale = torch.nn.Parameter(torch.ones(1, 1))
+            self.scale = torch.nn.Parameter(torch.ones(1, 1), requires_grad=vq.trains_scale)
 
     @staticmethod
     def into_space(x: torch.Tensor, constants: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -35,9 +35,10 @@ class Fsq(LowDim):
         return torch.cartesian_prod(*levels).view(1, self.num_codes, self.width)
 
     def search(self, prepared: torch.Tensor) -> torch.Tensor:
-        """``[T, D]`` -> code ids int64 ``[T, 1]``; a tie goes to the lower level."""
+        """``[T, D]`` -> code ids int64 ``[T, 1]``; a tie goes to the lower level, and so does NaN:
+        of a broken step the loss is to be seen, and ``train.nan_policy`` followed."""
         ids = torch.zeros_like(prepared[:, 0], dtype=torch.int64)
         for i, count in enumerate(self.vq.fsq_levels):
-            place = (prepared.detach()[:, i] + 1.0) * ((count - 1) / 2)
+            place = (prepared.detach()[:, i].nan_to_num(-1.0) + 1.0) * ((count - 1) / 2)
             ids = ids * count + (place - 0.5).ceil().clamp(0, count - 1).long()
         return ids.unsqueeze(1)
