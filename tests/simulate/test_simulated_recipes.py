@@ -100,7 +100,7 @@ def shallow(path: Path) -> list[str]:
     parallel = config.parallel
     chunks = parallel.pipeline_model_parallel_size
     chunks *= parallel.virtual_pipeline_model_parallel_size or 1
-    vocabulary = [] if config.model.vocab_size else [BYTES]
+    vocabulary = [] if config.model.vocab_size or config.vision.is_on else [BYTES]
     return ["plan", str(path), f"model.num_layers={max(4, chunks)}", *vocabulary]
 
 
