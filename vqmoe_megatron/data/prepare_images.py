@@ -120,8 +120,9 @@ def _write_split(folder: Path, split: str, source: ImageSource) -> tuple[np.ndar
     # Not a mapped array: a disk that gets full would end the process by SIGBUS.
     with (folder / images_name(split)).open("wb") as stream:
         np.lib.format.write_array_header_1_0(stream, header)
-        for number, (image, labels[number]) in enumerate(source.read[split]()):
+        for number, (image, label) in enumerate(source.read[split]()):
             stream.write(image.tobytes())
+            labels[number] = label
             shares = image.astype(np.float64) / 255
             total += shares.sum(axis=(0, 1))
             squares += (shares**2).sum(axis=(0, 1))
