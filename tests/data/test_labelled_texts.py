@@ -86,6 +86,17 @@ def test_a_line_of_csv_ends_where_csv_ends_it(tmp_path) -> None:
     assert texts.splits["train"][1].origin == f"{tmp_path / 'train.csv'}:3"
 
 
+def test_the_digest_is_of_the_classes_of_files_too(tmp_path) -> None:
+    files = {f"{split}/neg/0_1.txt": "no" for split in ("train", "dev")}
+    files |= {f"{split}/pos/{n}_9.txt": "yes" for split in ("train", "dev") for n in (1, 2)}
+    folder = written(tmp_path, files)
+    before = load_labelled_texts("imdb", folder)
+    (folder / "train/pos/1_9.txt").rename(folder / "train/neg/1_9.txt")
+    after = load_labelled_texts("imdb", folder)  # the same files in the same order
+    assert [t.text for t in after.splits["train"]] == [t.text for t in before.splits["train"]]
+    assert after.sha256 != before.sha256
+
+
 GOOD = "good\t1\nbad\t0\n"
 
 

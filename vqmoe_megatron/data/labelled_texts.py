@@ -162,15 +162,16 @@ def _split_rows(
     if path.is_dir():
         found = _folder_rows(path, dataset, digest)
     else:
-        content = _read(path, digest)
+        content = _read(path, digest, path.name)
         found = _json_rows(path, content) if "json" in path.suffix else _table_rows(path, content)
     return [_checked(*row) for row in found]
 
 
-def _read(path: Path, digest: hashlib._Hash) -> str:
+def _read(path: Path, digest: hashlib._Hash, name: str) -> str:
+    """A file's text; ``digest`` is told its content and ``name``, which says split and class."""
     try:
         content = path.read_bytes()
-        digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
         return content.decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
@@ -279,4 +280,5 @@ def _folder_rows(
         raise ValueError(f"{folder} holds no folder of a class, such as pos and neg")
     for entry in classes:
         for path in sorted(entry.glob("*.txt")):
-            yield _read(path, digest), entry.name, str(path)
+            name = f"{folder.name}/{entry.name}/{path.name}"
+            yield _read(path, digest, name), entry.name, str(path)
