@@ -169,12 +169,14 @@ def read_records(path: Path) -> np.ndarray:
 
 def _image_folder(folder: Path, image_size: int) -> ImageSource:
     require("PIL", "vqmoe prepare images")
-    of_splits = sorted(p for p in folder.iterdir() if p.name in SPLIT_FOLDERS and p.is_dir())
-    given = {SPLIT_FOLDERS[path.name]: path for path in of_splits}
+    named = sorted(p for p in folder.iterdir() if p.name in SPLIT_FOLDERS and p.is_dir())
+    by_name = {path.name: _files_by_class(path) for path in named}
+    of_splits = [name for name, classes in by_name.items() if classes]  # others may be classes
+    given = {SPLIT_FOLDERS[name]: by_name[name] for name in of_splits}
     if len(given) < len(of_splits):
         raise ValueError(f"{folder} has both valid and val, one split under two names; leave one")
     if "train" in given:
-        found = {split: _files_by_class(given[split]) for split in SPLITS if split in given}
+        found = {split: given[split] for split in SPLITS if split in given}
         files = {
             split: [(name, path) for name, paths in classes.items() for path in paths]
             for split, classes in found.items()
@@ -184,6 +186,11 @@ def _image_folder(folder: Path, image_size: int) -> ImageSource:
             raise ValueError(
                 f"{folder}: train has no class {', '.join(unknown[:3])}, which another split has"
             )
+    elif given:
+        raise ValueError(
+            f"{folder} has classes in {', '.join(of_splits)} and none in "
+            "train; lay files out as INPUT/CLASS/FILE or INPUT/{train,valid,test}/CLASS/FILE"
+        )
     else:
         found_classes = _files_by_class(folder)
         classes, files = sorted(found_classes), {split: [] for split in SPLITS}
