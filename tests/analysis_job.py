@@ -111,3 +111,14 @@ def planted(path: str, corpus: str) -> dict:
             if torch.is_tensor(value)
         )
     return found
+
+
+def adapted(path: str, corpus: str, num_batches: int) -> dict:
+    """What is trained on where a pass reads fewer windows than training takes."""
+    from dataclasses import replace
+
+    from vqmoe_megatron.analysis.parts import adaptation
+
+    subject = loaded(path, corpus, 128)
+    settings = replace(subject.settings, adapt_batches=num_batches)
+    return adaptation.measure(replace(subject, settings=settings))

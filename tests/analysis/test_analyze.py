@@ -174,6 +174,11 @@ def test_what_cannot_be_analysed_is_refused_first(run, small_corpus, tmp_path) -
     for changes, message in refused:
         with pytest.raises(ValueError, match=message):
             check_request([run_dir], out, Settings(), **({"data": small_corpus} | changes))
+    (tags := tmp_path / "tags").write_text("NOUN\n")
+    with pytest.raises(ValueError, match="has 1 lines"):
+        check_request([run_dir], out, Settings(tags=tags), data=small_corpus)
+    with pytest.raises(ValueError, match="is no directory"):
+        check_request([run_dir], tags, Settings(), data=small_corpus)
     with pytest.raises(ValueError, match="has no split 'nothing'"):
         check_request([run_dir], out, Settings(split="nothing"), data=small_corpus)
     with pytest.raises(ValueError, match="does not exist"):

@@ -51,7 +51,8 @@ def test_source_of_the_library_has_classes_of_its_own_tokenizer(text) -> None:
 def test_tags_are_read_from_a_file(text, tmp_path) -> None:
     num_tokens = len(text.all_tokens)
     tags = tmp_path / "tags"
-    tags.write_text("".join("NOUN\n" if n % 2 else "VERB\n" for n in range(num_tokens)))
+    lines = ("NOUN\n" if n % 2 else "VERB\n" for n in range(num_tokens))
+    tags.write_text("".join(lines), "utf-8-sig")  # as Windows' editors save it
     found = parts_of_speech(text, np.arange(num_tokens), tags)
     assert found.names == ("NOUN", "VERB")
     assert found.classes.tolist() == [1 - n % 2 for n in range(num_tokens)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +74,15 @@ def test_nothing_of_others_is_replaced(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not empty"):
         prepare_images("digits", tmp_path / "full", [])
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+
+def test_a_disk_that_gets_full_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # in the middle of train's pixels
+        with pytest.raises(ValueError, match="digits cannot be written"):
+            prepare_digits(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+    prepare_digits(tmp_path)

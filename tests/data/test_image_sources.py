@@ -128,6 +128,31 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path: Path, monkeypatch) ->
     assert not (tmp_path / "out").exists()
 
 
+def test_pixels_that_would_be_cut_off_and_splits_named_twice_are_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for name in ("red", "blue"):
+            write_image(tmp_path / "in" / split / name / "a.png", (9, 9, 9))
+    (tmp_path / "in" / "test").write_text("a note, no folder")
+    wide = tmp_path / "in" / "train" / "red" / "b.png"
+    Image.fromarray(np.full((4, 4), 30_000, np.uint16)).save(wide)
+    with pytest.raises(ValueError, match=r"red/b\.png has pixels of more than 8 bits .*I;16"):
+        prepare_images("images", tmp_path / "out", [tmp_path / "in"], 4)
+    wide.unlink()
+    write_image(tmp_path / "in" / "valid" / "red" / "a.png", (9, 9, 9))
+    with pytest.raises(ValueError, match="has both valid and val"):
+        prepare_images("images", tmp_path / "out", [tmp_path / "in"], 4)
+    (tmp_path / "in" / "valid").rename(tmp_path / "in" / "red")
+    (tmp_path / "in" / "train").rename(tmp_path / "in" / "training")
+    with pytest.raises(ValueError, match="has classes in val and none in train"):
+        prepare_images("images", tmp_path / "out", [tmp_path / "in"], 4)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "in" / "training").rename(tmp_path / "in" / "train")
+    images = prepare_images("images", tmp_path / "out", [tmp_path / "in"], 4)
+    assert list(images.splits) == ["train", "valid"]
+
+
 @pytest.mark.parametrize(
     ("name", "inputs", "size", "says"),
     [

@@ -79,6 +79,24 @@ def test_the_digest_is_of_every_file(tmp_path) -> None:
     assert load_labelled_texts("sst2", folder).sha256 != before
 
 
+def test_a_line_of_csv_ends_where_csv_ends_it(tmp_path) -> None:
+    rows = "text,label\r\na\u2028b,1\r\nc\x85d\x0be,0\r\n"
+    texts = load_labelled_texts("sst2", written(tmp_path, {"train.csv": rows, "dev.csv": rows}))
+    assert found(texts.splits["train"]) == [("a\u2028b", 1), ("c\x85d\x0be", 0)]
+    assert texts.splits["train"][1].origin == f"{tmp_path / 'train.csv'}:3"
+
+
+def test_the_digest_is_of_the_classes_of_files_too(tmp_path) -> None:
+    files = {f"{split}/neg/0_1.txt": "no" for split in ("train", "dev")}
+    files |= {f"{split}/pos/{n}_9.txt": "yes" for split in ("train", "dev") for n in (1, 2)}
+    folder = written(tmp_path, files)
+    before = load_labelled_texts("imdb", folder)
+    (folder / "train/pos/1_9.txt").rename(folder / "train/neg/1_9.txt")
+    after = load_labelled_texts("imdb", folder)  # the same files in the same order
+    assert [t.text for t in after.splits["train"]] == [t.text for t in before.splits["train"]]
+    assert after.sha256 != before.sha256
+
+
 GOOD = "good\t1\nbad\t0\n"
 
 
@@ -100,7 +118,9 @@ GOOD = "good\t1\nbad\t0\n"
         ({"train.json": "{}"}, "must hold a list"),
         ({"train.tsv": GOOD, "train.csv": "text,label\ngood,1\n"}, "several files"),
         ({"dev.tsv": GOOD}, "has no train split; looked for train.tsv"),
+        ({"train.jsonl": '{"text": "a\\ud800", "label": 1}\n'}, "train.jsonl:1: the text is no"),
         ({"train.tsv": ""}, "the train split"),
+        ({"train.tsv": "good\t1\nfine\t1\n", "dev.tsv": GOOD}, "has one class, '1'; two needed"),
         ({"train/other/1.txt": "a"}, "holds no folder of a class"),
     ],
 )
@@ -121,6 +141,10 @@ def test_places_and_data_sets_that_do_not_exist(tmp_path) -> None:
         load_labelled_texts("sst2", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="choose one of sst2, sst5, imdb, banking77"):
         load_labelled_texts("cola", tmp_path)
-    only = written(tmp_path / "one", {"train.csv": "text,category\na,x\nb,x\n"})
+    table = "text,category\na,x\nb,x\n"
+    only = written(tmp_path / "one", {"train.csv": table, "dev.csv": table})
     with pytest.raises(ValueError, match="has one class, 'x'"):
         load_labelled_texts("banking77", only)
+    empty = written(tmp_path / "empty", {"train.csv": "text,category\n", "dev.csv": table})
+    with pytest.raises(ValueError, match="the train split of .* holds no text"):
+        load_labelled_texts("banking77", empty)

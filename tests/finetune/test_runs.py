@@ -50,6 +50,8 @@ def checked(start, out: Path, **changed):
         ({"data": Path("/nowhere")}, "is no directory"),
         ({"overrides": [*TUNING, "train.seed=3"]}, "sets train.seed itself"),
         ({"overrides": [*TUNING, "finetune.mode=head"]}, "sets finetune.mode itself"),
+        ({"overrides": [*TUNING, "train.eval_iters=0"]}, "is of all dev texts"),
+        ({"overrides": [*TUNING, "data.eval_split=test"]}, "is of all dev texts"),
         ({"overrides": [*TUNING, "model.hidden_size=64"]}, "model.hidden_size: checkpoint 32"),
         ({"overrides": [*TUNING, "vq.freeze_codebook=false"]}, "vq.freeze_codebook=true"),
         ({"overrides": [*TUNING, "parallel.context_parallel_size=2"]}, "context_parallel_size"),
@@ -91,6 +93,10 @@ def test_a_folder_is_gone_on_with_only_as_it_was_begun(start, tmp_path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="is not empty"):
+        checked(start, mine)
+    (mine / "recipes").mkdir()
+    (mine / "recipes" / "quickstart.yaml").write_text("{}")
     with pytest.raises(ValueError, match="is not empty"):
         checked(start, mine)
 

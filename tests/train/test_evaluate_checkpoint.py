@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from labelled_folders import pretrained, recipes_of, tune_on, write_sst2
-from small_run import ROOT
+from images_run import VISION, prepare_digits
+from labelled_folders import PRETRAINING, pretrained, recipes_of, tune_on, write_sst2
+from small_run import ROOT, run_on
 
 from vqmoe_megatron.train.evaluate_checkpoint import check_evaluation
 
@@ -119,6 +121,30 @@ def test_a_fine_tuned_checkpoint_has_an_accuracy(run, ranks, tmp_path) -> None:
     assert windows.startswith("1 texts of dev")
     with pytest.raises(ValueError, match="--stride and --max-windows are for running text"):
         check_evaluation(run_dir, [], "valid", None, 8, None, 1)
+
+
+def test_images_have_an_accuracy_by_the_figures_of_training(ranks, tmp_path) -> None:
+    digits, run_dir = prepare_digits(tmp_path), tmp_path / "run"
+    settings = [*PRETRAINING, *VISION, "train.eval_iters=100", "data.eval_split=test"]
+    last = run_on(ranks(1), digits, run_dir, settings, {})[0]["records"][-1]
+    for num_ranks, layout in ((1, {}), (2, {"tensor_model_parallel_size": 2})):
+        windows, scores = evaluated(ranks(num_ranks), run_dir, layout, split="test")
+        assert windows == "359 of 359 images of test"
+        assert scores["val/loss"] == pytest.approx(last["val/loss"], rel=1e-6)
+        assert scores["val/accuracy"] == last["val/accuracy"]
+    other = tmp_path / "other"
+    shutil.copytree(digits, other)
+    described = json.loads((other / "images.json").read_text())
+    darker = described | {"channel_mean": [0.9], "channel_std": [0.1]}
+    (other / "images.json").write_text(json.dumps(darker))
+    found = evaluated(ranks(1), run_dir, {}, split="test", data=str(other), max_windows=90)
+    assert found == evaluated(ranks(1), run_dir, {}, split="test", max_windows=90)
+    turned = described | {"class_names": described["class_names"][::-1]}
+    (other / "images.json").write_text(json.dumps(turned))
+    with pytest.raises(ValueError, match="classes of .* are 9, 8, 7"):
+        check_evaluation(run_dir, [], "test", other, None, None, 1)
+    with pytest.raises(ValueError, match="every image is scored once"):
+        check_evaluation(run_dir, [], "test", None, 4, None, 1)
 
 
 @pytest.mark.parametrize(

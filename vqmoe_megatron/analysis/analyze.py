@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vqmoe_megatron.analysis.tags import read_tags
 from vqmoe_megatron.bench.origin import commit_in_words, origin
 from vqmoe_megatron.checkpoint.inspection import CheckpointContents, inspect_checkpoint
 from vqmoe_megatron.checkpoint.table_export import world_of_one
@@ -91,8 +93,13 @@ def check_request(
     Raises:
         ValueError: for checkpoints, corpora, parts or an ``out`` that cannot be used.
     """
+    if os.path.lexists(out) and not out.is_dir():
+        raise ValueError(f"{out} is in the way: it is no directory; choose another --out")
     check_recorded(out, (*TEXT_NAMES, *(f"{name}.png" for name in PLOT_STEMS)), WRITER)
     checkpoints = [inspect_checkpoint(path) for path in paths]
+    recipes = [load_saved_recipe(Path(found.folder) / CONFIG_FILE) for found in checkpoints]
+    for found, recipe in zip(checkpoints, recipes, strict=True):
+        _check_model(found.folder, recipe)
     if parts is not None:
         for name in parts:
             if name not in PART_NAMES:
@@ -104,8 +111,7 @@ def check_request(
         for name in PART_NAMES
         if (name in parts if parts is not None else domain is not None or name not in NEED_DOMAIN)
     )
-    recipe = load_saved_recipe(Path(checkpoints[0].folder) / CONFIG_FILE)
-    corpus = load_corpus(data or Path(recipe.data.path))
+    corpus = load_corpus(data or Path(recipes[0].data.path))
     corpora = {"--data": corpus}
     if domain is not None:
         corpora["--domain"] = load_corpus(domain)
@@ -116,8 +122,19 @@ def check_request(
     if set(chosen) & NEED_DOMAIN:
         for found in corpora.values():
             found.split("train")
+    if settings.tags is not None and "meaning" in chosen:
+        read_tags(settings.tags, corpus, settings.split)
     names = unique_names(checkpoints)
     return Request(checkpoints, names, corpus, corpora.get("--domain"), chosen, out)
+
+
+def _check_model(folder: str, recipe: RunConfig) -> None:
+    """Raise ``ValueError`` for what is no language model."""
+    if recipe.train.task != "pretrain":
+        raise ValueError(
+            f"{folder} was trained with train.task={recipe.train.task}; vqmoe analyze reads "
+            "language models, which predict the next token (train.task=pretrain)"
+        )
 
 
 def unique_names(checkpoints: Iterable[CheckpointContents]) -> list[str]:
@@ -141,7 +158,7 @@ def analyze(request: Request, settings: Settings, say: Say) -> Analysis:
         ValueError: for several ranks, weights that are not finite, and an ``out`` that cannot be
             written.
     """
-    with world_of_one(RunConfig(), "analyze") as layout:
+    with world_of_one(RunConfig(), "analyze", say) as layout:
         return analyze_here(request, settings, layout, say)
 
 

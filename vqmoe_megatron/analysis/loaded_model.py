@@ -76,17 +76,11 @@ def analysed_config(folder: Path) -> RunConfig:
     """Return the recipe of an ``iter_`` folder as its model is built here.
 
     Raises:
-        ValueError: for a damaged checkpoint, one of another release, and one that is no language
-            model.
+        ValueError: for a damaged checkpoint, and one of another release.
     """
     content = read_content(folder)
     check_format_version(folder, content)
     config = content.config
-    if config.train.task != "pretrain":
-        raise ValueError(
-            f"{folder} was trained with train.task={config.train.task}; vqmoe analyze reads "
-            "language models, which predict the next token (train.task=pretrain)"
-        )
     vocab_size = config.model.vocab_size or int(stored_tokenizer(folder)["vocab_size"])
     # Gradients are asked of single layers, which recomputation does not allow.
     plain = {"bf16": False, "fp8": None, "recompute_granularity": None, "recompute_method": None}

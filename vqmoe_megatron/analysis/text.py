@@ -16,6 +16,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from vqmoe_megatron.analysis.python_classes import CLASSES, UNKNOWN, byte_classes
+from vqmoe_megatron.analysis.tags import read_tags
 from vqmoe_megatron.data.corpus import Corpus
 from vqmoe_megatron.data.evaluation_windows import EvaluationWindows
 from vqmoe_megatron.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
@@ -89,7 +90,7 @@ def parts_of_speech(text: Text, places: np.ndarray, tags: Path | None) -> PartsO
     tokenizer is asked about the corpus ``stdlib`` in bytes.
 
     Raises:
-        ValueError: for a tag file of another number of lines.
+        ValueError: as :func:`read_tags`.
     """
     if tags is not None:
         return _from_file(text, tags)
@@ -113,16 +114,7 @@ def parts_of_speech(text: Text, places: np.ndarray, tags: Path | None) -> PartsO
 
 
 def _from_file(text: Text, tags: Path) -> PartsOfSpeech:
-    try:
-        lines = tags.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--tags {tags} cannot be read: {error}") from error
-    num_tokens = len(text.all_tokens)
-    if len(lines) != num_tokens:
-        raise ValueError(
-            f"--tags {tags} has {len(lines)} lines, split {text.split} of {text.corpus.path} "
-            f"{num_tokens} tokens; give one tag per line for every token"
-        )
+    lines = read_tags(tags, text.corpus, text.split)
     names, classes = np.unique(np.array(lines), return_inverse=True)
     return PartsOfSpeech(
         tuple(map(str, names)), classes.astype(np.int64), f"Part of speech: tags of {tags.name}."

@@ -13,7 +13,7 @@ Megatron is imported in 2 and later, after the CPU has been made fit for it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -230,10 +230,14 @@ def _of_table(file: TableFile | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def world_of_one(config: RunConfig, command: str = "export") -> Iterator[ParallelLayout]:
+def world_of_one(
+    config: RunConfig,
+    command: str = "export",
+    say: Callable[[str], None] = print,
+) -> Iterator[ParallelLayout]:
     """Stand up the process groups of one rank, and end them; yields their layout.
 
-    ``command`` of vqmoe is told where it runs.
+    ``say`` is told where ``command`` of vqmoe runs.
 
     Raises:
         ValueError: where this is one of several ranks.
@@ -245,7 +249,7 @@ def world_of_one(config: RunConfig, command: str = "export") -> Iterator[Paralle
             f"{variables.world_size} ranks; start it without {variables.source}"
         )
     device, reason = choose_device("auto")
-    print(f"{command.removesuffix('e')}ing on {device} ({reason})", flush=True)
+    say(f"{command.removesuffix('e')}ing on {device} ({reason})")
     quiet_known_messages()
     if device == "cpu":
         from vqmoe_megatron.runtime.cpu_compat import install_cpu_compat

@@ -57,9 +57,10 @@ def evaluate(
     """Score a checkpoint on a split, at any layout.
 
     Prints the window, loss in nats per token, bits per byte and perplexity; of a
-    fine-tuned model loss per text and accuracy. Training's own validation reads
-    train.eval_iters * train.global_batch_size windows: --max-windows with that
-    number gives its figure. Joins torchrun's or srun's world, or starts --nproc ranks.
+    fine-tuned model loss per text and accuracy, of images the same per image.
+    Training's own validation reads train.eval_iters * train.global_batch_size
+    windows: --max-windows with that number gives its figure. Joins torchrun's or
+    srun's world, or starts --nproc ranks.
 
     Example: vqmoe evaluate runs/quickstart --split test --stride 64
     """

@@ -36,6 +36,7 @@ CIFAR_NAMES = (
     *("dog", "frog", "horse", "ship", "truck"),
 )
 SUFFIXES = (".png", ".jpg", ".jpeg")
+WIDE_MODES = ("I", "F")  # Pillow's, of numbers wider than a byte
 SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
 IMAGE_SETS = ("digits", "cifar10", "images")
 
@@ -168,9 +169,14 @@ def read_records(path: Path) -> np.ndarray:
 
 def _image_folder(folder: Path, image_size: int) -> ImageSource:
     require("PIL", "vqmoe prepare images")
-    given = {SPLIT_FOLDERS[p.name]: p for p in folder.iterdir() if p.name in SPLIT_FOLDERS}
+    named = sorted(p for p in folder.iterdir() if p.name in SPLIT_FOLDERS and p.is_dir())
+    by_name = {path.name: _files_by_class(path) for path in named}
+    of_splits = [name for name, classes in by_name.items() if classes]  # others may be classes
+    given = {SPLIT_FOLDERS[name]: by_name[name] for name in of_splits}
+    if len(given) < len(of_splits):
+        raise ValueError(f"{folder} has both valid and val, one split under two names; leave one")
     if "train" in given:
-        found = {split: _files_by_class(given[split]) for split in SPLITS if split in given}
+        found = {split: given[split] for split in SPLITS if split in given}
         files = {
             split: [(name, path) for name, paths in classes.items() for path in paths]
             for split, classes in found.items()
@@ -180,6 +186,11 @@ def _image_folder(folder: Path, image_size: int) -> ImageSource:
             raise ValueError(
                 f"{folder}: train has no class {', '.join(unknown[:3])}, which another split has"
             )
+    elif given:
+        raise ValueError(
+            f"{folder} has classes in {', '.join(of_splits)} and none in "
+            "train; lay files out as INPUT/CLASS/FILE or INPUT/{train,valid,test}/CLASS/FILE"
+        )
     else:
         found_classes = _files_by_class(folder)
         classes, files = sorted(found_classes), {split: [] for split in SPLITS}
@@ -244,9 +255,13 @@ def _read_files(
     for name, path in files:
         try:
             with Pillow.open(path) as opened:
-                image = opened.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for damaged files
+                mode, image = opened.mode, opened.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
             raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        if mode.startswith(WIDE_MODES):  # Pillow makes white of all that is above 255
+            raise ValueError(
+                f"{path} has pixels of more than 8 bits (Pillow's mode {mode}); convert it to 8"
+            )
         scale = image_size / min(image.size)
         size = tuple(max(image_size, round(side * scale)) for side in image.size)
         left, top = ((side - image_size) // 2 for side in size)

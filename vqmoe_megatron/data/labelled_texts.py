@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,9 +90,9 @@ def load_labelled_texts(dataset: str, folder: Path) -> LabelledTexts:
     if "train" not in found:
         names = ", ".join(f"train{suffix}" for suffix in SUFFIXES)
         raise ValueError(f"{folder} has no train split; looked for {names} and a folder train")
+    if not found["train"]:
+        raise ValueError(f"the train split of {folder} holds no text")
     words = CLASSES[dataset] or tuple((name,) for name in sorted({r[1] for r in found["train"]}))
-    if len(words) < 2:
-        raise ValueError(f"the train split of {folder} has one class, {words[0][0]!r}; two needed")
     splits = {name: _labelled(rows, words) for name, rows in found.items()}
     notes = []
     if "valid" not in splits:
@@ -104,6 +105,10 @@ def load_labelled_texts(dataset: str, folder: Path) -> LabelledTexts:
     for name, texts in splits.items():
         if not texts:
             raise ValueError(f"the {name} split of {folder} holds no text")
+    labels = {text.label for text in splits["train"]}
+    if len(labels) < 2:
+        (only,) = (words[label][0] for label in labels)
+        raise ValueError(f"the train split of {folder} has one class, {only!r}; two needed")
     classes = tuple(names[0] for names in words)
     return LabelledTexts(dataset, splits, classes, digest.hexdigest(), tuple(notes))
 
@@ -157,15 +162,16 @@ def _split_rows(
     if path.is_dir():
         found = _folder_rows(path, dataset, digest)
     else:
-        content = _read(path, digest)
+        content = _read(path, digest, path.name)
         found = _json_rows(path, content) if "json" in path.suffix else _table_rows(path, content)
     return [_checked(*row) for row in found]
 
 
-def _read(path: Path, digest: hashlib._Hash) -> str:
+def _read(path: Path, digest: hashlib._Hash, name: str) -> str:
+    """A file's text; ``digest`` is told its content and ``name``, which says split and class."""
     try:
         content = path.read_bytes()
-        digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
         return content.decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
@@ -177,6 +183,10 @@ def _read(path: Path, digest: hashlib._Hash) -> str:
 def _checked(text: object, label: object, origin: str) -> tuple[str, str, str]:
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{origin}: the text is empty or no text; every row needs one")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON's escapes can say half a pair of surrogates
+        raise ValueError(f"{origin}: the text is no Unicode text: {error.reason}") from error
     if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
         raise ValueError(f"{origin}: the label is missing; every row needs one")
     return text.strip(), str(label).strip(), origin
@@ -185,7 +195,8 @@ def _checked(text: object, label: object, origin: str) -> tuple[str, str, str]:
 def _table_rows(path: Path, content: str) -> Iterator[tuple[str, str, str]]:
     is_csv = path.suffix == ".csv"
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
-    lines = content.splitlines(keepends=True) if is_csv else content.split("\n")
+    # Not splitlines: a text may hold what that takes for a line's end, such as U+2028 or U+0085.
+    lines = list(io.StringIO(content, newline="")) if is_csv else content.split("\n")
     rows = csv.reader(lines, strict=True) if is_csv else (line.split("\t") for line in lines)
     columns, line = (0, 1, 2), 1  # text, label, number of columns
     try:
@@ -269,4 +280,5 @@ def _folder_rows(
         raise ValueError(f"{folder} holds no folder of a class, such as pos and neg")
     for entry in classes:
         for path in sorted(entry.glob("*.txt")):
-            yield _read(path, digest), entry.name, str(path)
+            name = f"{folder.name}/{entry.name}/{path.name}"
+            yield _read(path, digest, name), entry.name, str(path)

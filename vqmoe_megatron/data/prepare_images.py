@@ -27,7 +27,7 @@ from vqmoe_megatron.data.image_set import (
     load_image_set,
 )
 from vqmoe_megatron.data.image_sources import ImageSource, check_image_request, open_images
-from vqmoe_megatron.rundir.own_outputs import check_new_folder, new_folder
+from vqmoe_megatron.rundir.own_outputs import check_new_folder, new_folder, said_as_refusal
 
 
 def prepare_images(
@@ -45,7 +45,7 @@ def prepare_images(
         return _existing(out_dir, name, inputs, image_size)
     check_new_folder(out_dir)
     source = open_images(name, inputs, image_size)
-    with new_folder(out_dir) as partial:
+    with said_as_refusal(out_dir), new_folder(out_dir) as partial:
         text = json.dumps(_written(partial, name, source), indent=2) + "\n"
         (partial / IMAGES_FILE).write_text(text, encoding="utf-8")
     return load_image_set(out_dir)
@@ -113,15 +113,18 @@ def _write_split(folder: Path, split: str, source: ImageSource) -> tuple[np.ndar
     """Write one split; return sums of pixels, as 0 .. 1, and of their squares, fp64 [channels]."""
     num_images, size = source.num_images[split], source.image_size
     shape = (num_images, size, size, source.num_channels)
-    pixels = np.lib.format.open_memmap(folder / images_name(split), "w+", np.uint8, shape)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     labels = np.empty(num_images, dtype=np.int64)
     total = np.zeros(source.num_channels)
     squares = np.zeros(source.num_channels)
-    for number, (image, label) in enumerate(source.read[split]()):
-        pixels[number], labels[number] = image, label
-        shares = image.astype(np.float64) / 255
-        total += shares.sum(axis=(0, 1))
-        squares += (shares**2).sum(axis=(0, 1))
-    pixels.flush()
+    # Not a mapped array: a disk that gets full would end the process by SIGBUS.
+    with (folder / images_name(split)).open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, header)
+        for number, (image, label) in enumerate(source.read[split]()):
+            stream.write(image.tobytes())
+            labels[number] = label
+            shares = image.astype(np.float64) / 255
+            total += shares.sum(axis=(0, 1))
+            squares += (shares**2).sum(axis=(0, 1))
     np.save(folder / labels_name(split), labels)
     return total, squares

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from vqmoe_megatron.checkpoint.content import check_format_version, read_content
 from vqmoe_megatron.checkpoint.folder import find_checkpoint, stored_tokenizer
 from vqmoe_megatron.checkpoint.remap_rules import check_backbone
 from vqmoe_megatron.config import FinetuneConfig, RunConfig
-from vqmoe_megatron.config.finetune import path_of_mode, tuned_recipe
+from vqmoe_megatron.config.finetune import MODES, path_of_mode, tuned_recipe
 from vqmoe_megatron.config.recipe import apply_overrides, load_saved_recipe, save_recipe
 from vqmoe_megatron.data.corpus import check_tokenizer, load_corpus
 from vqmoe_megatron.data.labelled_samples import EncodedTexts, encode_splits
@@ -41,6 +42,7 @@ TABLE_FILE = "finetune.json"
 DEFAULT_PASSES = 3  # over the training texts
 LENGTH_MULTIPLE = 16  # of a sample's tokens, so that tensor-parallel ranks can cut it
 SET_BY_OPTIONS = ("train.task", "train.seed", "train.output_dir", "checkpoint.load")
+RECIPE_NAME = re.compile(rf"({'|'.join(MODES)})_seed_-?\d+\.yaml")
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,12 @@ def check_finetuning(
         return apply_overrides(replace(base, train=train, checkpoint=saves), overrides)
 
     first = recipe(modes[0], stored.model.seq_length, None, 0)
+    if not first.train.eval_iters or first.data.eval_split != "valid":
+        raise ValueError(
+            f"train.eval_iters={first.train.eval_iters}, data.eval_split={first.data.eval_split}: "
+            f"the table of {WRITER} is of all dev texts after the last step, and of the test texts "
+            "where there are any; leave both out"
+        )
     corpus = load_corpus(Path(first.data.path))
     check_tokenizer(corpus, first.model.vocab_size, stored_tokenizer(folder))
     splits = encode_splits(found, load_tokenizer(corpus.path, corpus.tokenizer))
@@ -183,7 +191,8 @@ def _run(config: RunConfig, mode: str, seed: int, out: Path) -> FinetuneRun:
 
 def _check_out(out: Path, runs: list[FinetuneRun]) -> None:
     """Refuse a folder that this command did not make, and recipes that say something else."""
-    if not (out / "recipes").is_dir():
+    names = [path.name for path in (out / "recipes").glob("[!.]*")]  # .NAME: of a killed write
+    if not (out / "recipes").is_dir() or not all(map(RECIPE_NAME.fullmatch, names)):
         check_new_folder(out)
         return
     for run in runs:

@@ -7,15 +7,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vqmoe_megatron import registry
 from vqmoe_megatron.checkpoint.content import check_format_version, read_content, readable
-from vqmoe_megatron.checkpoint.folder import find_checkpoint, iteration_of, stored_tokenizer
+from vqmoe_megatron.checkpoint.folder import (
+    CORPUS_COPY,
+    find_checkpoint,
+    iteration_of,
+    read_json_object,
+    stored_tokenizer,
+)
 from vqmoe_megatron.config import ParallelConfig, RunConfig
 from vqmoe_megatron.config.recipe import apply_overrides, load_saved_recipe
 from vqmoe_megatron.data.corpus import Corpus, check_tokenizer, load_corpus
+from vqmoe_megatron.data.image_set import ImageSet, load_image_set
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout, minimum_world_size
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 from vqmoe_megatron.runtime.world import (
@@ -25,7 +33,7 @@ from vqmoe_megatron.runtime.world import (
     join_world,
     leave_world,
 )
-from vqmoe_megatron.train.preflight import check_parts
+from vqmoe_megatron.train.preflight import check_images, check_parts
 
 ALL_WINDOWS = 10**9  # more than any split has
 FREE_TRAIN_KEYS = ("train.micro_batch_size", "train.device", "train.deterministic")
@@ -38,7 +46,7 @@ class Evaluation:
     folder: Path  # iter_ folder
     config: RunConfig  # the checkpoint's, at the layout and on the split that were asked for
     layout: ParallelLayout
-    corpus: Corpus
+    corpus: Corpus | ImageSet
     max_windows: int | None  # None: the whole split
 
     @property
@@ -70,7 +78,8 @@ def check_evaluation(
         checkpoint: a run directory or one iter_ folder.
         overrides: ``parallel.*``, and of ``train`` what decides how and not what is computed.
         split: valid or test.
-        data: a corpus in the place of the checkpoint's; for a fine-tuned one a folder of texts.
+        data: a corpus, or images, in the place of the checkpoint's; for a fine-tuned one a folder
+            of texts.
         stride_tokens: between windows; None: their length.
         max_windows: so many, evenly spread, or of rows in order the first of each; None: all.
         num_ranks: None: the fewest that the layout fits on.
@@ -127,10 +136,7 @@ def check_evaluation(
     config = replace(config, train=train)
     layout = check_layout(config, num_ranks, device)
     check_parts(config, device)
-    corpus = load_corpus(Path(config.data.path))
-    check_tokenizer(corpus, config.model.vocab_size, stored_tokenizer(folder))
-    if not is_tuned:
-        corpus.split(split)
+    corpus = _data(config, folder)
     return Evaluation(folder, config, layout, corpus, max_windows)
 
 
@@ -178,3 +184,32 @@ def scores_of(evaluation: Evaluation) -> tuple[str, dict[str, float]]:
     windows = task.evaluation_batches()
     scores = evaluate(engine, task, windows, layout.pipeline_model_parallel_size)
     return windows.description, scores
+
+
+def _data(config: RunConfig, folder: Path) -> Corpus | ImageSet:
+    """What ``data.path`` holds, fit for the checkpoint: in its tokens, or of its classes.
+
+    Images are normalized by the figures that the model was trained with.
+    """
+    path = Path(config.data.path)
+    if not config.vision.is_on:
+        corpus = load_corpus(path)
+        check_tokenizer(corpus, config.model.vocab_size, stored_tokenizer(folder))
+        if not config.finetune.is_on:
+            corpus.split(config.data.eval_split)
+        return corpus
+    images, trained_on = load_image_set(path), read_json_object(folder / CORPUS_COPY)
+    check_images(config, images)
+    if list(images.class_names) != (known := trained_on["class_names"]):
+        raise ValueError(
+            f"the classes of {path} are {_in_short(images.class_names)}, the checkpoint's are "
+            f"{_in_short(known)}: an answer would stand for another class; name images of the same "
+            "classes, in the same order"
+        )
+    mean, std = (tuple(trained_on[name]) for name in ("channel_mean", "channel_std"))
+    return replace(images, channel_mean=mean, channel_std=std)
+
+
+def _in_short(names: Sequence[str]) -> str:
+    """The first of many names."""
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
