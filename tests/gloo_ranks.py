@@ -239,7 +239,9 @@ def _rank(folder: Path, output: Path, environment: dict[str, str], jobs: Connect
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
-    # With the process it was forked from, which ends with the pool's, a rank that stands still goes on.
+    # The process it was forked from ends with the pool's when no rank holds this; then one that
+    # stands still goes on.
+    os.close(forkserver._forkserver._forkserver_alive_fd)
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
     threading.Thread(target=_end_with_pool, args=(jobs, folder), daemon=True).start()
     try:

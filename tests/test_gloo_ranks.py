@@ -14,6 +14,7 @@ import torch
 from gloo_ranks import ROOT, RanksFailed, run_ranks
 
 HOLDS_A_POOL = """
+import sys
 import time
 from pathlib import Path
 
@@ -21,12 +22,17 @@ def hang(folder):
     Path(folder, "hangs_here").touch()
     time.sleep(600)
 
+def still(folder):
+    Path(folder, "hangs_here").touch()
+
 if __name__ == "__main__":
     from gloo_ranks import RankPool
 
     pool = RankPool(2)
+    job = {"hangs": hang, "stands still": still}[sys.argv[1]]
     print(pool.folder, *[rank.pid for rank in pool.ranks], flush=True)
-    pool.run(hang, str(pool.folder))
+    pool.run(job, str(pool.folder))
+    time.sleep(600)
 """
 
 
@@ -72,14 +78,21 @@ def test_a_hanging_rank_ends_in_time(ranks) -> None:  # noqa: ANN001
     assert not ranks(2).is_closed  # a fresh world
 
 
+def state(pid: str) -> str:
+    """R, S, T and so on, as ``ps`` shows it."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 @pytest.mark.distributed
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="a process is looked for in /proc")
-def test_ranks_end_with_the_process_that_started_them(tmp_path) -> None:  # noqa: ANN001
-    """Killed in the middle of a job that would not end by itself; their files go, too."""
+@pytest.mark.parametrize("job", ["hangs", "stands still"])
+def test_ranks_end_with_the_process_that_started_them(job, tmp_path) -> None:  # noqa: ANN001
+    """Killed in the middle of a job that would not end by itself, or between two; their files go,
+    too."""
     script = tmp_path / "holds_a_pool.py"
     script.write_text(HOLDS_A_POOL)
     holder = subprocess.Popen(
-        [sys.executable, script],
+        [sys.executable, script, job],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         stdout=subprocess.PIPE,
         text=True,
@@ -87,6 +100,9 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path) -> None:  # noqa
     folder, *pids = holder.stdout.readline().split()
     deadline = time.monotonic() + 60
     while not list(Path(folder).glob("hangs_*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    while job == "stands still" and any(state(pid) != "T" for pid in pids):
+        assert time.monotonic() < deadline, [state(pid) for pid in pids]
         time.sleep(0.05)
     holder.kill()
     holder.wait()
