@@ -275,8 +275,8 @@ def _coded(config: RunConfig, layer: LayerShape, element: int, prefix: str) -> I
     name, shape = f"{prefix}assigner.codebook.", (*codes, layer.code_width)
     yield Parameter(f"{name}codes", "codebooks", shape, 4, is_trained=vq.trains_codes)
     if vq.train_projection:
-        shape, is_trained = (layer.code_width, hidden), vq.trains_projection
-        yield Parameter(f"{name}projection", "codebooks", shape, 4, is_trained=is_trained)
+        projection, is_trained = (layer.code_width, hidden), vq.trains_projection
+        yield Parameter(f"{name}projection", "codebooks", projection, 4, is_trained=is_trained)
     if vq.learn_code_scale:
         yield Parameter(f"{name}scale", "codebooks", (1, 1), 4, is_trained=vq.trains_scale)
     if vq.fill_values == "direct":
