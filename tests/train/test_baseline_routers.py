@@ -80,7 +80,7 @@ def test_short_curves_are_those_of_one_rank(router, name, ranks, one_rank, small
 @pytest.mark.parametrize("router", only(ROUTERS, "switch"))
 def test_twenty_steps_are_those_of_one_rank(router, ranks, one_rank, stdlib_corpus, tmp_path):
     """Routers alone: beside a codebook, hash and x_moe parted at TP2 x EP2 (hash in step 2, where
-    the codes' perplexity was 9.013 and 9.010; taken for a near tie of codes, not proved)."""
+    two squared distances of a token are 5 fp32 steps apart; docs/experiments.md, 2026-11-30)."""
     few = (*CONTINUOUS, "train.global_batch_size=4")
     every = [*few, *ROUTERS[router]]
     for result in run_on(ranks(4), stdlib_corpus, tmp_path, every, {TP: 2, EP: 2}):
