@@ -2,10 +2,11 @@
 
     vqmoe prepare stdlib --out data/stdlib
     python benchmarks/step_ratio.py --json benchmarks/step_ratio.json
+    python benchmarks/step_ratio.py --study recipes/studies/router_table.yaml --json out.json
 
-Every arm is a recipe's model with its own engine on the same ranks and batches; a round takes one
-step of each, in turning order, so that whatever the machine does meets all. Every rank has one
-thread. Reported are ratios to the first arm, round by round: their median with a bootstrapped 95 %
+Without a study the default is set beside plain mixtures of experts (step_ratio_arms.py). Every arm
+is a recipe's model with its own engine on the same ranks and batches; a round takes one step of
+each, in turning order, so that whatever the machine does meets all. Every rank has one thread. Reported are ratios to the first arm, round by round: their median with a bootstrapped 95 %
 interval. The ratio of the median times, which stand beside, may differ where the machine is busy.
 """
 
@@ -24,50 +25,27 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from gloo_ranks import RankPool  # noqa: E402
+from step_ratio_arms import Comparison, of_a_study, of_the_default  # noqa: E402
 from step_ratio_rank import time_steps  # noqa: E402
 
 from vqmoe_megatron.bench.origin import commit_in_words, origin  # noqa: E402
 from vqmoe_megatron.rundir.atomic import replace_file  # noqa: E402
 
-RECIPE = ROOT / "recipes" / "quickstart.yaml"
-BASE = ["model.num_moe_experts=16", "optimizer.lr=3e-3", "optimizer.lr_warmup_iters=1"]
-NO_MEMORY = ["vq.path=continuous", "code_memory.num_rows=0"]
-ARMS: dict[str, list[str]] = {
-    "SMoE top-1": NO_MEMORY,
-    "SMoE top-2": [*NO_MEMORY, "model.moe_router_topk=2"],
-    "default": [],
-    "the paper's layer, K 64": ["code_memory.num_rows=0", "vq.path=dual", "vq.num_codes=64"],
-    "filled, threshold, K 16": [
-        "code_memory.num_rows=0",
-        "vq.path=filled",
-        "vq.threshold_routing=true",
-        "vq.num_codes=16",
-    ],
-}
-# name: ranks, overrides
-SIZES: dict[str, tuple[int, list[str]]] = {
-    "1 rank, 2,048 tokens a step": (1, []),
-    "1 rank, 16,384 tokens a step": (1, ["train.global_batch_size=64"]),
-    "EP2, 2,048 tokens a step": (2, []),
-    "EP2, 16,384 tokens a step": (2, ["train.global_batch_size=64"]),
-}
 
-
-def measure(corpus: Path, num_rounds: int) -> list[dict[str, Any]]:
+def measure(comparison: Comparison, corpus: Path, num_rounds: int) -> list[dict[str, Any]]:
     """One row per size and arm."""
     rows = []
-    for name, (num_ranks, overrides) in SIZES.items():
-        layout = [f"parallel.expert_model_parallel_size={num_ranks}"]
-        arms = {arm: [*BASE, *overrides, *layout, *own] for arm, own in ARMS.items()}
-        pool = RankPool(num_ranks)
+    for size in comparison.sizes:
+        arms = {arm: [*own, *size.layout_overrides] for arm, own in comparison.arms.items()}
+        pool = RankPool(size.num_ranks)
         try:
             times = pool.run(
                 time_steps,
-                str(RECIPE),
+                str(comparison.recipe),
                 arms,
                 str(corpus),
                 num_rounds,
-                layout={"expert_model_parallel_size": num_ranks},
+                layout={"expert_model_parallel_size": size.num_ranks},
                 timeout_seconds=1800.0,
             )[0]
         finally:
@@ -78,7 +56,7 @@ def measure(corpus: Path, num_rounds: int) -> list[dict[str, Any]]:
             low, high = interval(ratios)
             rows.append(
                 {
-                    "size": name,
+                    "size": size.name,
                     "arm": arm,
                     "median_ms": statistics.median(of_arm),
                     "ratio": statistics.median(ratios),
@@ -87,7 +65,9 @@ def measure(corpus: Path, num_rounds: int) -> list[dict[str, Any]]:
                     "num_rounds": len(ratios),
                 }
             )
-            print(f"{name:32} {arm:24} {rows[-1]['median_ms']:8.1f} ms  x{rows[-1]['ratio']:.3f}")
+            print(
+                f"{size.name:32} {arm:24} {rows[-1]['median_ms']:8.1f} ms  x{rows[-1]['ratio']:.3f}"
+            )
     return rows
 
 
@@ -104,14 +84,15 @@ def as_markdown(result: dict[str, Any]) -> str:
     """The same as a page."""
     machine, num_rounds = result["machine"], result["rows"][0]["num_rounds"]
     lines = [
-        "# Step time of the default against SMoE",
+        f"# {result['title']}",
         "",
         f"`python benchmarks/step_ratio.py {result['arguments']}`",
         f"at commit {commit_in_words(result)}, on {machine['cores']} cores with a load of "
         f"{machine['load_average']:.1f} at the start; one thread per rank.",
-        "`recipes/quickstart.yaml` (4 layers, H 128, F 256) with 16 experts; whole optimizer",
+        f"{result['about']}; whole optimizer",
         f"steps of the arms in turns, {num_rounds} rounds. Ratio: median over rounds of a step's",
-        "time over top-1's in the same round. Last, the medians of the times themselves.",
+        f"time over that of {result['rows'][0]['arm']} in the same round. Last, the medians of the",
+        "times themselves.",
         "",
         "| size | arm | ratio | 95 % | median ms |",
         "|---|---|---|---|---|",
@@ -128,11 +109,18 @@ def main() -> None:
     """Measure, print, and write the JSON file and a page beside it when asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", type=Path, default=ROOT / "data" / "stdlib")
+    parser.add_argument("--study", type=Path, help="study file whose arms are timed")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args()
-    of_here = {"arguments": shlex.join(sys.argv[1:]), **origin()}
-    result = {**of_here, "rows": measure(arguments.corpus, arguments.rounds)}
+    comparison = of_a_study(arguments.study) if arguments.study else of_the_default()
+    result = {
+        "title": comparison.title,
+        "about": comparison.about,
+        "arguments": shlex.join(sys.argv[1:]),
+        **origin(),
+        "rows": measure(comparison, arguments.corpus, arguments.rounds),
+    }
     if arguments.json:
         replace_file(arguments.json, json.dumps(result, indent=2) + "\n")
         replace_file(arguments.json.with_suffix(".md"), as_markdown(result))

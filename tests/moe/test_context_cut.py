@@ -49,12 +49,13 @@ def test_spans_are_the_positions_that_a_rank_holds(size: int, num_shards: int) -
 def cut_and_gathered() -> list[torch.Tensor]:
     """In a rank: this rank's part by our rule and by Megatron's, and the whole it came of."""
     from megatron.core import parallel_state
-    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    from vqmoe_megatron.runtime.versions import batch_on_this_cp_rank
 
     whole = torch.arange(48).view(2, 24)
     cp = parallel_state.get_context_parallel_group()
     ours = own_part(whole, cp, 1)
-    theirs = get_batch_on_this_cp_rank({"tokens": whole})["tokens"]
+    theirs = batch_on_this_cp_rank({"tokens": whole})["tokens"]
     return [ours, theirs, gathered_in_order(ours.t(), cp).t()]
 
 

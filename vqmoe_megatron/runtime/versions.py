@@ -11,6 +11,7 @@ and Megatron are imported inside the functions: a missing one is a finding, not 
 | background saves | one way | 0.17: ``async_strategy``, by default a package that is not here |
 | a balance loss of data-parallel ranks | ``reduce_group_has_dp`` | 0.18: ``needs_dp_avg=False`` |
 | tokens of a balance loss | as told | 0.19: times the ranks of TP and CP |
+| cutting a batch for context parallelism | of itself | 0.19: told the group and ``is_hybrid_cp`` |
 | results of a checkpoint's writer | ``_get_write_results_queue`` | 0.17: without the underscore |
 """
 
@@ -208,6 +209,20 @@ def balance_loss_factor(tp_cp_size: int) -> int:
 
     code = TopKRouter.attach_and_log_load_balancing_loss.__code__
     return tp_cp_size if "tp_cp_group" in code.co_names else 1
+
+
+def batch_on_this_cp_rank(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Cut every ``[b, S]`` tensor to this context-parallel rank's part, by Megatron's own rule.
+
+    ``batch`` itself stays as it is. No communication.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    own: dict[str, Any] = {"cp_group": parallel_state.get_context_parallel_group()}
+    if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters:
+        own["is_hybrid_cp"] = False
+    return get_batch_on_this_cp_rank(dict(batch), **own)
 
 
 def async_save(state: dict[str, Any], folder: Path) -> Any:

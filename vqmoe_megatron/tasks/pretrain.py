@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 from vqmoe_megatron.data.corpus import current_corpus
 from vqmoe_megatron.data.datasets import build_training_dataset
 from vqmoe_megatron.data.evaluation_windows import EvaluationWindows, bits_per_byte, perplexity
 from vqmoe_megatron.data.sample_order import cache_folders
 from vqmoe_megatron.data.text_streams import EvaluationStreams, StreamRows, training_streams
+from vqmoe_megatron.runtime.versions import batch_on_this_cp_rank
 from vqmoe_megatron.tasks.task import Batch, Task
 
 
@@ -54,7 +54,7 @@ class Pretrain(Task):
     def forward_step(self, iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
         """Sum the token losses under the mask; Megatron divides by the token count."""
         whole = to_device(next(iterator))
-        batch = get_batch_on_this_cp_rank(dict(whole))
+        batch = batch_on_this_cp_rank(whole)
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         num_parts = parallel_state.get_context_parallel_world_size()
         if num_parts == 1 or self.config.model.calculate_per_token_loss:

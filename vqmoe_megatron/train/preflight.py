@@ -132,8 +132,8 @@ def check_parts(config: RunConfig, device: str) -> None:
     if num_parts > 1 and not registry.load("task", task).cuts_sequences:
         raise ValueError(
             f"context_parallel_size={num_parts}: train.task={task} gives every rank whole "
-            "sequences; use 1, or let its forward_step cut batches with Megatron's "
-            "get_batch_on_this_cp_rank and set cuts_sequences = True"
+            "sequences; use 1, or let its forward_step cut batches with "
+            "runtime.versions.batch_on_this_cp_rank and set cuts_sequences = True"
         )
 
 
