@@ -7,8 +7,8 @@
 Without a study the default is set beside plain mixtures of experts (step_ratio_arms.py). Every arm
 is a recipe's model with its own engine on the same ranks and batches; a round takes one step of
 each, in turning order, so that whatever the machine does meets all. Every rank has one thread.
-Reported are ratios to the first arm, round by round: their median with a bootstrapped 95 % interval.
-The ratio of the median times, which stand beside, may differ where the machine is busy.
+Reported are ratios to the first arm, round by round: their median with a bootstrapped 95 %
+interval. The ratio of the median times, which stand beside, may differ where the machine is busy.
 """
 
 from __future__ import annotations
