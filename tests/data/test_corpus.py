@@ -50,6 +50,9 @@ def test_missing_file_is_refused(copied, name):
 def test_missing_directory_and_missing_corpus_json(copied, tmp_path):
     with pytest.raises(ValueError, match="vqmoe prepare stdlib --out"):
         load_corpus(tmp_path / "nowhere")
+    (tmp_path / "mine.txt").write_text("a text")
+    with pytest.raises(ValueError, match=r"mine.txt is a text.*prepare text .* --out data/mine"):
+        load_corpus(tmp_path / "mine.txt")
     (copied / "corpus.json").unlink()
     with pytest.raises(ValueError, match="interrupted"):
         load_corpus(copied)

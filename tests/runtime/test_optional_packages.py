@@ -176,3 +176,9 @@ def test_a_package_that_raises_on_import_is_a_sentence(tmp_path, monkeypatch) ->
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ValueError, match=r"mlflow cannot be imported \(TypeError: half installed"):
         require("mlflow", "syncing")
+
+
+def test_a_package_is_asked_for_by_the_name_that_pip_knows() -> None:
+    names = {module: package.distribution for module, package in OPTIONAL_PACKAGES.items()}
+    assert names["PIL"] == "pillow" and names["sklearn"] == "scikit-learn"
+    assert names["mlflow"] == "mlflow"

@@ -228,7 +228,7 @@ def draw_row_reads(routing: Routing) -> Figure | str:
     codes of hidden states each address has a line for every layer.
     """
     if "row_reads" not in routing or not routing["row_reads"].size:
-        return f"no row_reads in {ROUTING_FILE} (a run without code memory)"
+        return f"no row_reads in {ROUTING_FILE} (no code memory, or no interval was logged)"
     reads = routing["row_reads"].astype(np.float64)
     if not reads.sum():
         return "no row was read in the last interval"

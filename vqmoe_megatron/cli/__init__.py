@@ -170,7 +170,7 @@ def pretrain(
 ) -> None:
     """Pretrain a model: joins torchrun's or srun's world, or starts --nproc local ranks.
 
-    Example: vqmoe pretrain recipes/quickstart.yaml --nproc 2 train.train_iters=50
+    Example: vqmoe pretrain recipes/quickstart.yaml --nproc 2 train.output_dir=runs/short
     """
     check_versions()
     from vqmoe_megatron.runtime.world import choose_device, discover_rank

@@ -92,7 +92,7 @@ def _start(todo: Finetuning, run: FinetuneRun) -> None:
     if run.is_done:
         print(f"{run.name}: done before", flush=True)
     else:
-        print(f"{run.name}: {run.run_dir}, {num_ranks} ranks", flush=True)
+        print(f"{run.name}: {run.run_dir}, {num_ranks} rank(s)", flush=True)
         ended = run_local_ranks(["pretrain", str(run.recipe)], num_ranks)
         if ended.code:
             print(f"{run.name} ended with {ended.code}; the same command goes on", file=sys.stderr)

@@ -97,6 +97,11 @@ def load_corpus(path: str | Path) -> Corpus:
     only. Does not communicate.
     """
     path = Path(path)
+    if path.is_file():
+        raise ValueError(
+            f"{path} is a text, not a corpus; prepare one of it, for instance: "
+            f"vqmoe prepare text --input {path} --out data/{path.stem}"
+        )
     if not path.is_dir():
         raise ValueError(
             f"no corpus directory {path}; prepare one, for instance: "

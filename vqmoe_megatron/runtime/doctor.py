@@ -194,7 +194,8 @@ def _optional_finding(package: str) -> Finding:
     problem, optional = missing(package), OPTIONAL_PACKAGES[package]
     if problem is not None:
         return (package, "not used", f"{problem}; {optional.without_it}")
-    return (package, installed_version(package) or "of unknown version", optional.with_it)
+    version = installed_version(optional.distribution)
+    return (package, version or "of unknown version", optional.with_it)
 
 
 def _machine_findings(environment: Mapping[str, str]) -> list[Finding]:

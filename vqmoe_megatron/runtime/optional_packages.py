@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from typing import NamedTuple
 
 
@@ -17,6 +18,11 @@ class OptionalPackage(NamedTuple):
     requirement: str  # as pip takes it
     with_it: str
     without_it: str
+
+    @property
+    def distribution(self) -> str:
+        """The name that pip and importlib.metadata know, for instance ``pillow`` of ``PIL``."""
+        return re.split(r"[<>=!~ ]", self.requirement, maxsplit=1)[0]
 
 
 # By the module that is imported, which is the name of the package, too, unless it is said.
