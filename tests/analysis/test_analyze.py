@@ -9,7 +9,7 @@ import pytest
 from analysis_job import analysed, loss_of, moved_by_a_codebooks_step, planted, read_twice
 from small_run import TINY, run_on
 
-from vqmoe_megatron.analysis.analyze import check_request
+from vqmoe_megatron.analysis.analyze import check_request, from_here
 from vqmoe_megatron.analysis.settings import Settings
 from vqmoe_megatron.data.prepare import prepare_corpus
 
@@ -82,6 +82,13 @@ def test_the_loss_is_the_run_s_whatever_layout_wrote_it(
     run_dir, loss = run(name, world_size, **layout)
     found = ranks(1).run(loss_of, str(run_dir), str(small_corpus), 4 * 4 * 16)[0]
     assert found == pytest.approx(loss, rel=2e-6)
+
+
+def test_a_page_names_a_checkpoint_as_seenfrom_here(tmp_path, monkeypatch) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path / "runs")
+    assert from_here(tmp_path / "runs" / "one") == "one"
+    assert from_here(tmp_path / "other") == str(tmp_path / "other")
 
 
 def test_no_window_is_remembered_by_the_next(run, ranks, small_corpus) -> None:

@@ -240,7 +240,7 @@ def _measure(
         findings[part.name][name] = part.measure(subject)
         say(f"{name}: {part.name}, {time.monotonic() - began:.1f} s")
     return {
-        "folder": contents.folder,
+        "folder": from_here(Path(contents.folder)),
         "iteration": contents.iteration,
         "kind": model.kind,
         "loss": subject.seen.loss,
@@ -248,6 +248,12 @@ def _measure(
         "recipe_sha256": contents.recipe_sha256,
         "text": f"{read.windows.num_scored_tokens:,} tokens, {read.windows.description}",
     }
+
+
+def from_here(folder: Path) -> str:
+    """As seen from the working directory: a page may be read by others, on other machines."""
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
 def _earlier(contents: CheckpointContents) -> list[Path]:
