@@ -84,7 +84,7 @@ def test_the_loss_is_the_run_s_whatever_layout_wrote_it(
     assert found == pytest.approx(loss, rel=2e-6)
 
 
-def test_a_page_names_a_checkpoint_as_seenfrom_here(tmp_path, monkeypatch) -> None:
+def test_a_page_names_a_checkpoint_as_seen_from_here(tmp_path, monkeypatch) -> None:
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path / "runs")
     assert from_here(tmp_path / "runs" / "one") == "one"
