@@ -29,6 +29,7 @@ MARKERS = "osD^vPX"
 GREY = "#555555"
 PANEL_HEIGHT = 3.9  # inches
 PANEL_WIDTHS = (7.6, 5.5, 4.4)  # of one, two and three in a row, so that letters stay of one size
+LEGEND_LINE_INCHES = 0.21  # of one entry in the size of legend_outside
 DODGE = 0.05  # octaves between series at the same number of experts
 Colour = tuple[float, ...] | str
 
@@ -194,5 +195,7 @@ def legend_above(figure: Figure, axes: Iterable[Axes], num_columns: int) -> None
 
 
 def legend_outside(axis: Axes, title: str | None = None) -> None:
-    """Put the legend beside the axis, where it covers nothing."""
-    axis.legend(title=title, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9.5)
+    """Put the legend beside the axis, where it covers nothing; a long one heightens the figure."""
+    legend = axis.legend(title=title, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9.5)
+    needed = LEGEND_LINE_INCHES * (len(legend.get_texts()) + 2 + bool(title))
+    axis.figure.set_figheight(max(axis.figure.get_figheight(), needed))
