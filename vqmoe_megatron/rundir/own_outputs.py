@@ -104,7 +104,7 @@ def check_recorded(folder: Path, names: Iterable[str], writer: str) -> None:
 def replace_recorded(
     folder: Path, files: Mapping[str, bytes], obsolete: Iterable[str], writer: str
 ) -> None:
-    """Write ``files`` in their order, and remove those of ``obsolete`` that the record covers.
+    """Write ``files`` in their order, and remove what else of ``obsolete`` the record covers.
 
     The record is written first with the old and the new digests, so that files of a killed call are
     known as well.
@@ -115,7 +115,8 @@ def replace_recorded(
     """
     check_recorded(folder, files, writer)
     record = _read_record(folder, writer)
-    removed = [name for name in obsolete if _is_recorded(folder / name, record)]
+    left = [name for name in obsolete if name not in files]
+    removed = [name for name in left if _is_recorded(folder / name, record)]
     new = {name: [hashlib.sha256(content).hexdigest()] for name, content in files.items()}
     both = {name: [*record.get(name, []), *new.get(name, [])] for name in {**record, **new}}
     replace_file(folder / RECORD_FILE, json.dumps(both, indent=1) + "\n")
