@@ -68,7 +68,7 @@ def of_the_default() -> Comparison:
 
 
 def of_a_study(path: Path) -> Comparison:
-    """Every run of a study's first seed, on one rank and the study's own batches.
+    """Every run of a study's first seed, on one rank, with its own batch sizes and ``--corpus``.
 
     Raises:
         ValueError: for a study that is wrong, or has runs of several ranks.

@@ -190,7 +190,7 @@ def analyze_here(
     files |= {name: text.encode() for name, text in zip(TEXT_NAMES, texts, strict=True)}
     with said_as_refusal(request.out):
         request.out.mkdir(parents=True, exist_ok=True)
-        plots = [f"{stem}.png" for stem in PLOT_STEMS if f"{stem}.png" not in files]
+        plots = [f"{stem}.png" for stem in PLOT_STEMS]
         replace_recorded(request.out, files, plots, WRITER)
     return Analysis(request.out, content)
 
