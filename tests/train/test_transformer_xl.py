@@ -63,8 +63,7 @@ def test_the_curve_is_that_of_one_rank(name, ranks, one_rank, stdlib_corpus, tmp
 
 
 def test_codes_agree_too(ranks, stdlib_corpus, tmp_path):
-    """Of codes that are drawn: among those of one microbatch's data some are equally near."""
-    every = [*MEMORY, *TINY, "vq.init=uniform", "train.train_iters=20", "train.exit_interval=6"]
+    every = [*MEMORY, *TINY, "train.train_iters=20", "train.exit_interval=6"]
     one = curve(run_on(ranks(1), stdlib_corpus, tmp_path / "one", every, {}))
     two = curve(run_on(ranks(2), stdlib_corpus, tmp_path / "two", every, {TP: 2}))
     assert sorted(one) == sorted(two) == list(range(1, 7))

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vqmoe_megatron.vq.codebook_init import data_codes, kmeans_codes, uniform_codes
+from vqmoe_megatron.vq.codebook_init import (
+    SAME_VECTOR,
+    data_codes,
+    different_rows,
+    kmeans_codes,
+    uniform_codes,
+)
 
 
 def sample(num_tokens: int, num_slices: int = 2, width: int = 4) -> torch.Tensor:
@@ -38,6 +44,52 @@ def test_data_codes_are_distinct_sample_tokens() -> None:
     for c in range(2):
         rows = {tuple(row) for row in codes[c].tolist()}
         assert rows == {tuple(row) for row in tokens[:, c].tolist()}
+
+
+def test_tokens_equal_but_for_rounding_give_one_code() -> None:
+    different = sample(6, num_slices=1)
+    blanks = different[:1].repeat(200, 1, 1) * (1 + 1e-6 * sample(200, 1))
+    codes = data_codes(torch.cat([blanks, different[1:]]), 6, seed=1)[0]
+    apart = torch.cdist(codes, codes) + torch.eye(6)
+    assert float(apart.min()) > 0.1
+    assert float(torch.cdist(codes, different[:, 0]).min(dim=1).values.max()) < 1e-4
+
+
+@pytest.mark.parametrize("width", [1, 4, 64])
+def test_different_rows_are_those_of_a_loop_over_pairs(width: int) -> None:
+    different = sample(50, 1, width)[:, 0]
+    tokens = torch.cat([different[:30], different])
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(2))
+    seen, expected = [], []
+    for row in order.tolist():
+        if not any(bool((tokens[row] - tokens[other]).norm() < 1e-6) for other in seen):
+            expected.append(row)
+        seen.append(row)
+    assert len(expected) == 50
+    noise = 1e-7 * sample(80, 1, width)[:, 0]  # another layout's rounding
+    for at_most in (1, 7, 49, 50, 64, 200):
+        assert different_rows(tokens, order, at_most).tolist() == expected[:at_most]
+        assert different_rows(tokens + noise, order, at_most).tolist() == expected[:at_most]
+
+
+@pytest.mark.parametrize("width", [4, 64])
+def test_the_limit_is_a_share_of_the_spread(width: int) -> None:
+    tokens = 7.0 * sample(40, 1, width)[:, 0] + 100.0
+    spread = float((tokens - tokens.mean(dim=0)).norm(dim=1).square().mean().sqrt())
+    step = torch.nn.functional.normalize(sample(1, 1, width)[0, 0], dim=0)
+    for share, num_different in ((0.4, 40), (2.5, 41)):
+        nearby = tokens[:1] + share * SAME_VECTOR * spread * step
+        rows = different_rows(torch.cat([tokens, nearby]), torch.arange(41), 41)
+        assert len(rows) == num_different
+
+
+def test_few_different_tokens_among_many_repeat_with_a_small_jitter() -> None:
+    tokens = sample(3).repeat(30, 1, 1)
+    codes = data_codes(tokens, 9, seed=1)
+    for c in range(2):
+        apart = torch.cdist(codes[c], codes[c]) + torch.eye(9)
+        assert float(apart.min()) > 1e-3
+        assert float(torch.cdist(codes[c], tokens[:, c]).min(dim=1).values.max()) < 0.2
 
 
 def test_fewer_tokens_than_codes_repeat_with_a_small_jitter() -> None:

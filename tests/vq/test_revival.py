@@ -117,3 +117,22 @@ def test_different_vectors_of_equal_weighted_sum_are_both_usable() -> None:
     assert float((one * weights).sum()) == float((other * weights).sum())
     candidates = torch.stack([one, other, one]).unsqueeze(1)
     assert usable_candidates(candidates)[:2].all()
+
+
+@pytest.mark.parametrize("width", [1, D, 64])
+def test_of_candidates_equal_but_for_rounding_the_earliest_is_usable(width: int) -> None:
+    different = drawn(6, C, width)
+    blanks = different[:1] * (1 + 1e-6 * drawn(20, C, width, seed=1))
+    candidates = torch.cat([different[1:3], blanks, different[3:]])
+    usable = usable_candidates(candidates)
+    assert usable[:3].all() and not usable[3:22].any() and usable[22:].all()
+    rounded = candidates * (1 + 1e-7 * drawn(25, C, width, seed=2))
+    assert torch.equal(usable, usable_candidates(rounded))
+
+
+def test_rows_that_nobody_filled_take_no_candidate_with_them() -> None:
+    candidates = drawn(M, C, D)
+    candidates[5] = 1e-7  # offered, and near to no vector but zero
+    candidates[[3, 9]] = 0.0
+    usable = usable_candidates(candidates)
+    assert not usable[[3, 9]].any() and int(usable.sum()) == C * (M - 2)

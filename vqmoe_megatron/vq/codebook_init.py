@@ -12,6 +12,9 @@ from vqmoe_megatron.vq.search import nearest_code
 
 KMEANS_ITERATIONS = 10  # Lloyd rounds; the codebook keeps learning afterwards
 DUPLICATE_JITTER = 1e-2  # relative noise on repeated sample tokens, so that no two codes are equal
+SAME_VECTOR = 1e-4  # of the tokens' spread: nearer ones are one vector that was rounded differently
+NUM_DIRECTIONS = 16  # random ones, in which vectors are compared
+EXACT = "donot_use_mm_for_euclid_dist"  # torch.cdist by differences, not by a product
 
 
 def uniform_codes(num_slices: int, num_codes: int, width: int, seed: int) -> torch.Tensor:
@@ -29,7 +32,11 @@ def orthonormal_rows(num_rows: int, width: int, seed: int) -> torch.Tensor:
 
 
 def data_codes(sample: torch.Tensor, num_codes: int, seed: int) -> torch.Tensor:
-    """Choose ``num_codes`` sample tokens per slice, without replacement while they last.
+    """Choose ``num_codes`` different sample tokens per slice, while they last.
+
+    Text repeats itself: tokens of a run of blanks have the same vector but for rounding. As two
+    codes they would leave it to rounding, which differs between layouts, which code, and so which
+    expert, such a token takes.
 
     Args:
         sample: fp32 ``[M, C, D]``.
@@ -37,7 +44,7 @@ def data_codes(sample: torch.Tensor, num_codes: int, seed: int) -> torch.Tensor:
         seed: of the choice; the same seed and sample give the same codes on every rank.
 
     Returns:
-        fp32 ``[C, K, D]``. When M < K, repeats get a small jitter.
+        fp32 ``[C, K, D]``. With fewer different tokens than K, repeats get a small jitter.
 
     Raises:
         ValueError: for an empty sample.
@@ -48,12 +55,48 @@ def data_codes(sample: torch.Tensor, num_codes: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     slices = []
     for c in range(num_slices):
+        points = sample[:, c]
         order = torch.randperm(num_tokens, generator=generator)
-        chosen = sample[order[torch.arange(num_codes) % num_tokens], c].clone()
-        repeated = torch.arange(num_codes) >= num_tokens
-        noise = torch.randn(chosen.shape, generator=generator) * sample[:, c].std(correction=0)
+        rows = different_rows(points, order, num_codes)
+        chosen = points[rows[torch.arange(num_codes) % len(rows)]].clone()
+        repeated = torch.arange(num_codes) >= len(rows)
+        noise = torch.randn(chosen.shape, generator=generator) * points.std(correction=0)
         slices.append(chosen + DUPLICATE_JITTER * repeated.unsqueeze(1) * noise)
     return torch.stack(slices)
+
+
+def different_rows(points: torch.Tensor, order: torch.Tensor, at_most: int) -> torch.Tensor:
+    """The first rows of ``points`` in ``order`` that are not the same vector as one before them.
+
+    Args:
+        points: fp32 ``[M, D]``.
+        order: int64 ``[M]``, rows of ``points`` in the order in which they are looked at.
+        at_most: how many to return; the search ends there.
+
+    Returns:
+        int64 ``[at_most]``, or fewer, at least one, where no more rows differ.
+    """
+    centred = (points - points.mean(dim=0))[order]
+    seen = centred @ _directions(points.shape[1])
+    near = SAME_VECTOR * centred.square().sum(dim=1).mean().sqrt()
+    found = order[:0]
+    for first in range(0, len(order), at_most):
+        last = min(first + at_most, len(order))
+        distance = torch.cdist(seen[first:last], seen[:last], compute_mode=EXACT)
+        is_before = torch.ones_like(distance, dtype=torch.bool).tril(first - 1)
+        is_repeat = ((distance <= near) & is_before).any(dim=1)
+        found = torch.cat([found, order[first:last][~is_repeat]])
+        if len(found) >= at_most:
+            break
+    return found[:at_most]
+
+
+def _directions(width: int) -> torch.Tensor:
+    """fp32 ``[D, min(D, 16)]``: distances of vectors times this are theirs, more or less."""
+    if width <= NUM_DIRECTIONS:
+        return torch.eye(width)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(width, NUM_DIRECTIONS, generator=generator) / NUM_DIRECTIONS**0.5
 
 
 def kmeans_codes(sample: torch.Tensor, num_codes: int, seed: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from vqmoe_megatron.vq.codebook_init import SAME_VECTOR
 from vqmoe_megatron.vq.codebook_update import CodebookState
 from vqmoe_megatron.vq.host_draws import on_device
 
@@ -78,15 +79,30 @@ def revive_dead_codes(
 
 
 def usable_candidates(candidates: torch.Tensor) -> torch.Tensor:
-    """Bool ``[M, C]``: whether a candidate was offered and no earlier one of its slice is equal.
+    """Bool ``[M, C]``: whether a candidate was offered and no earlier one is the same vector.
 
-    Equal vectors have equal weighted sums, so they are neighbours once sorted by those.
+    Tokens that differ by rounding (``SAME_VECTOR``), as those of a run of blanks do, would as two
+    codes leave it to rounding which of them is nearest. Their weighted sums are equal but for
+    rounding, so they are neighbours once sorted by those.
     """
+    near = SAME_VECTOR * _spread(candidates)  # [C]
+    is_offered = (candidates != 0).any(dim=-1)  # [M, C]
     weights = torch.arange(1, candidates.shape[2] + 1, device=candidates.device).sqrt()
     key = (candidates * weights.to(candidates.dtype)).sum(dim=-1)
-    by_key = key.argsort(dim=0, stable=True)  # [M, C]
+    by_key = key.masked_fill(~is_offered, torch.inf).argsort(dim=0, stable=True)
     ordered = candidates.gather(0, by_key.unsqueeze(-1).expand_as(candidates))
-    repeats = torch.zeros_like(by_key, dtype=torch.bool)
-    repeats[1:] = (ordered[1:] == ordered[:-1]).all(dim=-1)
-    is_offered = (candidates != 0).any(dim=-1)
-    return is_offered & ~torch.zeros_like(repeats).scatter_(0, by_key, repeats)
+    is_same = (ordered[1:] - ordered[:-1]).norm(dim=-1) <= near
+    is_same &= is_offered.gather(0, by_key)[1:]  # a row of zeros is the same as none
+    group = torch.nn.functional.pad((~is_same).cumsum(dim=0), (0, 0, 1, 0))
+    earliest = torch.full_like(by_key, len(by_key)).scatter_reduce_(0, group, by_key, "amin")
+    return is_offered & torch.zeros_like(is_offered).scatter_(
+        0, by_key, earliest.gather(0, group) == by_key
+    )
+
+
+def _spread(candidates: torch.Tensor) -> torch.Tensor:
+    """fp32 ``[C]``: root mean square distance of those offered from their mean."""
+    is_offered = (candidates != 0).any(dim=-1, keepdim=True)  # [M, C, 1]
+    num_offered = is_offered.sum(dim=0).clamp(min=1)
+    centred = (candidates - candidates.sum(dim=0) / num_offered) * is_offered
+    return (centred.square().sum(dim=(0, 2)) / num_offered.squeeze(-1)).sqrt()
