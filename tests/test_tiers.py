@@ -68,6 +68,15 @@ def test_a_session_of_some_tests_is_not_judged(tmp_path, arguments):
     assert ended.returncode == 0 and "NOT PASSED" not in ended.stdout
 
 
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one", "two"])
+def test_a_failure_is_named_when_it_happens(tmp_path, workers):
+    (tmp_path / "test_wrong.py").write_text("def test_wrong(): raise ValueError('of codes')\n")
+    ended = session(tmp_path, "test_wrong.py", *workers)
+    (line,) = re.findall(r"^FAILED after \d+ s: .*", ended.stdout, re.MULTILINE)
+    assert "test_wrong.py::test_wrong" in line and line.endswith("ValueError: of codes")
+    assert ended.stdout.index(line) < ended.stdout.index("= FAILURES =")
+
+
 GROUPED = """
 import pytest
 

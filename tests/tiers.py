@@ -86,9 +86,22 @@ class Tiers:
         self.config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("full")]
 
+    @pytest.hookimpl(trylast=True)  # after the test's own letter
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed:
             self.seconds[report.nodeid.split("@")[0]] = report.duration  # @: xdist's group
+        if report.failed:
+            self.name_failure(report)
+
+    def name_failure(self, report: pytest.TestReport) -> None:
+        """Say at once what failed: a session that is stopped for its time shows no summary."""
+        terminal = self.config.pluginmanager.getplugin("terminalreporter")
+        if terminal is None or hasattr(self.config, "workeroutput"):
+            return
+        crash = getattr(report.longrepr, "reprcrash", None)
+        reason = crash.message.splitlines()[0] if crash and crash.message else report.when
+        terminal.ensure_newline()
+        terminal.line(f"FAILED after {report.duration:.0f} s: {report.nodeid}: {reason}")
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:

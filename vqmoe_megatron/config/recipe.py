@@ -14,17 +14,20 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml  # OmegaConf's own parser: for its error class
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vqmoe_megatron.config import RunConfig
 from vqmoe_megatron.config.checks import setting_problem
 from vqmoe_megatron.config.declared_types import alternatives, declared_types, shown
+from vqmoe_megatron.config.interpolation import Unresolved, resolved
 from vqmoe_megatron.config.not_offered import NOT_OFFERED
 from vqmoe_megatron.config.recipe_text import (
     compose_bounded,
@@ -83,16 +86,15 @@ def _built(
 ) -> RunConfig:
     """Lay settings and overrides over ``start``: steps 2 to 5."""
     settings += [s for text in overrides if (s := _override_setting(text, problems)) is not None]
-    tree = OmegaConf.create(asdict(start))
-    origins: dict[str, str] = {}
-    for setting in settings:
-        try:
-            OmegaConf.update(tree, setting.key, setting.value, merge=False)
-        except OmegaConfBaseException as error:  # a ${ that is not well formed
-            problems.append(f"{setting.key}={shown(setting.value)} ({setting.origin}): {error}")
-        origins[setting.key] = setting.origin
+    origins = {setting.key: setting.origin for setting in settings}
+    given = {
+        f"{section}.{name}": value
+        for section, content in asdict(start).items()
+        for name, value in content.items()
+    }
+    given |= {setting.key: setting.value for setting in settings}
     is_read_whole = not problems
-    values = _checked_values(tree, origins, problems)
+    values = _checked_values(resolved(given), origins, problems)
     sections: dict[str, Any] = {}
     for section in values if is_read_whole else ():
         try:
@@ -197,10 +199,7 @@ def _override_setting(text: str, problems: list[str]) -> Setting | None:
             value: Any = _override_text(raw.strip())
             OmegaConf.create({"value": value})  # its ${...}, if any, is well formed
         else:
-            compose_bounded(raw)
-            section, name = key.split(".")
-            tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={raw}"]))
-            value = tree[section][name]
+            value = deepcopy(_override_value(raw))
     except yaml.YAMLError as error:
         problems.append(f"{origin} has a malformed value: {where_and_why(error)}")
     except (OmegaConfBaseException, ValueError) as error:
@@ -208,6 +207,14 @@ def _override_setting(text: str, problems: list[str]) -> Setting | None:
     else:
         return Setting(key, value, origin)
     return None
+
+
+@lru_cache(maxsize=1024)  # the points of a study share most of theirs
+def _override_value(raw: str) -> Any:
+    """Return the value that OmegaConf reads in ``raw``; the caller copies what it changes."""
+    compose_bounded(raw)
+    tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))
+    return tree["value"]
 
 
 def _override_text(raw: str) -> str | None:
@@ -229,9 +236,9 @@ def _override_text(raw: str) -> str | None:
 
 
 def _checked_values(
-    tree: DictConfig, origins: dict[str, str], problems: list[str]
+    given: dict[str, Any], origins: dict[str, str], problems: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """Resolve every setting and check its type and range; int becomes float where declared.
+    """Check every setting's type and range; int becomes float where declared.
 
     Returns the sections whose every value is legal by itself.
     """
@@ -240,12 +247,9 @@ def _checked_values(
     for key, hint in LEGAL_TYPES.items():
         section, name = key.split(".")
         where = origins.get(key, "default")
-        try:
-            value = OmegaConf.select(tree, key, throw_on_missing=True)
-            if OmegaConf.is_config(value):
-                value = OmegaConf.to_container(value, resolve=True)
-        except OmegaConfBaseException as error:
-            problems.append(f"{key} ({where}) cannot be resolved: {str(error).splitlines()[0]}")
+        value = given[key]
+        if isinstance(value, Unresolved):
+            problems.append(f"{key} ({where}) cannot be resolved: {value.why}")
             broken.add(section)
             continue
         if problem := setting_problem(key, value, hint):
