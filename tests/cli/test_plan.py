@@ -105,10 +105,17 @@ WIDTHS = [
     ],
 )
 def test_what_is_legal_is_planned_in_seconds(vqmoe, settings: list[str], code: int) -> None:
-    started = time.process_time()
-    found, _, error = vqmoe(VOCABULARY, *settings)
+    """At most as long as 150 plans of the plain recipe; 43 were measured."""
+
+    def seconds_of(*settings: str) -> tuple[float, int, str]:
+        started = time.process_time()
+        found, _, error = vqmoe(VOCABULARY, *settings)
+        return time.process_time() - started, found, error
+
+    plain = min(seconds_of()[0] for _ in range(3))
+    seconds, found, error = seconds_of(*settings)
     assert found == code and bool(error) == bool(code)
-    assert time.process_time() - started < 10  # 4 on a machine at rest
+    assert seconds < 150 * plain
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -24,6 +24,8 @@ from vqmoe_megatron.vq.split_search import (
 
 everywhere = pytest.mark.parametrize("place", PLACES)
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
+# fp16 is searched as bf16 is, and takes minutes in the interpreter: some cases, in turn
+IDS_CASES = [*itertools.product(CASES, DTYPES[:2]), *spread(list(CASES)[2::3], DTYPES[2:])]
 
 
 def first_pass(x: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -34,9 +36,7 @@ def first_pass(x: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, ...]
 
 
 @everywhere
-@pytest.mark.parametrize(
-    ("case", "dtype"), tiered(list(itertools.product(CASES, DTYPES)), spread(CASES, DTYPES))
-)
+@pytest.mark.parametrize(("case", "dtype"), tiered(IDS_CASES, spread(CASES, DTYPES)))
 def test_ids_are_those_of_the_fp32_kernel(place: str, case: str, dtype: torch.dtype) -> None:
     skip_unless_possible(place)
     from vqmoe_megatron.vq.search_triton import nearest_code_triton

@@ -66,4 +66,4 @@ class RouterConfig:
         unset: dict[str, Any] = {
             n: v for n, v in numbers.items() if n in takes and getattr(self, n) is None
         }
-        return replace(self, **unset)
+        return replace(self, **unset) if unset else self

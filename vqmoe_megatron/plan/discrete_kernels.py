@@ -34,7 +34,7 @@ SORTED_ID_BYTES = 128  # read, and written, to sort one int64 id with its place,
 UPDATE_PASSES = {"ema": (23, 16), "gradient": (7, 4), "reanchor": (17, 8)}
 FROZEN_PASSES = (5, 3)  # sums gathered and checked alone
 CANDIDATE_PASSES = (5, 4)  # over [M, C, D]
-REVIVAL_PASSES = (9, 2)  # over [M, C, D]: which were offered, and are not equal to an earlier one
+REVIVAL_PASSES = (13, 5)  # over [M, C, D]: which were offered, and are no earlier one again
 ERROR_PASSES = (5, 3)  # over [M, C, D]: their codes, and how far those are
 UPDATE_LAUNCHES = 100
 

@@ -85,8 +85,8 @@ def usable_candidates(candidates: torch.Tensor) -> torch.Tensor:
     codes leave it to rounding which of them is nearest. Their weighted sums are equal but for
     rounding, so they are neighbours once sorted by those.
     """
-    near = SAME_VECTOR * _spread(candidates)  # [C]
     is_offered = (candidates != 0).any(dim=-1)  # [M, C]
+    near = SAME_VECTOR * _spread(candidates, is_offered)  # [C]
     weights = torch.arange(1, candidates.shape[2] + 1, device=candidates.device).sqrt()
     key = (candidates * weights.to(candidates.dtype)).sum(dim=-1)
     by_key = key.masked_fill(~is_offered, torch.inf).argsort(dim=0, stable=True)
@@ -100,9 +100,9 @@ def usable_candidates(candidates: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _spread(candidates: torch.Tensor) -> torch.Tensor:
+def _spread(candidates: torch.Tensor, is_offered: torch.Tensor) -> torch.Tensor:
     """fp32 ``[C]``: root mean square distance of those offered from their mean."""
-    is_offered = (candidates != 0).any(dim=-1, keepdim=True)  # [M, C, 1]
-    num_offered = is_offered.sum(dim=0).clamp(min=1)
-    centred = (candidates - candidates.sum(dim=0) / num_offered) * is_offered
-    return (centred.square().sum(dim=(0, 2)) / num_offered.squeeze(-1)).sqrt()
+    num_offered = is_offered.sum(dim=0).clamp(min=1)  # [C]
+    centred = candidates - candidates.sum(dim=0) / num_offered.unsqueeze(-1)
+    squares = centred.square_().sum(dim=-1) * is_offered
+    return (squares.sum(dim=0) / num_offered).sqrt()
