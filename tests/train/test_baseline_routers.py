@@ -26,6 +26,7 @@ OVERLAP = [
 ]
 LAYOUTS = {
     "ep2": (2, {EP: 2}, []),
+    "tp2-ep2": (4, {TP: 2, EP: 2}, []),
     "pp2-vpp2-recompute": (2, {PP: 2, VPP: 2}, RECOMPUTE),
     "cp2-ep2": (2, {CP: 2, EP: 2}, []),
     "overlap-dp2": (2, {}, OVERLAP),
@@ -61,8 +62,8 @@ def one_rank(ranks, tmp_path_factory):
     return records
 
 
-# Every router over two ranks of experts, and at two of the other three.
-SHORT_CASES = [(router, "ep2") for router in ROUTERS]
+# Every router over two and over four ranks, and at two of the other three layouts.
+SHORT_CASES = [(router, name) for name in ("ep2", "tp2-ep2") for router in ROUTERS]
 SHORT_CASES += spread([*ROUTERS, *ROUTERS], ("pp2-vpp2-recompute", "cp2-ep2", "overlap-dp2"))
 
 
@@ -77,12 +78,13 @@ def test_short_curves_are_those_of_one_rank(router, name, ranks, one_rank, small
         same_curve(result["records"], one_rank(small_corpus, router, SHORT), 1e-5)
 
 
-@pytest.mark.parametrize("path", ["alone", "beside-codes"])
 @pytest.mark.parametrize("router", only(ROUTERS, "switch"))
-def test_twenty_steps_are_those_of_one_rank(router, path, ranks, one_rank, stdlib_corpus, tmp_path):
-    """Beside a codebook this needs codes that are different vectors: of two equal ones rounding
-    would choose (docs/experiments.md, 2026-11-30)."""
-    few = ("train.global_batch_size=4", *(CONTINUOUS if path == "alone" else []))
+def test_ten_steps_beside_codes_are_those_of_one_rank(
+    router, ranks, one_rank, stdlib_corpus, tmp_path
+):
+    """This needs codes that are different vectors: of two equal ones rounding would choose
+    (docs/experiments.md, 2026-11-30)."""
+    few = ("train.global_batch_size=4", "train.train_iters=10")
     every = [*few, *ROUTERS[router]]
     for result in run_on(ranks(4), stdlib_corpus, tmp_path, every, {TP: 2, EP: 2}):
         same_curve(result["records"], one_rank(stdlib_corpus, router, few), 1e-5)
