@@ -1,7 +1,7 @@
 """``vqmoe`` with the lengths of a documented run cut: for documented_pages.py.
 
-Iterations are a tenth, samples short and few. All runs of a page are cut alike, so they go on from
-each other as on the page.
+Iterations are a tenth, samples short and few, and an analysis reads little. All runs of a page are
+cut alike, so they go on from each other as on the page.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ SMALL = {
     "optimizer.lr_warmup_iters": "0",
     "tracking.mlflow": "false",
 }
+LITTLE = ("--num-tokens", "512", "--adapt-batches", "1", "--drift-steps", "2")  # of an analysis
 
 
 def shortened(words: list[str]) -> list[str]:
-    """The words of a command, a ``pretrain`` with its lengths cut."""
+    """The words of a command, a ``pretrain`` or an ``analyze`` with its lengths cut."""
+    if words[:1] == ["analyze"]:
+        return [*words, *LITTLE]
     if words[:1] != ["pretrain"]:
         return words
     kept, lengths = [], {key: value for key, value in TENTHS.items() if value}

@@ -69,6 +69,15 @@ def test_a_session_of_some_tests_is_not_judged(tmp_path, arguments):
 
 
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one", "two"])
+def test_when_its_minutes_are_over_the_full_tier_is_left_out_by_file(tmp_path, workers):
+    ended = session(tmp_path, "--full", "--full-minutes", "0", "test_two.py", *workers)
+    assert ended.returncode == 0 and "1 passed, 1 skipped" in ended.stdout
+    assert re.search(r"too late =+\n +1  test_two.py\n", ended.stdout), ended.stdout
+    in_time = session(tmp_path, "--full", "--full-minutes", "5", "test_two.py", *workers)
+    assert "2 passed" in in_time.stdout and "too late" not in in_time.stdout
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one", "two"])
 def test_a_failure_is_named_when_it_happens(tmp_path, workers):
     (tmp_path / "test_wrong.py").write_text("def test_wrong(): raise ValueError('of codes')\n")
     ended = session(tmp_path, "test_wrong.py", *workers)

@@ -2,6 +2,8 @@
 
 ``pytest`` runs the fast tier, ``pytest --full`` every test. A test marked ``full`` is left to the
 second: more cases of what a fast one proves with fewer, or the same at the size of a real run.
+``--full-minutes 40`` leaves those out that would begin later, and says how many of which files, so
+that a slow machine ends, too; tests of the fast tier all run.
 
 A leg that collects nothing, or skips everything, looks green. So when nothing narrows a session,
 the tests of ``AXES``, one or more for each axis of parallelism and each way to lose a run, must
@@ -10,6 +12,8 @@ have passed, by name, or the session fails. Its last lines show them.
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -37,6 +41,8 @@ AXES = {
         "test_one_run_without_hole_or_duplicate_through_refusal_outage_and_kill"
     ],
 }
+FIRST = ("tests/train/", "tests/moe/", "tests/checkpoint/")  # what would be missed most
+TOO_LATE = "of the full tier, and its {:g} minutes are over"
 
 
 class Tiers:
@@ -45,6 +51,8 @@ class Tiers:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.num_left_out = 0
+        self.started = time.monotonic()
+        self.too_late: Counter[str] = Counter()  # tests left out for the time, by file
         self.seconds: dict[str, float] = {}  # by the name of each test that passed
 
     def is_whole(self) -> bool:
@@ -75,6 +83,7 @@ class Tiers:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: not item.nodeid.startswith(FIRST))  # else as they were
         if self.config.pluginmanager.hasplugin("xdist"):
             for item in items:
                 group = "ranks" if "ranks" in item.fixturenames else item.nodeid.split("::")[0]
@@ -86,12 +95,22 @@ class Tiers:
         self.config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("full")]
 
+    @pytest.hookimpl(tryfirst=True)  # before its fixtures
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        limit = self.config.getoption("full_minutes")
+        if limit is None or not item.get_closest_marker("full"):
+            return
+        if time.monotonic() - self.started >= 60 * limit:
+            pytest.skip(TOO_LATE.format(limit))
+
     @pytest.hookimpl(trylast=True)  # after the test's own letter
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed:
             self.seconds[report.nodeid.split("@")[0]] = report.duration  # @: xdist's group
         if report.failed:
             self.name_failure(report)
+        if report.skipped and TOO_LATE.split("{")[0] in str(report.longrepr):
+            self.too_late[report.nodeid.split("::")[0]] += 1
 
     def name_failure(self, report: pytest.TestReport) -> None:
         """Say at once what failed: a session that is stopped for its time shows no summary."""
@@ -121,6 +140,10 @@ class Tiers:
             terminalreporter.line(
                 f"{self.num_left_out} tests are left to the full tier: make test-full, or --full"
             )
+        if self.too_late:
+            terminalreporter.section("left out, for they would have begun too late")
+            for file, num_tests in sorted(self.too_late.items()):
+                terminalreporter.line(f"{num_tests:>5}  {file}")
         if not self.is_whole():
             return
         terminalreporter.section("axes that real ranks proved")
@@ -134,6 +157,11 @@ class Tiers:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full", action="store_true", help="also the tests marked full: all that there are"
+    )
+    parser.addoption(
+        "--full-minutes",
+        type=float,
+        help="with --full: leave out the tests marked full that would begin after so many minutes",
     )
 
 
