@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from fast_tier import covering, tiered
-from tiers import AXES
+from tiers import AXES, FIRST, place
 
 HERE = Path(__file__).resolve().parent
 TWO_TESTS = """
@@ -123,6 +123,13 @@ def test_the_tests_of_the_axes_are_in_the_fast_tier():
         text=True,
     ).stdout.splitlines()
     assert {name for names in AXES.values() for name in names} <= set(listed)
+
+
+def test_what_would_be_missed_most_comes_first_and_exists():
+    names = ["tests/a.py::x", "tests/moe/a.py::x", "tests/train/z.py::x", "tests/trainer/a.py::x"]
+    in_turn = ["tests/train/z.py::x", "tests/moe/a.py::x", "tests/a.py::x", "tests/trainer/a.py::x"]
+    assert sorted(names, key=place) == in_turn
+    assert all((HERE.parent / folder).is_dir() for folder in FIRST)
 
 
 def test_every_two_values_meet_in_a_covering_set():
