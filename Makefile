@@ -23,7 +23,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-complete
 DOCS_STAMP := $(VENV)/.docs-setup-complete
 TORCH := $(shell sed -n 's/^ *\(torch>=.*\)$$/\1/p' setup.cfg)
-WORKERS := -n 2 --dist loadgroup
+# in the order of tests/tiers.py, not the largest file first
+WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 TYPED := vqmoe_megatron/registry.py vqmoe_megatron/config vqmoe_megatron/metrics vqmoe_megatron/rundir vqmoe_megatron/plan
 
 .DEFAULT_GOAL := help

@@ -79,11 +79,14 @@ def test_when_its_minutes_are_over_the_full_tier_is_left_out_by_file(tmp_path, w
 
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one", "two"])
 def test_a_failure_is_named_when_it_happens(tmp_path, workers):
-    (tmp_path / "test_wrong.py").write_text("def test_wrong(): raise ValueError('of codes')\n")
-    ended = session(tmp_path, "test_wrong.py", *workers)
-    (line,) = re.findall(r"^FAILED after \d+ s: .*", ended.stdout, re.MULTILINE)
-    assert "test_wrong.py::test_wrong" in line and line.endswith("ValueError: of codes")
-    assert ended.stdout.index(line) < ended.stdout.index("= FAILURES =")
+    (tmp_path / "test_wrong.py").write_text(
+        "def test_right(): pass\n\ndef test_wrong(): raise ValueError('of codes')\n"
+    )
+    for detail in ([], ["-q"]):  # after the name of a test, or in a line of dots
+        ended = session(tmp_path, "test_wrong.py", *workers, *detail, *detail)
+        (line,) = re.findall(r"^FAILED after \d+ s: .*", ended.stdout, re.MULTILINE)
+        assert "test_wrong.py::test_wrong" in line and line.endswith("ValueError: of codes")
+        assert ended.stdout.index(line) < ended.stdout.index("= FAILURES =")
 
 
 GROUPED = """
@@ -130,6 +133,23 @@ def test_what_would_be_missed_most_comes_first_and_exists():
     in_turn = ["tests/train/z.py::x", "tests/moe/a.py::x", "tests/a.py::x", "tests/trainer/a.py::x"]
     assert sorted(names, key=place) == in_turn
     assert all((HERE.parent / folder).is_dir() for folder in FIRST)
+
+
+def test_the_processes_of_make_keep_that_order(tmp_path):
+    (words,) = re.findall(r"^WORKERS := -n 2 (.*)$", (HERE.parent / "Makefile").read_text(), re.M)
+    (tmp_path / "tests" / "train").mkdir(parents=True)
+    (tmp_path / "tests" / "train" / "test_one.py").write_text("def test_one(): pass")
+    (tmp_path / "tests" / "test_many.py").write_text(GROUPED.replace("test_plain", "test_many"))
+    ended = session(tmp_path, "tests", "-n", "1", *words.split())
+    ran = re.findall(r"PASSED \S+::(test_\w+)", ended.stdout)
+    assert ran[0] == "test_one" and len(ran) == 9, ended.stdout
+
+
+@pytest.mark.parametrize("words", [["--full-minutes", "5"], ["--full", "--full-minutes", "nan"]])
+def test_minutes_without_the_full_tier_are_refused(tmp_path, words):
+    ended = session(tmp_path, "test_two.py", *words)
+    assert ended.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "a number from 0 on, with --full" in ended.stderr
 
 
 def test_every_two_values_meet_in_a_covering_set():

@@ -124,8 +124,11 @@ class Tiers:
         if terminal is None or hasattr(self.config, "workeroutput"):
             return
         crash = getattr(report.longrepr, "reprcrash", None)
-        reason = crash.message.splitlines()[0] if crash and crash.message else report.when
+        said = str(report.longrepr if crash is None else crash.message).strip()
+        reason = said.splitlines()[0] if said else report.when
         terminal.ensure_newline()
+        if terminal.verbosity <= 0:
+            terminal.line("")  # several processes write letters that ensure_newline does not know
         terminal.line(f"FAILED after {report.duration:.0f} s: {report.nodeid}: {reason}")
 
     @pytest.hookimpl(optionalhook=True)
@@ -172,4 +175,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    minutes = config.getoption("full_minutes")
+    if minutes is not None and not (config.getoption("full") and minutes >= 0):
+        raise pytest.UsageError(f"--full-minutes {minutes:g}: a number from 0 on, with --full")
     config.pluginmanager.register(Tiers(config), "test-tiers")

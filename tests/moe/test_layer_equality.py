@@ -491,7 +491,7 @@ def test_matrix(source, norm: str, num_codes: int, layout: str, ranks) -> None: 
 
 def at_layouts(names: Iterable[str], layouts: Iterable[str]) -> list:
     """Every name at one layout after the other, which the fast tier runs, and at the last one,
-    which has every kind of communication."""
+    which has the most kinds of communication."""
     *_, last = layouts = tuple(layouts)
     chosen = spread(names, layouts)
     wanted = {*chosen, *((name, last) for name in names)}

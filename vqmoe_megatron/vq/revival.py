@@ -104,5 +104,5 @@ def _spread(candidates: torch.Tensor, is_offered: torch.Tensor) -> torch.Tensor:
     """fp32 ``[C]``: root mean square distance of those offered from their mean."""
     num_offered = is_offered.sum(dim=0).clamp(min=1)  # [C]
     centred = candidates - candidates.sum(dim=0) / num_offered.unsqueeze(-1)
-    squares = centred.square_().sum(dim=-1) * is_offered
+    squares = centred.square_().sum(dim=-1).masked_fill_(~is_offered, 0.0)
     return (squares.sum(dim=0) / num_offered).sqrt()
