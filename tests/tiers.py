@@ -2,7 +2,7 @@
 
 ``pytest`` runs the fast tier, ``pytest --full`` every test. A test marked ``full`` is left to the
 second: more cases of what a fast one proves with fewer, or the same at the size of a real run.
-``--full-minutes 20`` leaves those out that would begin later, and says how many of which files, so
+``--full-minutes 10`` leaves those out that would begin later, and says how many of which files, so
 that a slow machine ends, too; tests of the fast tier all run.
 
 A leg that collects nothing, or skips everything, looks green. So when nothing narrows a session,
