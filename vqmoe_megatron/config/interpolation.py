@@ -21,8 +21,8 @@ class Unresolved:
 def resolved(values: dict[str, Any]) -> dict[str, Any]:
     """Return values by dotted key with every reference replaced, or an :class:`Unresolved`.
 
-    Values without a mark, those of nearly every recipe, are returned as they are: a tree of some
-    two hundred of OmegaConf's nodes takes a hundred times as long to build.
+    Values without a mark, those of nearly every recipe, are returned as they are: a tree of
+    OmegaConf's nodes for every setting took much of the time in which a study is listed.
     """
     if not any(mark in repr(value) for value in values.values() for mark in MARKS):
         return values
