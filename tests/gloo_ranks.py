@@ -243,12 +243,13 @@ def _rank(folder: Path, output: Path, environment: dict[str, str], jobs: Connect
     # stands still goes on.
     os.close(forkserver._forkserver._forkserver_alive_fd)
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
-    threading.Thread(target=_end_with_pool, args=(jobs, folder), daemon=True).start()
+    ending = threading.Thread(target=_end_with_pool, args=(jobs, folder), daemon=True)
+    ending.start()
     try:
         from rank_server import serve
 
         serve(folder, jobs)
-        os._exit(0)  # not through gloo's destructors, which wait for the other ranks
+        ending.join()  # the same end was told to it; leaving before it would leave the files
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # no orderly goodbye: the other ranks may wait in a collective
@@ -261,7 +262,7 @@ def _end_with_pool(jobs: Connection, folder: Path) -> None:
     gone.register(jobs.fileno(), 0)  # no event is asked for: a hang-up is always told
     gone.poll()
     shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
+    os._exit(1)  # not through gloo's destructors, which wait for the other ranks
 
 
 def _free_port() -> int:
