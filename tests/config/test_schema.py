@@ -311,6 +311,11 @@ def test_a_run_can_say_how_the_discrete_path_is_evaluated(settings: dict, words:
             "16 of width 512, top-1 of a frozen router, every 1 layer(s)",
         ),
         ({}, "discrete", "16 of width 512, no router, every 1 layer(s)"),
+        (
+            {"moe_router": "x_moe"},
+            "discrete",
+            "16 of width 512, no router: model.moe_router=x_moe has no effect, every 1 layer(s)",
+        ),
         ({"num_moe_experts": 1}, "dual", "1 of width 512, no router, every 1 layer(s)"),
         (
             {"num_moe_experts": 1, "moe_layer_freq": 2},

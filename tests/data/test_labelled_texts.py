@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from vqmoe_megatron.data.labelled_texts import load_labelled_texts
+from vqmoe_megatron.config import FinetuneConfig
+from vqmoe_megatron.data.labelled_texts import checked_texts, load_labelled_texts
 
 ROWS = [("a good film", "1"), ('"bad" , they say', "0"), ("fine", "1")]
 EXPECTED = [(text, int(label)) for text, label in ROWS]
@@ -69,6 +71,17 @@ def test_banking77_s_classes_are_the_categories_of_train(tmp_path) -> None:
     )
     assert texts.classes == ("card_arrival", "topping_up")
     assert texts.splits["train"][1].origin == f"{tmp_path / 'train.csv'}:4"
+
+
+def test_texts_of_other_classes_than_the_model_s_are_refused(tmp_path) -> None:
+    """As many, so their number does not tell; class 0 would be another one."""
+    rows = "text,category\nWhere is it?,card_arrival\nTop up failed,topping_up\n"
+    folder = written(tmp_path, {"train.csv": rows, "dev.csv": rows})
+    tune = FinetuneConfig("banking77", str(folder), num_classes=2)
+    assert checked_texts(tune).classes == ("card_arrival", "topping_up")
+    checked_texts(replace(tune, classes=["card_arrival", "topping_up"]))
+    with pytest.raises(ValueError, match="has the classes topping_up, which the fine-tuned model"):
+        checked_texts(replace(tune, classes=["age_limit", "card_arrival"]))
 
 
 def test_the_digest_is_of_every_file(tmp_path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from labelled_folders import TUNING, pretrained, recipes_of, write_sst2
 from small_run import ROOT
 
+from vqmoe_megatron.config.recipe import load_saved_recipe
 from vqmoe_megatron.finetune.runs import check_finetuning, write_recipes, write_table
 from vqmoe_megatron.finetune.table import table_rows
 from vqmoe_megatron.study.report.intervals import student_t_quantile
@@ -101,6 +102,53 @@ def test_a_folder_is_gone_on_with_only_as_it_was_begun(start, tmp_path) -> None:
         checked(start, mine)
 
 
+def test_a_recipe_names_the_classes_that_its_texts_give(start, tmp_path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    names = ("1.0", "it's: 1", "yes")  # sorted; a recipe must give them back as they are
+    for split in ("train", "dev"):
+        rows = "".join(f"a text,{name}\n" for name in reversed(names))
+        (texts / f"{split}.csv").write_text(f"text,category\n{rows}")
+    todo = checked(start, tmp_path / "out", dataset="banking77", data=texts)
+    write_recipes(todo)
+    assert load_saved_recipe(todo.runs[0].recipe).finetune.classes == list(names)
+    checked(start, tmp_path / "out", dataset="banking77", data=texts)  # says the same
+    assert checked(start, tmp_path / "other").runs[0].config.finetune.classes is None
+
+
+def write_test_file(run, **changed) -> None:
+    """As ``vqmoe evaluate --split test --json`` writes it about the run's last checkpoint."""
+    content = {
+        "checkpoint": str(run.run_dir / "checkpoints" / "iter_0000006"),
+        "iteration": 6,
+        "data": run.config.finetune.path,
+        "split": "test",
+        "scores": {"val/accuracy": 0.5},
+    }
+    run.test_file.parent.mkdir(exist_ok=True)
+    run.test_file.write_text(json.dumps(content | changed))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"checkpoint": "out/head_seed_1/checkpoints/iter_0000006"},
+        {"iteration": 3},
+        {"split": "valid"},
+        {"data": "other"},
+        {"scores": [1]},
+    ],
+)
+def test_scores_of_something_else_are_no_run_s_scores(changed, start, tmp_path) -> None:
+    (run,) = recipes_of(*start, tmp_path / "out", ["full"]).runs
+    assert run.test_scores() is None
+    write_test_file(run)
+    assert run.test_scores() == {"val/accuracy": 0.5}
+    write_test_file(run, **changed)
+    with pytest.raises(ValueError, match="is there already, and vqmoe finetune did not write it"):
+        checked(start, tmp_path / "out")
+
+
 def test_the_table_has_intervals_over_seeds_and_paired_differences(start, tmp_path) -> None:
     todo = recipes_of(*start, tmp_path / "out", ["full", "head"], seeds=[1, 2])
     dev = {("full", 1): 0.8, ("full", 2): 0.9, ("head", 1): 0.5, ("head", 2): 0.7}
@@ -109,8 +157,7 @@ def test_the_table_has_intervals_over_seeds_and_paired_differences(start, tmp_pa
         record = {"val/loss": 0.5, "val/accuracy": dev[run.mode, run.seed]}
         lines = [{"val/accuracy": 0.0, "val/loss": 9.0}, record, {"loss": 1.0}]
         (run.run_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        run.test_file.parent.mkdir(exist_ok=True)
-        run.test_file.write_text(json.dumps({"scores": record}))
+        write_test_file(run, scores=record)
     full, head = table_rows(todo)
     t = student_t_quantile(1)
     assert full["dev"]["mean"] == pytest.approx(0.85)

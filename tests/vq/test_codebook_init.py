@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -40,7 +42,9 @@ def test_data_inits_are_deterministic_and_leave_the_global_generator_alone(build
 
 def test_data_codes_are_distinct_sample_tokens() -> None:
     tokens = sample(10)
-    codes = data_codes(tokens, 10, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        codes = data_codes(tokens, 10, seed=1)
     for c in range(2):
         rows = {tuple(row) for row in codes[c].tolist()}
         assert rows == {tuple(row) for row in tokens[:, c].tolist()}
@@ -85,7 +89,8 @@ def test_the_limit_is_a_share_of_the_spread(width: int) -> None:
 
 def test_few_different_tokens_among_many_repeat_with_a_small_jitter() -> None:
     tokens = sample(3).repeat(30, 1, 1)
-    codes = data_codes(tokens, 9, seed=1)
+    with pytest.warns(UserWarning, match="9 codes starts from 90 tokens of which 3 differ"):
+        codes = data_codes(tokens, 9, seed=1)
     for c in range(2):
         apart = torch.cdist(codes[c], codes[c]) + torch.eye(9)
         assert float(apart.min()) > 1e-3
@@ -94,7 +99,8 @@ def test_few_different_tokens_among_many_repeat_with_a_small_jitter() -> None:
 
 def test_fewer_tokens_than_codes_repeat_with_a_small_jitter() -> None:
     tokens = sample(3)
-    codes = data_codes(tokens, 9, seed=1)
+    with pytest.warns(UserWarning, match="from 3 tokens of which 3 differ: the other 6 codes"):
+        codes = data_codes(tokens, 9, seed=1)
     for c in range(2):
         assert codes[c].unique(dim=0).shape[0] == 9
         assert float(torch.cdist(codes[c], tokens[:, c]).min(dim=1).values.max()) < 0.2

@@ -93,13 +93,14 @@ def _start(todo: Finetuning, run: FinetuneRun) -> None:
         print(f"{run.name}: done before", flush=True)
     else:
         print(f"{run.name}: {run.run_dir}, {num_ranks} rank(s)", flush=True)
+        run.test_file.unlink(missing_ok=True)  # its own, of a run whose directory is gone
         ended = run_local_ranks(["pretrain", str(run.recipe)], num_ranks)
         if ended.code:
             print(f"{run.name} ended with {ended.code}; the same command goes on", file=sys.stderr)
             raise typer.Exit(ended.code)
         if not run.is_done:
             raise ValueError(f"{run.run_dir} is not trained to its end; start the command again")
-    if todo.has_test and not run.test_file.exists():
+    if todo.has_test and run.test_scores() is None:
         parallel = vars(run.config.parallel)
         layout = [f"parallel.{k}={v}" for k, v in parallel.items() if v is not None]
         arguments = ["evaluate", str(run.run_dir), "--split", "test", "--json", str(run.test_file)]

@@ -42,6 +42,7 @@ class FinetuneConfig:
     mode: str = "full"  # full | continuous | discrete | head
     num_classes: int | None = None  # null: that of the texts
     sha256: str | None = None  # of the texts' files: a run goes on with the same only
+    classes: list[str] | None = None  # their names, where the texts' train split gives them
 
     def __post_init__(self) -> None:
         check_settings("finetune", self)

@@ -367,13 +367,14 @@ class RunConfig:
         """What stands in the place of the MLP; one line for the user."""
         model, vq = self.model, self.vq
         said = f"{model.num_moe_experts} of width {model.moe_ffn_hidden_size}"
-        if model.num_moe_experts == 1 and vq.path == "continuous":
-            said += " for every token: dense, no router"
-        elif vq.has_router(model.num_moe_experts):
+        if vq.has_router(model.num_moe_experts):
             said += f", {router_in_words(self)}"
             said += " of a frozen router" if model.moe_router_freeze else ""
         else:
+            said += " for every token: dense" if vq.path == "continuous" else ""
             said += ", no router"
+            if model.moe_router != "topk":
+                said += f": model.moe_router={model.moe_router} has no effect"
         if model.moe_shared_expert_intermediate_size is not None:
             said += f", and a shared one of width {model.moe_shared_expert_intermediate_size}"
         return f"{said}, every {model.moe_layer_freq} layer(s)"

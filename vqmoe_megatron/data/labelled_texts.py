@@ -117,7 +117,8 @@ def checked_texts(tune: FinetuneConfig) -> LabelledTexts:
     """Read the texts of a recipe's section ``finetune``.
 
     Raises:
-        ValueError: for texts that are wrong, or others than the recipe was made for.
+        ValueError: for texts that are wrong, others than the recipe was made for, or of other
+            classes than the model answers with.
     """
     texts = load_labelled_texts(str(tune.dataset), Path(str(tune.path)))
     if tune.sha256 is not None and texts.sha256 != tune.sha256:
@@ -128,6 +129,12 @@ def checked_texts(tune: FinetuneConfig) -> LabelledTexts:
     if tune.num_classes != len(texts.classes):
         raise ValueError(
             f"finetune.num_classes={tune.num_classes}, but {tune.path} has {len(texts.classes)}"
+        )
+    if tune.classes is not None and (new := set(texts.classes) - set(tune.classes)):
+        raise ValueError(
+            f"the train split of {tune.path} has the classes {', '.join(sorted(new)[:8])}, which "
+            "the fine-tuned model does not know: an answer would stand for another class; name "
+            "texts of the same classes"
         )
     return texts
 

@@ -25,7 +25,7 @@ from vqmoe_megatron.config.finetune import MODES, path_of_mode, tuned_recipe
 from vqmoe_megatron.config.recipe import apply_overrides, load_saved_recipe, save_recipe
 from vqmoe_megatron.data.corpus import check_tokenizer, load_corpus
 from vqmoe_megatron.data.labelled_samples import EncodedTexts, encode_splits
-from vqmoe_megatron.data.labelled_texts import load_labelled_texts
+from vqmoe_megatron.data.labelled_texts import CLASSES, load_labelled_texts
 from vqmoe_megatron.data.tokenizers import load_tokenizer
 from vqmoe_megatron.plan.flops import run_flops
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout, minimum_world_size
@@ -81,6 +81,24 @@ class FinetuneRun:
         iters = self.config.train.train_iters
         return status is not None and (status.state, status.iteration) == ("completed", iters)
 
+    def test_scores(self) -> dict[str, float] | None:
+        """What ``vqmoe evaluate`` found of this run on the test split; None before.
+
+        Raises:
+            ValueError: for a file about something else.
+        """
+        if not self.test_file.exists():
+            return None
+        about = (self.name, self.config.train.train_iters, "test", self.config.finetune.path)
+        try:
+            found = json.loads(self.test_file.read_bytes())
+            run_dir = Path(found["checkpoint"]).parent.parent  # of checkpoints/iter_NUMBER
+            if (run_dir.name, found["iteration"], found["split"], found["data"]) == about:
+                return {name: float(value) for name, value in found["scores"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass  # nothing that the command writes
+        refuse_foreign(self.test_file, WRITER)
+
 
 @dataclass(frozen=True)
 class Finetuning:
@@ -128,7 +146,8 @@ def check_finetuning(
         if key in SET_BY_OPTIONS or key.startswith("finetune."):
             raise ValueError(f"override {text!r}: {WRITER} sets {key} itself, by its options")
     found = load_labelled_texts(dataset, data)
-    section = FinetuneConfig(dataset, str(data), modes[0], len(found.classes), found.sha256)
+    names = list(found.classes) if CLASSES[dataset] is None else None
+    section = FinetuneConfig(dataset, str(data), modes[0], len(found.classes), found.sha256, names)
 
     def recipe(mode: str, seq_length: int, train_iters: int | None, interval: int) -> RunConfig:
         own = replace(section, mode=mode)
@@ -201,6 +220,7 @@ def _check_out(out: Path, runs: list[FinetuneRun]) -> None:
                 f"{run.recipe} is there already and says something else; use the same options and "
                 "settings to go on with these runs, or another --out"
             )
+        run.test_scores()  # are this run's own
     table = out / TABLE_FILE
     if table.exists() and not _is_ours(table):
         refuse_foreign(table, WRITER)

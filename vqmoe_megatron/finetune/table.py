@@ -5,7 +5,6 @@ A difference to the first mode is paired by seed: the same texts in the same ord
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from vqmoe_megatron.finetune.runs import Finetuning, dev_scores, sizes_of
@@ -25,8 +24,7 @@ def table_rows(finetuning: Finetuning) -> list[dict[str, Any]]:
         row["dev"] = _scored([score["val/accuracy"] for score in dev.values()])
         row["dev_loss"] = [score["val/loss"] for score in dev.values()]
         if finetuning.has_test:
-            scores = [json.loads(run.test_file.read_text("utf-8"))["scores"] for run in runs]
-            row["test"] = _scored([score["val/accuracy"] for score in scores])
+            row["test"] = _scored([run.test_scores()["val/accuracy"] for run in runs])
         if rows:
             row["minus_first_mode"] = {
                 split: _scored(

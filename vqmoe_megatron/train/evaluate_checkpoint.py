@@ -24,6 +24,7 @@ from vqmoe_megatron.config import ParallelConfig, RunConfig
 from vqmoe_megatron.config.recipe import apply_overrides, load_saved_recipe
 from vqmoe_megatron.data.corpus import Corpus, check_tokenizer, load_corpus
 from vqmoe_megatron.data.image_set import ImageSet, load_image_set
+from vqmoe_megatron.data.labelled_texts import checked_texts
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout, minimum_world_size
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE
 from vqmoe_megatron.runtime.world import (
@@ -195,7 +196,9 @@ def _data(config: RunConfig, folder: Path) -> Corpus | ImageSet:
     if not config.vision.is_on:
         corpus = load_corpus(path)
         check_tokenizer(corpus, config.model.vocab_size, stored_tokenizer(folder))
-        if not config.finetune.is_on:
+        if config.finetune.is_on:
+            checked_texts(config.finetune)
+        else:
             corpus.split(config.data.eval_split)
         return corpus
     images, trained_on = load_image_set(path), read_json_object(folder / CORPUS_COPY)

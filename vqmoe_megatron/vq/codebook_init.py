@@ -6,6 +6,8 @@ in ``seed`` and runs on the CPU in fp32, so that one rank can compute it and bro
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from vqmoe_megatron.vq.search import nearest_code
@@ -44,7 +46,8 @@ def data_codes(sample: torch.Tensor, num_codes: int, seed: int) -> torch.Tensor:
         seed: of the choice; the same seed and sample give the same codes on every rank.
 
     Returns:
-        fp32 ``[C, K, D]``. With fewer different tokens than K, repeats get a small jitter.
+        fp32 ``[C, K, D]``. With fewer different tokens than K, repeats get a small jitter, and a
+        warning says so.
 
     Raises:
         ValueError: for an empty sample.
@@ -54,14 +57,23 @@ def data_codes(sample: torch.Tensor, num_codes: int, seed: int) -> torch.Tensor:
         raise ValueError("cannot initialise a codebook from an empty sample of tokens")
     generator = torch.Generator().manual_seed(seed)
     slices = []
+    fewest = num_codes
     for c in range(num_slices):
         points = sample[:, c]
         order = torch.randperm(num_tokens, generator=generator)
         rows = different_rows(points, order, num_codes)
+        fewest = min(fewest, len(rows))
         chosen = points[rows[torch.arange(num_codes) % len(rows)]].clone()
         repeated = torch.arange(num_codes) >= len(rows)
         noise = torch.randn(chosen.shape, generator=generator) * points.std(correction=0)
         slices.append(chosen + DUPLICATE_JITTER * repeated.unsqueeze(1) * noise)
+    if fewest < num_codes:
+        warnings.warn(
+            f"a codebook of {num_codes} codes starts from {num_tokens} tokens of which {fewest} "
+            f"differ: the other {num_codes - fewest} codes start beside these; fewer codes, or "
+            "more tokens in a microbatch, would give each its own",
+            stacklevel=2,
+        )
     return torch.stack(slices)
 
 

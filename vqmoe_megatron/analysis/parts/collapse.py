@@ -20,6 +20,7 @@ from vqmoe_megatron.analysis.collapse import (
 )
 from vqmoe_megatron.analysis.observation import code_assigners, losses_of, watched
 from vqmoe_megatron.analysis.part import Findings, Part, Subject, applying, reasons
+from vqmoe_megatron.analysis.parts import ranks_by_codes
 from vqmoe_megatron.analysis.parts.plots import draw_lines, layer_axis, name_lines
 from vqmoe_megatron.analysis.settings import Settings
 from vqmoe_megatron.moe.expert_engine import ExpertEngine, Result, Work
@@ -171,7 +172,12 @@ def section(findings: Mapping[str, Findings], settings: Settings) -> Section:
         "the gradients that reach its inputs."
     )
     tables = [Table(headings, cells)] if cells else []
-    return drawn_section("Representation collapse", [(PLOT, drawn, caption)], texts, tables)
+    drawings = [(PLOT, drawn, caption)]
+    groups = ranks_by_codes.grouped(applying(findings))
+    if ranks_by_codes.differ_in_codes(groups):
+        drawings.append((ranks_by_codes.PLOT, ranks_by_codes.drawn(groups), ranks_by_codes.CAPTION))
+        tables.insert(0, ranks_by_codes.table(groups))
+    return drawn_section("Representation collapse", drawings, texts, tables)
 
 
 def _claim(row: Findings) -> str:

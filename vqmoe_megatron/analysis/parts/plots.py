@@ -12,6 +12,7 @@ from vqmoe_megatron.study.report.plot_style import legend_above, series_colour, 
 
 Line = Sequence[tuple[float, float]]  # points (x, y)
 LEGEND_ROW = 0.22  # inches
+MAX_NAMED = 21  # lines: three times all colours
 
 
 def draw_lines(
@@ -42,8 +43,11 @@ def layer_axis(axis: Axes) -> None:
 
 
 def name_lines(figure: Figure, axes: Sequence[Axes], num_columns: int) -> None:
-    """Name the lines above the panels, which keep their height."""
+    """Name the lines above the panels, which keep their height; not those of very many."""
     names = {name for axis in axes for name in axis.get_legend_handles_labels()[1]}
+    if len(names) > MAX_NAMED:
+        figure.suptitle(f"{len(names)} models, too many to tell apart here: the table names them")
+        return
     num_rows = -(-len(names) // num_columns)
     figure.set_figheight(figure.get_figheight() + LEGEND_ROW * num_rows)
     legend_above(figure, axes, num_columns)
