@@ -250,6 +250,7 @@ def _rank(folder: Path, output: Path, environment: dict[str, str], jobs: Connect
 
         serve(folder, jobs)
         ending.join()  # the same end was told to it; leaving before it would leave the files
+        os._exit(1)  # should it have failed
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # no orderly goodbye: the other ranks may wait in a collective

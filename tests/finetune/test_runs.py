@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from labelled_folders import TUNING, pretrained, recipes_of, write_sst2
 from small_run import ROOT
 
-from vqmoe_megatron.config.recipe import load_saved_recipe
+from vqmoe_megatron.config.recipe import load_saved_recipe, save_recipe
 from vqmoe_megatron.finetune.runs import check_finetuning, write_recipes, write_table
 from vqmoe_megatron.finetune.table import table_rows
 from vqmoe_megatron.study.report.intervals import student_t_quantile
@@ -113,12 +114,21 @@ def test_a_recipe_names_the_classes_that_its_texts_give(start, tmp_path) -> None
     write_recipes(todo)
     assert load_saved_recipe(todo.runs[0].recipe).finetune.classes == list(names)
     checked(start, tmp_path / "out", dataset="banking77", data=texts)  # says the same
+    saved = load_saved_recipe(todo.runs[0].recipe)
+    before = replace(saved, finetune=replace(saved.finetune, classes=None))
+    save_recipe(before, todo.runs[0].recipe)  # as release 0.5 wrote it
+    checked(start, tmp_path / "out", dataset="banking77", data=texts)
     assert checked(start, tmp_path / "other").runs[0].config.finetune.classes is None
+    for split in ("train", "dev"):
+        (texts / f"{split}.csv").write_text("text,category\na,yes\nb,${it}\n")
+    with pytest.raises(ValueError, match=r"has the class '\$\{it\}': .*; rename the class"):
+        checked(start, tmp_path / "other", dataset="banking77", data=texts)
 
 
 def write_test_file(run, **changed) -> None:
     """As ``vqmoe evaluate --split test --json`` writes it about the run's last checkpoint."""
     content = {
+        "command": "vqmoe evaluate",
         "checkpoint": str(run.run_dir / "checkpoints" / "iter_0000006"),
         "iteration": 6,
         "data": run.config.finetune.path,
@@ -134,6 +144,7 @@ def write_test_file(run, **changed) -> None:
     [
         {"checkpoint": "out/head_seed_1/checkpoints/iter_0000006"},
         {"iteration": 3},
+        {"command": "vqmoe bench"},
         {"split": "valid"},
         {"data": "other"},
         {"scores": [1]},
@@ -145,6 +156,10 @@ def test_scores_of_something_else_are_no_run_s_scores(changed, start, tmp_path) 
     write_test_file(run)
     assert run.test_scores() == {"val/accuracy": 0.5}
     write_test_file(run, **changed)
+    with pytest.raises(ValueError, match="is there already, and vqmoe finetune did not write it"):
+        checked(start, tmp_path / "out")
+    run.test_file.unlink()
+    run.test_file.symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="is there already, and vqmoe finetune did not write it"):
         checked(start, tmp_path / "out")
 

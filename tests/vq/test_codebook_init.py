@@ -89,7 +89,7 @@ def test_the_limit_is_a_share_of_the_spread(width: int) -> None:
 
 def test_few_different_tokens_among_many_repeat_with_a_small_jitter() -> None:
     tokens = sample(3).repeat(30, 1, 1)
-    with pytest.warns(UserWarning, match="9 codes starts from 90 tokens of which 3 differ"):
+    with pytest.warns(UserWarning, match="9 codes start from 90 vectors of which 3 differ"):
         codes = data_codes(tokens, 9, seed=1)
     for c in range(2):
         apart = torch.cdist(codes[c], codes[c]) + torch.eye(9)
@@ -99,7 +99,9 @@ def test_few_different_tokens_among_many_repeat_with_a_small_jitter() -> None:
 
 def test_fewer_tokens_than_codes_repeat_with_a_small_jitter() -> None:
     tokens = sample(3)
-    with pytest.warns(UserWarning, match="from 3 tokens of which 3 differ: the other 6 codes"):
+    with pytest.warns(
+        UserWarning, match="which 3 differ in the slice with the fewest: the other 6 "
+    ):
         codes = data_codes(tokens, 9, seed=1)
     for c in range(2):
         assert codes[c].unique(dim=0).shape[0] == 9

@@ -93,7 +93,8 @@ def _start(todo: Finetuning, run: FinetuneRun) -> None:
         print(f"{run.name}: done before", flush=True)
     else:
         print(f"{run.name}: {run.run_dir}, {num_ranks} rank(s)", flush=True)
-        run.test_file.unlink(missing_ok=True)  # its own, of a run whose directory is gone
+        if run.test_scores() is not None:  # its own, of a run whose directory is gone
+            run.test_file.unlink()
         ended = run_local_ranks(["pretrain", str(run.recipe)], num_ranks)
         if ended.code:
             print(f"{run.name} ended with {ended.code}; the same command goes on", file=sys.stderr)

@@ -126,15 +126,16 @@ def checked_texts(tune: FinetuneConfig) -> LabelledTexts:
             f"the texts in {tune.path} have changed: sha256 {texts.sha256[:12]}, the recipe was "
             f"made for {tune.sha256[:12]}; bring them back, or start another fine-tuning"
         )
+    if tune.classes is not None and list(texts.classes) != tune.classes:
+        apart = sorted(set(texts.classes) ^ set(tune.classes))
+        raise ValueError(
+            f"the classes of {tune.path} are not those that the model answers with: "
+            f"{', '.join(apart[:8]) or 'their order'} differ, {len(apart)} in all; name texts of "
+            "the same classes"
+        )
     if tune.num_classes != len(texts.classes):
         raise ValueError(
             f"finetune.num_classes={tune.num_classes}, but {tune.path} has {len(texts.classes)}"
-        )
-    if tune.classes is not None and (new := set(texts.classes) - set(tune.classes)):
-        raise ValueError(
-            f"the train split of {tune.path} has the classes {', '.join(sorted(new)[:8])}, which "
-            "the fine-tuned model does not know: an answer would stand for another class; name "
-            "texts of the same classes"
         )
     return texts
 

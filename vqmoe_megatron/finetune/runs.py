@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from vqmoe_megatron.config.finetune import MODES, path_of_mode, tuned_recipe
 from vqmoe_megatron.config.recipe import apply_overrides, load_saved_recipe, save_recipe
 from vqmoe_megatron.data.corpus import check_tokenizer, load_corpus
 from vqmoe_megatron.data.labelled_samples import EncodedTexts, encode_splits
-from vqmoe_megatron.data.labelled_texts import CLASSES, load_labelled_texts
+from vqmoe_megatron.data.labelled_texts import CLASSES, LabelledTexts, load_labelled_texts
 from vqmoe_megatron.data.tokenizers import load_tokenizer
 from vqmoe_megatron.plan.flops import run_flops
 from vqmoe_megatron.plan.layout import ParallelLayout, check_layout, minimum_world_size
@@ -87,13 +88,14 @@ class FinetuneRun:
         Raises:
             ValueError: for a file about something else.
         """
-        if not self.test_file.exists():
+        if not os.path.lexists(self.test_file):
             return None
         about = (self.name, self.config.train.train_iters, "test", self.config.finetune.path)
         try:
             found = json.loads(self.test_file.read_bytes())
             run_dir = Path(found["checkpoint"]).parent.parent  # of checkpoints/iter_NUMBER
-            if (run_dir.name, found["iteration"], found["split"], found["data"]) == about:
+            is_about = run_dir.name, found["iteration"], found["split"], found["data"]
+            if found["command"] == "vqmoe evaluate" and is_about == about:
                 return {name: float(value) for name, value in found["scores"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass  # nothing that the command writes
@@ -146,7 +148,7 @@ def check_finetuning(
         if key in SET_BY_OPTIONS or key.startswith("finetune."):
             raise ValueError(f"override {text!r}: {WRITER} sets {key} itself, by its options")
     found = load_labelled_texts(dataset, data)
-    names = list(found.classes) if CLASSES[dataset] is None else None
+    names = _named_classes(found, data)
     section = FinetuneConfig(dataset, str(data), modes[0], len(found.classes), found.sha256, names)
 
     def recipe(mode: str, seq_length: int, train_iters: int | None, interval: int) -> RunConfig:
@@ -215,7 +217,7 @@ def _check_out(out: Path, runs: list[FinetuneRun]) -> None:
         check_new_folder(out)
         return
     for run in runs:
-        if run.recipe.exists() and load_saved_recipe(run.recipe) != run.config:
+        if run.recipe.exists() and not _says_the_same(load_saved_recipe(run.recipe), run.config):
             raise ValueError(
                 f"{run.recipe} is there already and says something else; use the same options and "
                 "settings to go on with these runs, or another --out"
@@ -224,6 +226,26 @@ def _check_out(out: Path, runs: list[FinetuneRun]) -> None:
     table = out / TABLE_FILE
     if table.exists() and not _is_ours(table):
         refuse_foreign(table, WRITER)
+
+
+def _named_classes(texts: LabelledTexts, data: Path) -> list[str] | None:
+    """The classes' names for the recipe; None where the data set fixes them."""
+    if CLASSES[texts.dataset] is not None:
+        return None
+    for name in texts.classes:
+        if "${" in name:
+            raise ValueError(
+                f"the train split of {data} has the class {name!r}: a recipe, which keeps the "
+                "names, would take ${ for a reference to another setting; rename the class"
+            )
+    return list(texts.classes)
+
+
+def _says_the_same(saved: RunConfig, config: RunConfig) -> bool:
+    """Whether two recipes are equal but for the classes' names, which release 0.5 did not write and
+    which follow from the texts' sha256."""
+    names = config.finetune.classes
+    return replace(saved, finetune=replace(saved.finetune, classes=names)) == config
 
 
 def _is_ours(path: Path) -> bool:

@@ -69,9 +69,10 @@ def data_codes(sample: torch.Tensor, num_codes: int, seed: int) -> torch.Tensor:
         slices.append(chosen + DUPLICATE_JITTER * repeated.unsqueeze(1) * noise)
     if fewest < num_codes:
         warnings.warn(
-            f"a codebook of {num_codes} codes starts from {num_tokens} tokens of which {fewest} "
-            f"differ: the other {num_codes - fewest} codes start beside these; fewer codes, or "
-            "more tokens in a microbatch, would give each its own",
+            f"{num_codes} codes start from {num_tokens} vectors of which {fewest} differ"
+            f"{' in the slice with the fewest' if num_slices > 1 else ''}: the other "
+            f"{num_codes - fewest} start as copies of these, moved a little; fewer codes, or more "
+            "tokens in a microbatch, may give each its own",
             stacklevel=2,
         )
     return torch.stack(slices)

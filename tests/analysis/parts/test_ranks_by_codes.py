@@ -38,7 +38,7 @@ def test_a_model_is_the_mean_of_its_layers_and_stands_with_its_like() -> None:
     assert lines["4", "none", "1"] == ["1.5", "3.0", "7.0"]
 
 
-def test_it_is_about_models_that_differ_in_nothing_but_codes() -> None:
+def test_it_is_drawn_of_several_numbers_of_codes_over_as_many_experts() -> None:
     def differ(*names: str) -> bool:
         return ranks_by_codes.differ_in_codes(
             ranks_by_codes.grouped({name: MODELS[name] for name in names})
@@ -63,6 +63,8 @@ def test_every_model_is_a_marker_and_those_without_codes_a_dashed_line() -> None
     assert drawn["None", False] == [(8, 2), (8, 5), (32, 9)]
     assert [y for _, y in drawn["--", True]] == [1.5, 1.5]
     assert routing.get_ylim()[1] > 9
+    more = ranks_by_codes.drawn(ranks_by_codes.grouped(MODELS | {"f": model(32, 0, 2.0)}))
+    assert more.axes[0].get_legend_handles_labels()[1][-1] == "32 experts, no codes"
     assert [text.get_text() for text in routing.get_xticklabels()] == ["8", "32"]
 
 

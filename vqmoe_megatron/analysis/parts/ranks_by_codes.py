@@ -28,9 +28,10 @@ RANKS = {
     "output_rank": "outputs",
 }
 CAPTION = (
-    "Effective ranks against the number of codes. Every marker is a model, the mean over its "
-    "layers; a line joins the means of the models with as many experts and codes. Dashed: the mean "
-    "of the models without codes."
+    "Effective ranks against the number of codes, those of all slices together. Every marker is a "
+    "model, the mean over its layers; a line joins the means of the models with as many experts "
+    "and codes, whatever else they differ in. Dashed: the mean of the models without codes. Models "
+    "whose layers differ in either number are left out."
 )
 Group = dict[str, list[float]]  # figure -> one number per model
 
@@ -70,11 +71,12 @@ def drawn(groups: Mapping[tuple[int, int], Group]) -> Figure:
                 label = f"{num_experts} experts"
                 axis.plot(*zip(*points, strict=True), linestyle="none", label=label, **style)
             if 0 in of_size:
-                axis.axhline(mean(of_size[0]), color=colour, linestyle="--")
+                label = None if points else f"{num_experts} experts, no codes"
+                axis.axhline(mean(of_size[0]), color=colour, linestyle="--", label=label)
         axis.set_xscale("log", base=2)
         axis.set_xticks(sorted({k for _, k in groups if k}), minor=False)
         axis.xaxis.set_major_formatter("{x:.0f}")
-        axis.set_xlabel("codes K")
+        axis.set_xlabel("codes")
         axis.tick_params(axis="x", labelsize=8)
         axis.set_ylabel("effective rank")
         axis.set_title(words, fontsize=11)
