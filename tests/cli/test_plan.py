@@ -105,7 +105,7 @@ WIDTHS = [
     ],
 )
 def test_what_is_legal_is_planned_in_seconds(vqmoe, settings: list[str], code: int) -> None:
-    """At most as long as 100 plans of the plain recipe; 47 were measured."""
+    """At most as long as 200 plans of the plain recipe; 31 were measured."""
 
     def seconds_of(*settings: str) -> tuple[float, int, str]:
         started = time.process_time()
@@ -115,7 +115,7 @@ def test_what_is_legal_is_planned_in_seconds(vqmoe, settings: list[str], code: i
     plain = min(seconds_of()[0] for _ in range(3))
     seconds, found, error = seconds_of(*settings)
     assert found == code and bool(error) == bool(code)
-    assert seconds < 100 * plain
+    assert seconds < 200 * plain
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -36,6 +36,26 @@ def test_interleaved_by_hand() -> None:
     assert peak_in_flight([1, 100], 2, 1, 4) == 102
 
 
+@pytest.mark.parametrize("chunk_bytes", [[10], [7, 7, 7], [1, 100], [5, 0, 3], [0, 0]])
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+@pytest.mark.parametrize("num_rounds", [1, 2, 5])
+def test_the_peak_is_that_of_the_whole_schedule(
+    chunk_bytes: list[int], num_stages: int, num_rounds: int
+) -> None:
+    """Pass after pass: after the warm-up a backward pass follows every forward one."""
+    num_microbatches = num_rounds * num_stages
+    turns = [chunk for chunk in range(len(chunk_bytes)) for _ in range(num_stages)] * num_rounds
+    for stage in range(num_stages):
+        warmup = num_warmup_passes(num_stages, len(chunk_bytes), stage, num_microbatches)
+        held = peak = 0
+        for index, chunk in enumerate(turns):
+            held += chunk_bytes[chunk]
+            peak = max(peak, held)
+            if index >= warmup:
+                held -= chunk_bytes[::-1][turns[index - warmup]]
+        assert peak_in_flight(chunk_bytes, num_stages, stage, num_microbatches) == peak
+
+
 LARGEST_ERROR = 0.12
 SMALL_BATCH = ["train.global_batch_size=8", "train.micro_batch_size=8", "model.seq_length=64"]
 CASES = {

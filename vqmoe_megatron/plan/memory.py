@@ -206,12 +206,15 @@ def peak_in_flight(
 ) -> int:
     """Most bytes that a stage holds between its passes, when chunk c keeps ``chunk_bytes[c]``.
 
-    Walks the schedule; what lies behind two rounds of chunks repeats itself and is left out.
+    Equal chunks are counted. Otherwise walks the schedule; what lies behind two rounds of chunks
+    repeats itself and is left out.
     """
     num_chunks = len(chunk_bytes)
     period = num_stages * num_chunks
     warmup = num_warmup_passes(num_stages, num_chunks, stage, num_microbatches)
     num_passes = min(num_microbatches * num_chunks, warmup + 2 * period)
+    if len(set(chunk_bytes)) == 1:
+        return min(warmup + 1, num_passes) * chunk_bytes[0]
 
     def in_turn(chunks: Iterable[int]) -> Iterator[int]:
         turns = [chunk for chunk in chunks for _ in range(num_stages)]
