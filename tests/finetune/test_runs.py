@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -116,7 +117,7 @@ def test_a_recipe_names_the_classes_that_its_texts_give(start, tmp_path) -> None
     checked(start, tmp_path / "out", dataset="banking77", data=texts)  # says the same
     saved = load_saved_recipe(todo.runs[0].recipe)
     before = replace(saved, finetune=replace(saved.finetune, classes=None))
-    save_recipe(before, todo.runs[0].recipe)  # as release 0.5 wrote it
+    save_recipe(before, todo.runs[0].recipe)  # as before names were kept
     checked(start, tmp_path / "out", dataset="banking77", data=texts)
     assert checked(start, tmp_path / "other").runs[0].config.finetune.classes is None
     for split in ("train", "dev"):
@@ -200,6 +201,15 @@ def test_the_command_trains_tests_and_goes_on(start, tmp_path) -> None:
     assert json.loads((out / "full_seed_1" / "status.json").read_text())["state"] == "completed"
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert again.returncode == 0 and again.stdout.count("done before") == 4
+    assert json.loads((out / "finetune.json").read_text())["rows"] == rows
+    # A run whose directory is gone is trained and tested anew: old scores do not stand for it.
+    shutil.rmtree(out / "full_seed_1")
+    old = out / "test" / "full_seed_1.json"
+    scores = json.loads(old.read_text())
+    old.write_text(json.dumps(scores | {"scores": {"val/accuracy": -1.0}}))
+    anew = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert anew.returncode == 0 and anew.stdout.count("done before") == 3
+    assert json.loads(old.read_text())["scores"] == scores["scores"]
     assert json.loads((out / "finetune.json").read_text())["rows"] == rows
 
 

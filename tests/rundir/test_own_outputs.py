@@ -11,6 +11,7 @@ from vqmoe_megatron.rundir import own_outputs
 from vqmoe_megatron.rundir.atomic import replace_file
 from vqmoe_megatron.rundir.own_outputs import (
     RECORD_FILE,
+    is_result_of,
     is_sealed,
     replace_recorded,
     sealed,
@@ -78,3 +79,21 @@ def test_files_of_a_killed_call_are_known_as_ours(tmp_path, monkeypatch, num_wri
     monkeypatch.undo()
     replace_recorded(tmp_path, {"a": b"5", "b": b"6"}, [], "we")
     assert contents(tmp_path) == {"a": b"5", "b": b"6"}
+
+
+@pytest.mark.parametrize(
+    ("content", "is_ours"),
+    [
+        ('{"command": "vqmoe evaluate"}', True),
+        ('{"command": "vqmoe finetune"}', False),
+        ("{}", False),
+        ("[1]", False),
+        ("{", False),
+        (None, False),  # no file
+    ],
+)
+def test_a_result_says_which_command_it_is_of(tmp_path, content: str | None, is_ours: bool) -> None:
+    path = tmp_path / "scores.json"
+    if content is not None:
+        path.write_text(content)
+    assert is_result_of(path, "vqmoe evaluate") == is_ours

@@ -119,6 +119,9 @@ def test_a_fine_tuned_checkpoint_has_an_accuracy(run, ranks, tmp_path) -> None:
     (other / "dev.tsv").write_text("good\t1\n")
     windows, _ = evaluated(ranks(1), run_dir, {}, data=str(other))
     assert windows.startswith("1 texts of dev")
+    (other / "train.tsv").write_text("good\t7\n")
+    with pytest.raises(ValueError, match="label '7' is none of this data set's"):
+        check_evaluation(run_dir, [], "valid", other, None, None, 1)
     with pytest.raises(ValueError, match="--stride and --max-windows are for running text"):
         check_evaluation(run_dir, [], "valid", None, 8, None, 1)
 

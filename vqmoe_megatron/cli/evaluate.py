@@ -13,7 +13,7 @@ from rich.table import Table
 
 from vqmoe_megatron import __version__
 from vqmoe_megatron.rundir.atomic import replace_file
-from vqmoe_megatron.rundir.own_outputs import refuse_foreign, said_as_refusal
+from vqmoe_megatron.rundir.own_outputs import is_result_of, refuse_foreign, said_as_refusal
 from vqmoe_megatron.runtime.table_console import table_console
 from vqmoe_megatron.runtime.third_party_noise import quiet_known_messages
 from vqmoe_megatron.runtime.versions import check_versions
@@ -73,7 +73,7 @@ def evaluate(
     asked = check_evaluation(
         checkpoint, overrides or [], split, data, stride, max_windows, world_size
     )
-    if json_file is not None and json_file.exists() and not _is_ours(json_file):
+    if json_file is not None and json_file.exists() and not is_result_of(json_file, WRITER):
         refuse_foreign(json_file, WRITER)
     if variables.world_size == 1 and asked.layout.world_size > 1:
         from vqmoe_megatron.launch.local_ranks import run_local_ranks
@@ -104,13 +104,6 @@ def _record(asked: Evaluation, windows: str, scores: dict[str, float]) -> dict[s
         "ranks": asked.layout.world_size,
         "scores": scores,
     }
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        return json.loads(path.read_bytes())["command"] == WRITER
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _show(asked: Evaluation, windows: str, scores: dict[str, float]) -> None:

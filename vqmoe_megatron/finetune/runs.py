@@ -33,7 +33,7 @@ from vqmoe_megatron.plan.layout import ParallelLayout, check_layout, minimum_wor
 from vqmoe_megatron.plan.parameter_count import count_parameters, count_trained
 from vqmoe_megatron.rundir.atomic import replace_file
 from vqmoe_megatron.rundir.file_names import CONFIG_FILE, METRICS_FILE
-from vqmoe_megatron.rundir.own_outputs import check_new_folder, refuse_foreign
+from vqmoe_megatron.rundir.own_outputs import check_new_folder, is_result_of, refuse_foreign
 from vqmoe_megatron.rundir.status import read_status
 from vqmoe_megatron.runtime.world import choose_device
 from vqmoe_megatron.train.preflight import check_parts
@@ -95,7 +95,7 @@ class FinetuneRun:
             found = json.loads(self.test_file.read_bytes())
             run_dir = Path(found["checkpoint"]).parent.parent  # of checkpoints/iter_NUMBER
             is_about = run_dir.name, found["iteration"], found["split"], found["data"]
-            if found["command"] == "vqmoe evaluate" and is_about == about:
+            if is_result_of(self.test_file, "vqmoe evaluate") and is_about == about:
                 return {name: float(value) for name, value in found["scores"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass  # nothing that the command writes
@@ -224,7 +224,7 @@ def _check_out(out: Path, runs: list[FinetuneRun]) -> None:
             )
         run.test_scores()  # are this run's own
     table = out / TABLE_FILE
-    if table.exists() and not _is_ours(table):
+    if table.exists() and not is_result_of(table, WRITER):
         refuse_foreign(table, WRITER)
 
 
@@ -242,17 +242,10 @@ def _named_classes(texts: LabelledTexts, data: Path) -> list[str] | None:
 
 
 def _says_the_same(saved: RunConfig, config: RunConfig) -> bool:
-    """Whether two recipes are equal but for the classes' names, which release 0.5 did not write and
-    which follow from the texts' sha256."""
+    """Whether two recipes are equal but for the classes' names, which follow from the texts'
+    sha256; recipes from before they were kept lack them."""
     names = config.finetune.classes
     return replace(saved, finetune=replace(saved.finetune, classes=names)) == config
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        return json.loads(path.read_bytes())["command"] == WRITER
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def write_recipes(finetuning: Finetuning) -> None:

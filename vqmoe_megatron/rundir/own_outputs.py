@@ -3,7 +3,8 @@
 - What is new takes its name in one step (``atomic.py``); a kill or a full disk leaves what was
   there.
 - What is there already is replaced only where it is proven to be the command's own, unchanged
-  since: by its record (:func:`replace_recorded`), its seal (:func:`sealed`) or its content.
+  since: by its record (:func:`replace_recorded`), its seal (:func:`sealed`) or its content
+  (:func:`is_result_of`).
   Everything else is refused before anything is written.
 """
 
@@ -32,6 +33,14 @@ def refuse_foreign(path: Path, writer: str) -> NoReturn:
         f"{path} is there already, and {writer} did not write it, or it was changed since; move it "
         "away, or name another place"
     )
+
+
+def is_result_of(path: Path, command: str) -> bool:
+    """Tell whether ``path`` is a JSON object that says it is of ``command``."""
+    try:
+        return json.loads(path.read_bytes())["command"] == command
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @contextlib.contextmanager
